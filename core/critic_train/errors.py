@@ -1,0 +1,38 @@
+"""Faults a user can cause or mend. Each says what happened, where, and what to do about it.
+
+The command line maps each class to an exit code; the library itself never exits and never prints.
+"""
+
+
+class CriticTrainError(Exception):
+    """Base of every fault that is reported without a traceback.
+
+    Args:
+        message: what was found, where, and what was expected; one or a few plain lines.
+        hint: what to do about it, or an empty string.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(CriticTrainError):
+    """The command or its configuration is wrong (a flag, a config file, a changed setting)."""
+
+
+class DataError(CriticTrainError):
+    """The rollouts cannot be used as they are."""
+
+
+class ModelError(CriticTrainError):
+    """The model or checkpoint cannot be used."""
+
+
+class DivergedError(CriticTrainError):
+    """The loss or a gradient stopped being finite."""
+
+
+class MachineError(CriticTrainError):
+    """Disk, memory, lock or device: the machine, not the command, is in the way."""

@@ -1,0 +1,90 @@
+"""What a run says while it goes: the trainer yields these, the command line draws them, files record them.
+
+Nothing heavy is imported here. `metrics` dictionaries hold plain numbers (or None where a figure does not
+exist), under the names that `metrics.jsonl` uses.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something a user should hear about: a head was created, a fallback taken, rows left out.
+
+    `level` is "info" or "warning".
+    """
+
+    message: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A stage other than training moved on: "reading rollouts", "evaluating", "old values"."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str = "rollouts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """Everything is resolved and the first step is next.
+
+    `summary` holds what a person wants to see once: data, model, plan (plain values, in display order).
+    `first_step` is 0, or the step from which the run resumes.
+    """
+
+    out: str
+    total_steps: int
+    steps_per_epoch: list[int]
+    first_step: int
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEnded:
+    """One optimizer step was taken.
+
+    `metrics` goes to metrics.jsonl and is reproducible; `timing` (seconds, tokens per second, memory) is not.
+    """
+
+    step: int
+    epoch: int
+    metrics: dict[str, Any]
+    timing: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationEnded:
+    """The critic was judged on held-out rollouts; `best` says whether it is the best so far."""
+
+    step: int
+    metrics: dict[str, Any]
+    best: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved:
+    """A whole checkpoint stands at `path`; `size_bytes` its size on disk."""
+
+    step: int
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded:
+    """The run is over: `status` is "finished", "already finished" or "interrupted".
+
+    `signal_number` is set when interrupted. `result` is what `--json` prints.
+    """
+
+    status: str
+    result: dict[str, Any] = field(default_factory=dict)
+    signal_number: int | None = None
+
+
+Event = Notice | Progress | RunStarted | StepEnded | EvaluationEnded | CheckpointSaved | RunEnded

@@ -1,0 +1,89 @@
+"""The one in-memory form of rollouts: ragged columns laid end to end.
+
+Every later stage (forest, loss, metrics) reads this form, whatever the shard looked like.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """A batch of n rollouts with T tokens in all.
+
+    Token columns are aligned to the token they pair with: `values[t]` is the value of the state in which
+    token t is chosen, so it is read off the hidden state of token t-1 of the same rollout.
+
+    Attributes:
+        input_ids: int32 [T], prompt then response (multi-turn: observation tokens in between).
+        offsets: int64 [n+1]; rollout i owns tokens offsets[i]:offsets[i+1].
+        response_mask: bool [T], true on the tokens the policy chose. Never true on a rollout's first token.
+        returns: float32 [T], the regression target G (meaningful where response_mask is true).
+        values: float32 [T], V_old, the values stored at rollout time; None where the shards have none.
+        group: int64 [n], key of the prompt group: equal keys, same prompt.
+        row: int64 [n], position of the rollout in the data set as read (file order).
+        labels: per-rollout columns kept for slicing, name -> array [n] of str, int, float or bool.
+    """
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    response_mask: NDArray[np.bool_]
+    returns: NDArray[np.float32]
+    values: NDArray[np.float32] | None
+    group: NDArray[np.int64]
+    row: NDArray[np.int64]
+    labels: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [n], tokens of each rollout."""
+        return np.diff(self.offsets)
+
+    @property
+    def response_counts(self) -> NDArray[np.int64]:
+        """int64 [n], tokens of each rollout on which the mask is true."""
+        counts = np.concatenate([[0], np.cumsum(self.response_mask, dtype=np.int64)])
+        return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
+
+    def take(self, index: NDArray[np.int64]) -> "Rollouts":
+        """The rollouts at the given positions, in the order given.
+
+        Args:
+            index: int64 [m], positions in 0..n-1; repeats are allowed.
+        """
+        tokens, offsets = ragged_take(self.offsets, index)
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            offsets=offsets,
+            response_mask=self.response_mask[tokens],
+            returns=self.returns[tokens],
+            values=None if self.values is None else self.values[tokens],
+            group=self.group[index],
+            row=self.row[index],
+            labels={name: column[index] for name, column in self.labels.items()},
+        )
+
+
+def ragged_take(
+    offsets: NDArray[np.int64], index: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the elements of the chosen rows of a ragged column, and the chosen rows' own offsets.
+
+    Args:
+        offsets: int64 [n+1] of the ragged column.
+        index: int64 [m], the rows wanted, in order.
+
+    Returns:
+        (elements int64 [sum of the chosen lengths], offsets int64 [m+1]).
+    """
+    lengths = offsets[index + 1] - offsets[index]
+    new_offsets = np.zeros(len(index) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=new_offsets[1:])
+    shift = np.repeat(offsets[index] - new_offsets[:-1], lengths)
+    return np.arange(new_offsets[-1], dtype=np.int64) + shift, new_offsets
