@@ -42,13 +42,14 @@ class Rollouts:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """int64 [n], tokens of each rollout."""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def response_counts(self) -> NDArray[np.int64]:
         """int64 [n], tokens of each rollout on which the mask is true."""
-        counts = np.concatenate([[0], np.cumsum(self.response_mask, dtype=np.int64)])
-        return counts[self.offsets[1:]] - counts[self.offsets[:-1]]
+        seen = np.zeros(len(self.response_mask) + 1, dtype=np.int64)
+        np.cumsum(self.response_mask, out=seen[1:])
+        return seen[self.offsets[1:]] - seen[self.offsets[:-1]]
 
     def take(self, index: NDArray[np.int64]) -> "Rollouts":
         """The rollouts at the given positions, in the order given.

@@ -1,0 +1,1 @@
+"""Whether a critic is any good: metrics, intervals, baselines."""
