@@ -1,0 +1,57 @@
+"""The critic: a transformers trunk without its vocabulary head, and a value head in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from critic_train.model.inputs import ModelInput
+
+
+class ValueHead(nn.Linear):
+    """One linear unit, kept and computed in float32 whatever the trunk computes in.
+
+    A new head has weight 0 and the mean return as its bias, so that an untrained critic predicts the mean:
+    explained variance 0. (A head drawn from N(0, 0.02), the usual default, starts far below.)
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1, dtype=torch.float32)
+
+    def start_at(self, mean_return: float) -> None:
+        """Make the head predict `mean_return` everywhere."""
+        with torch.no_grad():
+            self.weight.zero_()
+            self.bias.fill_(mean_return)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] of any float dtype -> [...] float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
+
+
+class Critic(nn.Module):
+    """V(s) for every state that a micro-batch asks about.
+
+    Args:
+        trunk: a decoder without a language-model head, as `transformers.AutoModel` gives it.
+        head: the value head.
+    """
+
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, batch: ModelInput) -> Tensor:
+        """float32 [M]: the value paired with each of the M response tokens of the batch, in the batch's order.
+
+        The value paired with token t is read off the hidden state of token t-1 of the same rollout: the state in
+        which token t is chosen.
+        """
+        return self.head(self.hidden(batch)[batch.read])[batch.pair]  # type: ignore[no-any-return]
+
+    def hidden(self, batch: ModelInput) -> Tensor:
+        """[P, hidden_size]: the trunk's last hidden state at each of the P positions of the layout, flattened."""
+        output = self.trunk(use_cache=False, **batch.trunk_arguments)
+        return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]

@@ -1,0 +1,109 @@
+"""What one micro-batch hands to the model, laid out as a forest or as padded rows.
+
+Both layouts answer the same question, "which value is paired with each response token", so everything after the
+trunk is the same for both.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from critic_train.model.attention import ForestPlan
+from critic_train.model.forest import PrefixOrder, lay_out
+from critic_train.rollouts import Rollouts, ragged_take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInput:
+    """A micro-batch on the device.
+
+    Attributes:
+        trunk_arguments: keyword arguments of the trunk.
+        read: int64 [R], the flattened positions whose hidden state is turned into a value, each once.
+        pair: int64 [M], for every response token the entry of `read` that holds its value.
+        tokens: int64 numpy [M], the place of those response tokens in the mini-batch's token arrays.
+        computed_tokens: positions that go through the trunk, padding included.
+    """
+
+    trunk_arguments: dict[str, Any]
+    read: Tensor
+    pair: Tensor
+    tokens: NDArray[np.int64]
+    computed_tokens: int
+
+
+def forest_input(rollouts: Rollouts, order: PrefixOrder, device: torch.device) -> ModelInput:
+    """Lay out a part of a mini-batch as a forest.
+
+    Args:
+        rollouts: the whole mini-batch.
+        order: the rollouts of this micro-batch.
+        device: where the trunk is.
+    """
+    forest = lay_out(rollouts, order)
+    return _model_input(
+        rollouts,
+        np.sort(order.index),
+        forest.where,
+        {
+            "input_ids": _on(device, forest.input_ids)[None],
+            "position_ids": _on(device, forest.depth)[None],
+            "forest_plan": ForestPlan(forest, device),
+        },
+        len(forest),
+        device,
+    )
+
+
+def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.device) -> ModelInput:
+    """Lay out a part of a mini-batch as rows padded on the right, for trunks that cannot take a forest.
+
+    Args:
+        rollouts: the whole mini-batch.
+        index: int64 [n], the rollouts of this micro-batch.
+        device: where the trunk is.
+    """
+    index = np.sort(index)
+    lengths = rollouts.lengths[index]
+    width = int(lengths.max())
+    tokens, offsets = ragged_take(rollouts.offsets, index)
+    # Token t of row i stands at i * width + t.
+    where = np.arange(len(tokens)) + np.repeat(np.arange(len(index)) * width - offsets[:-1], lengths)
+    ids = np.zeros(len(index) * width, dtype=np.int64)
+    seen = np.zeros(len(index) * width, dtype=np.int64)
+    ids[where] = rollouts.input_ids[tokens]
+    seen[where] = 1
+    arguments = {
+        "input_ids": _on(device, ids).view(len(index), width),
+        "attention_mask": _on(device, seen).view(len(index), width),
+    }
+    return _model_input(rollouts, index, where, arguments, len(index) * width, device)
+
+
+def _model_input(
+    rollouts: Rollouts,
+    index: NDArray[np.int64],
+    where: NDArray[np.int64],
+    trunk_arguments: dict[str, Any],
+    computed_tokens: int,
+    device: torch.device,
+) -> ModelInput:
+    tokens, _ = ragged_take(rollouts.offsets, index)
+    answered = np.flatnonzero(rollouts.response_mask[tokens])
+    # Shift by one: the state that chooses a token is the one before it. Token 0 is never a response token.
+    read, pair = np.unique(where[answered - 1], return_inverse=True)
+    return ModelInput(
+        trunk_arguments=trunk_arguments,
+        read=_on(device, read),
+        pair=_on(device, pair),
+        tokens=tokens[answered],
+        computed_tokens=computed_tokens,
+    )
+
+
+def _on(device: torch.device, array: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -1,0 +1,262 @@
+"""Open a Hugging Face directory as a critic: configuration first, weights when the data has been understood.
+
+Safetensors only, no remote code, no network. A value head that exists is loaded as it is and never made anew; one
+that does not exist is made by `fit` alone, and said aloud.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from critic_train.errors import ModelError
+from critic_train.model.attention import NAME
+from critic_train.model.critic import Critic, ValueHead
+
+HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
+"""Where frameworks keep a value head: Hugging Face, OpenRLHF, verl; xtuner; TRL; DeepSpeed-Chat; GPT-2's class."""
+
+DROPOUTS = (
+    "attention_dropout",
+    "attn_pdrop",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "resid_dropout",
+    "resid_pdrop",
+    "summary_dropout_prob",
+)
+
+transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model directory whose configuration has been read and found usable.
+
+    Attributes:
+        path: the directory.
+        config: its configuration, dropouts 0, one label.
+        architecture: the class it was saved from, as in "LlamaForCausalLM".
+        head: the prefix of its value head's tensors, or None where it has none.
+    """
+
+    path: Path
+    config: PreTrainedConfig
+    architecture: str
+    head: str | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids run from 0 to one below this."""
+        return int(self.config.vocab_size)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest rollout the model has positions for, in tokens."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def read_model(path: Path) -> ModelSource:
+    """Read a model directory's configuration and find its value head. No weights are loaded.
+
+    Raises:
+        ModelError: it is no usable directory, names the reason and what to do.
+    """
+    if not path.is_dir():
+        raise ModelError(
+            f"no model directory at {path}",
+            hint="--model takes a run, a checkpoint or a Hugging Face directory",
+        )
+    raw = _raw_config(path)
+    files = _weight_files(path)
+    config = prepare_config(_parsed_config(path, raw))
+    architecture = str((raw.get("architectures") or [""])[0])
+    source = ModelSource(
+        path=path,
+        config=config,
+        architecture=architecture,
+        head=_find_head(path, files, raw.get("value_head_prefix")),
+    )
+    claims_head = architecture.endswith(
+        ("ForTokenClassification", "ForSequenceClassification", "CriticModel")
+    )
+    if source.head is None and claims_head:
+        raise ModelError(
+            f"{path}: a {architecture} has a value head, but its weights hold none "
+            f"(looked for {', '.join(f'{name}.weight' for name in HEAD_NAMES)})",
+            hint="point --model at the directory that holds the head, or at the causal LM it was made from",
+        )
+    return source
+
+
+def load_critic(source: ModelSource) -> Critic:
+    """The critic of a directory, weights in float32, on the CPU.
+
+    A missing head is made at 0; the caller sets where it starts and says so.
+
+    Raises:
+        ModelError: weights are missing, damaged or of another shape than the configuration says.
+    """
+    try:
+        trunk, report = AutoModel.from_pretrained(
+            source.path,
+            config=source.config,
+            dtype=torch.float32,
+            attn_implementation=NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{source.path}: the weights cannot be loaded: {_first_line(error)}") from error
+    wrong = [f"{name}: missing" for name in sorted(report["missing_keys"])]
+    wrong += [
+        f"{name}: its shape differs from the configuration's"
+        for name in sorted(map(str, report["mismatched_keys"]))
+    ]
+    if wrong:
+        shown = "\n".join(f"  {line}" for line in wrong[:10])
+        raise ModelError(
+            f"{source.path}: {len(wrong)} weights do not fit the configuration\n{shown}",
+            hint="the directory is incomplete, or its config.json belongs to another model",
+        )
+    head = ValueHead(int(source.config.hidden_size))
+    head.start_at(0.0)
+    if source.head is not None:
+        _fill_head(head, source)
+    return Critic(trunk, head)
+
+
+def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
+    """A critic with fresh weights, drawn from `seed` without touching the global generator.
+
+    The head starts at 0; the caller sets where it starts.
+    """
+    config = prepare_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=NAME)
+    head = ValueHead(int(config.hidden_size))
+    head.start_at(0.0)
+    return Critic(trunk, head)
+
+
+def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set what a critic needs: one label, no dropout, no tied embeddings. Changes and returns `config`."""
+    config.num_labels = 1
+    for name in DROPOUTS:
+        if name in ("classifier_dropout", "hidden_dropout", "summary_dropout_prob") or hasattr(config, name):
+            setattr(config, name, 0.0)
+    config.tie_word_embeddings = False
+    config.use_cache = False
+    return config
+
+
+def _raw_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path} has no config.json",
+            hint="--model takes a run, a checkpoint or a Hugging Face directory with safetensors weights",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{file} holds no JSON object")
+    return raw
+
+
+def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a configuration it does not know
+        reason = (
+            "it asks for code of its own, which is never run" if raw.get("auto_map") else _first_line(error)
+        )
+        raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ModelError(
+            f"{path}: model_type {config.model_type!r} is not a text-only decoder",
+            hint="a critic reads token ids from left to right; take the language model out of a multimodal one first",
+        )
+    return config
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, by its index where there is one. No path leaves the directory."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read: {_first_line(error)}") from error
+        escaping = [name for name in names if Path(name).name != name]
+        if escaping:
+            raise ModelError(f"{index} names a file outside its directory: {escaping[0]!r}")
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+        raise ModelError(
+            f"{path} has no {missing[0]}" + (f" (found {', '.join(pickled[:3])})" if pickled else ""),
+            hint="weights are read from safetensors only: pickled files can run code. "
+            "Load the model in transformers and save it again with save_pretrained",
+        )
+    return [path / name for name in names]
+
+
+def _find_head(path: Path, files: list[Path], prefix: object) -> str | None:
+    names = (prefix, *HEAD_NAMES) if isinstance(prefix, str) else HEAD_NAMES
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                present = set(tensors.keys())
+                for name in names:
+                    if f"{name}.weight" in present:
+                        shapes[name] = tensors.get_slice(f"{name}.weight").get_shape()
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} is damaged or no safetensors file: {_first_line(error)}") from error
+    for name in names:
+        if name in shapes:
+            if len(shapes[name]) != 2 or shapes[name][0] != 1:
+                raise ModelError(
+                    f"{path}: {name}.weight has shape {shapes[name]}; a value head has [1, hidden_size]",
+                    hint="a classifier with several labels is no critic; start from its causal LM instead",
+                )
+            return name
+    return None
+
+
+def _fill_head(head: ValueHead, source: ModelSource) -> None:
+    with torch.no_grad():
+        for file in _weight_files(source.path):
+            with safe_open(file, framework="pt") as tensors:
+                present = set(tensors.keys())
+                for part, target in (("weight", head.weight), ("bias", head.bias)):
+                    name = f"{source.head}.{part}"
+                    if name not in present:
+                        continue
+                    stored = tensors.get_tensor(name)
+                    if stored.numel() != target.numel():
+                        raise ModelError(
+                            f"{source.path}: {name} has shape {list(stored.shape)}, expected {list(target.shape)}"
+                        )
+                    target.copy_(stored.reshape(target.shape))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,77 @@
+"""Write a critic as a directory that transformers, verl and OpenRLHF load.
+
+The target is `AutoModelForTokenClassification` with one label: trunk, `score.weight` [1, H], `score.bias` [1]. Where
+transformers has no such class for an architecture, the trunk's own class is written with the same two tensors
+beside it: critic-train loads it, and `AutoModel` loads its trunk.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+from critic_train.model.critic import Critic
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def exported_class(critic: Critic) -> str:
+    """The class a checkpoint of this critic will name, as in "LlamaForTokenClassification"."""
+    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(critic.trunk.config), None)
+    return type(critic.trunk).__name__ if kind is None else str(kind.__name__)
+
+
+def loads_for_token_classification(critic: Critic) -> bool:
+    """Whether `AutoModelForTokenClassification` (and so verl) will load this critic's checkpoints."""
+    return type(critic.trunk.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+
+def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) -> None:
+    """Write weights (safetensors, sharded when large), config.json and the tokenizer's files.
+
+    Args:
+        critic: what to write.
+        directory: an existing, empty directory.
+        tokenizer_from: the model directory whose tokenizer files are copied, if any.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    critic.trunk.config.value_head_prefix = "score"
+    if loads_for_token_classification(critic):
+        _as_token_classifier(critic).save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
+    else:
+        tensors = dict(critic.trunk.state_dict())
+        tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
+        critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
+    if tokenizer_from is not None:
+        for name in TOKENIZER_FILES:
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, directory / name)
+
+
+def _as_token_classifier(critic: Critic) -> nn.Module:
+    """transformers' own class around this critic's tensors, so that its own writer names and converts them."""
+    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(critic.trunk.config)]
+    with torch.device("meta"):
+        wrapper = kind(critic.trunk.config)
+    setattr(wrapper, kind.base_model_prefix, critic.trunk)
+    head = next(name for name, child in wrapper.named_children() if isinstance(child, nn.Linear))
+    setattr(wrapper, head, critic.head)
+    wrapper.config.value_head_prefix = head
+    return wrapper  # type: ignore[no-any-return]

@@ -1,0 +1,71 @@
+"""Cut a mini-batch into micro-batches of at most `max_tokens` computed tokens."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.model.forest import PrefixOrder, prefix_order
+from critic_train.rollouts import Rollouts
+
+
+def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrder]:
+    """Pack the prefix trees of a mini-batch, first-fit decreasing.
+
+    Trees stay whole where they fit. One that is larger than the budget is cut between rollouts, at the cost of
+    computing the prefix at each cut again; a single rollout longer than the budget goes alone.
+
+    Args:
+        rollouts: the mini-batch.
+        max_tokens: forest positions a micro-batch may hold.
+
+    Returns:
+        The micro-batches; together they hold every rollout once.
+    """
+    order = prefix_order(rollouts)
+    lengths = rollouts.lengths[order.index]
+    own = lengths - order.shared
+    trees: list[tuple[int, int, int]] = []  # size, first and last+1 place in `order`
+    start = size = 0
+    for place in range(len(order)):
+        whole = order.shared[place] == 0
+        if place and (whole or size + own[place] > max_tokens):
+            trees.append((size, start, place))
+            start, size = place, 0
+        size += int(lengths[place] if place == start else own[place])
+    trees.append((size, start, len(order)))
+    bins = first_fit_decreasing([tree[0] for tree in trees], max_tokens)
+    return [_part(order, [trees[t][1:] for t in sorted(members)]) for members in bins]
+
+
+def row_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[NDArray[np.int64]]:
+    """Group rollouts of like length into padded rows of at most `max_tokens` computed tokens, padding included."""
+    lengths = rollouts.lengths
+    by_length = np.argsort(-lengths, kind="stable")
+    batches: list[NDArray[np.int64]] = []
+    start = 0
+    while start < len(by_length):
+        rows = max(1, max_tokens // int(lengths[by_length[start]]))
+        batches.append(by_length[start : start + rows])
+        start += rows
+    return batches
+
+
+def first_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Bins of item numbers; an item larger than the capacity has a bin of its own."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = next((b for b, left in enumerate(room) if left >= sizes[item]), None)
+        if place is None:
+            bins.append([])
+            room.append(capacity)
+            place = len(bins) - 1
+        bins[place].append(item)
+        room[place] -= sizes[item]
+    return bins
+
+
+def _part(order: PrefixOrder, places: list[tuple[int, int]]) -> PrefixOrder:
+    """Some trees of an order; the first rollout of each shares nothing with what stands before it."""
+    index = np.concatenate([order.index[start:stop] for start, stop in places])
+    shared = np.concatenate([np.append(0, order.shared[start + 1 : stop]) for start, stop in places])
+    return PrefixOrder(index=index, shared=shared)
