@@ -1,0 +1,177 @@
+"""What the judge has taken in: rollouts, returns and predictions, as sums and as token columns set aside."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.errors import DataError, ModelError
+from critic_train.judging.metrics import Population
+from critic_train.judging.moments import Floats, Integers, Moments
+from critic_train.judging.ranks import RankCorrelation
+from critic_train.judging.spool import Column, Spool, block_slices
+from critic_train.judging.statistics import Cells, PredictionSums, RolloutMoments, RolloutTable
+from critic_train.rollouts import Rollouts
+
+RETURNS, STORED = "returns", "stored"
+CRITIC = "critic:"  # keeps a critic that is called "stored" apart from the baseline
+
+
+class Evidence:
+    """Takes in rollouts and critics' values; critics are known here by CRITIC and their name."""
+
+    def __init__(
+        self, critics: Sequence[str], *, cliprange_value: float | None, by: Sequence[str], positions: int
+    ) -> None:
+        self._critics = list(critics)
+        self._cliprange = cliprange_value
+        self._positions = positions
+        self._table = RolloutTable(list(dict.fromkeys(by)))
+        self._returns = RolloutMoments(positions)
+        self._sums = {
+            name: PredictionSums(positions, cliprange_value) for name in [STORED, *(CRITIC + c for c in critics)]
+        }
+        self._spool = Spool([RETURNS, *self._sums])
+        self.has_stored = True
+        self.smallest_return, self.largest_return = float("inf"), float("-inf")
+
+    def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """See Judge.add."""
+        lengths = rollouts.response_counts
+        kept = np.flatnonzero(lengths)
+        lengths = lengths[kept]
+        labels = {name: self._label(rollouts, name)[kept] for name in self._table.columns}
+        columns = self._columns(rollouts, values)
+        for name, column in columns.items():
+            require_finite(name, column, rollouts.row[kept], lengths)
+        self.has_stored &= STORED in columns
+        if not len(kept):
+            return
+        self._table.add(rollouts.group[kept], rollouts.row[kept], lengths, labels)
+        for name, column in columns.items():
+            self._spool.append(name, column)
+        returns = columns[RETURNS]
+        self.smallest_return = min(self.smallest_return, float(returns.min()))
+        self.largest_return = max(self.largest_return, float(returns.max()))
+        # In blocks that stay in the processor's cache.
+        ends = np.append(0, np.cumsum(lengths))
+        for part in block_slices(lengths):
+            tokens = slice(ends[part.start], ends[part.stop])
+            self._add_block({name: c[tokens] for name, c in columns.items()}, lengths[part])
+
+    def _add_block(self, columns: dict[str, Column], lengths: Integers) -> None:
+        cells = Cells.of(lengths, self._positions)
+        wide = {name: column.astype(np.float64) for name, column in columns.items()}
+        g, old = wide.pop(RETURNS), wide.get(STORED)
+        self._returns.add(g, cells)
+        for name, v in wide.items():
+            self._sums[name].add(v, g, old, cells)
+
+    def _columns(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> dict[str, Column]:
+        """Name -> float32 [response tokens]."""
+        if set(values) != set(self._critics):
+            raise ValueError(f"values of {sorted(self._critics)} expected, not of {sorted(values)}")
+        whole = {RETURNS: rollouts.returns} | {CRITIC + name: values[name] for name in self._critics}
+        if rollouts.values is not None and self.has_stored:
+            whole[STORED] = rollouts.values
+        for name, column in whole.items():
+            if column.shape != rollouts.response_mask.shape:
+                raise ValueError(f"{name}: shape {column.shape}, not {rollouts.response_mask.shape}")
+        tokens = np.flatnonzero(rollouts.response_mask)
+        return {name: column[tokens].astype(np.float32, copy=False) for name, column in whole.items()}
+
+    @staticmethod
+    def _label(rollouts: Rollouts, name: str) -> NDArray[np.generic]:
+        if name not in rollouts.labels:
+            there = ", ".join(rollouts.labels) or "none"
+            raise DataError(
+                f"no column {name!r} to judge by; columns with one value a rollout: {there}",
+                hint="name one of these columns, or add the column to every shard",
+            )
+        return rollouts.labels[name]
+
+    def predictions(self) -> dict[str, PredictionSums]:
+        """Stored values, where every batch had them, then critics."""
+        return {name: s for name, s in self._sums.items() if name != STORED or self.has_stored}
+
+    def returns(self) -> Moments:
+        """Moments of each rollout's returns, in order of arrival."""
+        return self._returns.moments(self._table.counts)
+
+    def population(self) -> Population:
+        """The rollouts sorted by prompt group and place in the data set."""
+        group, row = self._table.group, self._table.row
+        order = np.lexsort((row, group))
+        keys, index = np.unique(group[order], return_inverse=True)
+        labels = {name: self._table.labels(name) for name in self._table.columns}
+        return Population(
+            order=order,
+            group=index.astype(np.int64),
+            groups=len(keys),
+            returns=self.returns()[order],
+            by_position=self._returns.by_position,
+            slices={name: (values, place[order]) for name, (values, place) in labels.items()},
+        )
+
+    def replay(self, fixed: Mapping[str, Floats]) -> dict[str, PredictionSums]:
+        """Sums of predictions that are known only now: one value a rollout.
+
+        Args:
+            fixed: name -> float64 [m], in order of arrival.
+        """
+        sums = {name: PredictionSums(self._positions, self._cliprange) for name in fixed}
+        lengths = self._table.counts
+        stored = self._spool.blocks(STORED, lengths) if self.has_stored else None
+        returns = self._spool.blocks(RETURNS, lengths)
+        for part, block in zip(block_slices(lengths), returns, strict=True):
+            cells = Cells.of(lengths[part], self._positions)
+            g = block.astype(np.float64)
+            old = None if stored is None else next(stored).astype(np.float64)
+            for name, values in fixed.items():
+                sums[name].add(np.repeat(values[part], lengths[part]), g, old, cells)
+        return sums
+
+    def spearman(self, fixed: Mapping[str, Floats]) -> dict[str, float | None]:
+        """Spearman's correlation of each prediction with the returns; `fixed` as for `replay`."""
+        lengths = self._table.counts
+        ranks = RankCorrelation(lambda: self._spool.blocks(RETURNS, lengths), int(lengths.sum()))
+
+        def repeated(values: Floats) -> Iterator[Column]:
+            for part in block_slices(lengths):
+                # To float32 as all values: means that differ only by rounding are ties.
+                yield np.repeat(values[part].astype(np.float32), lengths[part])
+
+        figures = {}
+        for name in self.predictions():
+            figures[name] = ranks.against(lambda name=name: self._spool.blocks(name, lengths))  # type: ignore[misc]
+        for name, values in fixed.items():
+            figures[name] = ranks.against(lambda values=values: repeated(values))  # type: ignore[misc]
+        return figures
+
+
+def require_finite(name: str, column: Column, row: Integers, lengths: Integers) -> None:
+    """Refuse NaN and infinity, naming the first.
+
+    Args:
+        name: of the column.
+        column: float32 [T], response tokens of m rollouts.
+        row: int64 [m], their places in the data set.
+        lengths: int64 [m], their response tokens.
+    """
+    finite = np.isfinite(column)
+    if finite.all():
+        return
+    token = int(np.argmin(finite))
+    ends = np.cumsum(lengths)
+    rollout = int(np.searchsorted(ends, token, side="right"))
+    inside = token - int(ends[rollout] - lengths[rollout])
+    where = (
+        f"rollout {int(row[rollout])}, response token {inside}: found {column[token]}, expected a finite number"
+        f" ({int(np.count_nonzero(~finite))} such tokens in this batch)"
+    )
+    if name.startswith(CRITIC):
+        raise ModelError(
+            f"critic {name.removeprefix(CRITIC)}: {where}",
+            hint="its weights may not be finite, or --precision bf16 overflows; try --precision fp32",
+        )
+    raise DataError(f"{'values' if name == STORED else name}: {where}")
