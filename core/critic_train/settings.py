@@ -18,9 +18,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
-def setting(
-    default: Any, help: str, *, panel: str, metavar: str | None = None, flag: str | None = None
-) -> Any:
+def setting(default: Any, help: str, *, panel: str, metavar: str | None = None, flag: str | None = None) -> Any:
     """A dataclass field that carries its own help.
 
     Args:
@@ -60,9 +58,7 @@ class FitSettings:
         panel="Data",
         metavar="NAME=COLUMN",
     )
-    on_bad_rows: OnBadRows = setting(
-        "fail", "Stop at rows that cannot be used, or leave them out.", panel="Data"
-    )
+    on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
 
     model: str | None = setting(
         None,
@@ -70,15 +66,11 @@ class FitSettings:
         panel="Model",
         metavar="DIR",
     )
-    preset: Preset = setting(
-        "small", "Size of the transformer trained from scratch without --model.", panel="Model"
-    )
+    preset: Preset = setting("small", "Size of the transformer trained from scratch without --model.", panel="Model")
     packing: Packing = setting(
         "auto", "Lay rollouts out as a forest of shared prefixes, or as padded rows.", panel="Model"
     )
-    precision: Precision = setting(
-        "fp32", "Compute precision; weights, head and loss stay in float32.", panel="Model"
-    )
+    precision: Precision = setting("fp32", "Compute precision; weights, head and loss stay in float32.", panel="Model")
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, ...", panel="Model")
 
     old_values: OldValues = setting(
@@ -93,10 +85,10 @@ class FitSettings:
         None, "Divisor of seq-mean-token-sum-norm; that mode needs it.", panel="Loss"
     )
 
-    epochs: int = setting(1, "Passes over the rollouts.", panel="Training")
-    max_steps: int | None = setting(
-        None, "Stop after this many steps, whatever --epochs says.", panel="Training"
+    epochs: int | None = setting(
+        None, "Passes over the rollouts. [default: 2, or as many as --max-steps needs]", panel="Training"
     )
+    max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")
     batch_size: int = setting(64, "Rollouts a step; prompt groups stay together.", panel="Training")
     max_tokens: int = setting(
         4096, "Tokens through the model at once; bounds memory, never changes the result.", panel="Training"
@@ -115,9 +107,7 @@ class FitSettings:
     warmup_steps: int | None = setting(
         None, "Steps over which the learning rate rises. [default: 3 % of the run]", panel="Training"
     )
-    lr_schedule: Schedule = setting(
-        "cosine", "How the learning rate falls after the warm-up.", panel="Training"
-    )
+    lr_schedule: Schedule = setting("cosine", "How the learning rate falls after the warm-up.", panel="Training")
     grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns the clip off.", panel="Training")
     seed: int = setting(0, "Seed of the split, the order and the initial weights.", panel="Training")
 
@@ -127,9 +117,7 @@ class FitSettings:
     eval_every: int | None = setting(
         None, "Steps between evaluations on held-out rollouts. [default: a tenth of the run]", panel="Run"
     )
-    checkpoint_every: int = setting(
-        200, "Steps between checkpoints; the last step always writes one.", panel="Run"
-    )
+    checkpoint_every: int = setting(200, "Steps between checkpoints; the last step always writes one.", panel="Run")
     keep: int = setting(2, "Newest checkpoints kept, besides the best.", panel="Run")
     log_every: int = setting(10, "Steps between plain progress lines when not on a terminal.", panel="Run")
 
@@ -141,15 +129,11 @@ class FitSettings:
                 wrong.append(rule)
 
         require(bool(self.data), "--data is needed: a folder, a Parquet file or a glob")
-        require(
-            0.0 <= self.val_fraction < 1.0, f"--val-fraction must be in [0, 1), not {self.val_fraction:g}"
-        )
+        require(0.0 <= self.val_fraction < 1.0, f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
         wrong += column_faults(self.column)
-        for name in ("epochs", "batch_size", "max_tokens", "checkpoint_every", "keep", "log_every"):
-            require(
-                getattr(self, name) >= 1, f"{flag_of(name)} must be at least 1, not {getattr(self, name)}"
-            )
-        for name in ("max_steps", "eval_every"):
+        for name in ("batch_size", "max_tokens", "checkpoint_every", "keep", "log_every"):
+            require(getattr(self, name) >= 1, f"{flag_of(name)} must be at least 1, not {getattr(self, name)}")
+        for name in ("epochs", "max_steps", "eval_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{flag_of(name)} must be at least 1, not {value}")
         for name in ("weight_decay", "grad_clip", "seed"):
@@ -160,9 +144,7 @@ class FitSettings:
             )
         for name in ("lr", "head_lr"):
             value = getattr(self, name)
-            require(
-                value is None or 0 <= value < float("inf"), f"{flag_of(name)} must be at least 0, not {value}"
-            )
+            require(value is None or 0 <= value < float("inf"), f"{flag_of(name)} must be at least 0, not {value}")
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"--warmup-steps must be at least 0, not {self.warmup_steps}",
@@ -203,18 +185,14 @@ class EvalSettings:
         panel="Model",
         metavar="DIR",
     )
-    by: list[str] = setting(
-        [], "Also judge per value of this column; repeatable.", panel="Judgement", metavar="COLUMN"
-    )
+    by: list[str] = setting([], "Also judge per value of this column; repeatable.", panel="Judgement", metavar="COLUMN")
     column: list[str] = setting(
         [],
         "Read a column under another name, as in returns=my_returns; repeatable.",
         panel="Data",
         metavar="NAME=COLUMN",
     )
-    on_bad_rows: OnBadRows = setting(
-        "fail", "Stop at rows that cannot be used, or leave them out.", panel="Data"
-    )
+    on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
     cliprange_value: float = setting(
         0.5,
         "The clip's half-width eps around the stored values, for value_loss and clipfrac.",

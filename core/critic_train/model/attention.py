@@ -8,6 +8,7 @@ Segment by segment: the queries are one rollout's own tokens, the keys are its p
 sees the whole path, so the causal mask is aligned at the lower right.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class ForestPlan:
                 cuts.update((start, stop))
         bounds = sorted(cuts | {0})
         piece_of = {start: piece for piece, start in enumerate(bounds)}
-        self.piece_sizes = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.piece_sizes = [stop - start for start, stop in pairwise(bounds)]
         self.query_sizes = [segment.own_length for segment in forest.segments]
         self.paths = [
             [piece for start, stop in segment.path for piece in range(piece_of[start], piece_of[stop])]

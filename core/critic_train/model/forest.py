@@ -12,6 +12,7 @@ from the common prefixes of neighbours alone. `end` is FlashMask's column-wise r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +92,7 @@ def prefix_order(rollouts: Rollouts) -> PrefixOrder:
     """
     offsets = rollouts.offsets.tolist()
     keys = rollouts.input_ids.astype(">u4").tobytes()
-    rows = [keys[4 * start : 4 * stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    rows = [keys[4 * start : 4 * stop] for start, stop in pairwise(offsets)]
     index = sorted(range(len(rows)), key=rows.__getitem__)
     shared = np.zeros(len(index), dtype=np.int64)
     ids = rollouts.input_ids

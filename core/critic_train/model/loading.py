@@ -34,8 +34,8 @@ DROPOUTS = (
     "summary_dropout_prob",
 )
 
-transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +86,7 @@ def read_model(path: Path) -> ModelSource:
         architecture=architecture,
         head=_find_head(path, files, raw.get("value_head_prefix")),
     )
-    claims_head = architecture.endswith(
-        ("ForTokenClassification", "ForSequenceClassification", "CriticModel")
-    )
+    claims_head = architecture.endswith(("ForTokenClassification", "ForSequenceClassification", "CriticModel"))
     if source.head is None and claims_head:
         raise ModelError(
             f"{path}: a {architecture} has a value head, but its weights hold none "
@@ -121,8 +119,7 @@ def load_critic(source: ModelSource) -> Critic:
         raise ModelError(f"{source.path}: the weights cannot be loaded: {_first_line(error)}") from error
     wrong = [f"{name}: missing" for name in sorted(report["missing_keys"])]
     wrong += [
-        f"{name}: its shape differs from the configuration's"
-        for name in sorted(map(str, report["mismatched_keys"]))
+        f"{name}: its shape differs from the configuration's" for name in sorted(map(str, report["mismatched_keys"]))
     ]
     if wrong:
         shown = "\n".join(f"  {line}" for line in wrong[:10])
@@ -182,9 +179,7 @@ def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a configuration it does not know
-        reason = (
-            "it asks for code of its own, which is never run" if raw.get("auto_map") else _first_line(error)
-        )
+        reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else _first_line(error)
         raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise ModelError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from critic_train.model.critic import Critic
@@ -65,7 +66,7 @@ def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) ->
                 shutil.copyfile(tokenizer_from / name, directory / name)
 
 
-def _as_token_classifier(critic: Critic) -> nn.Module:
+def _as_token_classifier(critic: Critic) -> PreTrainedModel:
     """transformers' own class around this critic's tensors, so that its own writer names and converts them."""
     kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(critic.trunk.config)]
     with torch.device("meta"):
@@ -74,4 +75,4 @@ def _as_token_classifier(critic: Critic) -> nn.Module:
     head = next(name for name, child in wrapper.named_children() if isinstance(child, nn.Linear))
     setattr(wrapper, head, critic.head)
     wrapper.config.value_head_prefix = head
-    return wrapper  # type: ignore[no-any-return]
+    return wrapper

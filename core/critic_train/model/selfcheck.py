@@ -65,11 +65,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
         difference = None
     else:
         difference = float((together - alone).abs().max() / alone.abs().max())
-        reason = (
-            ""
-            if difference <= TOLERANCE
-            else f"hidden states differ by {difference:.1e} from rollouts run alone"
-        )
+        reason = "" if difference <= TOLERANCE else f"hidden states differ by {difference:.1e} from rollouts run alone"
     if not reason:
         return PackingChoice(forest=True, difference=difference)
     kind = critic.trunk.config.model_type

@@ -89,9 +89,7 @@ def value_loss(
     if old_values is None or cliprange_value is None:
         zero = torch.zeros((), dtype=torch.int64, device=values.device)
         return ValueLoss(loss=0.5 * (weights * squared).sum(), clipped=zero, saturated=zero)
-    clipped_values = torch.maximum(
-        torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value
-    )
+    clipped_values = torch.maximum(torch.minimum(values, old_values + cliprange_value), old_values - cliprange_value)
     squared_clipped = (clipped_values - returns).square()
     worse = squared_clipped > squared
     loss = 0.5 * (weights * torch.maximum(squared, squared_clipped)).sum()

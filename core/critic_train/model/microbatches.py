@@ -1,10 +1,30 @@
 """Cut a mini-batch into micro-batches of at most `max_tokens` computed tokens."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.model.compute import Compute
 from critic_train.model.forest import PrefixOrder, prefix_order
+from critic_train.model.inputs import ModelInput, forest_input, rows_input
 from critic_train.rollouts import Rollouts
+
+
+def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
+    """The micro-batches of a mini-batch, laid out one at a time on the device.
+
+    Args:
+        rollouts: the mini-batch.
+        compute: device and token budget.
+        forest: as a forest, or as padded rows.
+    """
+    if forest:
+        for order in forest_micro_batches(rollouts, compute.max_tokens):
+            yield forest_input(rollouts, order, compute.device)
+    else:
+        for index in row_micro_batches(rollouts, compute.max_tokens):
+            yield rows_input(rollouts, index, compute.device)
 
 
 def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrder]:

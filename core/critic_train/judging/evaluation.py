@@ -1,0 +1,143 @@
+"""`critic-train eval`, from top to bottom: read, check, predict, judge."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from critic_train.data.reading import RolloutReader, RowLimits
+from critic_train.data.shards import Shard, find_shards, fingerprint
+from critic_train.errors import DataError, ModelError
+from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.judging.judge import Judge
+from critic_train.judging.words import in_words
+from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.critic import Critic
+from critic_train.model.loading import ModelSource, load_critic, read_model
+from critic_train.model.predicting import predict_values
+from critic_train.model.selfcheck import choose_packing
+from critic_train.rollouts import Rollouts
+from critic_train.run.checkpoint import resolve_model
+from critic_train.settings import EvalSettings, column_renames
+from critic_train.stopping import StopRequest
+
+STORED = "stored"
+"""The name under which the shards' own values are judged."""
+
+
+def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
+    """Judge critics, or the stored values, on rollouts. Streams: memory does not grow with the data.
+
+    All rows are read and checked before any model runs, so that a bad row is reported at once.
+
+    Args:
+        settings: what to judge and on what.
+        stop: looked at between micro-batches and batches of rows.
+
+    Yields:
+        Progress and notices; RunEnded last, whose result is the verdict (see `Judge.verdict`) with the first
+        critic's metrics at the top level, "data", "models" and "words" added.
+
+    Raises:
+        CriticTrainError: a fault that the user can mend.
+    """
+    compute = Compute(
+        device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
+    )
+    shards = find_shards(settings.data)
+    sources = {name: _readable_model(Path(name)) for name in dict.fromkeys(settings.model)}
+    reader = _reader(settings, shards, list(sources.values()))
+    total = sum(shard.num_rows for shard in shards)
+    has_values = True
+    for batch in reader:
+        if stop.requested:
+            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+            return
+        has_values = has_values and batch.values is not None
+        yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
+    for sentence in reader.notices:
+        yield Notice(message=sentence)
+    if not has_values and not sources:
+        raise DataError(
+            "the shards store no values, and no --model was given: there is nothing to judge",
+            hint="--model RUN judges a critic; --column values=NAME reads stored values under another name",
+        )
+    if not has_values:
+        yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
+    names = list(sources) or [STORED]
+    judge = Judge(
+        names,
+        cliprange_value=settings.cliprange_value,
+        by=settings.by,
+        resamples=settings.resamples,
+        seed=settings.seed,
+    )
+    critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
+    forest: dict[str, bool] = {}
+    for batch in reader:
+        if not forest:
+            for name, critic in critics.items():
+                choice = choose_packing(critic, batch, settings.packing)
+                forest[name] = choice.forest
+                if choice.reason:
+                    yield Notice(message=choice.reason, level="warning")
+        values = _values(critics, batch, compute, forest, stop)
+        if values is None or stop.requested:
+            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+            return
+        judge.add(batch, values)
+        yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
+    yield RunEnded(status="finished", result=_result(settings, shards, names, judge, reader))
+
+
+def _readable_model(path: Path) -> ModelSource:
+    source = read_model(resolve_model(path))
+    if source.head is None:
+        raise ModelError(
+            f"{path} has no value head: it predicts no values",
+            hint=f"critic-train fit --model {path} --data ... makes a critic of it",
+        )
+    return source
+
+
+def _reader(settings: EvalSettings, shards: list[Shard], sources: list[ModelSource]) -> RolloutReader:
+    lengths = [source.max_length for source in sources if source.max_length is not None]
+    return RolloutReader(
+        shards,
+        renames=column_renames(settings.column),
+        on_bad_rows=settings.on_bad_rows,
+        limits=RowLimits(
+            vocab_size=min((source.vocab_size for source in sources), default=None),
+            max_length=min(lengths, default=None),
+        ),
+        labels=settings.by or None,
+        need_values=False,
+    )
+
+
+def _values(
+    critics: dict[str, Critic], batch: Rollouts, compute: Compute, forest: dict[str, bool], stop: StopRequest
+) -> dict[str, Any] | None:
+    if not critics:
+        return {STORED: batch.values}
+    found: dict[str, Any] = {}
+    for name, critic in critics.items():
+        found[name] = predict_values(critic, batch, compute, forest=forest[name], stop=stop)
+        if found[name] is None:
+            return None
+    return found
+
+
+def _result(
+    settings: EvalSettings, shards: list[Shard], names: list[str], judge: Judge, reader: RolloutReader
+) -> dict[str, Any]:
+    verdict = judge.verdict()
+    first = {key: value for key, value in verdict["critics"][names[0]].items() if key not in ("by_position", "by")}
+    return {
+        **first,
+        "data": settings.data,
+        "data_digest": fingerprint(shards)["digest"],
+        "models": settings.model,
+        "rows_left_out": reader.bad_rows.summary(),
+        **verdict,
+        "words": in_words(verdict),
+    }

@@ -1,0 +1,163 @@
+"""A run's directory: who holds it, what it was started with, what it has logged."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from critic_train.errors import ConfigError, MachineError
+from critic_train.run.durable import write_json
+from critic_train.settings import flag_of
+
+RESUMABLE = frozenset({"log_every", "keep", "checkpoint_every", "out"})
+"""Settings that may differ when a run is resumed: they change nothing in its result."""
+
+ROUNDING_ONLY = frozenset({"max_tokens", "device"})
+"""Settings that may differ at the price of bit-identity: sums are taken in another order."""
+
+
+class RunDirectory:
+    """A run directory held by this process, from `with` to its end.
+
+    Args:
+        path: the directory; created where it is missing.
+
+    Raises:
+        MachineError: it cannot be written, or another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.cache = path / "cache"
+        self._metrics: BinaryIO | None = None
+        self._timings: BinaryIO | None = None
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> "RunDirectory":
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+b")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MachineError(
+                f"{self.path} is in use by {self._holder()}", hint="wait for it, or give this run another --out"
+            ) from None
+        except OSError as error:
+            raise MachineError(f"the run directory {self.path} cannot be written: {error.strerror}") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock.flush()
+        for leftover in self.checkpoints.glob(".*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._metrics, self._timings, self._lock):
+            if file is not None:
+                file.close()
+
+    def _holder(self) -> str:
+        try:
+            return (self.path / ".lock").read_text().strip() or "another process"
+        except OSError:
+            return "another process"
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of the run (`run.json`, `result.json`), None where it does not stand or cannot be read."""
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Put a JSON object under its name, whole or not at all."""
+        write_json(self.path / name, value)
+
+    def open_logs(self, metrics_bytes: int) -> None:
+        """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""
+        self._metrics = (self.path / "metrics.jsonl").open("ab")
+        self._metrics.truncate(metrics_bytes)
+        self._metrics.seek(0, os.SEEK_END)
+        self._timings = (self.path / "timings.jsonl").open("ab")
+
+    def log_metrics(self, record: dict[str, Any]) -> None:
+        """Append one reproducible record."""
+        _append(self._metrics, record)
+
+    def log_timing(self, record: dict[str, Any]) -> None:
+        """Append one record of what differs from run to run: seconds, speed, memory."""
+        _append(self._timings, record)
+
+    def synced_metrics_bytes(self) -> int:
+        """Put metrics.jsonl on the disk and say how long it is."""
+        assert self._metrics is not None
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def point_best_at(self, checkpoint: Path) -> None:
+        """Make `best` a link to a checkpoint, at once."""
+        temporary = self.path / ".best.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path("checkpoints") / checkpoint.name)
+        temporary.replace(self.path / "best")
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint that `best` points at."""
+        link = self.path / "best"
+        return self.checkpoints / link.readlink().name if link.is_symlink() else None
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> list[str]:
+    """Compare what a run was started with and what it is asked to go on with.
+
+    Args:
+        before: run.json's `settings`, `data`, `val_data` and `model`.
+        now: the same of this command.
+        out: the run directory, for the message.
+
+    Returns:
+        Notices about changes that are allowed.
+
+    Raises:
+        ConfigError: something changed that the result depends on; every such thing is named.
+    """
+    refused: list[str] = []
+    notices: list[str] = []
+    old, new = before.get("settings", {}), now["settings"]
+    for name in new:
+        if name in RESUMABLE or old.get(name) == new[name]:
+            continue
+        line = f"{flag_of(name)} was {_shown(old.get(name))}, is now {_shown(new[name])}"
+        if name in ROUNDING_ONLY:
+            notices.append(f"{line}: the result may differ from the undisturbed run's by rounding")
+        else:
+            refused.append(line)
+    for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts"), ("model", "base model")):
+        if before.get(name) != now[name]:
+            refused.append(f"the {what} changed since the run began")
+    if refused:
+        raise ConfigError(
+            f"{out} holds a run that was started differently:\n" + "\n".join(f"  {line}" for line in refused),
+            hint="run the same command to resume it, or give this one another --out",
+        )
+    return notices
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _append(file: BinaryIO | None, record: dict[str, Any]) -> None:
+    assert file is not None, "open_logs comes first"
+    file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+    file.flush()

@@ -1,0 +1,235 @@
+"""The rollouts of a run: read and checked once, then at hand in any order without growing memory."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.data.order import split_groups
+from critic_train.data.reading import RolloutReader, RowLimits
+from critic_train.data.shards import Shard, find_shards, fingerprint
+from critic_train.data.spool import Spool, SpoolDamaged
+from critic_train.errors import DataError
+from critic_train.events import Event, Notice, Progress
+from critic_train.rollouts import Rollouts
+from critic_train.run.durable import write_json
+from critic_train.settings import FitSettings, column_renames
+from critic_train.stopping import StopRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSet:
+    """Some rollouts of a spool: the ones to train on, or the ones held out.
+
+    Attributes:
+        spool: where they are kept.
+        index: int64 [n], their places in the spool.
+    """
+
+    spool: Spool
+    index: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """int64 [n], the prompt group of each."""
+        return self.spool.groups[self.index]
+
+    @property
+    def response_tokens(self) -> int:
+        """Masked tokens of all of them."""
+        return int(self.spool.response_counts[self.index].sum())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all of them."""
+        return int(self.spool.lengths[self.index].sum())
+
+    @property
+    def mean_return(self) -> float:
+        """The mean return over masked tokens."""
+        return float(self.spool.return_sums[self.index].sum()) / self.response_tokens
+
+    def read(self, places: NDArray[np.int64], values_from: str | None = None) -> Rollouts:
+        """The rollouts at some places of this set."""
+        return self.spool.read(self.index[places], values_from=values_from)
+
+    def by_group(self, rollouts_at_once: int) -> Iterator[tuple[NDArray[np.int64], Rollouts]]:
+        """All of them, prompt groups together, in batches: (places, rollouts)."""
+        order = np.argsort(self.groups, kind="stable")
+        for start in range(0, len(order), rollouts_at_once):
+            places = order[start : start + rollouts_at_once]
+            yield places, self.read(places)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """What a run trains on and is judged on.
+
+    Attributes:
+        train: the rollouts to learn from.
+        held_out: the rollouts to judge on; None where there are none.
+        left_out: what was skipped on reading, by set, for the record.
+    """
+
+    train: RolloutSet
+    held_out: RolloutSet | None
+    left_out: dict[str, Any]
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest token id of all rollouts."""
+        sets = (self.train, self.held_out) if self.held_out is not None else (self.train,)
+        return max(s.spool.max_token_id for s in sets)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest rollout."""
+        sets = (self.train, self.held_out) if self.held_out is not None else (self.train,)
+        return max(s.spool.max_length for s in sets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunShards:
+    """The shards of a run, found but not yet read, with their fingerprints for run.json."""
+
+    data: list[Shard]
+    val_data: list[Shard]
+    data_fingerprint: dict[str, Any]
+    val_fingerprint: dict[str, Any] | None
+
+
+def find_run_shards(settings: FitSettings) -> RunShards:
+    """Find every shard that the settings name.
+
+    Raises:
+        DataError: a source is missing or a file is no Parquet; all of them are named.
+    """
+    data = find_shards(settings.data)
+    val_data = find_shards(settings.val_data) if settings.val_data else []
+    return RunShards(
+        data=data,
+        val_data=val_data,
+        data_fingerprint=fingerprint(data),
+        val_fingerprint=fingerprint(val_data) if val_data else None,
+    )
+
+
+def open_data(
+    settings: FitSettings, shards: RunShards, limits: RowLimits, cache: Path, stop: StopRequest
+) -> Iterator[Event | RunData]:
+    """Read all rollouts into the run's cache, or find them there, and split them.
+
+    Args:
+        settings: of the run.
+        shards: from `find_run_shards`.
+        limits: what the model can take.
+        cache: the run's cache directory.
+        stop: looked at between batches; when it is set the iterator ends without a RunData.
+
+    Yields:
+        Progress and notices, and last the RunData.
+
+    Raises:
+        DataError: rows cannot be used, or nothing is left to train on.
+    """
+    left_out: dict[str, Any] = {}
+    spools: dict[str, Spool] = {}
+    sources = (("train", shards.data, shards.data_fingerprint), ("val", shards.val_data, shards.val_fingerprint))
+    for name, files, digest in sources:
+        if not files:
+            continue
+        for event in _spool(name, files, digest or {}, settings, limits, cache, stop):
+            if isinstance(event, Spool):
+                spools[name] = event
+            else:
+                yield event
+        if name not in spools:
+            return
+        left_out[name] = json.loads((cache / name / "left_out.json").read_text(encoding="utf-8"))
+    everything = np.arange(spools["train"].num_rollouts, dtype=np.int64)
+    held_out: RolloutSet | None = None
+    if "val" in spools:
+        train = RolloutSet(spool=spools["train"], index=everything)
+        held_out = RolloutSet(spool=spools["val"], index=np.arange(spools["val"].num_rollouts, dtype=np.int64))
+    else:
+        kept, held = split_groups(spools["train"].groups, settings.val_fraction, settings.seed)
+        train = RolloutSet(spool=spools["train"], index=kept)
+        if len(held):
+            held_out = RolloutSet(spool=spools["train"], index=held)
+    if not len(train):
+        raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
+    yield RunData(train=train, held_out=held_out, left_out=left_out)
+
+
+def _spool(
+    name: str,
+    files: list[Shard],
+    digest: dict[str, Any],
+    settings: FitSettings,
+    limits: RowLimits,
+    cache: Path,
+    stop: StopRequest,
+) -> Iterator[Event | Spool]:
+    """Yields progress and notices, and last the Spool; none when asked to stop."""
+    directory = cache / name
+    read_as = {
+        "shards": digest,
+        "columns": settings.column,
+        "limits": [limits.vocab_size, limits.max_length],
+        "old_values": settings.old_values,
+        "on_bad_rows": settings.on_bad_rows,
+    }
+    known = directory / "read_as.json"
+    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) == read_as:
+        try:
+            yield Spool.open(directory)
+            return
+        except SpoolDamaged as fault:
+            yield Notice(message=f"the run's cache is read anew: {fault}", level="warning")
+    shutil.rmtree(directory, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    reader = RolloutReader(
+        files,
+        renames=column_renames(settings.column),
+        on_bad_rows=settings.on_bad_rows,
+        limits=limits,
+        need_values=settings.old_values == "column" and not settings.no_clip,
+    )
+    total = sum(shard.num_rows for shard in files)
+    stage = "reading rollouts" if name == "train" else "reading held-out rollouts"
+    done = 0
+    progress: list[Progress] = []
+
+    def watched() -> Iterator[Rollouts]:
+        nonlocal done
+        for batch in reader:
+            if stop.requested:
+                raise _StoppedError
+            done = int(batch.row[-1]) + 1 if len(batch) else done
+            progress.append(Progress(stage=stage, done=done, total=total))
+            yield batch
+
+    yield Progress(stage=stage, done=0, total=total)
+    try:
+        spool = Spool.write(directory, watched())
+    except _StoppedError:
+        return
+    yield Progress(stage=stage, done=total, total=total)
+    for sentence in reader.notices:
+        yield Notice(message=sentence)
+    summary = reader.bad_rows.summary()
+    write_json(directory / "left_out.json", summary)
+    write_json(known, read_as)
+    yield spool
+
+
+class _StoppedError(Exception):
+    """Reading was asked to stop."""

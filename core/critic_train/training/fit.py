@@ -1,0 +1,266 @@
+"""`critic-train fit`, from top to bottom: shards, model, plan, trainer, result."""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from critic_train import __version__
+from critic_train.data.reading import RowLimits
+from critic_train.events import Event, Notice, RunEnded, RunStarted
+from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.critic import Critic
+from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
+from critic_train.model.presets import preset_config
+from critic_train.model.saving import exported_class, loads_for_token_classification
+from critic_train.model.selfcheck import PackingChoice, choose_packing
+from critic_train.run.checkpoint import newest_checkpoint, read_state, resolve_model, set_aside
+from critic_train.run.directory import RunDirectory, refuse_changes
+from critic_train.run.model_digest import model_digest
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.dataset import RunData, find_run_shards, open_data
+from critic_train.training.optimizer import build_optimizer
+from critic_train.training.plan import TrainingPlan, make_plan
+from critic_train.training.step import LossRecipe
+from critic_train.training.trainer import Trainer
+
+LR_FROM_SCRATCH = 5e-4
+LR_FINE_TUNING = 1e-5
+LR_NEW_HEAD = 1e-3
+
+
+def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
+    """Train a critic, or go on with a run that was stopped.
+
+    Args:
+        settings: what to do.
+        stop: set it to have the run write a checkpoint and end.
+
+    Yields:
+        What happens; RunEnded last.
+
+    Raises:
+        CriticTrainError: a fault that the user can mend; the run directory stays usable.
+    """
+    began = time.monotonic()
+    compute = Compute(
+        device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
+    )
+    shards = find_run_shards(settings)
+    source = read_model(resolve_model(Path(settings.model))) if settings.model else None
+    with RunDirectory(run_path(settings)) as run:
+        record = {
+            "settings": {f.name: getattr(settings, f.name) for f in fields(settings)},
+            "data": shards.data_fingerprint,
+            "val_data": shards.val_fingerprint,
+            "model": model_digest(source.path) if source else None,
+        }
+        before = run.read_json("run.json")
+        if before is not None:
+            for message in refuse_changes(before, record, run.path):
+                yield Notice(message=message, level="warning")
+            result = run.read_json("result.json")
+            if result is not None:
+                yield RunEnded(status="already finished", result=result | {"status": "already finished"})
+                return
+        else:
+            run.write_json("run.json", record | {"versions": versions(), "threads": torch.get_num_threads()})
+        data: RunData | None = None
+        for event in open_data(settings, shards, _limits(source), run.cache, stop):
+            if isinstance(event, RunData):
+                data = event
+            else:
+                yield event
+        if data is None:
+            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+            return
+        trainer: Trainer | None = None
+        for made in _prepare(settings, run, data, source, compute, stop):
+            if isinstance(made, Trainer):
+                trainer = made
+            else:
+                yield made
+        assert trainer is not None
+        yield from trainer.train()
+        if stop.requested:
+            yield RunEnded(
+                status="interrupted", result=_result(trainer, began, "interrupted"), signal_number=stop.signal_number
+            )
+            return
+        result = _result(trainer, began, "finished")
+        run.write_json("result.json", result)
+        yield RunEnded(status="finished", result=result)
+
+
+def run_path(settings: FitSettings) -> Path:
+    """Where the run goes: --out, or runs/ and the name of the first data folder or file."""
+    if settings.out is not None:
+        return Path(settings.out)
+    first = Path(settings.data[0])
+    parts = [part for part in first.parts if not any(c in part for c in "*?[")]
+    name = Path(*parts).resolve().name if parts else "rollouts"
+    return Path("runs") / (Path(name).stem or "rollouts")
+
+
+def versions() -> dict[str, str]:
+    """The versions a run was made with."""
+    names = ("torch", "transformers", "pyarrow", "numpy", "safetensors")
+    return {
+        "critic-train": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _limits(source: ModelSource | None) -> RowLimits:
+    if source is None:
+        return RowLimits()
+    return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LearningRates:
+    lr: float
+    head_lr: float
+
+
+def _prepare(
+    settings: FitSettings,
+    run: RunDirectory,
+    data: RunData,
+    source: ModelSource | None,
+    compute: Compute,
+    stop: StopRequest,
+) -> Iterator[Event | Trainer]:
+    """Model, plan, optimizer, and the checkpoint to go on from; yields notices, RunStarted and last the Trainer."""
+    checkpoint, damaged = newest_checkpoint(run.checkpoints)
+    for path, fault in damaged.items():
+        yield Notice(message=f"{path.name} is damaged ({fault}); kept as {set_aside(path).name}", level="warning")
+    new_head = source is None or source.head is None
+    yield from _head_notices(source, data, checkpoint)
+    critic = _critic(settings, data, source, checkpoint)
+    critic.to(compute.device).train()
+    if not loads_for_token_classification(critic):
+        yield Notice(
+            message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
+            f"are written as {exported_class(critic)} with score.weight and score.bias beside it. critic-train loads "
+            "them and AutoModel loads their trunk; verl does not",
+            level="warning",
+        )
+    plan = make_plan(settings, data.train.groups)
+    choice = choose_packing(critic, data.train.read(plan.mini_batch(0, 0)), settings.packing)
+    if choice.reason:
+        yield Notice(message=choice.reason, level="warning")
+    lr = settings.lr if settings.lr is not None else (LR_FINE_TUNING if source else LR_FROM_SCRATCH)
+    head_lr = settings.head_lr if settings.head_lr is not None else (max(lr, LR_NEW_HEAD) if new_head else lr)
+    clip = None if settings.no_clip or settings.old_values == "none" else settings.cliprange_value
+    trainer = Trainer(
+        settings=settings,
+        run=run,
+        data=data,
+        plan=plan,
+        critic=critic,
+        optimizer=build_optimizer(critic, lr=lr, head_lr=head_lr, weight_decay=settings.weight_decay),
+        compute=compute,
+        recipe=LossRecipe(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor),
+        forest=choice.forest,
+        tokenizer_from=source.path if source else None,
+        stop=stop,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        yield Notice(message=f"resuming from {checkpoint.name}")
+    run.open_logs(trainer.position.metrics_bytes)
+    if data.held_out is None:
+        yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")
+    yield RunStarted(
+        out=str(run.path),
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        first_step=trainer.position.step,
+        summary=_summary(settings, data, plan, critic, choice, _LearningRates(lr=lr, head_lr=head_lr), compute),
+    )
+    yield trainer
+
+
+def _head_notices(source: ModelSource | None, data: RunData, checkpoint: Path | None) -> Iterator[Event]:
+    if source is not None and source.head is None and checkpoint is None:
+        yield Notice(
+            message=f"{source.path} has no value head: a new one is made, weight 0 and bias "
+            f"{data.train.mean_return:.4g} (the mean return)"
+        )
+    elif source is not None and source.head is not None:
+        yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
+
+
+def _critic(settings: FitSettings, data: RunData, source: ModelSource | None, checkpoint: Path | None) -> Critic:
+    if checkpoint is not None:
+        return load_critic(read_model(checkpoint))
+    if source is not None:
+        critic = load_critic(source)
+        if source.head is None:
+            critic.head.start_at(data.train.mean_return)
+        return critic
+    config = preset_config(settings.preset, max_token_id=data.max_token_id, max_length=data.max_length)
+    critic = build_critic(config, settings.seed)
+    critic.head.start_at(data.train.mean_return)
+    return critic
+
+
+def _summary(
+    settings: FitSettings,
+    data: RunData,
+    plan: TrainingPlan,
+    critic: Critic,
+    choice: PackingChoice,
+    rates: _LearningRates,
+    compute: Compute,
+) -> dict[str, Any]:
+    held_out = data.held_out
+    skipped = sum(int(part.get("count", 0)) for part in data.left_out.values())
+    return {
+        "rollouts": len(data.train),
+        "prompt_groups": len(set(data.train.groups.tolist())),
+        "response_tokens": data.train.response_tokens,
+        "held_out_rollouts": len(held_out) if held_out else 0,
+        "rows_left_out": skipped,
+        "mean_return": data.train.mean_return,
+        "model": settings.model or f"{settings.preset} (from scratch)",
+        "architecture": exported_class(critic),
+        "parameters": sum(p.numel() for p in critic.parameters()),
+        "packing": "forest" if choice.forest else "rows",
+        "device": str(compute.device),
+        "precision": compute.precision,
+        "lr": rates.lr,
+        "head_lr": rates.head_lr,
+        "steps": plan.total_steps,
+        "warmup_steps": plan.warmup_steps,
+        "eval_every": plan.eval_every,
+    }
+
+
+def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
+    """What `--json` prints: how the run ended and how good its best critic is."""
+    best = trainer.run.best
+    judged = read_state(best)["last_evaluation"] if best is not None else trainer.last_evaluation
+    newest, _ = newest_checkpoint(trainer.run.checkpoints)
+    evaluation = {k: v for k, v in (judged or {}).items() if k not in ("by_position", "by")}
+    return {
+        "status": status,
+        "out": str(trainer.run.path),
+        "steps": trainer.position.step,
+        "total_steps": trainer.plan.total_steps,
+        "best_step": trainer.position.best_step,
+        "checkpoint": str(newest) if newest else None,
+        "best": str(trainer.run.path / "best") if best else None,
+        "training": trainer.last_metrics,
+        "rows_left_out": trainer.data.left_out,
+        **evaluation,
+        "elapsed_seconds": time.monotonic() - began,
+    }

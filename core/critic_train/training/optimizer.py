@@ -1,0 +1,87 @@
+"""Fused AdamW on float32 master weights, and learning rates that depend on the step alone."""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from critic_train.errors import ModelError
+from critic_train.model.critic import Critic
+from critic_train.settings import Schedule
+
+STATE_FILE = "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(critic: Critic, *, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over trunk and head; matrices of the trunk decay, vectors and the head do not.
+
+    Args:
+        critic: on its device.
+        lr: peak learning rate of the trunk.
+        head_lr: peak learning rate of the head.
+        weight_decay: decoupled decay of the trunk's matrices (Loshchilov & Hutter 2019).
+    """
+    trunk = [p for p in critic.trunk.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trunk if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p in trunk if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+        {"params": list(critic.head.parameters()), "lr": head_lr, "weight_decay": 0.0},
+    ]
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to its peak times `factor`; returns the trunk's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """The share of the peak learning rate at a step, a pure function of its arguments.
+
+    Args:
+        schedule: the shape after the warm-up; linear and cosine end at 0, one step after the last.
+        step: steps taken so far, 0 for the first.
+        total_steps: steps of the whole run.
+        warmup_steps: steps over which the rate rises linearly; the first step already moves.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
+    """Write both moments of every parameter, and the step count, as safetensors."""
+    tensors = {}
+    for name, parameter in critic.named_parameters():
+        state = optimizer.state.get(parameter)
+        if state:
+            tensors |= {f"{moment}.{name}": state[moment].contiguous() for moment in MOMENTS}
+            tensors[f"step.{name}"] = state["step"].reshape(1)
+    save_file(tensors, directory / STATE_FILE)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
+    """Put back what `save_optimizer` wrote.
+
+    Raises:
+        ModelError: the file belongs to another model.
+    """
+    tensors = load_file(directory / STATE_FILE)
+    for name, parameter in critic.named_parameters():
+        if f"step.{name}" not in tensors:
+            if tensors:
+                raise ModelError(f"{directory / STATE_FILE} holds no state of {name}: it belongs to another model")
+            continue
+        state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
+        # Fused AdamW keeps its step count beside the parameter, as a 0-d float32 tensor.
+        state["step"] = tensors[f"step.{name}"].reshape(()).to(parameter.device)
+        optimizer.state[parameter] = state

@@ -1,0 +1,134 @@
+"""One optimizer step: a mini-batch's gradient, gathered over its micro-batches."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from critic_train.errors import DivergedError
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.microbatches import micro_batches
+from critic_train.rollouts import Rollouts
+from critic_train.settings import LossAggMode
+from critic_train.stopping import StopRequest
+from critic_train.training.loss import token_weights, value_loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossRecipe:
+    """How the loss is made: the settings of the Loss panel, resolved.
+
+    Attributes:
+        cliprange_value: eps; None for no clip.
+        mode: the aggregation.
+        scale_factor: the divisor of seq-mean-token-sum-norm.
+    """
+
+    cliprange_value: float | None
+    mode: LossAggMode
+    scale_factor: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a mini-batch was and gave. Shares are of its masked tokens."""
+
+    value_loss: float
+    clipfrac: float
+    saturation: float
+    vpred_mean: float
+    response_tokens: int
+    rollout_tokens: int
+    computed_tokens: int
+
+
+def accumulate_gradient(
+    critic: Critic,
+    rollouts: Rollouts,
+    recipe: LossRecipe,
+    compute: Compute,
+    *,
+    forest: bool,
+    stop: StopRequest,
+) -> StepResult | None:
+    """Add the gradient of a whole mini-batch's loss to the critic's parameters.
+
+    The weights of the loss come from the whole mini-batch's mask, so micro-batch losses add up and neither
+    `max_tokens` nor packing nor the order of the rollouts changes the gradient (float rounding aside).
+
+    Args:
+        critic: on its device, gradients cleared.
+        rollouts: the mini-batch; its `values` are V_old.
+        recipe: the loss.
+        compute: device, precision and token budget.
+        forest: lay rollouts out as a forest, or as padded rows.
+        stop: looked at before every micro-batch.
+
+    Returns:
+        The mini-batch's figures, or None when asked to stop: the gradient is then incomplete.
+    """
+    per_rollout = token_weights(rollouts.response_counts, recipe.mode, recipe.scale_factor)
+    weights = np.repeat(per_rollout, rollouts.lengths).astype(np.float32)
+    totals = torch.zeros(4, dtype=torch.float64)
+    computed_tokens = 0
+    for batch in micro_batches(rollouts, compute, forest=forest):
+        if stop.requested:
+            return None
+        with compute.autocast():
+            values = critic(batch)
+        part = value_loss(
+            values,
+            _column(rollouts.returns[batch.tokens], compute),
+            None if rollouts.values is None else _column(rollouts.values[batch.tokens], compute),
+            _column(weights[batch.tokens], compute),
+            recipe.cliprange_value,
+        )
+        part.loss.backward()
+        figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum())
+        totals += torch.stack([figure.double() for figure in figures]).cpu()
+        computed_tokens += batch.computed_tokens
+    response_tokens = int(rollouts.response_mask.sum())
+    loss, clipped, saturated, summed = totals.tolist()
+    return StepResult(
+        value_loss=loss,
+        clipfrac=clipped / response_tokens,
+        saturation=saturated / response_tokens,
+        vpred_mean=summed / response_tokens,
+        response_tokens=response_tokens,
+        rollout_tokens=len(rollouts.input_ids),
+        computed_tokens=computed_tokens,
+    )
+
+
+def apply_gradient(critic: Critic, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
+    """Clip the gradient, step, and clear it.
+
+    Args:
+        critic: with the gradient of a whole mini-batch.
+        optimizer: with its learning rates set.
+        grad_clip: the largest norm; 0 turns the clip off.
+        loss: the mini-batch's loss, checked beside the gradient.
+
+    Returns:
+        The gradient's norm before the clip.
+
+    Raises:
+        DivergedError: the loss or the gradient is not finite. No step is taken.
+    """
+    parameters = [p for p in critic.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        optimizer.zero_grad(set_to_none=True)
+        raise DivergedError(
+            f"the loss is {loss} and the gradient norm {norm}: training diverged",
+            hint="the last checkpoint stands; a lower --lr, a --warmup-steps or --precision fp32 may help",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _column(array: np.ndarray[tuple[int], np.dtype[np.float32]], compute: Compute) -> torch.Tensor:
+    return torch.from_numpy(array).to(compute.device, non_blocking=True)

@@ -1,0 +1,248 @@
+"""The loop of a run: evaluate, checkpoint, step, until the plan is done or somebody asks to stop."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
+from critic_train.judging.judge import Judge
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.predicting import predict_values
+from critic_train.model.saving import save_critic
+from critic_train.rollouts import Rollouts
+from critic_train.run.checkpoint import checkpoint_step, prune, read_state, write_checkpoint
+from critic_train.run.directory import RunDirectory
+from critic_train.run.durable import write_json
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.dataset import RunData
+from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
+from critic_train.training.plan import TrainingPlan
+from critic_train.training.step import LossRecipe, StepResult, accumulate_gradient, apply_gradient
+
+ROLLOUTS_AT_ONCE = 512
+"""Rollouts read together for a pass without gradients; prompt groups stand together in it."""
+
+SATURATION_WORTH_A_WARNING = 0.2
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """Where a run stands; all that a checkpoint needs to remember besides weights and moments.
+
+    No random state is kept because none is used: the order of the rollouts is a function of (seed, epoch), dropout
+    is off, and initial weights are drawn once from the seed.
+
+    Attributes:
+        step: optimizer steps taken.
+        evaluated_step: the step of the last evaluation, -1 before the first.
+        best_step: the step with the best held-out explained variance so far, None while there is none.
+        best_explained_variance: its figure.
+        metrics_bytes: length of metrics.jsonl at the checkpoint.
+    """
+
+    step: int = 0
+    evaluated_step: int = -1
+    best_step: int | None = None
+    best_explained_variance: float | None = None
+    metrics_bytes: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """A critic, its optimizer and everything they need, at some position of a run."""
+
+    settings: FitSettings
+    run: RunDirectory
+    data: RunData
+    plan: TrainingPlan
+    critic: Critic
+    optimizer: torch.optim.AdamW
+    compute: Compute
+    recipe: LossRecipe
+    forest: bool
+    tokenizer_from: Path | None
+    stop: StopRequest
+    position: Position = field(default_factory=Position)
+    last_evaluation: dict[str, Any] | None = None
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    warned_of_saturation: bool = False
+
+    def resume(self, checkpoint: Path) -> None:
+        """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
+        load_optimizer(self.optimizer, self.critic, checkpoint)
+        state = read_state(checkpoint)
+        self.position = Position(**state["position"])
+        self.last_evaluation = state["last_evaluation"]
+        self.last_metrics = state["last_metrics"]
+
+    def train(self) -> Iterator[Event]:
+        """Run to the end of the plan, or until asked to stop; a checkpoint stands at either."""
+        while True:
+            if self._evaluation_is_due():
+                yield from self._evaluate()
+            if self.stop.requested or self._checkpoint_is_due():
+                yield from self._checkpoint()
+            if self.stop.requested or self.position.step == self.plan.total_steps:
+                return
+            yield from self._step()
+
+    def _evaluation_is_due(self) -> bool:
+        step = self.position.step
+        at_a_mark = step % self.plan.eval_every == 0 or step == self.plan.total_steps
+        return self.data.held_out is not None and at_a_mark and self.position.evaluated_step != step
+
+    def _checkpoint_is_due(self) -> bool:
+        step = self.position.step
+        at_a_mark = step % self.settings.checkpoint_every == 0 or step == self.plan.total_steps
+        return step > 0 and (at_a_mark or self.position.best_step == step)
+
+    def _step(self) -> Iterator[Event]:
+        """Take the next optimizer step; when asked to stop in the middle of it, take none."""
+        began = time.monotonic()
+        epoch, number = self.plan.locate(self.position.step)
+        column: str | None = None
+        if self.settings.old_values == "epoch":
+            column = f"old_values-epoch-{epoch}"
+            yield from self._old_values(column)
+            if self.stop.requested:
+                return
+        rollouts = self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
+        factor = schedule_factor(
+            self.settings.lr_schedule,
+            self.position.step,
+            total_steps=self.plan.total_steps,
+            warmup_steps=self.plan.warmup_steps,
+        )
+        lr = set_learning_rates(self.optimizer, factor)
+        result = accumulate_gradient(
+            self.critic, rollouts, self.recipe, self.compute, forest=self.forest, stop=self.stop
+        )
+        if result is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        norm = apply_gradient(self.critic, self.optimizer, self.settings.grad_clip, result.value_loss)
+        self.position.step += 1
+        yield self._log_step(epoch, result, {"grad_norm": norm, "lr": lr, "rollouts": len(rollouts)}, began)
+        yield from self._saturation_notice(result)
+
+    def _log_step(self, epoch: int, result: StepResult, more: dict[str, Any], began: float) -> StepEnded:
+        seconds = time.monotonic() - began
+        metrics = asdict(result) | more
+        timing = {
+            "step_seconds": seconds,
+            "rollout_tokens_per_second": result.rollout_tokens / seconds,
+            "computed_tokens_per_second": result.computed_tokens / seconds,
+            "memory_bytes": self.compute.peak_memory_bytes(),
+            "elapsed_seconds": time.monotonic() - self.started,
+        }
+        step = self.position.step
+        self.run.log_metrics({"event": "step", "step": step, "epoch": epoch, **metrics})
+        self.run.log_timing({"step": step, **timing})
+        self.last_metrics = metrics
+        return StepEnded(step=step, epoch=epoch, metrics=metrics, timing=timing)
+
+    def _saturation_notice(self, result: StepResult) -> Iterator[Event]:
+        if result.saturation > SATURATION_WORTH_A_WARNING and not self.warned_of_saturation:
+            self.warned_of_saturation = True
+            yield Notice(
+                message=f"the clip holds back {result.saturation:.0%} of the tokens: against fixed old values a critic "
+                "can move at most --cliprange-value from them; a wider one, --old-values epoch or --no-clip lets it go",
+                level="warning",
+            )
+
+    def _old_values(self, column: str) -> Iterator[Event]:
+        """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
+        spool = self.data.train.spool
+        if spool.has_column(column):
+            return
+        yield Progress(stage="old values", done=0, total=len(self.data.train))
+        done = 0
+        try:
+            with spool.new_column(column) as writer:
+                for places, rollouts in self.data.train.by_group(ROLLOUTS_AT_ONCE):
+                    writer.write(self.data.train.index[places], self._predict(rollouts))
+                    done += len(places)
+                    yield Progress(stage="old values", done=done, total=len(self.data.train))
+        except _StoppedError:
+            return
+
+    def _evaluate(self) -> Iterator[Event]:
+        """Judge the critic on the held-out rollouts; nothing is recorded when asked to stop before the end."""
+        held_out = self.data.held_out
+        assert held_out is not None
+        judge = Judge(["critic"], cliprange_value=self.recipe.cliprange_value, seed=self.settings.seed)
+        done = 0
+        yield Progress(stage="evaluating", done=0, total=len(held_out))
+        for _, rollouts in held_out.by_group(ROLLOUTS_AT_ONCE):
+            try:
+                judge.add(rollouts, {"critic": self._predict(rollouts)})
+            except _StoppedError:
+                return
+            done += len(rollouts)
+            yield Progress(stage="evaluating", done=done, total=len(held_out))
+        verdict = judge.verdict()
+        metrics = {**verdict["critics"]["critic"], "baselines": verdict["baselines"]}
+        position = self.position
+        epoch, _ = self.plan.locate(position.step)
+        self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})
+        self.last_evaluation = metrics
+        position.evaluated_step = position.step
+        figure = metrics["explained_variance"]
+        # The step-0 critic is nobody's choice: it predicts the mean and has no checkpoint.
+        best = position.step > 0 and figure is not None and figure > (position.best_explained_variance or -np.inf)
+        if best:
+            position.best_step, position.best_explained_variance = position.step, figure
+        yield EvaluationEnded(step=position.step, metrics=metrics, best=best)
+
+    def _predict(self, rollouts: Rollouts) -> np.ndarray[Any, np.dtype[np.float32]]:
+        values = predict_values(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
+        if values is None:
+            raise _StoppedError
+        return values
+
+    def _checkpoint(self) -> Iterator[Event]:
+        """Write the checkpoint of this step, unless it stands; then point `best` and remove what is too old."""
+        if self.position.step == 0:
+            return
+        path = write_checkpoint(self.run.checkpoints, self.position.step, self._fill)
+        if self.position.best_step == self.position.step:
+            self.run.point_best_at(path)
+        remaining = prune(self.run.checkpoints, self.settings.keep, self.run.best)
+        self._drop_old_values({self.plan.locate(checkpoint_step(p) or 0)[0] for p in remaining})
+        size = sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+        yield CheckpointSaved(step=self.position.step, path=str(path), size_bytes=size)
+
+    def _fill(self, directory: Path) -> None:
+        save_critic(self.critic, directory, self.tokenizer_from)
+        save_optimizer(self.optimizer, self.critic, directory)
+        self.position.metrics_bytes = self.run.synced_metrics_bytes()
+        epoch, number = self.plan.locate(self.position.step)
+        write_json(
+            directory / "trainer.json",
+            {
+                "position": asdict(self.position),
+                "epoch": epoch,
+                "mini_batch": number,
+                "seed": self.settings.seed,
+                "last_metrics": self.last_metrics,
+                "last_evaluation": self.last_evaluation,
+            },
+        )
+
+    def _drop_old_values(self, epochs: set[int]) -> None:
+        """Remove old values of epochs before any that a standing checkpoint could resume in."""
+        if self.settings.old_values == "epoch":
+            for epoch in range(min(epochs, default=0)):
+                self.data.train.spool.drop_column(f"old_values-epoch-{epoch}")
+
+
+class _StoppedError(Exception):
+    """A pass without gradients was asked to stop."""
