@@ -1,0 +1,125 @@
+"""How a command is put together: options from its settings, the same own flags for all, then its work."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from critic_train_cli.config_file import config_text, file_from, read_config
+from critic_train_cli.help_page import command_page
+from critic_train_cli.options import Chosen, Option, misspelt_variables, options_of, resolve
+from critic_train_cli.output import Output
+from critic_train_cli.terminal import is_unicode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command of the program.
+
+    Attributes:
+        name: the word that calls it.
+        settings: the dataclass that declares its options.
+        about: what it does, in a sentence or two; the first sentence also stands on the program's page.
+        examples: command lines for the help page.
+        work: does it, given the settings and the output; returns the exit code.
+    """
+
+    name: str
+    settings: type
+    about: str
+    examples: tuple[str, ...]
+    work: Callable[[Any, Output], int]
+
+
+def add_command(app: typer.Typer, command: Command, every: tuple[Command, ...]) -> None:
+    """Give the app a command.
+
+    Args:
+        app: the Typer app.
+        command: the command to add.
+        every: all commands, for the configuration file may speak to each of them.
+    """
+    options = options_of(command.settings)
+
+    def call(ctx: typer.Context, **given: Any) -> int:
+        output = ctx.obj if isinstance(ctx.obj, Output) else Output()
+        output.as_json |= given["json"]
+        output.quiet |= given["quiet"]
+        output.debug |= given["debug"]
+        chosen = chosen_settings(command, options, given, every)
+        if given["print_config"]:
+            print_config(command, options, chosen, output)
+            return 0
+        variables = [option.variable for other in every for option in options_of(other.settings)]
+        for message in misspelt_variables(os.environ, variables):
+            output.notice(message, "warning")
+        settings = command.settings(**{name: value.value for name, value in chosen.items()})
+        return command.work(settings, output)
+
+    parameters = [parameter_of(option) for option in options] + own_parameters(command, options)
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    call.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in (context, *parameters)}
+    app.command(command.name, help=command.about, add_help_option=False)(call)
+
+
+def chosen_settings(
+    command: Command, options: list[Option], given: dict[str, Any], every: tuple[Command, ...]
+) -> dict[str, Chosen]:
+    """Each setting's value and origin, from the four places it can come from."""
+    path = file_from(given["config"])
+    file: dict[str, Chosen] = {}
+    if path:
+        file = read_config(path, command.name, {other.name: options_of(other.settings) for other in every})
+    return resolve(options, given, os.environ, file)
+
+
+def print_config(command: Command, options: list[Option], chosen: dict[str, Chosen], output: Output) -> None:
+    """Show every setting and its origin, as TOML or as JSON."""
+    told = {name: {"value": value.value, "source": value.source} for name, value in chosen.items()}
+    text = config_text(command.name, options, chosen, escape=not is_unicode(sys.stdout))
+    output.result(told, lambda console: output.text(text))
+
+
+def parameter_of(option: Option) -> inspect.Parameter:
+    """A setting as Typer takes it: text, read later by `resolve`; None or False where nothing was given."""
+    choices = list(option.choices)
+    told: Any
+    kind: Any
+    if option.kind is bool:
+        # The flag alone, spelt out: Typer would invent --no-no-clip beside --no-clip.
+        told, kind = typer.Option(False, option.flag, help=option.help), bool
+    else:
+        complete = (lambda: choices) if choices else None
+        told = typer.Option(None, option.flag, help=option.help, metavar=option.metavar, autocompletion=complete)
+        kind = list[str] | None if option.repeatable else str | None
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
+
+
+def own_parameters(command: Command, options: list[Option]) -> list[inspect.Parameter]:
+    """The flags that every command has beside its settings."""
+
+    def show_help(ctx: typer.Context, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            print(command_page(ctx.command_path, command.about, options, command.examples))
+            raise typer.Exit(0)
+
+    declared: dict[str, tuple[Any, Any]] = {
+        "config": (str | None, typer.Option(None, "--config", help="Read settings from a TOML file.")),
+        "print_config": (bool, typer.Option(False, "--print-config", help="Print each setting and its origin.")),
+        "json": (bool, typer.Option(False, "--json", help="Print the result as one JSON object.")),
+        "quiet": (bool, typer.Option(False, "--quiet", "-q", help="No progress and no notices.")),
+        "debug": (bool, typer.Option(False, "--debug", help="Show the traceback of an error.")),
+        "help": (
+            bool,
+            typer.Option(False, "--help", "-h", is_eager=True, callback=show_help, help="Show the help page."),
+        ),
+    }
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
+        for name, (kind, told) in declared.items()
+    ]

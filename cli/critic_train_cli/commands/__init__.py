@@ -1,0 +1,1 @@
+"""One file a command: what it is called, what it takes, what it does."""

@@ -1,0 +1,43 @@
+"""`critic-train eval`: judge critics."""
+
+from collections.abc import Iterator
+
+from critic_train.events import Event
+from critic_train.settings import EvalSettings
+from critic_train.stopping import StopRequest
+from critic_train_cli.command import Command
+from critic_train_cli.output import Output
+
+
+def work(settings: EvalSettings, output: Output) -> int:
+    """Judge, showing how far it is; then the tables, or the verdict as JSON."""
+    from critic_train_cli.job import exit_code_of, run_job
+    from critic_train_cli.views import choose_view
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.judging.evaluation import evaluate
+
+        yield from evaluate(settings, stop)
+
+    view = choose_view(output, stopping="stopping")
+    ended = run_job(start, view, output)
+    code = exit_code_of(ended)
+    if ended.result:
+        from critic_train_cli.tables import draw_verdict
+
+        output.result(ended.result, lambda console: draw_verdict(console, ended.result))
+    return code
+
+
+EVAL = Command(
+    name="eval",
+    settings=EvalSettings,
+    about="Say how good a critic is. Explained variance with its interval, errors and correlations stand beside "
+    "three baselines: the constant mean, the stored values, and the prompt group's leave-one-out mean.",
+    examples=(
+        "critic-train eval --model runs/rollouts --data held_out/",
+        "critic-train eval --model runs/a --model runs/b --data held_out/ --by task",
+        "critic-train eval --data rollouts/      # judges the stored values",
+    ),
+    work=work,
+)

@@ -1,0 +1,114 @@
+"""The program `critic-train`: its commands, and the one place where an error becomes an exit code."""
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from critic_train import __version__
+from critic_train_cli.command import add_command
+from critic_train_cli.commands.eval import EVAL
+from critic_train_cli.commands.fit import FIT
+from critic_train_cli.faults import DONE, USAGE
+from critic_train_cli.help_page import program_page
+from critic_train_cli.output import Output
+from critic_train_cli.signals import die_of_closed_pipes
+from critic_train_cli.terminal import tame_streams
+
+ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
+COMMANDS = (FIT, EVAL)
+COMPLETION = (
+    ("--install-completion", "Install completion for the current shell."),
+    ("--show-completion", "Print the completion script of the current shell."),
+)
+
+
+def completion_wanted() -> bool:
+    """Whether this call is about shell completion.
+
+    Typer's own two options cost 0.07 s on every call, by way of pydantic. So they are added only where they
+    are used; `critic_train` below declares their names for the help page and for completion itself.
+    """
+    asked = any(argument in {name for name, _ in COMPLETION} for argument in sys.argv[1:])
+    return asked or "_CRITIC_TRAIN_COMPLETE" in os.environ
+
+
+app = typer.Typer(
+    name="critic-train",
+    help=ABOUT,
+    add_completion=completion_wanted(),
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def show_version(value: bool) -> None:
+    """Print the version and end."""
+    if value:
+        print(f"critic-train {__version__}")
+        raise typer.Exit(DONE)
+
+
+def show_help(ctx: typer.Context, value: bool) -> None:
+    """Print the program's page and end."""
+    if value and not ctx.resilient_parsing:
+        print(page())
+        raise typer.Exit(DONE)
+
+
+def page() -> str:
+    """The program's help page."""
+    commands = [(command.name, command.about.split(". ")[0].rstrip(".") + ".") for command in COMMANDS]
+    flags = [("--version", "Print the version."), *COMPLETION, ("--help, -h", "Show this page.")]
+    return program_page(ABOUT, commands, flags)
+
+
+@app.callback(invoke_without_command=True, add_help_option=False)
+def critic_train(
+    ctx: typer.Context,
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=show_version),
+    help: bool = typer.Option(False, "--help", "-h", is_eager=True, callback=show_help),
+) -> None:
+    """Without a command, show the page; that is still a wrong command line."""
+    if ctx.invoked_subcommand is None:
+        print(page(), file=sys.stderr)
+        raise typer.Exit(USAGE)
+
+
+for each in COMMANDS:
+    add_command(app, each, COMMANDS)
+
+
+def json_asked(arguments: list[str]) -> bool:
+    """Whether errors should be JSON; known before parsing, for a wrong command line is an error too."""
+    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in before
+
+
+def run() -> NoReturn:
+    """The entry point of the console script: parse, do the work, and end with the documented exit code."""
+    tame_streams()
+    die_of_closed_pipes()
+    arguments = sys.argv[1:]
+    debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
+    output = Output(as_json=json_asked(arguments), debug=debug or "--debug" in arguments)
+    try:
+        code = app(args=arguments, prog_name="critic-train", standalone_mode=False, obj=output)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except BaseException as error:
+        code = output.error(error)
+        forget_stdout()
+    sys.exit(code if isinstance(code, int) else DONE)
+
+
+def forget_stdout() -> None:
+    """Drop what stdout could not take, so that the interpreter does not fail on it again while it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
