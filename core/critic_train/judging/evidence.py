@@ -37,11 +37,12 @@ class Evidence:
 
     def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
         """See Judge.add."""
-        lengths = rollouts.response_counts
+        tokens = np.flatnonzero(rollouts.response_mask)
+        lengths = np.diff(np.searchsorted(tokens, rollouts.offsets))  # without a pass over all tokens
         kept = np.flatnonzero(lengths)
         lengths = lengths[kept]
         labels = {name: self._label(rollouts, name)[kept] for name in self._table.columns}
-        columns = self._columns(rollouts, values)
+        columns = self._columns(rollouts, values, tokens)
         for name, column in columns.items():
             require_finite(name, column, rollouts.row[kept], lengths)
         self.has_stored &= STORED in columns
@@ -56,8 +57,8 @@ class Evidence:
         # In blocks that stay in the processor's cache.
         ends = np.append(0, np.cumsum(lengths))
         for part in block_slices(lengths):
-            tokens = slice(ends[part.start], ends[part.stop])
-            self._add_block({name: c[tokens] for name, c in columns.items()}, lengths[part])
+            block = slice(ends[part.start], ends[part.stop])
+            self._add_block({name: c[block] for name, c in columns.items()}, lengths[part])
 
     def _add_block(self, columns: dict[str, Column], lengths: Integers) -> None:
         cells = Cells.of(lengths, self._positions)
@@ -67,8 +68,10 @@ class Evidence:
         for name, v in wide.items():
             self._sums[name].add(v, g, old, cells)
 
-    def _columns(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> dict[str, Column]:
-        """Name -> float32 [response tokens]."""
+    def _columns(
+        self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]], tokens: Integers
+    ) -> dict[str, Column]:
+        """Name -> float32 [response tokens]; `tokens` are their places among all tokens."""
         if set(values) != set(self._critics):
             raise ValueError(f"values of {sorted(self._critics)} expected, not of {sorted(values)}")
         whole = {RETURNS: rollouts.returns} | {CRITIC + name: values[name] for name in self._critics}
@@ -77,7 +80,6 @@ class Evidence:
         for name, column in whole.items():
             if column.shape != rollouts.response_mask.shape:
                 raise ValueError(f"{name}: shape {column.shape}, not {rollouts.response_mask.shape}")
-        tokens = np.flatnonzero(rollouts.response_mask)
         return {name: column[tokens].astype(np.float32, copy=False) for name, column in whole.items()}
 
     @staticmethod

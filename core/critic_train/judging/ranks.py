@@ -96,7 +96,7 @@ class _RankTable:
             self._shift += 1
         counts = np.zeros(((high - low) >> self._shift) + 1, dtype=np.int64)
         for block in blocks():
-            counts += np.bincount(self._bin(block), minlength=len(counts))
+            np.add.at(counts, self._bin(block), 1)
         below = np.cumsum(counts) - counts
         self._ranks: Floats = below + (counts - 1) / 2 - (tokens - 1) / 2
         size = counts.astype(np.float64)

@@ -10,7 +10,7 @@ from critic_train.errors import MachineError
 from critic_train.judging.moments import Integers
 
 MEMORY_BYTES = 2**24
-BLOCK_TOKENS = 2**17
+BLOCK_TOKENS = 2**15
 
 Column = NDArray[np.float32]
 

@@ -25,6 +25,7 @@ class Cells:
         position: int64 [c], the part of the response, in 0..positions-1.
         starts: int64 [c], first token of each cell.
         counts: int64 [c], tokens of each cell, at least 1.
+        owner: int64 [T], the cell of each token.
     """
 
     rollouts: int
@@ -33,6 +34,7 @@ class Cells:
     position: Integers
     starts: Integers
     counts: Integers
+    owner: Integers
 
     @classmethod
     def of(cls, lengths: Integers, positions: int) -> "Cells":
@@ -47,7 +49,9 @@ class Cells:
         counts = np.diff(edges, axis=1)
         rollout, position = np.nonzero(counts)
         counts = counts[rollout, position]
-        return cls(len(lengths), positions, rollout, position, np.cumsum(counts) - counts, counts)
+        starts = np.cumsum(counts) - counts
+        owner = np.repeat(np.arange(len(counts)), counts)
+        return cls(len(lengths), positions, rollout, position, starts, counts, owner)
 
 
 @dataclass(slots=True)
@@ -80,7 +84,7 @@ class RolloutMoments:
 
     def add(self, x: Floats, cells: Cells) -> None:
         """Take in float64 [T], the tokens that `cells` lays out."""
-        parts = segment_moments(x, cells.starts, cells.counts)
+        parts = segment_moments(x, cells.starts, cells.counts, cells.owner)
         whole = pool(parts, cells.rollout, cells.rollouts)
         self._means.append(whole.mean)
         self._squares.append(whole.squares)
