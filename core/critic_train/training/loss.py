@@ -18,7 +18,8 @@ from torch import Tensor
 from critic_train.settings import LossAggMode
 
 VERL_GUARD = 1e-8
-"""verl adds this to a rollout's token count in seq-mean-token-mean; kept, so that both agree to 1e-12."""
+"""verl adds this to the token counts it divides by (a rollout's in seq-mean-token-mean, clipfrac's); kept, so that
+both agree to 1e-12."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,3 +96,8 @@ def value_loss(
     loss = 0.5 * (weights * torch.maximum(squared, squared_clipped)).sum()
     outside = (values < old_values - cliprange_value) | (values > old_values + cliprange_value)
     return ValueLoss(loss=loss, clipped=worse.sum(), saturated=(worse & outside).sum())
+
+
+def share_of_tokens(count: float, response_tokens: int) -> float:
+    """A count of masked tokens as a share of all of them (clipfrac, saturation), guarded as verl's masked mean is."""
+    return count / (response_tokens + VERL_GUARD)

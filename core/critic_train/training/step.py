@@ -13,7 +13,7 @@ from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts
 from critic_train.settings import LossAggMode
 from critic_train.stopping import StopRequest
-from critic_train.training.loss import token_weights, value_loss
+from critic_train.training.loss import share_of_tokens, token_weights, value_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +93,8 @@ def accumulate_gradient(
     loss, clipped, saturated, summed = totals.tolist()
     return StepResult(
         value_loss=loss,
-        clipfrac=clipped / response_tokens,
-        saturation=saturated / response_tokens,
+        clipfrac=share_of_tokens(clipped, response_tokens),
+        saturation=share_of_tokens(saturated, response_tokens),
         vpred_mean=summed / response_tokens,
         response_tokens=response_tokens,
         rollout_tokens=len(rollouts.input_ids),

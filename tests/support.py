@@ -1,0 +1,73 @@
+"""Rollouts and models small enough for a test, made from a seed."""
+
+import numpy as np
+import transformers
+from numpy.typing import NDArray
+
+from critic_train.rollouts import Rollouts
+
+VOCABULARY = 128
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+
+
+def small_config(family: str, **changes: object) -> transformers.PreTrainedConfig:
+    """A two-layer configuration of an architecture family, as in "Qwen3"."""
+    return getattr(transformers, f"{family}Config")(**{**SHAPE, **changes})
+
+
+def rollouts_of(
+    sequences: list[NDArray[np.int32]], prompts: list[int], *, seed: int = 0, gaps: bool = False
+) -> Rollouts:
+    """Rollouts with the given tokens; `prompts` says how many of each are prompt. Everything else is random."""
+    draw = np.random.default_rng(seed)
+    lengths = [len(s) for s in sequences]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    mask = np.zeros(offsets[-1], dtype=bool)
+    for start, stop, prompt in zip(offsets[:-1], offsets[1:], prompts, strict=True):
+        mask[start + prompt : stop] = True
+        if gaps and stop - start - prompt > 4:
+            mask[start + prompt + 1 : start + prompt + 3] = False
+    total = int(offsets[-1])
+    return Rollouts(
+        input_ids=np.concatenate(sequences).astype(np.int32),
+        offsets=offsets,
+        response_mask=mask,
+        returns=draw.normal(size=total).astype(np.float32),
+        values=draw.normal(size=total).astype(np.float32),
+        group=np.asarray(
+            [hash(tuple(s[:p].tolist())) for s, p in zip(sequences, prompts, strict=True)], dtype=np.int64
+        ),
+        row=np.arange(len(sequences), dtype=np.int64),
+    )
+
+
+def branching_rollouts(seed: int = 0) -> Rollouts:
+    """Three prompt groups whose rollouts share prompts, parts of responses, everything, and nothing."""
+    draw = np.random.default_rng(seed)
+
+    def tokens(n: int) -> NDArray[np.int32]:
+        return draw.integers(1, VOCABULARY, n).astype(np.int32)
+
+    sequences: list[NDArray[np.int32]] = []
+    prompts: list[int] = []
+    for prompt_length in (5, 17, 1):
+        prompt = tokens(prompt_length)
+        family = [np.concatenate([prompt, tokens(int(draw.integers(6, 30)))]) for _ in range(3)]
+        # Branches in the middle of a response, at two depths; a rollout that is the start of another; a copy.
+        family.append(np.concatenate([family[0][: prompt_length + 4], tokens(9)]))
+        family.append(np.concatenate([family[3][: prompt_length + 7], tokens(5)]))
+        family.append(family[1][:-2].copy())
+        family.append(family[2].copy())
+        sequences += family
+        prompts += [prompt_length] * len(family)
+    shuffled = draw.permutation(len(sequences)).tolist()
+    return rollouts_of([sequences[i] for i in shuffled], [prompts[i] for i in shuffled], seed=seed, gaps=True)
