@@ -103,6 +103,7 @@ def usage_fault(error: BaseException) -> Fault:
     if meant:
         return Fault(exit_code=USAGE, message=lower_first(head), hint=f"did you mean {meant} {listing}")
     if "unexpected extra argument" in words:
+        words = f"unexpected argument: {words.partition('(')[2].rpartition('(')[2].rstrip(')')}"
         listing = "values belong to flags, as in --data rollouts/; " + listing
     return Fault(exit_code=USAGE, message=lower_first(words), hint=listing)
 

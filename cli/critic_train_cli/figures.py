@@ -26,6 +26,18 @@ def short(value: Any) -> str:
     return DASH if known is None else f"{known:.4g}"
 
 
+def three(value: Any) -> str:
+    """A figure of any size in three digits, zeros kept so that a column lines up: `0.100`, `0.0708`."""
+    known = number(value)
+    return DASH if known is None else f"{known:#.3g}".rstrip(".")
+
+
+def signed(value: Any) -> str:
+    """A figure whose sign matters, as a bias: `+0.0040`."""
+    known = number(value)
+    return DASH if known is None else f"{known:+#.2g}".rstrip(".")
+
+
 def share(value: Any) -> str:
     """A share of one as a percentage: `3.1 %`."""
     known = number(value)

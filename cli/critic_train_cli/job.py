@@ -25,7 +25,7 @@ def run_job(start: Callable[[StopRequest], Iterator[Event]], view: View, output:
     """
     stop = StopRequest()
     ended: RunEnded | None = None
-    with stop_on_signals(stop, view.stopping), view, closing(start(stop)) as events:  # type: ignore[type-var]
+    with stop_on_signals(stop, view.stopping, view.leaving), view, closing(start(stop)) as events:  # type: ignore[type-var]
         for event in events:
             if isinstance(event, RunStarted):
                 output.run_directory = event.out

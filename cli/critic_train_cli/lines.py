@@ -1,17 +1,26 @@
 """Events in plain words: what a log file gets, line by line."""
 
+import sys
 from typing import Any
 
 from critic_train.events import CheckpointSaved, EvaluationEnded, Progress, RunStarted
 from critic_train_cli.course import Course
 from critic_train_cli.figures import DASH, count, duration, number, share, short, size, with_interval
+from critic_train_cli.terminal import width_of
 
 
 def started_lines(event: RunStarted) -> list[str]:
-    """The run's directory and summary, a line each."""
-    rows = {"run": event.out, **event.summary}
-    wide = max(len(str(key)) for key in rows)
-    lines = [f"{str(key).replace('_', ' '):<{wide}}  {told(value)}" for key, value in rows.items()]
+    """The run's directory and summary: as many entries to a line as fit."""
+    entries = [f"run: {event.out}"]
+    entries += [
+        f"{str(key).replace('_', ' ')}: {told(value)}" for key, value in event.summary.items() if value is not None
+    ]
+    lines: list[str] = []
+    for entry in entries:
+        if lines and len(lines[-1]) + 3 + len(entry) <= width_of(sys.stderr):
+            lines[-1] += "   " + entry
+        else:
+            lines.append(entry)
     if event.first_step:
         lines.append(f"going on after step {event.first_step} of {event.total_steps}")
     return lines

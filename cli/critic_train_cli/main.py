@@ -28,7 +28,7 @@ def completion_wanted() -> bool:
     """Whether this call is about shell completion.
 
     Typer's own two options cost 0.07 s on every call, by way of pydantic. So they are added only where they
-    are used; `critic_train` below declares their names for the help page and for completion itself.
+    are used; the help page names them always.
     """
     asked = any(argument in {name for name, _ in COMPLETION} for argument in sys.argv[1:])
     return asked or "_CRITIC_TRAIN_COMPLETE" in os.environ

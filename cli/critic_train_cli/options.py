@@ -125,7 +125,7 @@ def resolve(
 
     for option in options:
         given, variable = flags.get(option.name), environment.get(option.variable)
-        if given:
+        if given not in (None, False, [], ()):
             read(option, given, f"flag {option.flag}")
         elif variable:
             read(option, variable, f"environment {option.variable}")
@@ -182,9 +182,12 @@ def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
 
 def misspelt_variables(environment: Mapping[str, str], known: list[str]) -> list[str]:
     """Warnings about CRITIC_TRAIN_ variables that are nobody's but look like somebody's."""
-    known = [*known, *OTHER_VARIABLES]
-    strange = [name for name in environment if name.startswith(VARIABLE_PREFIX) and name not in known]
-    meant = {name: get_close_matches(name, known, n=1, cutoff=0.8) for name in sorted(strange)}
+    # Compared without the prefix, which alone would make any two alike.
+    bare = [name.removeprefix(VARIABLE_PREFIX) for name in (*known, *OTHER_VARIABLES)]
+    given = [name.removeprefix(VARIABLE_PREFIX) for name in sorted(environment) if name.startswith(VARIABLE_PREFIX)]
+    meant = {name: get_close_matches(name, bare, n=1, cutoff=0.8) for name in given if name not in bare}
     return [
-        f"{name} in the environment is no setting; did you mean {close[0]}?" for name, close in meant.items() if close
+        f"{VARIABLE_PREFIX}{name} in the environment is no setting; did you mean {VARIABLE_PREFIX}{close[0]}?"
+        for name, close in meant.items()
+        if close
     ]

@@ -65,7 +65,7 @@ class Output:
             told = {"message": fault.message, "hint": fault.hint, "exit_code": fault.exit_code}
             self.line(as_json_text({"error": told}))
         elif fault.message:
-            self.line(paint("error:", RED, sys.stderr) + " " + fault.message)
+            self.line(paint("error:", RED, sys.stderr) + " " + fault.message.replace("\n", "\n       "))
             for hint in fault.hint.splitlines():
                 self.line(paint("hint:", BOLD, sys.stderr) + " " + hint)
         return fault.exit_code

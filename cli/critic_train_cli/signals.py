@@ -15,7 +15,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, tell: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(stop: StopRequest, tell: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
     """While a job runs, turn the first signal into a request and the second into an exit.
 
     A signal that is ignored at the start stays ignored: a shell without job control starts `command &` with
@@ -24,7 +24,8 @@ def stop_on_signals(stop: StopRequest, tell: Callable[[], None]) -> Iterator[Non
 
     Args:
         stop: where the request is left for the job.
-        tell: called once, at the first signal, from within the handler: it must not take locks.
+        tell: called at the first signal, from within the handler: it must not take locks.
+        leave: called at the second, likewise, just before the program is gone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -32,6 +33,7 @@ def stop_on_signals(stop: StopRequest, tell: Callable[[], None]) -> Iterator[Non
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.requested:
+            leave()
             os._exit(INTERRUPTED + number)
         stop.signal_number = number
         tell()

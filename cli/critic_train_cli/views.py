@@ -65,6 +65,9 @@ class View:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.write(sys.stderr.fileno(), f"{self.stopping_words}\n".encode())
 
+    def leaving(self) -> None:
+        """The program is about to be gone, at a second signal: put the terminal back in order."""
+
 
 class PlainView(View):
     """A line for each thing worth one: fit for a log file, no control codes."""

@@ -21,12 +21,11 @@ def work(settings: EvalSettings, output: Output) -> int:
 
     view = choose_view(output, stopping="stopping")
     ended = run_job(start, view, output)
-    code = exit_code_of(ended)
-    if ended.result:
-        from critic_train_cli.tables import draw_verdict
 
-        output.result(ended.result, lambda console: draw_verdict(console, ended.result))
-    return code
+    from critic_train_cli.tables import draw_verdict
+
+    output.result(ended.result or {"status": ended.status}, lambda console: draw_verdict(console, ended.result))
+    return exit_code_of(ended)
 
 
 EVAL = Command(

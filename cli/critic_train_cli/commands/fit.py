@@ -26,7 +26,12 @@ def work(settings: FitSettings, output: Output) -> int:
 
     from critic_train_cli.summary import draw_summary
 
-    output.result(ended.result, lambda console: draw_summary(console, ended, settings, view.course.losses.points))
+    if not output.as_json and not output.quiet:
+        output.line("")
+    output.result(
+        ended.result or {"status": ended.status},
+        lambda console: draw_summary(console, ended, settings, view.course.losses.points),
+    )
     return exit_code_of(ended)
 
 

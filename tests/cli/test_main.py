@@ -1,0 +1,166 @@
+"""The program as a whole: pages, wrong command lines, what it imports, what it costs."""
+
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from critic_train import __version__
+from critic_train_cli.main import app
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "pyarrow", "numpy", "safetensors", "rich")
+CPU_LIMIT_SECONDS = 0.25
+
+FIT_FLAGS = """
+--data --val-data --val-fraction --column --on-bad-rows
+--model --preset --packing --precision --device
+--old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
+--epochs --max-steps --batch-size --max-tokens --lr --head-lr --weight-decay --warmup-steps --lr-schedule
+--grad-clip --seed
+--out --eval-every --checkpoint-every --keep --log-every
+--config --print-config --json --quiet -q --debug --help -h
+""".split()
+EVAL_FLAGS = """
+--data --model --by --column --on-bad-rows --cliprange-value --resamples --seed
+--packing --precision --device --max-tokens
+--config --print-config --json --quiet -q --debug --help -h
+""".split()
+
+
+@pytest.mark.parametrize(("command", "flags"), [("fit", FIT_FLAGS), ("eval", EVAL_FLAGS)])
+def test_flags_are_these_and_no_others(command, flags):
+    """The surface is frozen: a flag added, renamed or lost has to be so on purpose, here."""
+    params = typer.main.get_command(app).commands[command].params
+    assert [flag for param in params for flag in (*param.opts, *param.secondary_opts)] == flags
+
+
+def test_commands_are_these():
+    assert list(typer.main.get_command(app).commands) == ["fit", "eval"]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_program_page(program, flag):
+    shown = program(flag)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "Usage: critic-train COMMAND" in shown.stdout
+    assert "fit  " in shown.stdout
+    assert "eval  " in shown.stdout
+    assert "70 a bug of ours" in shown.stdout
+
+
+@pytest.mark.parametrize(("command", "flags"), [("fit", FIT_FLAGS), ("eval", EVAL_FLAGS)])
+def test_command_page_names_every_flag(program, command, flags):
+    shown = program(command, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    words = shown.stdout.replace(",", " ").split()
+    assert [flag for flag in flags if flag not in words] == []
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+
+
+def test_command_page_gives_choices_defaults_and_their_meaning(program):
+    page = program("fit", "-h").stdout
+    assert "--preset tiny|small|base" in page
+    assert "[default: 64]" in page
+    assert "[default: 1e-5 with --model, 5e-4\n" in page
+    assert "CRITIC_TRAIN_BATCH_SIZE is --batch-size" in page
+
+
+def test_twenty_columns_are_enough_for_the_page(program):
+    shown = program("fit", "--help", COLUMNS="20")
+    assert shown.returncode == 0
+    prose = [line for line in shown.stdout.splitlines() if not line.startswith("  ")]
+    assert "Run" in prose
+
+
+def test_version(program):
+    shown = program("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"critic-train {__version__}\n")
+
+
+def test_no_command_shows_the_page_and_is_wrong(program):
+    shown = program()
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert "Usage: critic-train COMMAND" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["fti"], "no such command 'fti'", "did you mean 'fit'?"),
+        (["fit", "--epoch", "3"], "no such option: --epoch", "did you mean --epochs?"),
+        (["fit", "--batch_size", "3"], "no such option: --batch_size", "did you mean --batch-size?"),
+        (["fit", "--no-no-clip"], "no such option: --no-no-clip", "did you mean --no-clip?"),
+        (["fit", "-x"], "no such option: -x", "critic-train fit --help lists every flag"),
+        (["fit", "rollouts/"], "unexpected argument: rollouts/", "as in --data rollouts/"),
+        (["fit", "--data"], "option '--data' requires an argument", "--help"),
+        (["fit"], "--data is needed", "critic-train fit --help lists every flag"),
+        (["eval", "--resamples", "0", "--data", "x"], "--resamples must be at least 1, not 0", "eval --help"),
+        (["fit", "--data", "x", "--epochs", "two"], "--epochs must be a whole number, not 'two'", None),
+        (["fit", "--data", "x", "--lr", ""], "--lr must be a number, not ''", None),
+        (["fit", "--data", "x", "--preset", "smal"], "not 'smal'; did you mean small?", None),
+    ],
+)
+def test_wrong_command_lines(program, arguments, error, hint):
+    shown = program(*arguments)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("error: ")
+    assert error in shown.stderr.splitlines()[0]
+    assert hint is None or hint in shown.stderr.splitlines()[1]
+    assert "Traceback" not in shown.stderr
+
+
+def test_flags_may_not_be_abbreviated(program):
+    assert program("fit", "--data", "x", "--epoc", "1").returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["--version"], ["fit", "--epoch"], ["fit"]])
+def test_nothing_heavy_is_imported_before_it_is_needed(clean_environment, arguments):
+    script = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY} if m in sys.modules], file=sys.stderr))\n"
+        f"sys.path[:0] = ['core', 'cli']; sys.argv = ['critic-train', *{arguments}]\n"
+        "from critic_train_cli.main import run; run()\n"
+    )
+    command = [sys.executable, "-c", script]
+    shown = subprocess.run(command, cwd=ROOT, env=clean_environment, capture_output=True, text=True)
+    assert shown.stderr.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["--version"], ["fit", "--epoch"], ["fit"]])
+def test_answers_at_once(clean_environment, arguments):
+    """250 ms of CPU, the median of five."""
+    environment = clean_environment | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}"}
+    command = [sys.executable, "-m", "critic_train_cli", *arguments]
+    assert statistics.median(cpu_seconds(command, environment) for _ in range(5)) <= CPU_LIMIT_SECONDS
+
+
+def cpu_seconds(command: list[str], environment: dict[str, str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, env=environment, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("fit --pre", ["--preset", "--precision"]), ("fit --preset ", ["tiny", "small", "base"]), ("e", ["eval"])],
+)
+def test_completion_in_bash(program, typed, offered):
+    words = f"critic-train {typed}"
+    shown = program(_CRITIC_TRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1))
+    assert shown.stdout.split() == offered
+
+
+def test_completion_script_can_be_shown(program):
+    shown = program(_CRITIC_TRAIN_COMPLETE="source_bash")
+    assert "_CRITIC_TRAIN_COMPLETE=complete_bash" in shown.stdout
+
+
+def test_the_module_is_the_program(clean_environment):
+    environment = clean_environment | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}"}
+    command = [sys.executable, "-m", "critic_train_cli", "--version"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.startswith("critic-train ")
