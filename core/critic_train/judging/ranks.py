@@ -21,7 +21,7 @@ class RankCorrelation:
     Up to `exact_tokens` tokens the ranks are exact. Beyond, numbers are ranked by a histogram of the order
     of their float32 bit patterns, `bins` bins from the smallest to the largest: numbers of one bin count as
     tied. Where the patterns in use span fewer than `bins`, that is exact too. Otherwise let w be the
-    within-bin sum of squares of the true ranks, at most sum(m^3 - m) / 12 over bins of m tokens, as a share
+    within-bin sum of squares of the true ranks, at most sum(m^3 - m) / 12 over bins of m tokens that differ, as a share
     of the ranks' whole sum of squares. Binned ranks are the true ones projected onto the bins, an angle of
     asin(sqrt(w)) away, so the correlation is off by at most the sum of the two columns' angles. Numbers
     spread evenly over a factor of two fall into at least 2^13 bins (float32 has 2^23 patterns there), which
@@ -95,14 +95,28 @@ class _RankTable:
         while (high - low) >> self._shift >= bins:
             self._shift += 1
         counts = np.zeros(((high - low) >> self._shift) + 1, dtype=np.int64)
-        for block in blocks():
-            np.add.at(counts, self._bin(block), 1)
+        mixed = self._count(blocks, counts)
         below = np.cumsum(counts) - counts
         self._ranks: Floats = below + (counts - 1) / 2 - (tokens - 1) / 2
         size = counts.astype(np.float64)
-        lost = 0.0 if self._shift == 0 else float(np.sum(size**3 - size)) / 12
+        lost = float(np.sum((size**3 - size)[mixed])) / 12
         kept = float(np.sum(size * self._ranks**2))
         self.angle = math.atan2(math.sqrt(lost), math.sqrt(kept))
+
+    def _count(self, blocks: Blocks, counts: Integers) -> NDArray[np.bool_]:
+        """Fill the histogram; say which bins hold different numbers (equal ones are true ties)."""
+        mixed = np.zeros(len(counts), dtype=np.bool_)
+        remainder = np.zeros(len(counts), dtype=np.uint32)
+        for block in blocks():
+            key = sortable(block) - self._low
+            bins = key >> self._shift
+            if self._shift:
+                rest = (key & ((1 << self._shift) - 1)).astype(np.uint32)
+                new = counts[bins] == 0
+                remainder[bins[new]] = rest[new]
+                mixed[bins[remainder[bins] != rest]] = True
+            np.add.at(counts, bins, 1)
+        return mixed
 
     def _bin(self, block: Column) -> Integers:
         return (sortable(block) - self._low) >> self._shift

@@ -1,0 +1,132 @@
+"""The sentences follow the intervals, not the figures."""
+
+import numpy as np
+import pytest
+
+from critic_train.judging.judge import Judge
+from critic_train.judging.words import in_words
+
+
+def metrics(ev=0.31, interval=(0.22, 0.39), versus=(0.1, 0.05, 0.15), inside=(0.12, 0.05, 0.2), **more):
+    return {
+        "explained_variance": ev,
+        "explained_variance_interval": None if interval is None else list(interval),
+        "explained_variance_within_group": inside[0],
+        "explained_variance_within_group_interval": list(inside[1:]),
+        "explained_variance_minus": {"group_mean": {"difference": versus[0], "interval": list(versus[1:])}},
+        "mse": 1.0,
+        "bias": 0.0,
+        "saturation": None,
+        **more,
+    }
+
+
+def verdict(*critics, groups=10, lone=0, differences=None):
+    return {
+        "rollouts": 80,
+        "response_tokens": 800,
+        "prompt_groups": groups,
+        "critics": {f"c{i}": c for i, c in enumerate(critics)},
+        "baselines": {
+            "stored": {**metrics(), "explained_variance": 0.2},
+            "group_mean": {"explained_variance": 0.33, "lone_rollouts": lone},
+        },
+        "differences": differences or {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("interval", "start"),
+    [
+        ((0.22, 0.39), "beats the constant baseline: explained variance 0.31 (95 % interval 0.22 to 0.39)"),
+        ((-0.01, 0.6), "cannot tell whether it beats the constant baseline: explained variance 0.31"),
+        ((-0.4, -0.1), "is worse than the constant baseline"),
+        ((0.0, 0.0), "is no better than the constant baseline"),
+        ((0.001, 0.6), "beats the constant baseline: explained variance 0.31 (95 % interval 0.001 to 0.60)"),
+    ],
+)
+def test_against_the_constant(interval, start):
+    assert in_words(verdict(metrics(interval=interval)))[0].startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("versus", "sentence"),
+    [
+        ((0.1, 0.05, 0.15), "beats the prompt group's mean (0.33): explained variance higher by 0.10 (0.05 to 0.15)"),
+        ((-0.1, -0.15, -0.05), "does not beat the prompt group's mean (0.33): explained variance lower by 0.10"),
+        ((-0.1, -0.15, -0.05), "(0.05 to 0.15); it adds no token-level credit over GRPO's baseline"),
+        ((0.1, -0.05, 0.15), "cannot tell whether it beats the prompt group's mean (0.33), GRPO's baseline"),
+        ((0.1, -0.05, 0.15), "differs by 0.10 (-0.05 to 0.15)"),
+    ],
+)
+def test_against_the_group_mean(versus, sentence):
+    assert sentence in in_words(verdict(metrics(versus=versus)))[1]
+
+
+@pytest.mark.parametrize(
+    ("inside", "sentence"),
+    [
+        ((0.12, 0.05, 0.2), "within prompt groups it explains 0.12 (0.05 to 0.20): it tells"),
+        ((0.12, -0.05, 0.2), "cannot tell whether it explains anything within prompt groups: 0.12 (-0.05 to 0.20)"),
+        ((-0.2, -0.3, -0.1), "within prompt groups it explains nothing: -0.20 (-0.30 to -0.10); it adds noise"),
+        ((0.0, 0.0, 0.0), "within prompt groups it explains nothing: 0.00"),
+    ],
+)
+def test_within_prompt_groups(inside, sentence):
+    assert in_words(verdict(metrics(inside=inside)))[2].startswith(sentence)
+
+
+def test_against_the_stored_values_and_itself():
+    def said(difference, interval):
+        critic = metrics()
+        critic["explained_variance_minus"]["stored"] = {"difference": difference, "interval": interval}
+        return in_words(verdict(critic))[3:]
+
+    assert said(0.11, [0.1, 0.12]) == [
+        "beats the stored values (0.20): explained variance higher by 0.11 (0.10 to 0.12)"
+    ]
+    assert said(-0.11, [-0.2, -0.1])[0].startswith("is worse than the stored values")
+    assert said(0.11, [-0.2, 0.3])[0].startswith("cannot tell whether it beats the stored values")
+    assert said(0.0, [0.0, 0.0]) == []
+
+
+def test_offsets_and_saturation_are_mentioned_when_large():
+    assert len(in_words(verdict(metrics(bias=0.3, saturation=0.04)))) == 3
+    said = in_words(verdict(metrics(bias=-0.4, saturation=0.12)))
+    assert said[3].startswith("its values lie 0.40 below the returns on average")
+    assert said[4].startswith("12 % of tokens lie beyond the clip")
+
+
+def test_several_critics_are_named_and_compared():
+    said = in_words(
+        verdict(metrics(), metrics(), differences={"c0 - c1": {"difference": -0.2, "interval": [-0.3, -0.1]}})
+    )
+    assert said[0].startswith("c0: beats the constant")
+    assert said[3].startswith("c1: beats the constant")
+    assert said[-1] == "c1 beats c0: explained variance higher by 0.20 (0.10 to 0.30)"
+    said = in_words(
+        verdict(metrics(), metrics(), differences={"c0 - c1": {"difference": -0.2, "interval": [-0.3, 0.1]}})
+    )
+    assert said[-1] == "cannot tell c0 from c1: explained variance differs by -0.20 (-0.30 to 0.10)"
+
+
+def test_what_cannot_be_compared_is_said():
+    assert in_words(verdict(metrics(interval=None), groups=1)) == [
+        "cannot tell whether it beats the constant baseline: explained variance 0.31, from one prompt group only"
+    ]
+    assert in_words(verdict(metrics(), lone=80))[1].startswith("every prompt has one rollout only")
+    assert in_words(verdict(metrics(ev=None)))[0].startswith("the returns do not vary")
+    assert in_words(Judge(["c"]).verdict()) == ["no rollouts: there is nothing to judge on"]
+
+
+@pytest.mark.parametrize("critics", [["a"], ["a", "b"], []])
+def test_any_verdict_can_be_said(world, critics):
+    rollouts, values = world(9)
+    judge = Judge(critics, resamples=20)
+    for part in (np.array([0]), np.arange(1, len(rollouts))):
+        some = rollouts.take(part)
+        tokens = np.isin(np.repeat(rollouts.row, rollouts.lengths), some.row)
+        judge.add(some, {name: values[name][tokens] for name in critics})
+        said = in_words(judge.verdict())
+        assert said
+        assert not any("nan" in s or "None" in s for s in said)
