@@ -71,9 +71,7 @@ class Rollouts:
         )
 
 
-def ragged_take(
-    offsets: NDArray[np.int64], index: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def ragged_take(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the elements of the chosen rows of a ragged column, and the chosen rows' own offsets.
 
     Args:

@@ -60,7 +60,7 @@ def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_s
 
 def save_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
     """Write both moments of every parameter, and the step count, as safetensors."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in critic.named_parameters():
         state = optimizer.state.get(parameter)
         if state:

@@ -1,0 +1,66 @@
+"""Rows that cannot be used: all are counted, the first ten are kept to be shown."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from critic_train.errors import DataError
+
+SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """Where a row is, what was found there and what was expected.
+
+    `row` counts from 0 within the row group.
+    """
+
+    file: str
+    row_group: int
+    row: int
+    column: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file}, row group {self.row_group}, row {self.row}, column {self.column}: "
+            f"found {self.found}, expected {self.expected}"
+        )
+
+
+@dataclass(slots=True)
+class BadRows:
+    """A running count of bad rows.
+
+    Attributes:
+        count: how many there are.
+        reasons: how many there are of each kind.
+        first: the first ten.
+    """
+
+    count: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[BadRow] = field(default_factory=list)
+
+    def add(self, reason: str, row: BadRow) -> None:
+        """Count one."""
+        self.count += 1
+        self.reasons[reason] += 1
+        if len(self.first) < SHOWN:
+            self.first.append(row)
+
+    def error(self) -> DataError:
+        """The fault that tells of them."""
+        kinds = "; ".join(f"{count} with {reason}" for reason, count in self.reasons.most_common())
+        shown = "\n".join(f"  {row}" for row in self.first)
+        more = f"\n  ... and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
+        rows = "1 row" if self.count == 1 else f"{self.count} rows"
+        return DataError(
+            f"{rows} cannot be used ({kinds})\n{shown}{more}", hint="--on-bad-rows skip leaves them out and counts them"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """For records and reports; JSON-able."""
+        return {"count": self.count, "reasons": dict(self.reasons), "first": [str(row) for row in self.first]}

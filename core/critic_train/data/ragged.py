@@ -1,0 +1,74 @@
+"""List columns of Arrow as flat numpy arrays and lengths."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ragged:
+    """A list column of n rows with T elements in all.
+
+    Attributes:
+        flat: [T], the elements end to end; 0 where they are null.
+        lengths: int64 [n]; 0 for a null row.
+        null_rows: bool [n], the row is null or one of its elements is.
+    """
+
+    flat: NDArray[Any]
+    lengths: NDArray[np.int64]
+    null_rows: NDArray[np.bool_]
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """int64 [n+1], first element of each row."""
+        return offsets_of(self.lengths)
+
+
+def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n] -> int64 [n+1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def ragged(column: pa.Array) -> Ragged:
+    """Any kind of Arrow list (list, large_list, fixed_size_list, list views; sliced or not) as a Ragged."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    null_rows = column.is_null().to_numpy(zero_copy_only=False)
+    items = column.flatten()
+    if items.null_count:
+        at = np.flatnonzero(items.is_null().to_numpy(zero_copy_only=False))
+        null_rows = null_rows.copy()
+        null_rows[np.searchsorted(offsets_of(lengths), at, side="right") - 1] = True
+        items = pc.fill_null(items, False if pa.types.is_boolean(items.type) else pa.scalar(0, items.type))
+    return Ragged(flat=items.to_numpy(zero_copy_only=False), lengths=lengths, null_rows=null_rows)
+
+
+def side_by_side(left: Ragged, right: Ragged) -> Ragged:
+    """Every row of `left` followed by the same row of `right`."""
+    lengths = left.lengths + right.lengths
+    starts = offsets_of(lengths)[:-1]
+    flat = np.empty(int(lengths.sum()), dtype=np.result_type(left.flat, right.flat))
+    flat[spread(starts, left.lengths)] = left.flat
+    flat[spread(starts + left.lengths, right.lengths)] = right.flat
+    return Ragged(flat=flat, lengths=lengths, null_rows=left.null_rows | right.null_rows)
+
+
+def spread(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [sum of lengths]: starts[i], starts[i]+1, ... for `lengths[i]` places, row after row."""
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
+
+
+def rows_with(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [n]: whether any element of the row is flagged."""
+    found = np.zeros(len(lengths), dtype=np.bool_)
+    at = np.flatnonzero(flags)
+    if len(at):
+        found[np.searchsorted(offsets_of(lengths), at, side="right") - 1] = True
+    return found

@@ -1,0 +1,272 @@
+"""A private on-disk copy of checked rollouts, from which any rollout is read in one seek.
+
+Training takes rollouts in shuffled order, over and over; Parquet is made for reading from front to back. So the
+rollouts are read once and kept as flat columns, one file each. Reads are positioned reads into fresh arrays, not
+memory maps, so resident memory stays flat however large the data is.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.rollouts import Rollouts
+
+FORMAT_VERSION = 1
+COLUMNS: dict[str, type[np.generic]] = {
+    "input_ids": np.int32,
+    "response_mask": np.bool_,
+    "returns": np.float32,
+    "values": np.float32,
+}
+INDEX = {
+    "offsets": np.int64,
+    "groups": np.int64,
+    "rows": np.int64,
+    "response_counts": np.int64,
+    "return_sums": np.float64,
+}
+
+
+class SpoolDamaged(ValueError):  # noqa: N818 - it names a state, not a programming error
+    """The spool is absent, incomplete or of another version."""
+
+
+class Spool:
+    """Rollouts kept on disk. Open one with `Spool.open`, make one with `Spool.write`.
+
+    Attributes:
+        offsets: int64 [n+1], first token of every rollout in the column files.
+        groups: int64 [n], prompt group keys.
+        rows: int64 [n], rows in the data set as read.
+        response_counts: int64 [n], masked tokens.
+        return_sums: float64 [n], sum of the returns over masked tokens.
+        max_token_id: the largest id.
+        has_values: whether values are kept.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+            if meta["format_version"] != FORMAT_VERSION:
+                raise SpoolDamaged(f"{directory} has format version {meta['format_version']}")
+            index = {name: np.load(directory / f"{name}.npy", allow_pickle=False) for name in INDEX}
+            self.max_token_id = int(meta["max_token_id"])
+            self.has_values = bool(meta["has_values"])
+        except SpoolDamaged:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SpoolDamaged(f"{directory}: {error}") from error
+        self.offsets: NDArray[np.int64] = index["offsets"]
+        self.groups: NDArray[np.int64] = index["groups"]
+        self.rows: NDArray[np.int64] = index["rows"]
+        self.response_counts: NDArray[np.int64] = index["response_counts"]
+        self.return_sums: NDArray[np.float64] = index["return_sums"]
+        for name in self._kept():
+            expected = self.num_tokens * np.dtype(COLUMNS[name]).itemsize
+            file = directory / name
+            if not file.is_file() or file.stat().st_size != expected:
+                raise SpoolDamaged(f"{file} is missing or has the wrong size")
+
+    @classmethod
+    def open(cls, directory: Path) -> "Spool":
+        """Open a spool that stands complete.
+
+        Raises:
+            SpoolDamaged: there is none, or not a whole one.
+        """
+        return cls(directory)
+
+    @classmethod
+    def write(cls, directory: Path, batches: Iterable[Rollouts]) -> "Spool":
+        """Keep a stream of rollouts. The spool appears under its name only when all of it is written.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            _write_columns(temporary, batches)
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.rename(directory)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return cls(directory)
+
+    @property
+    def num_rollouts(self) -> int:
+        """Rollouts kept."""
+        return len(self.groups)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens kept."""
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [n], tokens of each rollout."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest rollout."""
+        return int(self.lengths.max(initial=0))
+
+    def read(self, index: NDArray[np.int64], values_from: str | None = None) -> Rollouts:
+        """Read rollouts in the order given.
+
+        Args:
+            index: int64 [m], places in the spool.
+            values_from: an extra column to take as `values` in place of the stored ones.
+        """
+        offsets = np.zeros(len(index) + 1, dtype=np.int64)
+        np.cumsum(self.lengths[index], out=offsets[1:])
+        columns = {name: self._read_column(name, COLUMNS[name], index, offsets) for name in self._kept()}
+        values = columns.get("values")
+        if values_from is not None:
+            values = self._read_column(values_from, np.float32, index, offsets)
+        return Rollouts(
+            input_ids=columns["input_ids"],
+            offsets=offsets,
+            response_mask=columns["response_mask"],
+            returns=columns["returns"],
+            values=values,
+            group=self.groups[index],
+            row=self.rows[index],
+        )
+
+    def new_column(self, name: str) -> "ColumnWriter":
+        """Write one more float32 column, in any order; it stands when the `with` block ends without an error."""
+        return ColumnWriter(self, name)
+
+    def has_column(self, name: str) -> bool:
+        """Whether an extra column stands."""
+        return (self.directory / name).is_file()
+
+    def drop_column(self, name: str) -> None:
+        """Remove an extra column, if it stands."""
+        assert name not in COLUMNS
+        (self.directory / name).unlink(missing_ok=True)
+
+    def _kept(self) -> list[str]:
+        return [name for name in COLUMNS if name != "values" or self.has_values]
+
+    def _read_column(
+        self, name: str, kind: type[np.generic], index: NDArray[np.int64], offsets: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        column: NDArray[Any] = np.empty(int(offsets[-1]), dtype=kind)
+        view, width = _bytes_of(column), column.itemsize
+        descriptor = os.open(self.directory / name, os.O_RDONLY)
+        try:
+            for first, last in _neighbours(index):
+                begin, end = int(offsets[first]) * width, int(offsets[last + 1]) * width
+                place = int(self.offsets[index[first]]) * width
+                while begin < end:
+                    got = os.preadv(descriptor, [view[begin:end]], place)
+                    if got == 0:
+                        raise SpoolDamaged(f"{self.directory / name} ended early")
+                    begin, place = begin + got, place + got
+        finally:
+            os.close(descriptor)
+        return column
+
+
+class ColumnWriter:
+    """One extra float32 column of a spool while it is being written."""
+
+    def __init__(self, spool: Spool, name: str) -> None:
+        self._spool = spool
+        self._target = spool.directory / name
+        self._temporary = spool.directory / f".{name}.tmp"
+        self._descriptor = -1
+
+    def __enter__(self) -> "ColumnWriter":
+        self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(self._descriptor, self._spool.num_tokens * 4)
+        return self
+
+    def write(self, index: NDArray[np.int64], column: NDArray[np.float32]) -> None:
+        """Write the tokens of some rollouts.
+
+        Args:
+            index: int64 [m], places in the spool.
+            column: float32, the tokens of those rollouts end to end.
+        """
+        data = _bytes_of(np.ascontiguousarray(column, dtype=np.float32))
+        begin = 0
+        for first, last in _neighbours(index):
+            place = int(self._spool.offsets[index[first]]) * 4
+            end = begin + int(self._spool.offsets[index[last] + 1]) * 4 - place
+            while begin < end:
+                put = os.pwrite(self._descriptor, data[begin:end], place)
+                begin, place = begin + put, place + put
+        assert begin == len(data), "the column must cover the rollouts' tokens"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+        if error is None:
+            self._temporary.replace(self._target)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    """The memory of a contiguous array, without copying it."""
+    return memoryview(array.view(np.uint8))  # type: ignore[arg-type]
+
+
+def _neighbours(index: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Runs (first, last) of `index` whose rollouts stand side by side in the files."""
+    if not len(index):
+        return []
+    breaks = np.flatnonzero(np.diff(index) != 1)
+    firsts = [0, *(breaks + 1).tolist()]
+    lasts = [*breaks.tolist(), len(index) - 1]
+    return list(zip(firsts, lasts, strict=True))
+
+
+def _write_columns(directory: Path, batches: Iterable[Rollouts]) -> None:
+    lengths: list[NDArray[np.int64]] = []
+    parts: dict[str, list[NDArray[np.generic]]] = {name: [] for name in INDEX if name != "offsets"}
+    max_token_id = -1
+    has_values = True
+    files = {name: (directory / name).open("wb") for name in COLUMNS}
+    try:
+        for batch in batches:
+            has_values = has_values and batch.values is not None
+            for name, file in files.items():
+                column = getattr(batch, name)
+                if column is not None:
+                    file.write(_bytes_of(np.ascontiguousarray(column, dtype=COLUMNS[name])))
+            owner = np.repeat(np.arange(len(batch)), batch.lengths)[batch.response_mask]
+            masked = batch.returns[batch.response_mask].astype(np.float64)
+            lengths.append(batch.lengths)
+            parts["groups"].append(batch.group)
+            parts["rows"].append(batch.row)
+            parts["response_counts"].append(batch.response_counts)
+            parts["return_sums"].append(np.bincount(owner, weights=masked, minlength=len(batch)))
+            max_token_id = max(max_token_id, int(batch.input_ids.max(initial=-1)))
+    finally:
+        for file in files.values():
+            file.close()
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum()
+    np.save(directory / "offsets.npy", offsets)
+    for name, pieces in parts.items():
+        np.save(directory / f"{name}.npy", np.concatenate([np.zeros(0, dtype=INDEX[name]), *pieces]))
+    if not has_values:
+        (directory / "values").unlink()
+    meta = {"format_version": FORMAT_VERSION, "max_token_id": max_token_id, "has_values": has_values}
+    (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
