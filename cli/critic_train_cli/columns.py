@@ -47,7 +47,7 @@ def new_table(first: str, headings: Sequence[str], *, bare: bool = False) -> "Ta
     table = Table(box=None if bare else SIMPLE_HEAD, show_header=not bare, show_edge=False, pad_edge=False)
     table.add_column(first, overflow="fold", vertical="top")
     for heading in headings:
-        table.add_column(heading, justify="left" if bare else "right", no_wrap=not bare, vertical="bottom")
+        table.add_column(heading, justify="left" if bare else "right", overflow="fold", vertical="bottom")
     return table
 
 

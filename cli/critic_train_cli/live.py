@@ -134,18 +134,20 @@ class LiveView(PlainView):
             return [] if self.course.run else [("", ["starting"])]
         if stage.total <= 0:
             return [("", [progress_line(stage)])]
-        return [("", [stage.stage, self._bar(stage.done, stage.total, stage.unit)])]
+        wide = self._bar_wide() - len(stage.stage) - len(GAP) - len(stage.unit)
+        return [("", [stage.stage, self._bar(stage.done, stage.total, stage.unit, wide=max(4, wide))])]
 
     def _bar_wide(self) -> int:
         return max(4, min(BAR_WIDEST, self.console.width - LABEL_WIDE - 24))
 
-    def _bar(self, done: int, total: int, unit: str = "") -> str:
+    def _bar(self, done: int, total: int, unit: str = "", *, wide: int | None = None) -> str:
         """A bar and its figures: `####....  412/1,200  34 %`."""
         part = min(1.0, done / total) if total > 0 else 0.0
         full, empty = ("━", "·") if self.unicode else ("#", ".")
-        filled = int(part * self._bar_wide())
+        wide = wide or self._bar_wide()
+        filled = int(part * wide)
         figures = f"{done:,}/{total:,} {unit}".rstrip()
-        return f"{full * filled}{empty * (self._bar_wide() - filled)}  {figures}  {100 * part:.0f} %"
+        return f"{full * filled}{empty * (wide - filled)}  {figures}  {100 * part:.0f} %"
 
     def _row(self, label: str, chunks: list[str]) -> "Text":
         """A labelled row; chunks that do not fit go to further lines under the first."""
@@ -154,6 +156,8 @@ class LiveView(PlainView):
         # The last column stays free: some terminals wrap a line that fills it, and the picture would creep.
         wide = max(8, self.console.width - 1)
         indent = LABEL_WIDE if wide >= 4 * LABEL_WIDE else 0
+        if label and not indent:
+            label, chunks = "", [f"{label}: {chunks[0]}", *chunks[1:]]
         lines: list[str] = []
         for chunk in chunks:
             for piece in textwrap.wrap(chunk, wide - indent, break_on_hyphens=False):
@@ -161,7 +165,7 @@ class LiveView(PlainView):
                     lines[-1] += GAP + piece
                 else:
                     lines.append(piece)
-        text = Text(f"{label:<{indent}}" if indent else (f"{label}: " if label else ""), style="cyan")
+        text = Text(f"{label:<{indent}}", style="cyan")
         for index, line in enumerate(lines):
             text.append((" " * indent if index else "") + line + "\n", style="default")
         return text

@@ -76,7 +76,13 @@ def job(stop: Any) -> Iterator[Event]:
     yield EvaluationEnded(step=2, metrics=METRICS, best=True)
     yield CheckpointSaved(step=2, path=out + "/checkpoints/step-00000002", size_bytes=5_100_000)
     critics = {"runs/é/best": METRICS}
-    result = {**RESULT, **METRICS, "words": ["It is good – è."], "critics": critics, "baselines": {"constant": METRICS}}
+    result = {
+        **RESULT,
+        **METRICS,
+        "words": ["It is good, oui, ça va."],
+        "critics": critics,
+        "baselines": {"constant": METRICS},
+    }
     yield RunEnded(status="finished", result=result)
 
 

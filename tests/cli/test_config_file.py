@@ -3,6 +3,7 @@
 import tomllib
 
 import pytest
+
 from critic_train.errors import ConfigError
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train_cli.config_file import config_text, read_config

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+
 from critic_train.errors import ConfigError
 from critic_train.settings import EvalSettings, FitSettings, setting
 from critic_train_cli.options import Chosen, misspelt_variables, options_of, resolve
