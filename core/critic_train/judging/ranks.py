@@ -78,7 +78,7 @@ def centred_ranks(x: Column) -> Floats:
 
 def sortable(x: Column) -> Integers:
     """Integers in the order of the floats: float32 [T] -> int64 [T], equal for -0 and 0."""
-    bits = (x + np.float32(0.0)).view(np.int32).astype(np.int64)
+    bits = np.ascontiguousarray(x).view(np.int32).astype(np.int64)
     return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 

@@ -79,11 +79,11 @@ def test_intervals_equal_a_resampling_by_hand(world, offset):
 def test_resamples_without_variance_are_left_out():
     assert percentile_interval(np.array([np.nan, 1.0, 3.0, np.nan])) == pytest.approx([1.05, 2.95])
     assert percentile_interval(np.array([np.nan, np.nan])) is None
-    # Two groups of constant returns: half of the resamples draw one group twice and have no variance.
-    rollouts = two_level_world(np.array([0.1, 0.7]))
-    judge = Judge(["c"], resamples=200)
-    judge.add(rollouts, {"c": (rollouts.returns * np.float32(0.5)).astype(np.float32)})
-    assert judge.verdict()["critics"]["c"]["explained_variance_interval"] == pytest.approx([0.75, 0.75])
+    # Three groups of constant returns: a ninth of the resamples draw one group thrice and have no variance.
+    rollouts = two_level_world(np.array([0.1, 0.7, 0.25]))
+    judge = Judge(["c"], resamples=500)
+    judge.add(rollouts, {"c": (rollouts.returns * np.float32(0.3)).astype(np.float32)})
+    assert judge.verdict()["critics"]["c"]["explained_variance_interval"] == pytest.approx([0.51, 0.51], abs=1e-6)
 
 
 def two_level_world(levels, peers=1, tokens=3, within=None):
