@@ -1,4 +1,25 @@
-"""The judge: takes in rollouts and critics' values batch by batch, gives the verdict at the end."""
+"""The judge: takes in rollouts and critics' values batch by batch, gives the verdict at the end.
+
+Metrics of a prediction V of returns G, over response tokens, each token with the same weight:
+    explained_variance: 1 - Var(G - V) / Var(G). Above 0, V lowers the variance of the advantage, below
+        it raises it (EVPO, arXiv 2604.19485).
+    explained_variance_within_group: the same with all variances taken about the prompt group's own
+        mean and pooled: 1 - sum_g SS_g(G - V) / sum_g SS_g(G). What V knows beyond the prompt.
+    *_interval: [low, high], 95 % percentile bootstrap over prompt groups; None below two groups.
+    mse, mae, bias: means of (V - G)^2, |V - G| and V - G.
+    pearson, spearman: correlations of V and G; ties get average ranks. ranks.RankCorrelation says how
+        exact the latter is above 4 million tokens.
+    value_loss: 0.5 * mean of max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), as in verl;
+        0.5 * mse when the clip is off; None without stored values.
+    clipfrac: share of tokens whose clipped loss is strictly the larger; None without a clip.
+    saturation: share of tokens whose gradient the clip has zeroed: clipped loss the larger and
+        |V - V_old| > eps; None without a clip.
+    explained_variance_minus: baseline -> {difference, interval}, paired by prompt group (critics and
+        stored values only).
+    by_position: list of {from, to, tokens, explained_variance, mse, bias, mean_value, mean_return}.
+    by: column -> value -> {tokens, rollouts, explained_variance, explained_variance_within_group, mse,
+        bias}.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,26 +103,7 @@ class Judge:
                 and group_mean (the leave-one-out mean of the prompt group, GRPO's baseline; `lone_rollouts`
                 were alone in their group and got the constant) -> metrics.
             differences: "a - b" -> {difference, interval} of explained variance, for each pair of critics.
-
-        Metrics of a prediction V of returns G, over response tokens, each token with the same weight:
-            explained_variance: 1 - Var(G - V) / Var(G). Above 0, V lowers the variance of the advantage, below
-                it raises it (EVPO, arXiv 2604.19485).
-            explained_variance_within_group: the same with all variances taken about the prompt group's own
-                mean and pooled: 1 - sum_g SS_g(G - V) / sum_g SS_g(G). What V knows beyond the prompt.
-            *_interval: [low, high], 95 % percentile bootstrap over prompt groups; None below two groups.
-            mse, mae, bias: means of (V - G)^2, |V - G| and V - G.
-            pearson, spearman: correlations of V and G; ties get average ranks. ranks.RankCorrelation says how
-                exact the latter is above 4 million tokens.
-            value_loss: 0.5 * mean of max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), as in verl;
-                0.5 * mse when the clip is off; None without stored values.
-            clipfrac: share of tokens whose clipped loss is strictly the larger; None without a clip.
-            saturation: share of tokens whose gradient the clip has zeroed: clipped loss the larger and
-                |V - V_old| > eps; None without a clip.
-            explained_variance_minus: baseline -> {difference, interval}, paired by prompt group (critics and
-                stored values only).
-            by_position: list of {from, to, tokens, explained_variance, mse, bias, mean_value, mean_return}.
-            by: column -> value -> {tokens, rollouts, explained_variance, explained_variance_within_group, mse,
-                bias}.
+            See the module for the metrics.
         """
         evidence = self._evidence
         population = evidence.population()
