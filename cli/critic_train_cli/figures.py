@@ -33,9 +33,11 @@ def three(value: Any) -> str:
 
 
 def signed(value: Any) -> str:
-    """A figure whose sign matters, as a bias: `+0.0040`."""
+    """A figure whose sign matters, as a bias: `+0.0040`; four decimals, so that a column lines up."""
     known = number(value)
-    return DASH if known is None else f"{known:+#.2g}".rstrip(".")
+    if known is None:
+        return DASH
+    return f"{known:+.4f}" if known == 0 or 5e-5 <= abs(known) < 100 else f"{known:+.3g}"
 
 
 def share(value: Any) -> str:

@@ -48,11 +48,16 @@ def headline(ended: RunEnded) -> str:
     result = ended.result
     steps = result.get("steps")
     if ended.status == "already finished":
-        return f"Already finished: {steps} steps. Nothing was done."
+        return f"Already finished: {in_steps(steps)}. Nothing was done."
     if ended.status == "interrupted":
         of = f" of {result['total_steps']}" if result.get("total_steps") else ""
         return f"Interrupted after step {steps}{of}." if steps else "Interrupted before the first step."
-    return f"Finished: {steps} steps in {duration(result.get('elapsed_seconds'))}."
+    return f"Finished: {in_steps(steps)} in {duration(result.get('elapsed_seconds'))}."
+
+
+def in_steps(steps: Any) -> str:
+    """`1 step`, `120 steps`."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def rows(result: dict[str, Any], losses: Sequence[float], curve: str) -> list[tuple[str, str]]:
@@ -77,7 +82,7 @@ def rows(result: dict[str, Any], losses: Sequence[float], curve: str) -> list[tu
     within = result.get("explained_variance_within_group")
     if number(within) is not None:
         bounds = result.get("explained_variance_within_group_interval")
-        found.append(("  within prompts", with_interval(within, bounds)))
+        found.append(("within prompts", with_interval(within, bounds)))
     for name, key in (("best", "best"), ("newest checkpoint", "checkpoint")):
         if isinstance(result.get(key), str):
             found.append((name, result[key]))

@@ -1,5 +1,6 @@
 """The verdict of `eval` as tables: critics beside baselines, then by position and by column."""
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from critic_train_cli.columns import Column, Metrics, figure, fits, new_table, shown_name
@@ -41,7 +42,11 @@ def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
         console.print("Interrupted: nothing was judged.", style="bold")
         return
     for sentence in verdict.get("words") or []:
-        console.print(sentence, style="bold")
+        wide = max(console.width, 12)
+        console.print(
+            textwrap.fill(f"- {sentence}", wide, subsequent_indent="  ", break_on_hyphens=False), style="bold"
+        )
+    console.print()
     console.print(data_line(verdict), style="dim")
     named = named_metrics(verdict)
     draw_comparison(console, named)

@@ -47,7 +47,7 @@ def test_a_finished_run():
         "  this critic                 0.409 [0.359, 0.449]  at step 90",
         "  constant mean               0.000",
         "  prompt group's mean         0.352 [0.300, 0.400]",
-        "  within prompts              0.120",
+        "within prompts                0.120",
         "best                          runs/x/best",
         "newest checkpoint             runs/x/checkpoints/step-00000120",
         "",
@@ -79,7 +79,7 @@ def test_a_run_that_was_finished_before():
 def test_a_run_without_held_out_rollouts():
     result = {"steps": 1, "best": None, "checkpoint": "runs/x/checkpoints/step-00000001", "elapsed_seconds": None}
     lines = summary(result, losses=[])
-    assert lines[0] == "Finished: 1 steps in -."
+    assert lines[0] == "Finished: 1 step in -."
     assert not any("explained variance" in line for line in lines)
     assert any(line.startswith("Next: critic-train eval --model runs/x/checkpoints/step-00000001") for line in lines)
 

@@ -62,8 +62,9 @@ def drawn(result, width=200, encoding="utf-8"):
 
 def test_words_come_first_then_the_data():
     lines = drawn(verdict())
-    assert lines[:2] == [
-        "It beats the constant mean.",
+    assert lines[:3] == [
+        "- It beats the constant mean.",
+        "",
         "2,048 rollouts, 256 prompt groups, 312,034 response tokens; returns 0.4127 on average, std 0.36, "
         "from 0 to 1; 3 rows left out",
     ]
@@ -104,7 +105,7 @@ def test_any_width_and_encoding(width, encoding):
 def test_deciles_of_the_response():
     lines = drawn(verdict())
     rows = [line.split() for line in lines[lines.index("By position in the response: explained variance") :]]
-    assert ["0-10", "%", "12.0k", "0.410", "0.400", "0.100", "+0.010", "0.410", "0.301", "0.352"] in rows
+    assert ["0-10", "%", "12.0k", "0.410", "0.400", "0.100", "+0.0100", "0.410", "0.301", "0.352"] in rows
     assert sum(row[1:2] == ["%"] for row in rows) == 10
 
 
@@ -119,9 +120,9 @@ def test_a_table_for_each_column():
     lines = drawn(verdict(critic=metrics(0.41, by=by)))
     rows = [line.split() for line in lines]
     assert ["code", "20", "900", "-", "-", "-", "-"] in rows
-    assert ["math", "10", "500", "0.200", "-", "0.100", "+0.0"] in rows
+    assert ["math", "10", "500", "0.200", "-", "0.100", "+0.0000"] in rows
     assert rows.index(["code", "20", "900", "-", "-", "-", "-"]) < rows.index(
-        ["math", "10", "500", "0.200", "-", "0.100", "+0.0"]
+        ["math", "10", "500", "0.200", "-", "0.100", "+0.0000"]
     )
     assert "By length: explained variance" in lines
 
