@@ -56,3 +56,8 @@ def fits(console: "Console", table: "Table") -> bool:
     from rich.measure import Measurement
 
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
+
+
+def first_that_fits(console: "Console", tables: Sequence["Table"]) -> "Table":
+    """The first table that has room; where none has, the last, its cells folded."""
+    return next((table for table in tables if fits(console, table)), tables[-1])

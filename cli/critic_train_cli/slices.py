@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from critic_train_cli.columns import Column, Metrics, figure, fits, in_short, new_table, shown_name
+from critic_train_cli.columns import Column, Metrics, figure, first_that_fits, in_short, new_table, shown_name
 from critic_train_cli.figures import DASH, count, fixed, signed, three
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def draw_positions(console: "Console", critics: dict[str, Metrics], named: list[
         positions_table(parts, [], others[:1]),
     ]
     console.print("\nBy position in the response: explained variance", style="bold")
-    console.print(next((t for t in candidates if fits(console, t)), candidates[-1]))
+    console.print(first_that_fits(console, candidates))
 
 
 def positions_table(parts: list[Metrics], about: Sequence[Column], others: list[tuple[str, list[Metrics]]]) -> "Table":
@@ -64,10 +64,13 @@ def draw_slices(console: "Console", critics: dict[str, Metrics]) -> None:
             Column("MSE", figure("mse", three)),
             Column("bias", figure("bias", signed)),
         ]
-        full = slices_table(column, shown, critics, about, more if len(critics) == 1 else [])
-        brief = slices_table(column, shown, critics, [], [])
+        candidates = [
+            slices_table(column, shown, critics, about, more if len(critics) == 1 else []),
+            slices_table(column, shown, critics, about, []),
+            slices_table(column, shown, critics, [], []),
+        ]
         console.print(f"\nBy {column}: explained variance", style="bold")
-        console.print(full if fits(console, full) else brief)
+        console.print(first_that_fits(console, candidates))
         if len(ordered) > len(shown):
             console.print(f"  and {len(ordered) - len(shown):,} more values; --json has them all", style="dim")
 
