@@ -242,9 +242,8 @@ def main() -> None:
         "max_tokens": chosen.max_tokens,
     }
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(
-        f"{'rollouts':38} {'hidden':>6} {'':4} {'padded/computed':>15} {'fit tok/s':>10} {'padded/fit':>10} {'goal':>5} {'fit/bare':>8}"
-    )
+    print(f"{'rollouts':38} {'hidden':>6} {'':4} {'padded/computed':>15} {'fit tok/s':>10}", end=" ")
+    print(f"{'padded/fit':>10} {'goal':>5} {'fit/bare':>8}")
     rows = []
     for hidden in chosen.hidden:
         for precision in chosen.precision:

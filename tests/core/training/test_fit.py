@@ -1,0 +1,226 @@
+"""Whole runs on small shards: what they leave, how they resume, what they refuse."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support import readable_rollouts, write_shard
+
+from critic_train.errors import ConfigError, DataError, MachineError
+from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
+from critic_train.run.checkpoint import checkpoints, newest_checkpoint
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
+
+SIGTERM = 15
+
+
+@dataclass(slots=True)
+class StopAfter(StopRequest):
+    """Asks to stop when it has been looked at so many times: at any micro-batch or batch of rows of a run."""
+
+    looks: int = 0
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        if self.looks < 0:
+            self.signal_number = SIGTERM
+        return self.signal_number is not None
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rollouts")
+    write_shard(folder / "a.parquet", readable_rollouts(20, seed=1))
+    write_shard(folder / "b.parquet", readable_rollouts(12, seed=2))
+    return folder
+
+
+def settings_for(shards: Path, out: Path, **changes: object) -> FitSettings:
+    defaults: dict[str, object] = {
+        "data": [str(shards)],
+        "out": str(out),
+        "preset": "tiny",
+        "batch_size": 16,
+        "max_tokens": 120,
+        "epochs": 2,
+        "eval_every": 4,
+        "checkpoint_every": 3,
+        "lr": 3e-3,
+        "device": "cpu",
+    }
+    return FitSettings(**(defaults | changes))  # type: ignore[arg-type]
+
+
+def run(settings: FitSettings, stop: StopRequest | None = None) -> list[Event]:
+    return list(fit(settings, stop or StopRequest()))
+
+
+def final_state(out: Path) -> dict[str, bytes]:
+    """What must be bit-identical: weights, optimizer, metrics."""
+    last = checkpoints(out / "checkpoints")[-1]
+    files = (last / "model.safetensors", last / "optimizer.safetensors", out / "metrics.jsonl")
+    return {file.name: file.read_bytes() for file in files} | {"checkpoint": last.name.encode()}
+
+
+def test_a_run_leaves_what_the_design_says(shards, tmp_path):
+    events = run(settings_for(shards, tmp_path))
+    assert isinstance(events[-1], RunEnded)
+    assert events[-1].status == "finished"
+    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
+        "best",
+        "cache",
+        "checkpoints",
+        "metrics.jsonl",
+        "result.json",
+        "run.json",
+        "timings.jsonl",
+    }
+    last = checkpoints(tmp_path / "checkpoints")[-1]
+    assert {p.name for p in last.iterdir()} == {
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "trainer.json",
+    }
+    config = json.loads((last / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForTokenClassification"]
+    assert (config["tie_word_embeddings"], config["value_head_prefix"]) == (False, "score")
+    tensors = load_file(last / "model.safetensors")
+    assert tensors["score.weight"].shape == (1, 64)
+    assert tensors["score.bias"].shape == (1,)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, events[-1].result["steps"] + 1))
+    assert [r["step"] for r in records if r["event"] == "evaluation"][:2] == [0, 4]
+    assert (tmp_path / "best").resolve() in checkpoints(tmp_path / "checkpoints")
+
+
+def test_an_untrained_critic_explains_nothing_and_a_trained_one_does(shards, tmp_path):
+    events = run(settings_for(shards, tmp_path, epochs=12, eval_every=20))
+    evaluations = [e for e in events if isinstance(e, EvaluationEnded)]
+    assert evaluations[0].step == 0
+    assert evaluations[0].metrics["explained_variance"] == 0.0
+    assert evaluations[-1].metrics["explained_variance"] > 0.8
+    assert evaluations[-1].metrics["baselines"]["stored"]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.fixture(scope="module", params=["column", "epoch"])
+def undisturbed(request, shards, tmp_path_factory) -> tuple[str, dict[str, bytes]]:
+    out = tmp_path_factory.mktemp("undisturbed")
+    run(settings_for(shards, out, old_values=request.param))
+    return request.param, final_state(out)
+
+
+@pytest.mark.parametrize("looks", [0, 1, 3, 5, 9, 14, 22, 31, 47])
+def test_a_run_stopped_anywhere_resumes_bit_identical(looks, undisturbed, shards, tmp_path):
+    old_values, expected = undisturbed
+    settings = settings_for(shards, tmp_path, old_values=old_values)
+    first = run(settings, StopAfter(looks=looks))[-1]
+    assert isinstance(first, RunEnded)
+    assert (first.status, first.signal_number) == ("interrupted", SIGTERM)
+    assert run(settings)[-1].status == "finished"
+    assert final_state(tmp_path) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_a_run_that_was_killed_resumes_bit_identical(steps, undisturbed, shards, tmp_path):
+    old_values, expected = undisturbed
+    settings = settings_for(shards, tmp_path, old_values=old_values)
+    going = fit(settings, StopRequest())
+    for event in going:
+        if isinstance(event, StepEnded) and event.step == steps:
+            break
+    going.close()  # as after SIGKILL: no checkpoint is written, logs are ahead of the last one
+    assert run(settings)[-1].status == "finished"
+    assert final_state(tmp_path) == expected
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(shards, tmp_path, undisturbed):
+    old_values, expected = undisturbed
+    settings = settings_for(shards, tmp_path, old_values=old_values)
+    run(settings, StopAfter(looks=40))
+    newest, _ = newest_checkpoint(tmp_path / "checkpoints")
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    events = run(settings)
+    assert any(isinstance(e, Notice) and "is damaged" in e.message and newest.name in e.message for e in events)
+    assert list((tmp_path / "checkpoints").glob(f"damaged-{newest.name}*"))
+    assert final_state(tmp_path) == expected
+
+
+def test_a_finished_run_says_so_and_does_nothing(shards, tmp_path):
+    settings = settings_for(shards, tmp_path, epochs=1)
+    first = run(settings)[-1]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    again = run(settings)
+    assert again[-1].status == "already finished"
+    assert again[-1].result["explained_variance"] == first.result["explained_variance"]
+    assert not any(isinstance(e, StepEnded) for e in again)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+
+
+def test_changed_settings_are_refused_by_name(shards, tmp_path):
+    run(settings_for(shards, tmp_path, max_steps=2))
+    with pytest.raises(ConfigError) as refused:
+        run(settings_for(shards, tmp_path, max_steps=2, lr=1e-4, batch_size=8, log_every=3))
+    assert "--lr was 0.003, is now 0.0001" in refused.value.message
+    assert "--batch-size was 16, is now 8" in refused.value.message
+    assert "--log-every" not in refused.value.message
+
+
+def test_changed_rollouts_are_refused(shards, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(shards, copy)
+    out = tmp_path / "out"
+    run(settings_for(copy, out, max_steps=1))
+    write_shard(copy / "b.parquet", readable_rollouts(12, seed=9))
+    with pytest.raises(ConfigError, match="the rollouts changed since the run began"):
+        run(settings_for(copy, out, max_steps=1))
+
+
+def test_a_second_process_is_turned_away(shards, tmp_path):
+    settings = settings_for(shards, tmp_path)
+    going = fit(settings, StopRequest())
+    next(event for event in going if isinstance(event, RunStarted))
+    with pytest.raises(MachineError, match="is in use by process"):
+        run(settings)
+    going.close()
+
+
+def test_the_order_does_not_depend_on_global_random_state(shards, tmp_path):
+    run(settings_for(shards, tmp_path / "a", max_steps=3))
+    np.random.seed(123)
+    np.random.rand(7)
+    run(settings_for(shards, tmp_path / "b", max_steps=3))
+    assert final_state(tmp_path / "a") == final_state(tmp_path / "b")
+
+
+def test_bad_rows_stop_a_run_or_are_left_out_and_counted(shards, tmp_path):
+    rollouts = readable_rollouts(3, seed=4)
+    rollouts.returns[rollouts.offsets[5] + 8 :][:1] = np.nan
+    rollouts.response_mask[rollouts.offsets[5] + 8] = True
+    folder = tmp_path / "data"
+    write_shard(folder / "good.parquet", readable_rollouts(8, seed=3))
+    bad = write_shard(folder / "odd.parquet", rollouts)
+    with pytest.raises(DataError) as refused:
+        run(settings_for(folder, tmp_path / "out", max_steps=1))
+    assert f"{bad}, row group 0, row 5, column returns: found nan" in refused.value.message
+    ended = run(settings_for(folder, tmp_path / "out2", max_steps=1, on_bad_rows="skip"))[-1]
+    assert ended.result["rows_left_out"]["train"]["count"] == 1
+
+
+def test_keep_prunes_all_but_the_newest_and_the_best(shards, tmp_path):
+    run(settings_for(shards, tmp_path, checkpoint_every=1, keep=2))
+    standing = checkpoints(tmp_path / "checkpoints")
+    best = (tmp_path / "best").resolve()
+    assert best in standing
+    assert len(standing) == (2 if best in standing[-2:] else 3)
