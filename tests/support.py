@@ -1,6 +1,7 @@
 """Rollouts and models small enough for a test, made from a seed."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def branching_rollouts(seed: int = 0) -> Rollouts:
     return rollouts_of([sequences[i] for i in shuffled], [prompts[i] for i in shuffled], seed=seed, gaps=True)
 
 
-def write_shard(path: Path, rollouts: Rollouts) -> Path:
-    """Rollouts as a canonical Parquet shard."""
+def write_shard(path: Path, rollouts: Rollouts, without: Sequence[str] = ()) -> Path:
+    """Rollouts as a canonical Parquet shard, some columns left out."""
     bounds = list(itertools.pairwise(rollouts.offsets.tolist()))
     columns = {
         "uid": [str(key) for key in rollouts.group.tolist()],
@@ -91,7 +92,7 @@ def write_shard(path: Path, rollouts: Rollouts) -> Path:
         "returns": [rollouts.returns[a:b] for a, b in bounds],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table({name: column for name, column in columns.items() if name not in without}), path)
     return path
 
 

@@ -18,6 +18,10 @@ class ValueHead(nn.Linear):
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, 1, dtype=torch.float32)
 
+    def reset_parameters(self) -> None:
+        """Start at 0: no random numbers are drawn."""
+        self.start_at(0.0)
+
     def start_at(self, mean_return: float) -> None:
         """Make the head predict `mean_return` everywhere."""
         with torch.no_grad():

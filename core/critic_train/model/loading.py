@@ -22,13 +22,16 @@ HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
 """Where frameworks keep a value head: Hugging Face, OpenRLHF, verl; xtuner; TRL; DeepSpeed-Chat; GPT-2's class."""
 
 DROPOUTS = (
+    "activation_dropout",
     "attention_dropout",
     "attn_pdrop",
     "classifier_dropout",
     "classifier_dropout_prob",
+    "dropout",
     "embd_pdrop",
     "embedding_dropout",
     "hidden_dropout",
+    "layerdrop",
     "resid_dropout",
     "resid_pdrop",
     "summary_dropout_prob",
@@ -128,7 +131,6 @@ def load_critic(source: ModelSource) -> Critic:
             hint="the directory is incomplete, or its config.json belongs to another model",
         )
     head = ValueHead(int(source.config.hidden_size))
-    head.start_at(0.0)
     if source.head is not None:
         _fill_head(head, source)
     return Critic(trunk, head)
@@ -143,9 +145,7 @@ def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=NAME)
-    head = ValueHead(int(config.hidden_size))
-    head.start_at(0.0)
-    return Critic(trunk, head)
+    return Critic(trunk, ValueHead(int(config.hidden_size)))
 
 
 def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ and some architectures cannot share at all: recurrent state, attention arithmeti
 trusted with a forest, a few rollouts go through it both ways.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +19,8 @@ from critic_train.model.inputs import forest_input
 from critic_train.rollouts import Rollouts
 from critic_train.settings import Packing
 
-STOCK_ATTENTION = "sdpa"
+STOCK_ATTENTION = ("sdpa", "eager")
+"""Tried in this order."""
 TOLERANCE = 1e-3
 """Largest difference of a hidden state allowed, relative to the largest hidden state. Right is about 1e-6."""
 
@@ -79,11 +81,21 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
 
 
 def use_stock_attention(critic: Critic) -> None:
-    """Give the trunk back the attention of transformers, for rows."""
-    try:
-        critic.trunk.set_attn_implementation(STOCK_ATTENTION)
-    except ValueError:  # an architecture without SDPA
-        critic.trunk.set_attn_implementation("eager")
+    """Give the trunk back the attention of transformers, for rows.
+
+    Raises:
+        ModelError: the architecture takes neither SDPA nor eager attention by name.
+    """
+    trunk = critic.trunk
+    for name in STOCK_ATTENTION:
+        # An architecture that does not know a name raises, or keeps what it had without a word.
+        with contextlib.suppress(ValueError):
+            trunk.set_attn_implementation(name)
+        if trunk.config._attn_implementation == name:
+            return
+    raise ModelError(
+        f"{trunk.config.model_type} takes neither sdpa nor eager attention", hint="use another architecture"
+    )
 
 
 def _with_branch(sample: Rollouts) -> Rollouts:
