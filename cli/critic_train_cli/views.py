@@ -1,4 +1,4 @@
-"""Three ways to show a job: not at all, in plain lines, or live on a terminal."""
+"""Two ways to show a job: nothing but its notices, or plain lines. The live view builds on them."""
 
 import contextlib
 import os
@@ -6,7 +6,6 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from critic_train.errors import ConfigError
 from critic_train.events import (
     CheckpointSaved,
     EvaluationEnded,
@@ -25,9 +24,7 @@ from critic_train_cli.lines import (
     step_line,
 )
 from critic_train_cli.output import Output
-from critic_train_cli.terminal import can_redraw
 
-VARIABLE = "CRITIC_TRAIN_PROGRESS"
 SECONDS_BETWEEN_STAGE_LINES = 10.0
 
 
@@ -109,25 +106,3 @@ class PlainView(View):
             return []
         self._stage_line_at = seconds
         return [progress_line(event)]
-
-
-def choose_view(output: Output, *, stopping: str) -> View:
-    """The view that suits stderr, unless CRITIC_TRAIN_PROGRESS says which.
-
-    Args:
-        output: where the view writes.
-        stopping: what happens after the first signal.
-
-    Raises:
-        ConfigError: the variable holds another word.
-    """
-    word = os.environ.get(VARIABLE, "").lower()
-    if word not in ("", "0", "plain", "live"):
-        raise ConfigError(f"{VARIABLE} must be live, plain or 0, not {word!r}")
-    if output.quiet or word == "0":
-        return View(output, stopping=stopping)
-    if word == "live" or (not word and can_redraw(sys.stderr)):
-        from critic_train_cli.live import LiveView
-
-        return LiveView(output, stopping=stopping)
-    return PlainView(output, stopping=stopping)

@@ -8,7 +8,8 @@ from critic_train_cli.course import Course
 from critic_train_cli.lines import told
 from critic_train_cli.live import LiveView
 from critic_train_cli.output import Output
-from critic_train_cli.views import PlainView, View, choose_view
+from critic_train_cli.view_choice import choose_view
+from critic_train_cli.views import PlainView, View
 
 FULL = StepEnded(
     step=1,
@@ -67,7 +68,7 @@ def step(number):
 )
 def test_choice(monkeypatch, word, quiet, terminal, kind):
     monkeypatch.setenv("CRITIC_TRAIN_PROGRESS", word)
-    monkeypatch.setattr("critic_train_cli.views.can_redraw", lambda stream: terminal)
+    monkeypatch.setattr("critic_train_cli.view_choice.can_redraw", lambda stream: terminal)
     assert type(choose_view(Output(quiet=quiet), stopping="stopping")) is kind
 
 

@@ -12,7 +12,7 @@ from critic_train_cli.output import Output
 def work(settings: EvalSettings, output: Output) -> int:
     """Judge, showing how far it is; then the tables, or the verdict as JSON."""
     from critic_train_cli.job import exit_code_of, run_job
-    from critic_train_cli.views import choose_view
+    from critic_train_cli.view_choice import choose_view
 
     def start(stop: StopRequest) -> Iterator[Event]:
         from critic_train.judging.evaluation import evaluate

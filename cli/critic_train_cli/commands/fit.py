@@ -12,7 +12,7 @@ from critic_train_cli.output import Output
 def work(settings: FitSettings, output: Output) -> int:
     """Train, showing how it goes; then the summary, or the result as JSON."""
     from critic_train_cli.job import exit_code_of, run_job
-    from critic_train_cli.views import choose_view
+    from critic_train_cli.view_choice import choose_view
 
     def start(stop: StopRequest) -> Iterator[Event]:
         from critic_train.training.fit import fit

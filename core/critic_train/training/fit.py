@@ -250,7 +250,9 @@ def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
     best = trainer.run.best
     judged = read_state(best)["last_evaluation"] if best is not None else trainer.last_evaluation
     newest, _ = newest_checkpoint(trainer.run.checkpoints)
-    evaluation = {k: v for k, v in (judged or {}).items() if k not in ("by_position", "by")}
+    evaluation = _scalars(judged or {})
+    if "baselines" in evaluation:
+        evaluation["baselines"] = {name: _scalars(metrics) for name, metrics in evaluation["baselines"].items()}
     return {
         "status": status,
         "out": str(trainer.run.path),
@@ -264,3 +266,8 @@ def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
         **evaluation,
         "elapsed_seconds": time.monotonic() - began,
     }
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without their tables, which stand in metrics.jsonl."""
+    return {name: figure for name, figure in metrics.items() if name not in ("by_position", "by")}
