@@ -51,14 +51,22 @@ class BadRows:
         if len(self.first) < SHOWN:
             self.first.append(row)
 
-    def error(self) -> DataError:
-        """The fault that tells of them."""
+    def error(self, *, all_of_them: bool = False) -> DataError:
+        """The fault that tells of them.
+
+        Args:
+            all_of_them: whether there was no good row.
+        """
         kinds = "; ".join(f"{count} with {reason}" for reason, count in self.reasons.most_common())
         shown = "\n".join(f"  {row}" for row in self.first)
         more = f"\n  ... and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
         rows = "1 row" if self.count == 1 else f"{self.count} rows"
+        left = ", and there are no others" if all_of_them else ""
         return DataError(
-            f"{rows} cannot be used ({kinds})\n{shown}{more}", hint="--on-bad-rows skip leaves them out and counts them"
+            f"{rows} cannot be used ({kinds}){left}\n{shown}{more}",
+            hint="are the columns what they seem? --column says which is which"
+            if all_of_them
+            else "--on-bad-rows skip leaves them out and counts them",
         )
 
     def summary(self) -> dict[str, Any]:

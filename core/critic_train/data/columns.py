@@ -1,7 +1,9 @@
 """How a shard's schema is understood: names, aliases, types."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import pyarrow as pa
 
@@ -30,7 +32,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Canonical name -> names that mean the same elsewhere, most specific first."""
 
-INTEGER, NUMBER, ANY = "a list of integers", "a list of numbers or booleans", "anything"
+INTEGERS, NUMBERS, SINGLE = "a list of integers", "a list of numbers or booleans", "one value a rollout"
+EXPECTED = {"input_ids": INTEGERS, "prompts": INTEGERS, "responses": INTEGERS, "uid": SINGLE}
+"""Canonical name -> what its column must hold; NUMBERS where nothing is said."""
+
+MEANING = {
+    "input_ids": "the token ids; or prompts and responses, the token ids of each",
+    "response_mask": "1 on the tokens the policy chose",
+    "returns": "the regression target of every response token",
+    "values": "the values stored at rollout time; --old-values none trains without them",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,107 +94,141 @@ def understand(
 ) -> Columns:
     """Find the canonical columns in a shard's schema.
 
+    A rename wins over the canonical name, and that over aliases. An alias counts only where its type fits: what is
+    named `ids` or `mask` and holds text is something else. So are `prompts` and `responses` that hold text.
+
     Args:
         schema: Arrow schema of the shard.
         shard: for the messages.
-        renames: canonical name -> the shard's column; wins over names and aliases.
+        renames: canonical name -> the shard's column.
         labels: per-rollout columns to carry along.
         need_values: whether values must be there.
 
     Raises:
-        DataError: a required column is missing, ambiguous or of the wrong type.
+        DataError: a required column is missing, ambiguous, there twice or of the wrong type.
     """
     unknown = [name for name in renames if name not in ALIASES]
     if unknown:
         raise DataError(
             f"--column {unknown[0]}={renames[unknown[0]]}: there is no canonical column {unknown[0]!r}"
-            f"{_near(unknown[0], list(ALIASES))}",
+            f"{_near(unknown[0], ALIASES)}",
             hint=f"canonical columns: {', '.join(ALIASES)}",
         )
-    found = {name: _find(name, schema, shard, renames) for name in ALIASES}
-    pair = found["input_ids"] is None and found["prompts"] is not None and found["responses"] is not None
-    if found["input_ids"] is None and not pair:
-        _missing("input_ids", schema, shard, "or prompts and responses, the token ids of each")
-    if found["response_mask"] is None and not pair:
-        _missing("response_mask", schema, shard, "1 on the tokens the policy chose")
-    returns = found["returns"]
-    if returns is None:
-        _missing("returns", schema, shard, "the regression target of every response token")
-    if need_values and found["values"] is None:
-        _missing(
-            "values", schema, shard, "the values stored at rollout time", "or --old-values none trains without them"
-        )
-    kinds = {"input_ids": INTEGER, "prompts": INTEGER, "responses": INTEGER, "uid": ANY}
-    for name, column in found.items():
-        used = name in ("uid", "returns", "values", "response_mask", "attention_mask") or (
-            name in ("prompts", "responses") if pair else name == "input_ids"
-        )
-        if column is not None and used:
-            _check_type(column, name, schema.field(column).type, kinds.get(name, NUMBER), shard)
+    finder = _Finder(schema=schema, shard=shard, renames=renames)
+    finder.check_renames()
+    pair_is_meant = "input_ids" not in renames and ("prompts" in renames or "responses" in renames)
+    input_ids = None if pair_is_meant else finder.find("input_ids")
+    prompts = responses = None
+    if input_ids is None:
+        prompts, responses = finder.find("prompts"), finder.find("responses")
+    pair = prompts is not None and responses is not None
+    response_mask, returns, values = (finder.find(name) for name in ("response_mask", "returns", "values"))
+    there = {"input_ids": input_ids or pair, "response_mask": response_mask or pair, "returns": returns}
+    if need_values:
+        there["values"] = values
+    missing = [name for name, column in there.items() if not column]
+    if missing or returns is None:
+        finder.fail_for_missing(missing)
     for label in labels:
-        if label not in schema.names:
-            raise DataError(
-                f"{shard.name} has no column {label!r}{_near(label, schema.names)}",
-                hint=f"--by takes one of: {', '.join(schema.names)}",
-            )
-        if _item_type(schema.field(label).type) is not None:
-            raise DataError(f"{shard.name}: column {label} holds lists; --by needs one value a rollout")
+        finder.check_label(label)
     return Columns(
-        input_ids=None if pair else found["input_ids"],
-        prompts=found["prompts"] if pair else None,
-        responses=found["responses"] if pair else None,
-        response_mask=found["response_mask"],
-        attention_mask=found["attention_mask"],
-        values=found["values"],
-        returns=returns or "",
-        uid=found["uid"],
+        input_ids=input_ids,
+        prompts=prompts if pair else None,
+        responses=responses if pair else None,
+        response_mask=response_mask,
+        attention_mask=finder.find("attention_mask"),
+        values=values,
+        returns=returns,
+        uid=finder.find("uid"),
         labels=labels,
     )
 
 
-def _find(name: str, schema: pa.Schema, shard: Shard, renames: dict[str, str]) -> str | None:
-    if name in renames:
-        column = renames[name]
-        if column not in schema.names:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finder:
+    """Looks up columns in one shard's schema."""
+
+    schema: pa.Schema
+    shard: Shard
+    renames: dict[str, str]
+
+    def find(self, name: str) -> str | None:
+        """The shard's column for a canonical name, None where it has none."""
+        names = self.schema.names
+        if name in self.renames:
+            return self._checked(name, self.renames[name])
+        fitting = [a for a in ALIASES[name] if a in names and self._fits(name, a)]
+        if name in names and (self._fits(name, name) or not (fitting or name in ("prompts", "responses"))):
+            return self._checked(name, name)
+        if len(fitting) > 1:
             raise DataError(
-                f"--column {name}={column}: {shard.name} has no column {column!r}{_near(column, schema.names)}",
-                hint=f"its columns are: {', '.join(schema.names)}",
+                f"{self.shard.name}: {' and '.join(fitting)} could each be {name}",
+                hint=f"say which: --column {name}={fitting[0]}",
+            )
+        return self._checked(name, fitting[0]) if fitting else None
+
+    def check_renames(self) -> None:
+        """Raise where a rename names no column of the shard."""
+        names = self.schema.names
+        for name, column in self.renames.items():
+            if column not in names:
+                raise DataError(
+                    f"--column {name}={column}: {self.shard.name} has no column {column!r}{_near(column, names)}",
+                    hint=f"its columns are: {', '.join(names)}",
+                )
+
+    def check_label(self, label: str) -> None:
+        """Raise where a column cannot slice rollouts."""
+        names = self.schema.names
+        if label not in names:
+            raise DataError(
+                f"{self.shard.name} has no column {label!r}{_near(label, names)}",
+                hint=f"--by takes one of: {', '.join(names)}",
+            )
+        self._check_single(label)
+        if _is_nested(self.schema.field(label).type):
+            raise DataError(
+                f"{self.shard.name}, column {label}: found {self.schema.field(label).type}, expected {SINGLE}",
+                hint="--by takes a column with one value a rollout",
+            )
+
+    def fail_for_missing(self, missing: list[str]) -> NoReturn:
+        """Name all columns that are missing, beside those that are there."""
+        lacking = "\n".join(f"  {name}: {MEANING[name]}" for name in missing)
+        there = "\n".join(f"  {field.name}: {field.type}" for field in self.schema)
+        close = difflib.get_close_matches(missing[0], self.schema.names, n=1)
+        raise DataError(
+            f"{self.shard.name} lacks\n{lacking}\nIt has\n{there or '  no columns'}",
+            hint=f"--column {missing[0]}={close[0] if close else 'NAME'} reads it under another name",
+        )
+
+    def _checked(self, name: str, column: str) -> str:
+        self._check_single(column)
+        if not self._fits(name, column):
+            raise DataError(
+                f"{self.shard.name}, column {column}: found {self.schema.field(column).type}, "
+                f"expected {EXPECTED.get(name, NUMBERS)} (as {name})",
+                hint=f"--column {name}=NAME reads another column",
             )
         return column
-    if name in schema.names:
-        return name
-    present = [alias for alias in ALIASES[name] if alias in schema.names]
-    if len(present) > 1:
-        raise DataError(
-            f"{shard.name}: {' and '.join(present)} could both be {name}",
-            hint=f"say which: --column {name}={present[0]}",
-        )
-    return present[0] if present else None
 
+    def _check_single(self, column: str) -> None:
+        if self.schema.names.count(column) > 1:
+            raise DataError(
+                f"{self.shard.name} has several columns named {column}", hint="give them names of their own"
+            )
 
-def _missing(name: str, schema: pa.Schema, shard: Shard, meaning: str, otherwise: str = "") -> None:
-    columns = "\n".join(f"  {field.name}: {field.type}" for field in schema)
-    raise DataError(
-        f"{shard.name} has no column {name} ({meaning}); it has\n{columns}",
-        hint=f"--column {name}=NAME reads it under another name{'; ' if otherwise else ''}{otherwise}",
-    )
-
-
-def _check_type(column: str, name: str, kind: pa.DataType, expected: str, shard: Shard) -> None:
-    item = _item_type(kind)
-    if expected is ANY:
-        held = item is None
-        expected = "one value a rollout"
-    elif expected is INTEGER:
-        held = item is not None and pa.types.is_integer(item)
-    else:
-        number = item is not None and (pa.types.is_integer(item) or pa.types.is_floating(item))
-        held = number or (item is not None and pa.types.is_boolean(item))
-    if not held:
-        raise DataError(
-            f"{shard.name}, column {column}: found {kind}, expected {expected} (as {name})",
-            hint=f"--column {name}=NAME reads another column",
-        )
+    def _fits(self, name: str, column: str) -> bool:
+        kind = self.schema.types[self.schema.names.index(column)]
+        expected = EXPECTED.get(name, NUMBERS)
+        if expected is SINGLE:
+            return not _is_nested(kind)
+        item = _item_type(kind)
+        if item is None:
+            return False
+        if expected is INTEGERS:
+            return bool(pa.types.is_integer(item))
+        return bool(pa.types.is_integer(item) or pa.types.is_floating(item) or pa.types.is_boolean(item))
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType | None:
@@ -195,6 +240,11 @@ def _item_type(kind: pa.DataType) -> pa.DataType | None:
     return None
 
 
-def _near(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+def _is_nested(kind: pa.DataType) -> bool:
+    """Lists, structs, maps, unions: several values a row."""
+    return bool(pa.types.is_nested(kind)) or _item_type(kind) is not None
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

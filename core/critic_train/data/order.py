@@ -32,11 +32,11 @@ def split_groups(groups: NDArray[np.int64], fraction: float, seed: int) -> tuple
 
     Returns:
         (int64 kept, int64 held out), ascending positions. One group at least is held out when fraction > 0 and there
-        are two or more.
+        are two or more, and one at least is kept.
     """
     keys, inverse = np.unique(groups, return_inverse=True)
     count = round(fraction * len(keys))
-    if fraction > 0 and len(keys) >= 2:
+    if fraction > 0:
         count = min(max(count, 1), len(keys) - 1)
     ranked = np.argsort(_mixed(keys, seed), kind="stable")
     held = np.zeros(len(keys), dtype=np.bool_)

@@ -14,7 +14,7 @@ class Ragged:
     """A list column of n rows with T elements in all.
 
     Attributes:
-        flat: [T], the elements end to end; 0 where they are null.
+        flat: [T], the elements end to end; 0 where they are null. May be a read-only view of Arrow memory.
         lengths: int64 [n]; 0 for a null row.
         null_rows: bool [n], the row is null or one of its elements is.
     """
@@ -42,18 +42,19 @@ def ragged(column: pa.Array) -> Ragged:
     null_rows = column.is_null().to_numpy(zero_copy_only=False)
     items = column.flatten()
     if items.null_count:
-        at = np.flatnonzero(items.is_null().to_numpy(zero_copy_only=False))
-        null_rows = null_rows.copy()
-        null_rows[np.searchsorted(offsets_of(lengths), at, side="right") - 1] = True
-        items = pc.fill_null(items, False if pa.types.is_boolean(items.type) else pa.scalar(0, items.type))
+        null_rows = null_rows | rows_with(items.is_null().to_numpy(zero_copy_only=False), lengths)
+        items = pc.fill_null(items, pa.scalar(0).cast(items.type))
     return Ragged(flat=items.to_numpy(zero_copy_only=False), lengths=lengths, null_rows=null_rows)
 
 
 def side_by_side(left: Ragged, right: Ragged) -> Ragged:
-    """Every row of `left` followed by the same row of `right`."""
+    """Every row of `left` followed by the same row of `right`; both hold integers."""
+    kind = np.result_type(left.flat, right.flat)
+    if kind.kind == "f":  # numpy's answer to uint64 beside a signed type; it would round large ids
+        left, right, kind = _signed(left), _signed(right), np.dtype(np.int64)
     lengths = left.lengths + right.lengths
     starts = offsets_of(lengths)[:-1]
-    flat = np.empty(int(lengths.sum()), dtype=np.result_type(left.flat, right.flat))
+    flat = np.empty(int(lengths.sum()), dtype=kind)
     flat[spread(starts, left.lengths)] = left.flat
     flat[spread(starts + left.lengths, right.lengths)] = right.flat
     return Ragged(flat=flat, lengths=lengths, null_rows=left.null_rows | right.null_rows)
@@ -67,8 +68,25 @@ def spread(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.
 
 def rows_with(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
     """bool [n]: whether any element of the row is flagged."""
-    found = np.zeros(len(lengths), dtype=np.bool_)
+    return counts_of(flags, lengths) > 0
+
+
+def counts_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: flagged elements of each row."""
+    offsets = offsets_of(lengths)
     at = np.flatnonzero(flags)
-    if len(at):
-        found[np.searchsorted(offsets_of(lengths), at, side="right") - 1] = True
-    return found
+    return np.diff(np.searchsorted(at, offsets))
+
+
+def first_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: place of the first flagged element in each row; the row's length where there is none."""
+    offsets = offsets_of(lengths)
+    at = np.append(np.flatnonzero(flags), len(flags))
+    first: NDArray[np.int64] = np.minimum(at[np.searchsorted(at, offsets[:-1])], offsets[1:]) - offsets[:-1]
+    return first
+
+
+def _signed(column: Ragged) -> Ragged:
+    """As int64; what lies beyond stays beyond any vocabulary."""
+    flat = np.minimum(column.flat, np.iinfo(np.int64).max).astype(np.int64)
+    return Ragged(flat=flat, lengths=column.lengths, null_rows=column.null_rows)

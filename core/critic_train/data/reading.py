@@ -1,17 +1,17 @@
 """Stream rollouts out of Parquet shards, checked, in file order, in bounded memory."""
 
-import hashlib
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from critic_train.data.bad_rows import BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
 from critic_train.data.columns import Columns, understand
+from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
+from critic_train.data.ragged import offsets_of
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
 from critic_train.rollouts import Rollouts
@@ -20,9 +20,14 @@ from critic_train.settings import OnBadRows
 __all__ = ["RolloutReader", "RowLimits"]
 
 FIRST_ROWS = 64
+"""Rows decoded at once, at most: one look at a batch's weight comes after so many."""
 MOST_ROWS = 8192
 BATCH_BYTES = 16 * 2**20
-"""Arrow bytes that a batch of rows aims at; the number of rows follows what the last batch weighed."""
+"""Arrow bytes at which a batch of rows is full."""
+ELEMENT_BYTES = 8
+MOST_ELEMENTS = 2**26
+"""Elements of one list on average above which a row group is refused: no context is as long, and a file of a few
+hundred bytes can claim it."""
 
 
 class RolloutReader:
@@ -32,10 +37,11 @@ class RolloutReader:
         shards: from `find_shards`.
         renames: canonical name -> column, from --column.
         on_bad_rows: "fail" raises, after all rows were read, a DataError that counts every bad row; "skip" leaves
-            them out.
+            them out, and raises only where no good one is left.
         limits: what the model can take.
         labels: per-rollout columns to carry in `Rollouts.labels`.
-        need_values: whether a shard without values is an error.
+        need_values: whether a shard without values is an error. Where it is none, values are kept only if every
+            shard has them.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
@@ -72,42 +78,43 @@ class RolloutReader:
     def __iter__(self) -> Iterator[Rollouts]:
         self.bad_rows = BadRows()
         row = good = 0
-        plans = [(shard, self._understand(shard)) for shard in self.shards]
-        has_values = all(columns.values is not None for _, columns in plans)
-        for shard, columns in plans:
-            for row_group, first_row, batch in self._batches(shard, columns):
-                checked = check_batch(batch, columns, self._limits)
-                self._record(shard, row_group, first_row, checked)
-                rollouts = _rollouts(batch, columns, checked, row, keep_values=has_values)
+        # A shard without rows says nothing, and its columns often have no type.
+        plans = [self._understand(shard) for shard in self.shards if shard.num_rows]
+        has_values = self._all_have_values(plans)
+        text_labels = _text_labels(plans)
+        for plan in plans:
+            for row_group, first_row, batch in _batches(plan):
+                checked = check_batch(batch, plan.columns, self._limits)
+                self._record(plan.shard, row_group, first_row, checked)
+                rollouts = _rollouts(batch, plan.columns, checked, row, has_values, text_labels)
                 row += batch.num_rows
                 if len(rollouts):
                     good += len(rollouts)
                     yield rollouts
         if self.bad_rows.count and (self._on_bad_rows == "fail" or not good):
-            raise self.bad_rows.error()
+            raise self.bad_rows.error(all_of_them=not good)
 
-    def _understand(self, shard: Shard) -> Columns:
+    def _understand(self, shard: Shard) -> "_Plan":
         try:
-            schema = pq.read_schema(shard.path)
+            with pq.ParquetFile(shard.path) as file:
+                schema, footer = file.schema_arrow, file.metadata
+                columns = understand(
+                    schema, shard, renames=self._renames, labels=self._labels, need_values=self._need_values
+                )
+                nullable = frozenset(name for name in self._labels if _may_be_null(footer, name))
         except (OSError, pa.ArrowException) as error:
             raise _damaged(shard, error) from error
-        columns = understand(schema, shard, renames=self._renames, labels=self._labels, need_values=self._need_values)
         self._said.update(dict.fromkeys(columns.notices()))
-        return columns
+        kinds = {name: label_kind(schema.field(name).type) for name in self._labels}
+        return _Plan(shard=shard, columns=columns, label_kinds=kinds, nullable_labels=nullable)
 
-    def _batches(self, shard: Shard, columns: Columns) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-        """(row group, first row within it, rows)."""
-        rows = FIRST_ROWS
-        try:
-            with pq.ParquetFile(shard.path, page_checksum_verification=True, pre_buffer=False) as file:
-                for row_group in range(file.metadata.num_row_groups):
-                    first_row = 0
-                    for batch in _adaptive(file, row_group, columns.names(), rows):
-                        yield row_group, first_row, batch
-                        first_row += batch.num_rows
-                        rows = _next_rows(batch)
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(shard, error) from error
+    def _all_have_values(self, plans: list["_Plan"]) -> bool:
+        without = [plan.shard.name for plan in plans if plan.columns.values is None]
+        if without and len(without) < len(plans):
+            self._said.setdefault(
+                f"{len(without)} of {len(plans)} files have no values ({without[0]} first): none are used"
+            )
+        return not without
 
     def _record(self, shard: Shard, row_group: int, first_row: int, checked: CheckedBatch) -> None:
         for name in sorted(checked.response_aligned):
@@ -126,86 +133,110 @@ class RolloutReader:
             )
 
 
-def _adaptive(file: pq.ParquetFile, row_group: int, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a row group, a few at first, then as many as weigh BATCH_BYTES together."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """How one shard is read."""
+
+    shard: Shard
+    columns: Columns
+    label_kinds: dict[str, str]
+    nullable_labels: frozenset[str]
+
+
+def _text_labels(plans: list[_Plan]) -> frozenset[str]:
+    """Labels that must be text throughout: somewhere an entry is missing, or files differ in type."""
+    names = {name for plan in plans for name in plan.label_kinds}
+    return frozenset(
+        name
+        for name in names
+        if any(name in plan.nullable_labels for plan in plans) or len({plan.label_kinds[name] for plan in plans}) > 1
+    )
+
+
+def _may_be_null(footer: pq.FileMetaData, name: str) -> bool:
+    """Whether a flat column may hold nulls, by the footer's statistics."""
+    at = footer.schema.names.index(name) if name in footer.schema.names else -1
+    for row_group in range(footer.num_row_groups):
+        statistics = footer.row_group(row_group).column(at).statistics if at >= 0 else None
+        if statistics is None or not statistics.has_null_count or statistics.null_count:
+            return True
+    return False
+
+
+def _batches(plan: _Plan) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    """(row group, first row within it, rows)."""
+    names = plan.columns.names()
+    try:
+        with pq.ParquetFile(plan.shard.path, page_checksum_verification=True, pre_buffer=False) as file:
+            for row_group in range(file.metadata.num_row_groups):
+                first_row = 0
+                rows = _rows_at_once(file.metadata.row_group(row_group), row_group, names, plan.shard)
+                for batch in _filled(file.iter_batches(batch_size=rows, row_groups=[row_group], columns=names)):
+                    yield row_group, first_row, batch
+                    first_row += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(plan.shard, error) from error
+
+
+def _rows_at_once(footer: pq.RowGroupMetaData, row_group: int, names: list[str], shard: Shard) -> int:
+    """How many rows of a row group are decoded at once, by what its footer says of its size."""
+    columns = [footer.column(i) for i in range(footer.num_columns)]
+    read = [column for column in columns if column.path_in_schema.split(".", 1)[0] in names]
+    rows = max(1, footer.num_rows)
+    longest = max((column.num_values // rows for column in read), default=0)
+    if longest > MOST_ELEMENTS:
+        raise DataError(
+            f"{shard.name}, row group {row_group}: found lists of {longest:,} elements on average, "
+            f"expected at most {MOST_ELEMENTS:,}",
+            hint="no rollout is as long; check the file, or take it out of --data",
+        )
+    weight = max(1, sum(column.num_values for column in read) * ELEMENT_BYTES // rows)
+    return int(min(FIRST_ROWS, max(1, BATCH_BYTES // weight)))
+
+
+def _filled(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Pieces put together until they weigh BATCH_BYTES or are MOST_ROWS rows."""
     pending: list[pa.RecordBatch] = []
-    weight = 0
-    for batch in file.iter_batches(batch_size=rows, row_groups=[row_group], columns=names):
-        pending.append(batch)
-        weight += batch.nbytes
-        if weight >= BATCH_BYTES or sum(b.num_rows for b in pending) >= MOST_ROWS:
-            yield _one(pending)
-            pending, weight = [], 0
+    weight = rows = 0
+    for piece in pieces:
+        pending.append(piece)
+        weight += piece.nbytes
+        rows += piece.num_rows
+        if weight >= BATCH_BYTES or rows >= MOST_ROWS:
+            yield pa.concat_batches(pending)
+            pending, weight, rows = [], 0, 0
     if pending:
-        yield _one(pending)
-
-
-def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    if len(batches) == 1:
-        return batches[0]
-    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
-
-
-def _next_rows(batch: pa.RecordBatch) -> int:
-    weight = max(1, batch.nbytes // max(1, batch.num_rows))
-    return int(min(MOST_ROWS, max(1, BATCH_BYTES // 4 // weight)))
+        yield pa.concat_batches(pending)
 
 
 def _rollouts(
-    batch: pa.RecordBatch, columns: Columns, checked: CheckedBatch, first_row: int, *, keep_values: bool
+    batch: pa.RecordBatch,
+    columns: Columns,
+    checked: CheckedBatch,
+    first_row: int,
+    keep_values: bool,
+    text_labels: frozenset[str],
 ) -> Rollouts:
     """The good rows of a batch."""
     n = batch.num_rows
-    offsets = np.zeros(n + 1, dtype=np.int64)
-    np.cumsum(checked.lengths, out=offsets[1:])
     whole = Rollouts(
         input_ids=checked.input_ids,
-        offsets=offsets,
+        offsets=offsets_of(checked.lengths),
         response_mask=checked.response_mask,
         returns=checked.returns,
         values=checked.values if keep_values else None,
         group=np.zeros(n, dtype=np.int64),
         row=np.arange(first_row, first_row + n, dtype=np.int64),
-        labels={name: _label(batch.column(name)) for name in columns.labels},
+        labels={name: label_column(batch.column(name), as_text=name in text_labels) for name in columns.labels},
     )
     good = np.flatnonzero(~checked.faults.bad)
     kept = whole if len(good) == n else whole.take(good)
     if columns.uid is None:
-        kept.group[:] = _prompt_keys(kept)
+        kept.group[:] = prompt_keys(kept)
     else:
-        keys, known = (part[good] for part in _uid_keys(batch.column(columns.uid)))
-        kept.group[:] = keys if known.all() else np.where(known, keys, _prompt_keys(kept))
+        keys, known = (part[good] for part in uid_keys(batch.column(columns.uid)))
+        kept.group[:] = keys if known.all() else np.where(known, keys, prompt_keys(kept))
     return kept
-
-
-def _uid_keys(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(int64 [n] keys, bool [n] whether the row has a uid). Only distinct uids are hashed."""
-    encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
-    keys = np.asarray([_key(str(uid).encode()) for uid in encoded.dictionary.to_pylist()] or [0], dtype=np.int64)
-    known = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
-    return keys[encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)], known
-
-
-def _prompt_keys(rollouts: Rollouts) -> NDArray[np.int64]:
-    """int64 [n]: a key of the tokens before the first response token."""
-    if not len(rollouts):
-        return np.zeros(0, dtype=np.int64)
-    at = np.flatnonzero(rollouts.response_mask)
-    first = at[np.searchsorted(at, rollouts.offsets[:-1])]
-    ids = rollouts.input_ids.tobytes()
-    spans = zip(rollouts.offsets[:-1].tolist(), first.tolist(), strict=True)
-    return np.asarray([_key(ids[4 * start : 4 * stop]) for start, stop in spans], dtype=np.int64)
-
-
-def _key(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
-def _label(column: pa.Array) -> NDArray[Any]:
-    """A per-rollout column as numpy; missing entries and mixed things as text."""
-    if column.null_count or not (pa.types.is_primitive(column.type) or pa.types.is_boolean(column.type)):
-        return np.asarray(["(none)" if item is None else str(item) for item in column.to_pylist()], dtype=np.str_)
-    return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
 def _damaged(shard: Shard, error: BaseException) -> DataError:

@@ -1,11 +1,11 @@
-"""Find Parquet shards, and say all that is wrong with them at once."""
+"""Finding the Parquet files of a data set and telling one data set from another."""
 
 import glob
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,21 +14,26 @@ import pyarrow.parquet as pq
 from critic_train.errors import DataError
 
 SUFFIXES = (".parquet", ".parq")
+MAGIC = b"PAR1"
+# A footer ends in its length (4 bytes, little-endian) and the magic; a file begins with the magic too.
 TAIL_BYTES = 8
-"""A Parquet file ends with the length of its footer (4 bytes) and `PAR1`."""
+SHOWN = 20
+SAMPLES = 256
+SAMPLE_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One Parquet file, one row a rollout.
+    """One Parquet file of rollouts, known by its footer alone.
 
     Attributes:
-        path: where it is.
-        name: how it is named to people.
-        num_rows: rows, by its footer.
-        num_row_groups: row groups, by its footer.
-        size_bytes: its size on disk.
-        footer_digest: SHA-256 of the footer, which holds sizes, offsets and statistics of every page run.
+        path: absolute path, as opened.
+        name: the path as the user gave it, for messages.
+        num_rows: rows in the file.
+        num_row_groups: row groups in the file.
+        size_bytes: size of the file.
+        footer_digest: SHA-256 (hex) of the Parquet footer, which holds the schema, the counts, the place and
+            size of every column chunk and usually each column's extremes.
     """
 
     path: str
@@ -40,106 +45,167 @@ class Shard:
 
 
 def find_shards(sources: list[str]) -> list[Shard]:
-    """Find and open every shard.
+    """The Parquet files behind folders, files and globs, sorted by path, each once.
+
+    Folders are searched all the way down for *.parquet and *.parq; names that start with "." or "_" are
+    left out. Only footers are read, so this is quick however large the files are.
 
     Args:
-        sources: folders (searched to any depth), files or globs. Names that start with . or _ are passed over in
-            folders. A file that is named twice counts once.
-
-    Returns:
-        The shards, sorted by path.
+        sources: paths or globs; `~` is expanded.
 
     Raises:
-        DataError: a source is missing or empty, a file is no whole Parquet file, or there are no rows at all. All
-            such files are named in one message.
+        DataError: something is missing, unreadable or no Parquet, or there is not one row. Every such file is
+            listed at once.
     """
-    wrong: list[str] = []
-    paths: dict[str, str] = {}
+    faults: list[str] = []
+    found: dict[str, str] = {}
     for source in sources:
-        found = _paths_of(source)
-        if not found:
-            missing = not os.path.lexists(source) and not glob.has_magic(source)
-            wrong.append(f"{source}: " + ("there is no such file or folder" if missing else "no .parquet files there"))
-        for path in found:
-            paths.setdefault(os.path.realpath(path), path)
+        names = list(_names(os.path.expanduser(source), faults))
+        for name in names:
+            found.setdefault(os.path.realpath(name), name)
     shards: list[Shard] = []
-    for path in sorted(paths.values()):
+    for name in sorted(found.values(), key=os.path.abspath):
         try:
-            shards.append(_open(path))
-        except (OSError, pa.ArrowException, ValueError) as error:
-            wrong.append(f"{path}: {_why(path, error)}")
-    if wrong:
-        many = f"{len(wrong)} sources of rollouts cannot be read:\n" if len(wrong) > 1 else ""
+            shards.append(_shard(name))
+        except (_NotParquetError, pa.ArrowException, OSError) as fault:
+            faults.append(f"{name}: {_reason(fault)}")
+    if faults:
+        shown = faults[:SHOWN] + ([f"and {len(faults) - SHOWN:,} more"] if len(faults) > SHOWN else [])
         raise DataError(
-            many + "\n".join(f"  {line}" if many else line for line in wrong),
-            hint="--data takes folders, Parquet files and globs; a half-copied file must be copied again",
+            "some of the data cannot be read:\n" + "\n".join(f"  {line}" for line in shown),
+            hint="--data takes folders, Parquet files and globs; mend, replace or remove what is listed",
         )
     if not any(shard.num_rows for shard in shards):
-        raise DataError(f"{', '.join(s.name for s in shards[:5])}: no rows in any file", hint="check the dump")
+        listed = ", ".join(shard.name for shard in shards[:SHOWN])
+        raise DataError(f"there is not one row in {listed}", hint="point --data at files that hold rollouts")
     return shards
 
 
 def fingerprint(shards: list[Shard]) -> dict[str, Any]:
-    """What identifies the content of some shards, wherever they lie; JSON-able.
+    """What tells one data set from another, JSON-able; moving the whole folder does not change it.
+
+    A footer does not change where a number in the middle does, so the content is read as well: all of it up to
+    SAMPLES * SAMPLE_BYTES (16 MiB) a file, and that much in even steps of larger ones.
 
     Returns:
-        {"digest": over all, "files": [{"name", "bytes", "rows", "footer_sha256"}]}; names are relative to the
-        folder that all shards have in common.
+        {"files": [{"name", "bytes", "rows", "footer", "content"}, ...], "digest": SHA-256 hex over all of them}, names
+        relative to the folder that all files share.
     """
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(s.path)) for s in shards])
+    folder = os.path.commonpath([os.path.dirname(shard.path) for shard in shards]) if shards else ""
     files = [
         {
-            "name": os.path.relpath(os.path.abspath(s.path), folder),
-            "bytes": s.size_bytes,
-            "rows": s.num_rows,
-            "footer_sha256": s.footer_digest,
+            "name": os.path.relpath(shard.path, folder).replace(os.sep, "/"),
+            "bytes": shard.size_bytes,
+            "rows": shard.num_rows,
+            "footer": shard.footer_digest,
+            "content": _content(shard),
         }
-        for s in shards
+        for shard in shards
     ]
-    return {"digest": hashlib.sha256(json.dumps(files).encode()).hexdigest(), "files": files}
+    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
+    return {"files": files, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _paths_of(source: str) -> list[str]:
+class _NotParquetError(Exception):
+    """The file's tail says that it is no (whole) Parquet file."""
+
+
+def _names(source: str, faults: list[str]) -> Iterator[str]:
+    """Files behind one source; what is wrong with the source itself goes to `faults`."""
     if os.path.isdir(source):
-        return sorted(
-            str(path)
-            for path in Path(source).rglob("*")
-            if path.suffix in SUFFIXES
-            and path.is_file()
-            and not any(part[0] in "._" for part in path.relative_to(source).parts)
-        )
-    if os.path.lexists(source):
-        return [source]
-    return sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+        names = list(_walk(source))
+        if not names:
+            faults.append(f"{source}: the folder holds no .parquet file")
+        yield from names
+    elif os.path.isfile(source):
+        yield source
+    elif os.path.exists(source):
+        faults.append(f"{source}: neither a file nor a folder")
+    elif glob.has_magic(source):
+        yield from _matches(source, faults)
+    else:
+        faults.append(f"{source}: there is no such file or folder")
 
 
-def _open(path: str) -> Shard:
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - TAIL_BYTES))
+def _matches(pattern: str, faults: list[str]) -> Iterator[str]:
+    matches = sorted(glob.glob(pattern, recursive=True))
+    files = [match for match in matches if os.path.isfile(match)]
+    # `data/*` is meant for the Parquet files, not for the README beside them.
+    names = [name for name in files if name.endswith(SUFFIXES)]
+    for match in matches:
+        if os.path.isdir(match):
+            names += _walk(match)
+    names = names or files
+    if not names:
+        faults.append(f"{pattern}: no Parquet file matches")
+    yield from names
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Parquet files below a folder; linked folders are followed, each real folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        for name in sorted(files):
+            if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
+                yield os.path.join(parent, name)
+
+
+def _shard(name: str) -> Shard:
+    size, digest = _footer(name)
+    metadata = pq.read_metadata(name)
+    return Shard(
+        path=os.path.abspath(name),
+        name=name,
+        num_rows=metadata.num_rows,
+        num_row_groups=metadata.num_row_groups,
+        size_bytes=size,
+        footer_digest=digest,
+    )
+
+
+def _footer(name: str) -> tuple[int, str]:
+    """Size of the file and SHA-256 of its footer; raises _NotParquetError saying what is wrong."""
+    with open(name, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise _NotParquetError("the file is empty (0 bytes)")
+        head = file.read(len(MAGIC))
+        file.seek(max(size - TAIL_BYTES, 0))
         tail = file.read(TAIL_BYTES)
-        footer_bytes = int.from_bytes(tail[:4], "little")
-        if size < TAIL_BYTES + 4 or tail[4:] != b"PAR1" or footer_bytes > size - TAIL_BYTES:
-            raise ValueError("no Parquet footer")
-        file.seek(size - TAIL_BYTES - footer_bytes)
-        digest = hashlib.sha256(file.read(footer_bytes)).hexdigest()
-    with pq.ParquetFile(path) as parquet:
-        meta = parquet.metadata
-        return Shard(
-            path=path,
-            name=path,
-            num_rows=meta.num_rows,
-            num_row_groups=meta.num_row_groups,
-            size_bytes=size,
-            footer_digest=digest,
-        )
+        if tail[-4:] != MAGIC:
+            if head == b"PARE" or tail[-4:] == b"PARE":
+                raise _NotParquetError("the file is encrypted, which is not supported")
+            if head == MAGIC:
+                raise _NotParquetError(f"the Parquet file is truncated ({size:,} bytes and no footer)")
+            raise _NotParquetError("this is no Parquet file")
+        footer_bytes = int.from_bytes(tail[:4], "little") + TAIL_BYTES
+        if head != MAGIC or footer_bytes + len(MAGIC) > size:
+            raise _NotParquetError(f"the Parquet footer is damaged (it claims {footer_bytes:,} bytes)")
+        file.seek(size - footer_bytes)
+        return size, hashlib.sha256(file.read(footer_bytes)).hexdigest()
 
 
-def _why(path: str, error: BaseException) -> str:
-    if isinstance(error, PermissionError):
-        return "permission denied"
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return "the file is empty"
-    if isinstance(error, ValueError) and not isinstance(error, pa.ArrowException):
-        return "no Parquet file, or one that was cut off (its end is missing)"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _content(shard: Shard) -> str:
+    """SHA-256 (hex) of evenly spread parts of a file; of all of it where it is small."""
+    digest = hashlib.sha256()
+    step = max(SAMPLE_BYTES, shard.size_bytes // SAMPLES)
+    try:
+        with open(shard.path, "rb") as file:
+            for place in range(0, shard.size_bytes, step):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
+    except OSError as fault:
+        raise DataError(f"{shard.name} cannot be read: {_reason(fault)}") from fault
+    return digest.hexdigest()
+
+
+def _reason(fault: Exception) -> str:
+    if isinstance(fault, OSError) and fault.strerror:
+        return fault.strerror
+    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

@@ -62,13 +62,16 @@ class Spool:
             self.has_values = bool(meta["has_values"])
         except SpoolDamaged:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise SpoolDamaged(f"{directory}: {error}") from error
         self.offsets: NDArray[np.int64] = index["offsets"]
         self.groups: NDArray[np.int64] = index["groups"]
         self.rows: NDArray[np.int64] = index["rows"]
         self.response_counts: NDArray[np.int64] = index["response_counts"]
         self.return_sums: NDArray[np.float64] = index["return_sums"]
+        sizes = {name: column.shape for name, column in index.items()}
+        if any(shape != (len(self.offsets) - (name != "offsets"),) for name, shape in sizes.items()):
+            raise SpoolDamaged(f"{directory}: its index disagrees on the number of rollouts")
         for name in self._kept():
             expected = self.num_tokens * np.dtype(COLUMNS[name]).itemsize
             file = directory / name
@@ -132,10 +135,10 @@ class Spool:
         """
         offsets = np.zeros(len(index) + 1, dtype=np.int64)
         np.cumsum(self.lengths[index], out=offsets[1:])
-        columns = {name: self._read_column(name, COLUMNS[name], index, offsets) for name in self._kept()}
-        values = columns.get("values")
-        if values_from is not None:
-            values = self._read_column(values_from, np.float32, index, offsets)
+        names = [name for name in self._kept() if name != "values"]
+        columns = {name: self._read_column(name, COLUMNS[name], index, offsets) for name in names}
+        values_from = values_from or ("values" if self.has_values else None)
+        values = None if values_from is None else self._read_column(values_from, np.float32, index, offsets)
         return Rollouts(
             input_ids=columns["input_ids"],
             offsets=offsets,
@@ -202,7 +205,14 @@ class ColumnWriter:
         Args:
             index: int64 [m], places in the spool.
             column: float32, the tokens of those rollouts end to end.
+
+        Raises:
+            ValueError: the column has more or fewer numbers than the rollouts have tokens.
+            OSError: the disk is full.
         """
+        tokens = int(self._spool.lengths[index].sum())
+        if len(column) != tokens:
+            raise ValueError(f"{len(column)} numbers for rollouts of {tokens} tokens")
         data = _bytes_of(np.ascontiguousarray(column, dtype=np.float32))
         begin = 0
         for first, last in _neighbours(index):
@@ -211,7 +221,6 @@ class ColumnWriter:
             while begin < end:
                 put = os.pwrite(self._descriptor, data[begin:end], place)
                 begin, place = begin + put, place + put
-        assert begin == len(data), "the column must cover the rollouts' tokens"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
