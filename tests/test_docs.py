@@ -1,0 +1,51 @@
+"""The documentation cannot rot: flags, aliases and exit codes in it are those of the code."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from critic_train.data.columns import ALIASES
+from critic_train.settings import EvalSettings, FitSettings, flag_of
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "sample_data" / "README.md"]
+OF_EVERY_COMMAND = {"--config", "--print-config", "--json", "--quiet", "--debug", "--help", "--version"}
+OF_OTHER_PROGRAMS = {"--critic.model_name_or_path", "--no-deps", "--strict"}
+
+
+def flags_of(kind: type) -> set[str]:
+    return {flag_of(field.name) for field in fields(kind)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_on_a_page_exists(page):
+    known = flags_of(FitSettings) | flags_of(EvalSettings) | OF_EVERY_COMMAND | OF_OTHER_PROGRAMS
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", page.read_text()))
+    assert named <= known
+
+
+def test_every_flag_of_fit_and_eval_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    missing = {flag for flag in flags_of(FitSettings) | flags_of(EvalSettings) if f"`{flag}" not in text}
+    assert not missing
+
+
+def test_the_aliases_on_the_page_are_those_of_the_code():
+    page = (ROOT / "docs" / "data.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", page, flags=re.MULTILINE))
+    written = {name: tuple(re.findall(r"`(\w+)`", names)) for name, names in table.items()}
+    assert written == {name: names for name, names in ALIASES.items() if names and name != "rewards"}
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_opens_with_the_two_commands():
+    block = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert block is not None
+    assert [line.split("  ")[0] for line in block.group(1).splitlines()] == ["./dev demo", "./dev test"]
