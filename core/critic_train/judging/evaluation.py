@@ -1,6 +1,6 @@
 """`critic-train eval`, from top to bottom: read, check, predict, judge."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,10 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     sources = {name: _readable_model(Path(name)) for name in dict.fromkeys(settings.model)}
     reader = _reader(settings, shards, list(sources.values()))
     total = sum(shard.num_rows for shard in shards)
-    has_values = True
-    for batch in reader:
-        if stop.requested:
-            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
-            return
-        has_values = has_values and batch.values is not None
-        yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
-    for sentence in reader.notices:
-        yield Notice(message=sentence)
+    has_values = yield from _check_rows(reader, total, stop)
+    if stop.requested:
+        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+        return
     if not has_values and not sources:
         raise DataError(
             "the shards store no values, and no --model was given: there is nothing to judge",
@@ -87,6 +82,19 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         judge.add(batch, values)
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
     yield RunEnded(status="finished", result=_result(settings, shards, names, judge, reader))
+
+
+def _check_rows(reader: RolloutReader, total: int, stop: StopRequest) -> Generator[Event, None, bool]:
+    """Read every row once; returns whether the shards store values."""
+    has_values = True
+    for batch in reader:
+        if stop.requested:
+            return has_values
+        has_values = has_values and batch.values is not None
+        yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
+    for sentence in reader.notices:
+        yield Notice(message=sentence)
+    return has_values
 
 
 def _readable_model(path: Path) -> ModelSource:

@@ -121,7 +121,7 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> li
     """Compare what a run was started with and what it is asked to go on with.
 
     Args:
-        before: run.json's `settings`, `data`, `val_data` and `model`.
+        before: run.json.
         now: the same of this command.
         out: the run directory, for the message.
 
@@ -145,6 +145,9 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> li
     for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts"), ("model", "base model")):
         if before.get(name) != now[name]:
             refused.append(f"the {what} changed since the run began")
+    for name, what in (("versions", "library versions"), ("threads", "number of threads")):
+        if before.get(name) != now[name]:
+            notices.append(f"the {what} changed since the run began: the result may differ by rounding")
     if refused:
         raise ConfigError(
             f"{out} holds a run that was started differently:\n" + "\n".join(f"  {line}" for line in refused),

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def find_run_shards(settings: FitSettings) -> RunShards:
 
 def open_data(
     settings: FitSettings, shards: RunShards, limits: RowLimits, cache: Path, stop: StopRequest
-) -> Iterator[Event | RunData]:
+) -> Generator[Event, None, RunData | None]:
     """Read all rollouts into the run's cache, or find them there, and split them.
 
     Args:
@@ -132,10 +132,13 @@ def open_data(
         shards: from `find_run_shards`.
         limits: what the model can take.
         cache: the run's cache directory.
-        stop: looked at between batches; when it is set the iterator ends without a RunData.
+        stop: looked at between batches.
 
     Yields:
-        Progress and notices, and last the RunData.
+        Progress and notices.
+
+    Returns:
+        The rollouts; None when asked to stop.
 
     Raises:
         DataError: rows cannot be used, or nothing is left to train on.
@@ -146,13 +149,10 @@ def open_data(
     for name, files, digest in sources:
         if not files:
             continue
-        for event in _spool(name, files, digest or {}, settings, limits, cache, stop):
-            if isinstance(event, Spool):
-                spools[name] = event
-            else:
-                yield event
-        if name not in spools:
-            return
+        spool = yield from _spool(name, files, digest or {}, settings, limits, cache, stop)
+        if spool is None:
+            return None
+        spools[name] = spool
         left_out[name] = json.loads((cache / name / "left_out.json").read_text(encoding="utf-8"))
     everything = np.arange(spools["train"].num_rollouts, dtype=np.int64)
     held_out: RolloutSet | None = None
@@ -166,7 +166,7 @@ def open_data(
             held_out = RolloutSet(spool=spools["train"], index=held)
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
-    yield RunData(train=train, held_out=held_out, left_out=left_out)
+    return RunData(train=train, held_out=held_out, left_out=left_out)
 
 
 def _spool(
@@ -177,8 +177,8 @@ def _spool(
     limits: RowLimits,
     cache: Path,
     stop: StopRequest,
-) -> Iterator[Event | Spool]:
-    """Yields progress and notices, and last the Spool; none when asked to stop."""
+) -> Generator[Event, None, Spool | None]:
+    """Yields progress and notices; returns the spool, None when asked to stop."""
     directory = cache / name
     read_as = {
         "shards": digest,
@@ -190,8 +190,7 @@ def _spool(
     known = directory / "read_as.json"
     if known.is_file() and json.loads(known.read_text(encoding="utf-8")) == read_as:
         try:
-            yield Spool.open(directory)
-            return
+            return Spool.open(directory)
         except SpoolDamaged as fault:
             yield Notice(message=f"the run's cache is read anew: {fault}", level="warning")
     shutil.rmtree(directory, ignore_errors=True)
@@ -221,14 +220,14 @@ def _spool(
     try:
         spool = Spool.write(directory, watched())
     except _StoppedError:
-        return
+        return None
     yield Progress(stage=stage, done=total, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)
     summary = reader.bad_rows.summary()
     write_json(directory / "left_out.json", summary)
     write_json(known, read_as)
-    yield spool
+    return spool
 
 
 class _StoppedError(Exception):

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from critic_train.model.loading import ModelSource, build_critic, load_critic, r
 from critic_train.model.presets import preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import PackingChoice, choose_packing
-from critic_train.run.checkpoint import newest_checkpoint, read_state, resolve_model, set_aside
+from critic_train.run.checkpoint import checkpoints, newest_checkpoint, read_state, resolve_model, set_aside
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import RunData, find_run_shards, open_data
+from critic_train.training.dataset import RunData, RunShards, find_run_shards, open_data
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.step import LossRecipe
@@ -55,47 +55,20 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     shards = find_run_shards(settings)
     source = read_model(resolve_model(Path(settings.model))) if settings.model else None
     with RunDirectory(run_path(settings)) as run:
-        record = {
-            "settings": {f.name: getattr(settings, f.name) for f in fields(settings)},
-            "data": shards.data_fingerprint,
-            "val_data": shards.val_fingerprint,
-            "model": model_digest(source.path) if source else None,
-        }
-        before = run.read_json("run.json")
-        if before is not None:
-            for message in refuse_changes(before, record, run.path):
-                yield Notice(message=message, level="warning")
-            result = run.read_json("result.json")
-            if result is not None:
-                yield RunEnded(status="already finished", result=result | {"status": "already finished"})
-                return
-        else:
-            run.write_json("run.json", record | {"versions": versions(), "threads": torch.get_num_threads()})
-        data: RunData | None = None
-        for event in open_data(settings, shards, _limits(source), run.cache, stop):
-            if isinstance(event, RunData):
-                data = event
-            else:
-                yield event
+        finished = yield from _compare_with_before(settings, run, shards, source)
+        if finished is not None:
+            yield RunEnded(status="already finished", result=finished | {"status": "already finished"})
+            return
+        data = yield from open_data(settings, shards, _limits(source), run.cache, stop)
         if data is None:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
-        trainer: Trainer | None = None
-        for made in _prepare(settings, run, data, source, compute, stop):
-            if isinstance(made, Trainer):
-                trainer = made
-            else:
-                yield made
-        assert trainer is not None
+        trainer = yield from _prepare(settings, run, data, source, compute, stop)
         yield from trainer.train()
-        if stop.requested:
-            yield RunEnded(
-                status="interrupted", result=_result(trainer, began, "interrupted"), signal_number=stop.signal_number
-            )
-            return
-        result = _result(trainer, began, "finished")
-        run.write_json("result.json", result)
-        yield RunEnded(status="finished", result=result)
+        result = _result(trainer, began, "interrupted" if stop.requested else "finished")
+        if not stop.requested:
+            run.write_json("result.json", result)
+        yield RunEnded(status=result["status"], result=result, signal_number=stop.signal_number)
 
 
 def run_path(settings: FitSettings) -> Path:
@@ -106,6 +79,33 @@ def run_path(settings: FitSettings) -> Path:
     parts = [part for part in first.parts if not any(c in part for c in "*?[")]
     name = Path(*parts).resolve().name if parts else "rollouts"
     return Path("runs") / (Path(name).stem or "rollouts")
+
+
+def _compare_with_before(
+    settings: FitSettings, run: RunDirectory, shards: RunShards, source: ModelSource | None
+) -> Generator[Event, None, dict[str, Any] | None]:
+    """Write run.json, or hold this command against the one the run was started with.
+
+    A run without a checkpoint has nothing to lose, so it may be started anew with other settings.
+
+    Returns:
+        The result, where the run is finished.
+    """
+    record = {
+        "settings": {f.name: getattr(settings, f.name) for f in fields(settings)},
+        "data": shards.data_fingerprint,
+        "val_data": shards.val_fingerprint,
+        "model": model_digest(source.path) if source else None,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
+    before = run.read_json("run.json")
+    if before is None or not checkpoints(run.checkpoints):
+        run.write_json("run.json", record)
+        return None
+    for message in refuse_changes(before, record, run.path):
+        yield Notice(message=message, level="warning")
+    return run.read_json("result.json")
 
 
 def versions() -> dict[str, str]:
@@ -137,8 +137,8 @@ def _prepare(
     source: ModelSource | None,
     compute: Compute,
     stop: StopRequest,
-) -> Iterator[Event | Trainer]:
-    """Model, plan, optimizer, and the checkpoint to go on from; yields notices, RunStarted and last the Trainer."""
+) -> Generator[Event, None, Trainer]:
+    """Model, plan, optimizer, and the checkpoint to go on from; yields notices and RunStarted."""
     checkpoint, damaged = newest_checkpoint(run.checkpoints)
     for path, fault in damaged.items():
         yield Notice(message=f"{path.name} is damaged ({fault}); kept as {set_aside(path).name}", level="warning")
@@ -179,14 +179,16 @@ def _prepare(
     run.open_logs(trainer.position.metrics_bytes)
     if data.held_out is None:
         yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")
+    summary = _summary(settings, data, plan, critic, choice, _LearningRates(lr=lr, head_lr=head_lr), compute)
+    run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary})
     yield RunStarted(
         out=str(run.path),
         total_steps=plan.total_steps,
         steps_per_epoch=plan.steps_per_epoch,
         first_step=trainer.position.step,
-        summary=_summary(settings, data, plan, critic, choice, _LearningRates(lr=lr, head_lr=head_lr), compute),
+        summary=summary,
     )
-    yield trainer
+    return trainer
 
 
 def _head_notices(source: ModelSource | None, data: RunData, checkpoint: Path | None) -> Iterator[Event]:

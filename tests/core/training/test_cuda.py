@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from support import branching_rollouts, readable_rollouts, small_config, write_shard
+
 from critic_train.events import RunEnded
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
@@ -12,7 +14,6 @@ from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 from critic_train.training.step import LossRecipe, accumulate_gradient
-from support import branching_rollouts, readable_rollouts, small_config, write_shard
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -177,6 +177,22 @@ def test_changed_settings_are_refused_by_name(shards, tmp_path):
     assert "--log-every" not in refused.value.message
 
 
+def test_a_run_without_a_checkpoint_may_be_started_anew_with_other_settings(shards, tmp_path):
+    going = fit(settings_for(shards, tmp_path), StopRequest())
+    next(event for event in going if isinstance(event, RunStarted))
+    going.close()
+    assert run(settings_for(shards, tmp_path, lr=1e-3, max_steps=2))[-1].status == "finished"
+
+
+def test_run_json_says_what_the_defaults_came_to(shards, tmp_path):
+    run(settings_for(shards, tmp_path, max_steps=2, lr=None))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"]["lr"] is None
+    assert record["resolved"]["lr"] > 0
+    assert record["resolved"]["packing"] == "forest"
+    assert set(record["versions"]) >= {"critic-train", "torch", "transformers"}
+
+
 def test_changed_rollouts_are_refused(shards, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(shards, copy)
