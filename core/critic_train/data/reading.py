@@ -24,6 +24,8 @@ FIRST_ROWS = 64
 MOST_ROWS = 8192
 BATCH_BYTES = 16 * 2**20
 """Arrow bytes at which a batch of rows is full."""
+BUFFER_BYTES = 2**18
+"""What is read of a column's pages ahead of decoding; without it a whole column of a row group is."""
 ELEMENT_BYTES = 8
 MOST_ELEMENTS = 2**26
 """Elements of one list on average above which a row group is refused: no context is as long, and a file of a few
@@ -106,7 +108,8 @@ class RolloutReader:
             raise _damaged(shard, error) from error
         self._said.update(dict.fromkeys(columns.notices()))
         kinds = {name: label_kind(schema.field(name).type) for name in self._labels}
-        return _Plan(shard=shard, columns=columns, label_kinds=kinds, nullable_labels=nullable)
+        text_uid = columns.uid is not None and label_kind(schema.field(columns.uid).type) == "text"
+        return _Plan(shard=shard, columns=columns, text_uid=text_uid, label_kinds=kinds, nullable_labels=nullable)
 
     def _all_have_values(self, plans: list["_Plan"]) -> bool:
         without = [plan.shard.name for plan in plans if plan.columns.values is None]
@@ -139,6 +142,7 @@ class _Plan:
 
     shard: Shard
     columns: Columns
+    text_uid: bool
     label_kinds: dict[str, str]
     nullable_labels: frozenset[str]
 
@@ -166,8 +170,16 @@ def _may_be_null(footer: pq.FileMetaData, name: str) -> bool:
 def _batches(plan: _Plan) -> Iterator[tuple[int, int, pa.RecordBatch]]:
     """(row group, first row within it, rows)."""
     names = plan.columns.names()
+    # A uid that repeats is kept once, however long it is.
+    uids = [plan.columns.uid] if plan.columns.uid is not None and plan.text_uid else []
     try:
-        with pq.ParquetFile(plan.shard.path, page_checksum_verification=True, pre_buffer=False) as file:
+        with pq.ParquetFile(
+            plan.shard.path,
+            page_checksum_verification=True,
+            pre_buffer=False,
+            buffer_size=BUFFER_BYTES,
+            read_dictionary=uids,
+        ) as file:
             for row_group in range(file.metadata.num_row_groups):
                 first_row = 0
                 rows = _rows_at_once(file.metadata.row_group(row_group), row_group, names, plan.shard)

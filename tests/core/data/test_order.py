@@ -20,7 +20,8 @@ def test_no_prompt_is_on_both_sides_and_none_is_lost(groups: np.ndarray, fractio
     assert sorted([*kept, *held]) == list(range(len(groups)))
     assert not set(groups[kept]) & set(groups[held])
     assert len(kept)
-    assert kept.tolist() == sorted(kept) and held.tolist() == sorted(held)
+    assert kept.tolist() == sorted(kept)
+    assert held.tolist() == sorted(held)
     several = len(set(groups.tolist())) > 1
     assert bool(len(held)) == (fraction > 0 and several)
 
@@ -52,9 +53,11 @@ def test_an_epoch_has_every_rollout_once_and_groups_together(
 ) -> None:
     plan = epoch_plan(groups, batch_size=batch_size, seed=seed, epoch=epoch)
     assert sorted(plan.order) == list(range(len(groups)))
-    assert plan.bounds[0] == 0 and plan.bounds[-1] == len(groups)
+    assert plan.bounds[0] == 0
+    assert plan.bounds[-1] == len(groups)
     sizes = np.diff(plan.bounds)
-    assert (sizes > 0).all() and (sizes <= batch_size).all()
+    assert (sizes > 0).all()
+    assert (sizes <= batch_size).all()
     ordered = groups[plan.order]
     runs = 1 + np.count_nonzero(ordered[1:] != ordered[:-1])
     assert runs == len(set(groups.tolist()))

@@ -98,9 +98,10 @@ def test_a_second_writing_replaces_the_first_whole(spool: Spool, rollouts: Rollo
 
 def test_an_aborted_writer_leaves_nothing(spool: Spool) -> None:
     before = sorted(path.name for path in spool.directory.iterdir())
-    with pytest.raises(RuntimeError), spool.new_column("epoch") as writer:
-        writer.write(np.array([0]), np.zeros(int(spool.lengths[0]), dtype=np.float32))
-        raise RuntimeError
+    writer = spool.new_column("epoch")
+    writer.__enter__()
+    writer.write(np.array([0]), np.zeros(int(spool.lengths[0]), dtype=np.float32))
+    writer.__exit__(RuntimeError, RuntimeError(), None)
     assert sorted(path.name for path in spool.directory.iterdir()) == before
 
 
