@@ -86,7 +86,7 @@ class FitSettings:
     )
 
     epochs: int | None = setting(
-        None, "Passes over the rollouts. [default: 2, or as many as --max-steps needs]", panel="Training"
+        None, "Passes over the rollouts. [default: 3, or as many as --max-steps needs]", panel="Training"
     )
     max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")
     batch_size: int = setting(64, "Rollouts a step; prompt groups stay together.", panel="Training")
@@ -95,7 +95,7 @@ class FitSettings:
     )
     lr: float | None = setting(
         None,
-        "Peak learning rate of the transformer. [default: 1e-5 with --model, 5e-4 from scratch]",
+        "Peak learning rate of the transformer. [default: 1e-5 with --model; 2e-3, 1e-3, 3e-4 for tiny, small, base]",
         panel="Training",
     )
     head_lr: float | None = setting(

@@ -15,6 +15,9 @@ SHAPES: dict[Preset, dict[str, int]] = {
     },
 }
 
+LEARNING_RATES: dict[Preset, float] = {"tiny": 2e-3, "small": 1e-3, "base": 3e-4}
+"""Peak learning rates that train each well from scratch (tiny and small: seen on the sample and known-value data)."""
+
 SMALLEST_CONTEXT = 8192
 
 

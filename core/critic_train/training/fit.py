@@ -16,7 +16,7 @@ from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
-from critic_train.model.presets import preset_config
+from critic_train.model.presets import LEARNING_RATES, preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import PackingChoice, choose_packing
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, read_state, resolve_model, set_aside
@@ -30,7 +30,6 @@ from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.step import LossRecipe
 from critic_train.training.trainer import Trainer
 
-LR_FROM_SCRATCH = 5e-4
 LR_FINE_TUNING = 1e-5
 LR_NEW_HEAD = 1e-3
 
@@ -157,7 +156,7 @@ def _prepare(
     choice = choose_packing(critic, data.train.read(plan.mini_batch(0, 0)), settings.packing)
     if choice.reason:
         yield Notice(message=choice.reason, level="warning")
-    lr = settings.lr if settings.lr is not None else (LR_FINE_TUNING if source else LR_FROM_SCRATCH)
+    lr = settings.lr if settings.lr is not None else (LR_FINE_TUNING if source else LEARNING_RATES[settings.preset])
     head_lr = settings.head_lr if settings.head_lr is not None else (max(lr, LR_NEW_HEAD) if new_head else lr)
     clip = None if settings.no_clip or settings.old_values == "none" else settings.cliprange_value
     trainer = Trainer(

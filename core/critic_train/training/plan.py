@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from critic_train.data.order import EpochPlan, epoch_plan
 from critic_train.settings import FitSettings
 
-DEFAULT_EPOCHS = 2
+DEFAULT_EPOCHS = 3
 EVALUATIONS_A_RUN = 10
 WARMUP_SHARE = 0.03
 
