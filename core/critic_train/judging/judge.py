@@ -128,7 +128,7 @@ class Judge:
             metrics[name]["explained_variance_minus"] = {
                 other: difference(name, other, metrics, resampled)
                 for other in (STORED, GROUP_MEAN)
-                if other in metrics and other != name
+                if other in metrics and name not in (other, CRITIC + other)
             }
         metrics[GROUP_MEAN]["lone_rollouts"] = lone
         pairs = [(a, b) for i, a in enumerate(self._critics) for b in self._critics[i + 1 :]]
