@@ -81,9 +81,13 @@ def counts_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[n
 def first_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """int64 [n]: place of the first flagged element in each row; the row's length where there is none."""
     offsets = offsets_of(lengths)
-    at = np.append(np.flatnonzero(flags), len(flags))
-    first: NDArray[np.int64] = np.minimum(at[np.searchsorted(at, offsets[:-1])], offsets[1:]) - offsets[:-1]
-    return first
+    at = np.flatnonzero(flags)
+    if not len(at):
+        return lengths.copy()
+    after = np.searchsorted(at, offsets[:-1])
+    first = np.where(after < len(at), at[np.minimum(after, len(at) - 1)], offsets[-1])
+    found: NDArray[np.int64] = np.minimum(first, offsets[1:]) - offsets[:-1]
+    return found
 
 
 def _signed(column: Ragged) -> Ragged:

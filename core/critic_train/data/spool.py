@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.data.ragged import counts_of
 from critic_train.rollouts import Rollouts
 
 FORMAT_VERSION = 1
@@ -260,12 +261,13 @@ def _write_columns(directory: Path, batches: Iterable[Rollouts]) -> None:
                 column = getattr(batch, name)
                 if column is not None:
                     file.write(_bytes_of(np.ascontiguousarray(column, dtype=COLUMNS[name])))
-            owner = np.repeat(np.arange(len(batch)), batch.lengths)[batch.response_mask]
+            counts = counts_of(batch.response_mask, batch.lengths)
+            owner = np.repeat(np.arange(len(batch)), counts)
             masked = batch.returns[batch.response_mask].astype(np.float64)
             lengths.append(batch.lengths)
             parts["groups"].append(batch.group)
             parts["rows"].append(batch.row)
-            parts["response_counts"].append(batch.response_counts)
+            parts["response_counts"].append(counts)
             parts["return_sums"].append(np.bincount(owner, weights=masked, minlength=len(batch)))
             max_token_id = max(max_token_id, int(batch.input_ids.max(initial=-1)))
     finally:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from critic_train.data import reading
 from critic_train.data.reading import RowLimits
 from critic_train.errors import DataError
 
@@ -297,3 +298,12 @@ def test_nothing_but_bad_rows_is_an_error(shards: Any, how: str) -> None:
     with pytest.raises(DataError, match=r"3 rows cannot be used .* and there are no others") as caught:
         list(shards.reader(on_bad_rows=how))
     assert "--column" in caught.value.hint
+
+
+def test_rows_are_counted_within_the_row_group_over_batches(shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "FIRST_ROWS", 2)
+    monkeypatch.setattr(reading, "MOST_ROWS", 4)
+    shards.write(table([{"values": None} if i in (5, 13, 19) else {} for i in range(20)]), row_group_size=10)
+    reader = shards.reader(on_bad_rows="skip")
+    assert [len(batch) for batch in reader] == [4, 3, 2, 3, 4, 1]
+    assert [(bad.row_group, bad.row) for bad in reader.bad_rows.first] == [(0, 5), (1, 3), (1, 9)]

@@ -40,6 +40,7 @@ def test_reads_back_any_order_with_repeats(spool: Spool, rollouts: Rollouts) -> 
 
 
 def test_knows_its_rollouts_without_reading_them(spool: Spool, rollouts: Rollouts) -> None:
+    assert [path.name for path in spool.directory.parent.iterdir()] == ["train"]
     again = Spool.open(spool.directory)
     assert again.num_rollouts == len(rollouts)
     assert again.num_tokens == len(rollouts.input_ids)
