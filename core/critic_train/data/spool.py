@@ -7,8 +7,6 @@ memory maps, so resident memory stays flat however large the data is.
 
 import json
 import os
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.data.ragged import counts_of
 from critic_train.rollouts import Rollouts
 
 FORMAT_VERSION = 1
@@ -40,7 +37,7 @@ class SpoolDamaged(ValueError):  # noqa: N818 - it names a state, not a programm
 
 
 class Spool:
-    """Rollouts kept on disk. Open one with `Spool.open`, make one with `Spool.write`.
+    """Rollouts kept on disk. Open one with `Spool.open`, make one with `write_spool` or `SpoolWriter`.
 
     Attributes:
         offsets: int64 [n+1], first token of every rollout in the column files.
@@ -86,25 +83,6 @@ class Spool:
         Raises:
             SpoolDamaged: there is none, or not a whole one.
         """
-        return cls(directory)
-
-    @classmethod
-    def write(cls, directory: Path, batches: Iterable[Rollouts]) -> "Spool":
-        """Keep a stream of rollouts. The spool appears under its name only when all of it is written.
-
-        Raises:
-            OSError: the disk is full or not writable.
-        """
-        temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            _write_columns(temporary, batches)
-            shutil.rmtree(directory, ignore_errors=True)
-            temporary.rename(directory)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         return cls(directory)
 
     @property
@@ -170,7 +148,7 @@ class Spool:
         self, name: str, kind: type[np.generic], index: NDArray[np.int64], offsets: NDArray[np.int64]
     ) -> NDArray[Any]:
         column: NDArray[Any] = np.empty(int(offsets[-1]), dtype=kind)
-        view, width = _bytes_of(column), column.itemsize
+        view, width = bytes_of(column), column.itemsize
         descriptor = os.open(self.directory / name, os.O_RDONLY)
         try:
             for first, last in _neighbours(index):
@@ -214,7 +192,7 @@ class ColumnWriter:
         tokens = int(self._spool.lengths[index].sum())
         if len(column) != tokens:
             raise ValueError(f"{len(column)} numbers for rollouts of {tokens} tokens")
-        data = _bytes_of(np.ascontiguousarray(column, dtype=np.float32))
+        data = bytes_of(np.ascontiguousarray(column, dtype=np.float32))
         begin = 0
         for first, last in _neighbours(index):
             place = int(self._spool.offsets[index[first]]) * 4
@@ -233,7 +211,7 @@ class ColumnWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def _bytes_of(array: NDArray[Any]) -> memoryview:
+def bytes_of(array: NDArray[Any]) -> memoryview:
     """The memory of a contiguous array, without copying it."""
     return memoryview(array.view(np.uint8))  # type: ignore[arg-type]
 
@@ -246,38 +224,3 @@ def _neighbours(index: NDArray[np.int64]) -> list[tuple[int, int]]:
     firsts = [0, *(breaks + 1).tolist()]
     lasts = [*breaks.tolist(), len(index) - 1]
     return list(zip(firsts, lasts, strict=True))
-
-
-def _write_columns(directory: Path, batches: Iterable[Rollouts]) -> None:
-    lengths: list[NDArray[np.int64]] = []
-    parts: dict[str, list[NDArray[np.generic]]] = {name: [] for name in INDEX if name != "offsets"}
-    max_token_id = -1
-    has_values = True
-    files = {name: (directory / name).open("wb") for name in COLUMNS}
-    try:
-        for batch in batches:
-            has_values = has_values and batch.values is not None
-            for name, file in files.items():
-                column = getattr(batch, name)
-                if column is not None:
-                    file.write(_bytes_of(np.ascontiguousarray(column, dtype=COLUMNS[name])))
-            counts = counts_of(batch.response_mask, batch.lengths)
-            owner = np.repeat(np.arange(len(batch)), counts)
-            masked = batch.returns[batch.response_mask].astype(np.float64)
-            lengths.append(batch.lengths)
-            parts["groups"].append(batch.group)
-            parts["rows"].append(batch.row)
-            parts["response_counts"].append(counts)
-            parts["return_sums"].append(np.bincount(owner, weights=masked, minlength=len(batch)))
-            max_token_id = max(max_token_id, int(batch.input_ids.max(initial=-1)))
-    finally:
-        for file in files.values():
-            file.close()
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), *lengths]).cumsum()
-    np.save(directory / "offsets.npy", offsets)
-    for name, pieces in parts.items():
-        np.save(directory / f"{name}.npy", np.concatenate([np.zeros(0, dtype=INDEX[name]), *pieces]))
-    if not has_values:
-        (directory / "values").unlink()
-    meta = {"format_version": FORMAT_VERSION, "max_token_id": max_token_id, "has_values": has_values}
-    (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

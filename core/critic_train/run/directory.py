@@ -52,8 +52,9 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock.flush()
-        for leftover in self.checkpoints.glob(".*.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for folder in (self.checkpoints, self.cache):
+            for leftover in folder.glob(".*.tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         return self
 
     def __exit__(
@@ -80,6 +81,10 @@ class RunDirectory:
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Put a JSON object under its name, whole or not at all."""
         write_json(self.path / name, value)
+
+    def drop_cache(self) -> None:
+        """Remove what can be made again from the shards; whatever cannot be removed stays."""
+        shutil.rmtree(self.cache, ignore_errors=True)
 
     def open_logs(self, metrics_bytes: int) -> None:
         """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""

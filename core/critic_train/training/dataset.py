@@ -14,6 +14,7 @@ from critic_train.data.order import split_groups
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.spool import Spool, SpoolDamaged
+from critic_train.data.spool_writing import SpoolWriter
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress
 from critic_train.rollouts import Rollouts
@@ -204,23 +205,15 @@ def _spool(
     )
     total = sum(shard.num_rows for shard in files)
     stage = "reading rollouts" if name == "train" else "reading held-out rollouts"
-    done = 0
-    progress: list[Progress] = []
-
-    def watched() -> Iterator[Rollouts]:
-        nonlocal done
+    yield Progress(stage=stage, done=0, total=total)
+    with SpoolWriter(directory) as writer:
         for batch in reader:
             if stop.requested:
-                raise _StoppedError
-            done = int(batch.row[-1]) + 1 if len(batch) else done
-            progress.append(Progress(stage=stage, done=done, total=total))
-            yield batch
-
-    yield Progress(stage=stage, done=0, total=total)
-    try:
-        spool = Spool.write(directory, watched())
-    except _StoppedError:
-        return None
+                writer.abandon()
+                return None
+            writer.add(batch)
+            yield Progress(stage=stage, done=int(batch.row[-1]) + 1, total=total)
+    spool = Spool.open(directory)
     yield Progress(stage=stage, done=total, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)
@@ -228,7 +221,3 @@ def _spool(
     write_json(directory / "left_out.json", summary)
     write_json(known, read_as)
     return spool
-
-
-class _StoppedError(Exception):
-    """Reading was asked to stop."""

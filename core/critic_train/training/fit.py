@@ -67,6 +67,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         result = _result(trainer, began, "interrupted" if stop.requested else "finished")
         if not stop.requested:
             run.write_json("result.json", result)
+            run.drop_cache()
         yield RunEnded(status=result["status"], result=result, signal_number=stop.signal_number)
 
 

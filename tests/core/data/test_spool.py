@@ -10,6 +10,7 @@ import pytest
 from support import branching_rollouts
 
 from critic_train.data.spool import Spool, SpoolDamaged
+from critic_train.data.spool_writing import write_spool
 from critic_train.rollouts import Rollouts
 
 
@@ -28,7 +29,7 @@ def rollouts() -> Rollouts:
 @pytest.fixture
 def spool(tmp_path: Path, rollouts: Rollouts) -> Spool:
     pieces = np.array_split(np.arange(len(rollouts)), 4)
-    return Spool.write(tmp_path / "cache" / "train", (rollouts.take(piece) for piece in pieces))
+    return write_spool(tmp_path / "cache" / "train", (rollouts.take(piece) for piece in pieces))
 
 
 def test_reads_back_any_order_with_repeats(spool: Spool, rollouts: Rollouts) -> None:
@@ -62,14 +63,14 @@ def test_rollouts_without_values(tmp_path: Path, rollouts: Rollouts) -> None:
         rollouts.take(np.arange(half)),
         replace(rollouts.take(np.arange(half, len(rollouts))), values=None),
     ]
-    spool = Spool.write(tmp_path / "s", with_some)
+    spool = write_spool(tmp_path / "s", with_some)
     assert not spool.has_values
     assert spool.read(np.array([1, 0])).values is None
     assert not (tmp_path / "s" / "values").exists()
 
 
 def test_no_rollouts_at_all(tmp_path: Path) -> None:
-    spool = Spool.write(tmp_path / "s", [])
+    spool = write_spool(tmp_path / "s", [])
     assert (spool.num_rollouts, spool.num_tokens, spool.max_length, spool.max_token_id) == (0, 0, 0, -1)
 
 
@@ -121,7 +122,7 @@ def test_a_failing_stream_leaves_no_directory(tmp_path: Path, rollouts: Rollouts
         raise RuntimeError("the disk is gone")
 
     with pytest.raises(RuntimeError, match="the disk is gone"):
-        Spool.write(tmp_path / "s", failing())
+        write_spool(tmp_path / "s", failing())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +132,7 @@ def test_a_failing_stream_leaves_the_old_spool(spool: Spool, rollouts: Rollouts)
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        Spool.write(spool.directory, failing())
+        write_spool(spool.directory, failing())
     assert_same(Spool.open(spool.directory).read(np.arange(len(rollouts))), rollouts)
     assert [path.name for path in spool.directory.parent.iterdir()] == [spool.directory.name]
 

@@ -75,7 +75,6 @@ def test_a_run_leaves_what_the_design_says(shards, tmp_path):
     assert events[-1].status == "finished"
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
         "best",
-        "cache",
         "checkpoints",
         "metrics.jsonl",
         "result.json",
@@ -155,6 +154,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(shards, t
     assert any(isinstance(e, Notice) and "is damaged" in e.message and newest.name in e.message for e in events)
     assert list((tmp_path / "checkpoints").glob(f"damaged-{newest.name}*"))
     assert final_state(tmp_path) == expected
+
+
+def test_stopped_while_reading_leaves_no_half_cache(shards, tmp_path):
+    first = run(settings_for(shards, tmp_path), StopAfter(looks=0))[-1]
+    assert first.status == "interrupted"
+    assert not any((tmp_path / "cache").iterdir())
 
 
 def test_a_finished_run_says_so_and_does_nothing(shards, tmp_path):
