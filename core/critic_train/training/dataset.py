@@ -160,6 +160,7 @@ def open_data(
     if "val" in spools:
         train = RolloutSet(spool=spools["train"], index=everything)
         held_out = RolloutSet(spool=spools["val"], index=np.arange(spools["val"].num_rollouts, dtype=np.int64))
+        yield from _leak_notice(train, held_out)
     else:
         kept, held = split_groups(spools["train"].groups, settings.val_fraction, settings.seed)
         train = RolloutSet(spool=spools["train"], index=kept)
@@ -168,6 +169,18 @@ def open_data(
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
     return RunData(train=train, held_out=held_out, left_out=left_out)
+
+
+def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:
+    """A warning where held-out prompts are also trained on."""
+    groups = np.unique(held_out.groups)
+    shared = int(np.isin(groups, train.groups).sum())
+    if shared:
+        yield Notice(
+            message=f"{shared} of {len(groups)} held-out prompt groups are also in --data (by uid, or by prompt where "
+            "there is none): held-out figures will flatter the critic",
+            level="warning",
+        )
 
 
 def _spool(

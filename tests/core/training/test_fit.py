@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from support import readable_rollouts, write_shard
 
 from critic_train.errors import ConfigError, DataError, MachineError
 from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
+from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -237,6 +238,24 @@ def test_bad_rows_stop_a_run_or_are_left_out_and_counted(shards, tmp_path):
     assert f"{bad}, row group 0, row 5, column returns: found nan" in refused.value.message
     ended = run(settings_for(folder, tmp_path / "out2", max_steps=1, on_bad_rows="skip"))[-1]
     assert ended.result["rows_left_out"]["train"]["count"] == 1
+
+
+def test_held_out_prompts_that_are_trained_on_are_said(shards, tmp_path):
+    leaking = settings_for(shards, tmp_path / "a", val_data=[str(shards / "b.parquet")], max_steps=1)
+    said = [e.message for e in run(leaking) if isinstance(e, Notice)]
+    assert any(message.startswith("12 of 12 held-out prompt groups are also in --data") for message in said)
+    apart = {
+        "data": [str(shards / "a.parquet")],
+        "val_data": [str(write_shard(tmp_path / "v.parquet", other_prompts()))],
+    }
+    said = [e.message for e in run(settings_for(shards, tmp_path / "b", max_steps=1, **apart)) if isinstance(e, Notice)]
+    assert not any("held-out prompt groups" in message for message in said)
+
+
+def other_prompts() -> Rollouts:
+    """Rollouts of prompt groups that no other shard here has."""
+    rollouts = readable_rollouts(4, seed=7)
+    return replace(rollouts, group=rollouts.group + 1000)
 
 
 def test_keep_prunes_all_but_the_newest_and_the_best(shards, tmp_path):
