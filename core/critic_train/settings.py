@@ -18,6 +18,10 @@ Schedule = Literal["constant", "linear", "cosine"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
+SEEDS = 2**63
+"""Seeds are below it: what torch and numpy both take."""
+
+
 def setting(default: Any, help: str, *, panel: str, metavar: str | None = None, flag: str | None = None) -> Any:
     """A dataclass field that carries its own help.
 
@@ -100,7 +104,7 @@ class FitSettings:
     )
     head_lr: float | None = setting(
         None,
-        "Peak learning rate of the value head. [default: 1e-3 for a new head, else --lr]",
+        "Peak learning rate of the value head. [default: --lr, and at least 1e-3 for a new head]",
         panel="Training",
     )
     weight_decay: float = setting(0.01, "AdamW weight decay, on matrices only.", panel="Training")
@@ -136,7 +140,8 @@ class FitSettings:
         for name in ("epochs", "max_steps", "eval_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{flag_of(name)} must be at least 1, not {value}")
-        for name in ("weight_decay", "grad_clip", "seed"):
+        require(0 <= self.seed < SEEDS, f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
+        for name in ("weight_decay", "grad_clip"):
             value = getattr(self, name)
             require(
                 0 <= value < float("inf"),
@@ -219,8 +224,8 @@ class EvalSettings:
         for name in ("resamples", "max_tokens"):
             if getattr(self, name) < 1:
                 wrong.append(f"{flag_of(name)} must be at least 1, not {getattr(self, name)}")
-        if self.seed < 0:
-            wrong.append(f"--seed must be at least 0, not {self.seed}")
+        if not 0 <= self.seed < SEEDS:
+            wrong.append(f"--seed must be from 0 to 2^63 - 1, not {self.seed}")
         if wrong:
             raise ConfigError("\n".join(wrong), hint="critic-train eval --help lists every flag")
 

@@ -4,6 +4,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import DataError, ModelError
@@ -14,7 +16,7 @@ from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, load_critic, read_model
 from critic_train.model.predicting import predict_values
-from critic_train.model.selfcheck import choose_packing
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, choose_packing
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
 from critic_train.settings import EvalSettings, column_renames
@@ -47,8 +49,8 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     sources = {name: _readable_model(Path(name)) for name in dict.fromkeys(settings.model)}
     reader = _reader(settings, shards, list(sources.values()))
     total = sum(shard.num_rows for shard in shards)
-    has_values = yield from _check_rows(reader, total, stop)
-    if stop.requested:
+    has_values, sample = yield from _check_rows(reader, total, stop)
+    if stop.requested or sample is None:
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
     if not has_values and not sources:
@@ -68,13 +70,12 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     )
     critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
     forest: dict[str, bool] = {}
+    for name, critic in critics.items():
+        choice = choose_packing(critic, sample, settings.packing)
+        forest[name] = choice.forest
+        if choice.reason:
+            yield Notice(message=choice.reason, level="warning")
     for batch in reader:
-        if not forest:
-            for name, critic in critics.items():
-                choice = choose_packing(critic, batch, settings.packing)
-                forest[name] = choice.forest
-                if choice.reason:
-                    yield Notice(message=choice.reason, level="warning")
         values = _values(critics, batch, compute, forest, stop)
         if values is None or stop.requested:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
@@ -84,17 +85,27 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     yield RunEnded(status="finished", result=_result(settings, shards, names, judge, reader))
 
 
-def _check_rows(reader: RolloutReader, total: int, stop: StopRequest) -> Generator[Event, None, bool]:
-    """Read every row once; returns whether the shards store values."""
+def _check_rows(
+    reader: RolloutReader, total: int, stop: StopRequest
+) -> Generator[Event, None, tuple[bool, Rollouts | None]]:
+    """Read every row once.
+
+    Returns:
+        Whether the shards store values, and the batch with the longest rollout, cut down to it and the first few.
+    """
     has_values = True
+    sample: Rollouts | None = None
     for batch in reader:
         if stop.requested:
-            return has_values
+            return has_values, sample
         has_values = has_values and batch.values is not None
+        longest = int(batch.lengths.argmax())
+        if sample is None or batch.lengths[longest] > sample.lengths.max():
+            sample = batch.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(batch))), longest))
         yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)
-    return has_values
+    return has_values, sample
 
 
 def _readable_model(path: Path) -> ModelSource:

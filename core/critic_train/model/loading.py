@@ -4,6 +4,7 @@ Safetensors only, no remote code, no network. A value head that exists is loaded
 that does not exist is made by `fit` alone, and said aloud.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,6 @@ def load_critic(source: ModelSource) -> Critic:
             source.path,
             config=source.config,
             dtype=torch.float32,
-            attn_implementation=NAME,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -133,7 +133,7 @@ def load_critic(source: ModelSource) -> Critic:
     head = ValueHead(int(source.config.hidden_size))
     if source.head is not None:
         _fill_head(head, source)
-    return Critic(trunk, head)
+    return with_forest_attention(Critic(trunk, head))
 
 
 def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
@@ -144,8 +144,15 @@ def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
     config = prepare_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=NAME)
-    return Critic(trunk, ValueHead(int(config.hidden_size)))
+        trunk = AutoModel.from_config(config, dtype=torch.float32)
+    return with_forest_attention(Critic(trunk, ValueHead(int(config.hidden_size))))
+
+
+def with_forest_attention(critic: Critic) -> Critic:
+    """Ask the trunk for our attention; one that takes no name but its own keeps its own, and is given rows later."""
+    with contextlib.suppress(ValueError):
+        critic.trunk.set_attn_implementation(NAME)
+    return critic
 
 
 def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -186,13 +193,16 @@ def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
             f"{path}: model_type {config.model_type!r} is not a text-only decoder",
             hint="a critic reads token ids from left to right; take the language model out of a multimodal one first",
         )
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
     return config
 
 
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index where there is one. No path leaves the directory."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
+    # Where both stand, transformers takes the single file.
+    if index.exists() and not (path / "model.safetensors").exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:

@@ -25,6 +25,7 @@ TOLERANCE = 1e-3
 """Largest difference of a hidden state allowed, relative to the largest hidden state. Right is about 1e-6."""
 
 SAMPLED_ROLLOUTS = 4
+"""Rollouts that stand together in a sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,24 +48,26 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
 
     Args:
         critic: on its device.
-        rollouts: the first mini-batch; a few of them are tried.
+        rollouts: a few to try, some that share a prompt and the longest among them.
         packing: what the user asked for; "forest" refuses where "auto" falls back.
 
     Raises:
         ModelError: the trunk looks ahead (it is no causal decoder), or "forest" was asked for and is wrong here.
     """
-    sample = _with_branch(rollouts.take(np.arange(min(SAMPLED_ROLLOUTS, len(rollouts)))))
+    sample = _with_branch(rollouts)
     use_stock_attention(critic)
     alone = _alone(critic, sample)
     _refuse_look_ahead(critic, sample, alone)
     if packing == "rows":
         return PackingChoice(forest=False)
-    critic.trunk.set_attn_implementation(NAME)
+    difference: float | None = None
     try:
+        critic.trunk.set_attn_implementation(NAME)
         together = _together(critic, sample)
     except ForestUnsupportedError as error:
         reason = f"this architecture's attention uses {error}"
-        difference = None
+    except (TypeError, ValueError):
+        reason = "this architecture takes no attention but its own"
     else:
         difference = float((together - alone).abs().max() / alone.abs().max())
         reason = "" if difference <= TOLERANCE else f"hidden states differ by {difference:.1e} from rollouts run alone"
@@ -81,11 +84,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
 
 
 def use_stock_attention(critic: Critic) -> None:
-    """Give the trunk back the attention of transformers, for rows.
-
-    Raises:
-        ModelError: the architecture takes neither SDPA nor eager attention by name.
-    """
+    """Give the trunk back the attention of transformers, for rows."""
     trunk = critic.trunk
     for name in STOCK_ATTENTION:
         # An architecture that does not know a name raises, or keeps what it had without a word.
@@ -93,9 +92,8 @@ def use_stock_attention(critic: Critic) -> None:
             trunk.set_attn_implementation(name)
         if trunk.config._attn_implementation == name:
             return
-    raise ModelError(
-        f"{trunk.config.model_type} takes neither sdpa nor eager attention", hint="use another architecture"
-    )
+    # What knows no names at all still reads this one when it builds its mask.
+    trunk.config._attn_implementation = "eager"
 
 
 def _with_branch(sample: Rollouts) -> Rollouts:

@@ -13,8 +13,9 @@ from critic_train.errors import ConfigError, MachineError
 from critic_train.run.durable import write_json
 from critic_train.settings import flag_of
 
-RESUMABLE = frozenset({"log_every", "keep", "checkpoint_every", "out"})
-"""Settings that may differ when a run is resumed: they change nothing in its result."""
+RESUMABLE = frozenset({"log_every", "keep", "checkpoint_every", "out", "data", "val_data", "model"})
+"""Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
+what they lead to is held by fingerprints."""
 
 ROUNDING_ONLY = frozenset({"max_tokens", "device"})
 """Settings that may differ at the price of bit-identity: sums are taken in another order."""
@@ -82,6 +83,13 @@ class RunDirectory:
         """Put a JSON object under its name, whole or not at all."""
         write_json(self.path / name, value)
 
+    def start_afresh(self) -> None:
+        """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
+        for name in ("result.json", "best", "timings.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        for column in self.cache.glob("*/old_values-*"):
+            column.unlink(missing_ok=True)
+
     def drop_cache(self) -> None:
         """Remove what can be made again from the shards; whatever cannot be removed stays."""
         shutil.rmtree(self.cache, ignore_errors=True)
@@ -89,7 +97,8 @@ class RunDirectory:
     def open_logs(self, metrics_bytes: int) -> None:
         """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""
         self._metrics = (self.path / "metrics.jsonl").open("ab")
-        self._metrics.truncate(metrics_bytes)
+        # Never lengthen: a log that somebody has cut would be filled up with NUL bytes.
+        self._metrics.truncate(min(metrics_bytes, self._metrics.seek(0, os.SEEK_END)))
         self._metrics.seek(0, os.SEEK_END)
         self._timings = (self.path / "timings.jsonl").open("ab")
 
@@ -117,9 +126,10 @@ class RunDirectory:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint that `best` points at."""
+        """The checkpoint that `best` points at, None where it points at nothing."""
         link = self.path / "best"
-        return self.checkpoints / link.readlink().name if link.is_symlink() else None
+        target = self.checkpoints / link.readlink().name if link.is_symlink() else None
+        return target if target is not None and target.is_dir() else None
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> list[str]:

@@ -171,6 +171,11 @@ def open_data(
     return RunData(train=train, held_out=held_out, left_out=left_out)
 
 
+def needs_values(settings: FitSettings) -> bool:
+    """Whether the loss is clipped around the shards' own values."""
+    return settings.old_values == "column" and not settings.no_clip
+
+
 def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:
     """A warning where held-out prompts are also trained on."""
     groups = np.unique(held_out.groups)
@@ -198,7 +203,7 @@ def _spool(
         "shards": digest,
         "columns": settings.column,
         "limits": [limits.vocab_size, limits.max_length],
-        "old_values": settings.old_values,
+        "need_values": needs_values(settings),
         "on_bad_rows": settings.on_bad_rows,
     }
     known = directory / "read_as.json"
@@ -214,7 +219,7 @@ def _spool(
         renames=column_renames(settings.column),
         on_bad_rows=settings.on_bad_rows,
         limits=limits,
-        need_values=settings.old_values == "column" and not settings.no_clip,
+        need_values=needs_values(settings),
     )
     total = sum(shard.num_rows for shard in files)
     stage = "reading rollouts" if name == "train" else "reading held-out rollouts"

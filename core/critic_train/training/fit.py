@@ -8,18 +8,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from critic_train import __version__
 from critic_train.data.reading import RowLimits
+from critic_train.data.shards import SUFFIXES
+from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
 from critic_train.model.presets import LEARNING_RATES, preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
-from critic_train.model.selfcheck import PackingChoice, choose_packing
-from critic_train.run.checkpoint import checkpoints, newest_checkpoint, read_state, resolve_model, set_aside
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose_packing
+from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model, set_aside
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
 from critic_train.settings import FitSettings
@@ -52,11 +56,13 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
     )
     shards = find_run_shards(settings)
+    if settings.model and Path(settings.model).resolve() == run_path(settings).resolve():
+        raise ConfigError(f"--model and --out are both {settings.model}", hint="give the new run an --out of its own")
     source = read_model(resolve_model(Path(settings.model))) if settings.model else None
     with RunDirectory(run_path(settings)) as run:
         finished = yield from _compare_with_before(settings, run, shards, source)
         if finished is not None:
-            yield RunEnded(status="already finished", result=finished | {"status": "already finished"})
+            yield RunEnded(status="already finished", result=finished | _places(run) | {"status": "already finished"})
             return
         data = yield from open_data(settings, shards, _limits(source), run.cache, stop)
         if data is None:
@@ -75,10 +81,9 @@ def run_path(settings: FitSettings) -> Path:
     """Where the run goes: --out, or runs/ and the name of the first data folder or file."""
     if settings.out is not None:
         return Path(settings.out)
-    first = Path(settings.data[0])
-    parts = [part for part in first.parts if not any(c in part for c in "*?[")]
-    name = Path(*parts).resolve().name if parts else "rollouts"
-    return Path("runs") / (Path(name).stem or "rollouts")
+    parts = [part for part in Path(settings.data[0]).parts if not any(c in part for c in "*?[")]
+    named = Path(*parts).resolve()
+    return Path("runs") / (named.stem if named.suffix in SUFFIXES else named.name)
 
 
 def _compare_with_before(
@@ -100,9 +105,15 @@ def _compare_with_before(
         "threads": torch.get_num_threads(),
     }
     before = run.read_json("run.json")
-    if before is None or not checkpoints(run.checkpoints):
+    if not checkpoints(run.checkpoints):
+        run.start_afresh()
         run.write_json("run.json", record)
         return None
+    if before is None:
+        raise ConfigError(
+            f"{run.path} has checkpoints but no readable run.json: nobody can say how it was started",
+            hint="put run.json back, or give this run another --out",
+        )
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     return run.read_json("result.json")
@@ -154,7 +165,8 @@ def _prepare(
             level="warning",
         )
     plan = make_plan(settings, data.train.groups)
-    choice = choose_packing(critic, data.train.read(plan.mini_batch(0, 0)), settings.packing)
+    choice = choose_packing(critic, data.train.read(_sample(data, plan)), settings.packing)
+    yield from _rope_notice(critic, data.max_length)
     if choice.reason:
         yield Notice(message=choice.reason, level="warning")
     lr = settings.lr if settings.lr is not None else (LR_FINE_TUNING if source else LEARNING_RATES[settings.preset])
@@ -189,6 +201,25 @@ def _prepare(
         summary=summary,
     )
     return trainer
+
+
+def _sample(data: RunData, plan: TrainingPlan) -> NDArray[np.int64]:
+    """int64, places of the rollouts the self-check tries: a few that stand together, and the longest."""
+    longest = int(data.train.spool.lengths[data.train.index].argmax())
+    return np.append(plan.mini_batch(0, 0)[:SAMPLED_ROLLOUTS], longest)
+
+
+def _rope_notice(critic: Critic, max_length: int) -> Iterator[Event]:
+    """A warning where transformers chooses rotary frequencies by the longest rollout of a micro-batch."""
+    rope = getattr(critic.trunk.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    original = rope.get("original_max_position_embeddings") or critic.trunk.config.max_position_embeddings
+    if kind in ("longrope", "dynamic") and max_length > original:
+        yield Notice(
+            message=f"rope_type {kind} takes its frequencies from the longest rollout of a micro-batch: rollouts on "
+            f"both sides of {original} tokens influence each other, and --max-tokens then changes the result",
+            level="warning",
+        )
 
 
 def _head_notices(source: ModelSource | None, data: RunData, checkpoint: Path | None) -> Iterator[Event]:
@@ -249,24 +280,30 @@ def _summary(
 
 def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
     """What `--json` prints: how the run ended and how good its best critic is."""
-    best = trainer.run.best
-    judged = read_state(best)["last_evaluation"] if best is not None else trainer.last_evaluation
-    newest, _ = newest_checkpoint(trainer.run.checkpoints)
+    judged = trainer.best_evaluation or trainer.last_evaluation
     evaluation = _scalars(judged or {})
     if "baselines" in evaluation:
         evaluation["baselines"] = {name: _scalars(metrics) for name, metrics in evaluation["baselines"].items()}
     return {
         "status": status,
-        "out": str(trainer.run.path),
+        **_places(trainer.run),
         "steps": trainer.position.step,
         "total_steps": trainer.plan.total_steps,
         "best_step": trainer.position.best_step,
-        "checkpoint": str(newest) if newest else None,
-        "best": str(trainer.run.path / "best") if best else None,
         "training": trainer.last_metrics,
         "rows_left_out": trainer.data.left_out,
         **evaluation,
         "elapsed_seconds": time.monotonic() - began,
+    }
+
+
+def _places(run: RunDirectory) -> dict[str, Any]:
+    """Where the run's results stand, as seen from here."""
+    newest, _ = newest_checkpoint(run.checkpoints)
+    return {
+        "out": str(run.path),
+        "checkpoint": str(newest) if newest else None,
+        "best": str(run.path / "best") if run.best else None,
     }
 
 

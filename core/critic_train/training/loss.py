@@ -87,6 +87,7 @@ def value_loss(
         active (|V - V_old| > eps) and the clipped loss is the larger: that is `saturated`.
     """
     squared = (values - returns).square()
+    assert cliprange_value is None or old_values is not None, "a clip needs old values"
     if old_values is None or cliprange_value is None:
         zero = torch.zeros((), dtype=torch.int64, device=values.device)
         return ValueLoss(loss=0.5 * (weights * squared).sum(), clipped=zero, saturated=zero)

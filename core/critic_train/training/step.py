@@ -121,13 +121,19 @@ def apply_gradient(critic: Critic, optimizer: torch.optim.Optimizer, grad_clip: 
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
     if not math.isfinite(norm) or not math.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
-        raise DivergedError(
-            f"the loss is {loss} and the gradient norm {norm}: training diverged",
-            hint="the last checkpoint stands; a lower --lr, a --warmup-steps or --precision fp32 may help",
-        )
+        raise diverged(f"the loss is {loss} and the gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def diverged(what: str) -> DivergedError:
+    """The fault of a run whose numbers stopped being finite."""
+    return DivergedError(
+        f"{what}: training diverged",
+        hint="the last checkpoint stands; a lower --lr, more --warmup-steps or --precision fp32 may help, with "
+        "another --out",
+    )
 
 
 def _column(array: np.ndarray[tuple[int], np.dtype[np.float32]], compute: Compute) -> torch.Tensor:

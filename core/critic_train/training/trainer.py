@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from critic_train.errors import MachineError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
 from critic_train.judging.judge import Judge
 from critic_train.model.compute import Compute
@@ -24,7 +25,7 @@ from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.plan import TrainingPlan
-from critic_train.training.step import LossRecipe, StepResult, accumulate_gradient, apply_gradient
+from critic_train.training.step import LossRecipe, StepResult, accumulate_gradient, apply_gradient, diverged
 
 ROLLOUTS_AT_ONCE = 512
 """Rollouts read together for a pass without gradients; prompt groups stand together in it."""
@@ -71,6 +72,7 @@ class Trainer:
     stop: StopRequest
     position: Position = field(default_factory=Position)
     last_evaluation: dict[str, Any] | None = None
+    best_evaluation: dict[str, Any] | None = None
     last_metrics: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     warned_of_saturation: bool = False
@@ -81,6 +83,7 @@ class Trainer:
         state = read_state(checkpoint)
         self.position = Position(**state["position"])
         self.last_evaluation = state["last_evaluation"]
+        self.best_evaluation = state["best_evaluation"]
         self.last_metrics = state["last_metrics"]
 
     def train(self) -> Iterator[Event]:
@@ -109,9 +112,9 @@ class Trainer:
         began = time.monotonic()
         epoch, number = self.plan.locate(self.position.step)
         column: str | None = None
-        if self.settings.old_values == "epoch":
+        if self.settings.old_values == "epoch" and self.recipe.cliprange_value is not None:
             column = f"old_values-epoch-{epoch}"
-            yield from self._old_values(column)
+            yield from self._old_values(column, begun=number > 0)
             if self.stop.requested:
                 return
         rollouts = self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
@@ -158,11 +161,17 @@ class Trainer:
                 level="warning",
             )
 
-    def _old_values(self, column: str) -> Iterator[Event]:
+    def _old_values(self, column: str, *, begun: bool) -> Iterator[Event]:
         """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
         spool = self.data.train.spool
         if spool.has_column(column):
             return
+        if begun:
+            raise MachineError(
+                f"{spool.directory / column} is gone: the old values were taken when the epoch began, by a critic that "
+                "has moved on since",
+                hint="put the run's cache back, or start again with another --out",
+            )
         yield Progress(stage="old values", done=0, total=len(self.data.train))
         done = 0
         try:
@@ -197,15 +206,19 @@ class Trainer:
         position.evaluated_step = position.step
         figure = metrics["explained_variance"]
         # The step-0 critic is nobody's choice: it predicts the mean and has no checkpoint.
-        best = position.step > 0 and figure is not None and figure > (position.best_explained_variance or -np.inf)
+        before = position.best_explained_variance
+        best = position.step > 0 and figure is not None and (before is None or figure > before)
         if best:
             position.best_step, position.best_explained_variance = position.step, figure
+            self.best_evaluation = metrics
         yield EvaluationEnded(step=position.step, metrics=metrics, best=best)
 
     def _predict(self, rollouts: Rollouts) -> np.ndarray[Any, np.dtype[np.float32]]:
         values = predict_values(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
         if values is None:
             raise _StoppedError
+        if not np.isfinite(values).all():
+            raise diverged(f"the critic predicts NaN or infinite values after step {self.position.step}")
         return values
 
     def _checkpoint(self) -> Iterator[Event]:
@@ -234,6 +247,7 @@ class Trainer:
                 "seed": self.settings.seed,
                 "last_metrics": self.last_metrics,
                 "last_evaluation": self.last_evaluation,
+                "best_evaluation": self.best_evaluation,
             },
         )
 

@@ -157,6 +157,7 @@ def spoil_remote_code(path: Path) -> None:
 def spoil_path_escape(path: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
 
 
 @pytest.mark.parametrize(
