@@ -45,6 +45,14 @@ def test_an_architecture_that_cannot_share_falls_back_and_says_why(family, why):
         choose_packing(critic, branching_rollouts(), "forest")
 
 
+@pytest.mark.parametrize("family", ["Bloom", "GPTJ", "Falcon"])
+def test_an_architecture_with_attention_of_its_own_gets_rows(family):
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16} if family == "GPTJ" else {}
+    critic = build_critic(small_config(family, **shape), seed=0)
+    assert not choose_packing(critic, branching_rollouts(), "auto").forest
+    assert predict_values(critic, branching_rollouts(), CPU, forest=False) is not None
+
+
 def test_attention_that_sees_too_much_is_caught(monkeypatch):
     """The check itself: with a mask that hides nothing, a branch sees its own future."""
     monkeypatch.setattr(ForestPlan, "mask", lambda _, queries, keys, __: torch.ones(queries, keys, dtype=torch.bool))

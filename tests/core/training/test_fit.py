@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 from support import readable_rollouts, write_shard
 
-from critic_train.errors import ConfigError, DataError, MachineError
+from critic_train.errors import ConfigError, DataError, DivergedError, MachineError
 from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.fit import fit
+from critic_train.training.fit import fit, run_path
 
 SIGTERM = 15
 
@@ -64,10 +64,16 @@ def run(settings: FitSettings, stop: StopRequest | None = None) -> list[Event]:
 
 
 def final_state(out: Path) -> dict[str, bytes]:
-    """What must be bit-identical: weights, optimizer, metrics."""
+    """What must be bit-identical: weights, optimizer, metrics, what is told of them."""
     last = checkpoints(out / "checkpoints")[-1]
     files = (last / "model.safetensors", last / "optimizer.safetensors", out / "metrics.jsonl")
-    return {file.name: file.read_bytes() for file in files} | {"checkpoint": last.name.encode()}
+    result = json.loads((out / "result.json").read_text())
+    told = {name: result[name] for name in ("steps", "best_step", "explained_variance", "baselines", "training")}
+    return {file.name: file.read_bytes() for file in files} | {
+        "checkpoint": last.name.encode(),
+        "best": (out / "best").readlink().name.encode(),
+        "result": json.dumps(told).encode(),
+    }
 
 
 def test_a_run_leaves_what_the_design_says(shards, tmp_path):
@@ -118,7 +124,7 @@ def undisturbed(request, shards, tmp_path_factory) -> tuple[str, dict[str, bytes
     return request.param, final_state(out)
 
 
-@pytest.mark.parametrize("looks", [0, 1, 3, 5, 9, 14, 22, 31, 47])
+@pytest.mark.parametrize("looks", [0, 1, 3, 5, 9, 14, 22, 31, 47, 56, 58, 59])
 def test_a_run_stopped_anywhere_resumes_bit_identical(looks, undisturbed, shards, tmp_path):
     old_values, expected = undisturbed
     settings = settings_for(shards, tmp_path, old_values=old_values)
@@ -197,6 +203,98 @@ def test_run_json_says_what_the_defaults_came_to(shards, tmp_path):
     assert record["resolved"]["lr"] > 0
     assert record["resolved"]["packing"] == "forest"
     assert set(record["versions"]) >= {"critic-train", "torch", "transformers"}
+
+
+def test_a_fresh_start_takes_nothing_of_an_earlier_one(shards, tmp_path):
+    """Old values, results and timings of a run that left no checkpoint are another critic's."""
+    first = settings_for(
+        shards, tmp_path, old_values="epoch", lr=0.1, eval_every=100, checkpoint_every=100, val_fraction=0
+    )
+    going = fit(first, StopRequest())
+    next(event for event in going if isinstance(event, StepEnded) and event.epoch == 1)
+    going.close()
+    (tmp_path / "result.json").write_text(json.dumps({"steps": 2}))
+    again = replace(first, lr=1e-3)
+    assert run(again)[-1].status == "finished"
+    run(replace(again, out=str(tmp_path / "other")))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "other" / "metrics.jsonl").read_bytes()
+
+
+def test_old_values_lost_in_mid_epoch_are_not_made_up(shards, tmp_path):
+    settings = settings_for(shards, tmp_path, old_values="epoch")
+    going = fit(settings, StopRequest())
+    next(event for event in going if isinstance(event, StepEnded) and event.step == 4)
+    going.close()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(MachineError, match="old_values-epoch-0 is gone"):
+        run(settings)
+
+
+def test_a_clip_is_never_lost_because_an_earlier_start_had_none(shards, tmp_path):
+    rollouts = readable_rollouts(12, seed=5)
+    data = [str(write_shard(tmp_path / "d.parquet", rollouts, without=["values"]))]
+    out = tmp_path / "out"
+    going = fit(settings_for(shards, out, data=data, no_clip=True), StopRequest())
+    next(event for event in going if isinstance(event, RunStarted))
+    going.close()
+    with pytest.raises(DataError, match="values"):
+        run(settings_for(shards, out, data=data))
+
+
+def test_checkpoints_without_run_json_are_refused(shards, tmp_path):
+    run(settings_for(shards, tmp_path, max_steps=3))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ConfigError, match=r"no readable run\.json"):
+        run(settings_for(shards, tmp_path, max_steps=3))
+
+
+def test_the_same_data_by_another_path_resumes(shards, tmp_path, monkeypatch):
+    settings = settings_for(shards, tmp_path / "out", max_steps=5)
+    run(settings, StopAfter(looks=20))
+    monkeypatch.chdir(shards.parent)
+    ended = run(replace(settings, data=[shards.name]))[-1]
+    assert ended.status == "finished"
+    monkeypatch.chdir(tmp_path)
+    again = run(replace(settings, out="out"))[-1]
+    assert (again.status, again.result["out"], again.result["best"]) == ("already finished", "out", "out/best")
+
+
+def test_a_best_that_leads_nowhere_is_no_crash(shards, tmp_path):
+    settings = settings_for(shards, tmp_path, checkpoint_every=1)
+    run(settings, StopAfter(looks=40))
+    best = (tmp_path / "best").resolve()
+    shutil.rmtree(best)
+    assert run(settings)[-1].status == "finished"
+
+
+@pytest.mark.parametrize("rate", [1e6, 1e38])
+def test_divergence_ends_a_run_and_leaves_its_last_checkpoint(rate, shards, tmp_path):
+    settings = settings_for(shards, tmp_path, lr=rate, head_lr=rate, eval_every=1, grad_clip=0, epochs=20)
+    with pytest.raises(DivergedError, match="training diverged"):
+        run(settings)
+    with pytest.raises(DivergedError):
+        run(settings)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(word))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("a/rollouts", "rollouts"),
+        ("a/data-v1.1", "data-v1.1"),
+        ("a/part.parquet", "part"),
+        ("a/run/*.parquet", "run"),
+        (".", Path.cwd().name),
+    ],
+)
+def test_a_run_is_named_after_its_data(data, name):
+    assert run_path(FitSettings(data=[data])) == Path("runs") / name
+
+
+def test_a_run_cannot_start_from_itself(shards, tmp_path):
+    with pytest.raises(ConfigError, match="--model and --out are both"):
+        run(settings_for(shards, tmp_path, model=str(tmp_path)))
 
 
 def test_changed_rollouts_are_refused(shards, tmp_path):
