@@ -12,12 +12,15 @@ from critic_train_cli.commands.eval import EVAL
 from critic_train_cli.commands.fit import FIT
 from critic_train_cli.faults import DONE, USAGE
 from critic_train_cli.help_page import program_page
+from critic_train_cli.options import VARIABLE_PREFIX
 from critic_train_cli.output import Output
 from critic_train_cli.signals import die_of_closed_pipes
 from critic_train_cli.terminal import tame_streams
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
 COMMANDS = (FIT, EVAL)
+BARE_FLAGS = {"--json", "--quiet", "-q", "--debug"}
+"""Flags that say nothing of the settings."""
 COMPLETION = (
     ("--install-completion", "Install completion for the current shell."),
     ("--show-completion", "Print the completion script of the current shell."),
@@ -86,6 +89,20 @@ def json_asked(arguments: list[str]) -> bool:
     return "--json" in before
 
 
+def refuse_bare_command(arguments: list[str]) -> None:
+    """Say what a command lacks that is called without any setting.
+
+    Typer would say the same, but it loads pydantic (0.1 s) to read values that are not there.
+
+    Raises:
+        ConfigError: the command's settings cannot all be defaults.
+    """
+    said_elsewhere = any(name.startswith(VARIABLE_PREFIX) for name in os.environ)
+    for command in COMMANDS:
+        if arguments[:1] == [command.name] and set(arguments[1:]) <= BARE_FLAGS and not said_elsewhere:
+            command.settings()
+
+
 def run() -> NoReturn:
     """The entry point of the console script: parse, do the work, and end with the documented exit code."""
     tame_streams()
@@ -94,6 +111,7 @@ def run() -> NoReturn:
     debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
     output = Output(as_json=json_asked(arguments), debug=debug or "--debug" in arguments)
     try:
+        refuse_bare_command(arguments)
         code = app(args=arguments, prog_name="critic-train", standalone_mode=False, obj=output)
         if sys.stdout is not None:
             sys.stdout.flush()
