@@ -12,7 +12,7 @@ from critic_train.settings import EvalSettings, FitSettings, flag_of
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "sample_data" / "README.md"]
 OF_EVERY_COMMAND = {"--config", "--print-config", "--json", "--quiet", "--debug", "--help", "--version"}
-OF_OTHER_PROGRAMS = {"--critic.model_name_or_path", "--no-deps", "--strict"}
+OF_OTHER_PROGRAMS = {"--critic.model_name_or_path", "--no-deps", "--strict", "--megabytes"}
 
 
 def flags_of(kind: type) -> set[str]:
