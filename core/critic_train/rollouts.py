@@ -47,9 +47,7 @@ class Rollouts:
     @property
     def response_counts(self) -> NDArray[np.int64]:
         """int64 [n], tokens of each rollout on which the mask is true."""
-        seen = np.zeros(len(self.response_mask) + 1, dtype=np.int64)
-        np.cumsum(self.response_mask, out=seen[1:])
-        return seen[self.offsets[1:]] - seen[self.offsets[:-1]]
+        return np.diff(np.searchsorted(np.flatnonzero(self.response_mask), self.offsets))
 
     def take(self, index: NDArray[np.int64]) -> "Rollouts":
         """The rollouts at the given positions, in the order given.
@@ -82,7 +80,17 @@ def ragged_take(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[N
         (elements int64 [sum of the chosen lengths], offsets int64 [m+1]).
     """
     lengths = offsets[index + 1] - offsets[index]
-    new_offsets = np.zeros(len(index) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=new_offsets[1:])
-    shift = np.repeat(offsets[index] - new_offsets[:-1], lengths)
-    return np.arange(new_offsets[-1], dtype=np.int64) + shift, new_offsets
+    return spread(offsets[index], lengths), offsets_of(lengths)
+
+
+def spread(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [sum of lengths]: starts[i], starts[i]+1, ... for `lengths[i]` places, row after row."""
+    offsets = offsets_of(lengths)
+    return np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
+
+
+def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n] -> int64 [n+1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

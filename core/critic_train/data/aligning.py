@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from critic_train.data.columns import Columns
 from critic_train.data.faults import Faults
-from critic_train.data.ragged import Ragged, first_of, offsets_of, ragged, rows_with, side_by_side, spread
+from critic_train.data.ragged import Ragged, first_of, ragged, rows_with, side_by_side
+from critic_train.rollouts import offsets_of, spread
 
 LENGTHS = "lengths that disagree"
 NULLS = "nulls"

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from critic_train.data.aligning import Aligner, Tokens, read_tokens
 from critic_train.data.columns import Columns
 from critic_train.data.faults import Faults
-from critic_train.data.ragged import counts_of, first_of, offsets_of, rows_with, spread
+from critic_train.data.ragged import counts_of, first_of, rows_with
+from critic_train.rollouts import offsets_of, spread
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 INT32_END = 2**31

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from critic_train.rollouts import offsets_of, spread
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ragged:
@@ -27,13 +29,6 @@ class Ragged:
     def offsets(self) -> NDArray[np.int64]:
         """int64 [n+1], first element of each row."""
         return offsets_of(self.lengths)
-
-
-def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [n] -> int64 [n+1]."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
 
 
 def ragged(column: pa.Array) -> Ragged:
@@ -58,12 +53,6 @@ def side_by_side(left: Ragged, right: Ragged) -> Ragged:
     flat[spread(starts, left.lengths)] = left.flat
     flat[spread(starts + left.lengths, right.lengths)] = right.flat
     return Ragged(flat=flat, lengths=lengths, null_rows=left.null_rows | right.null_rows)
-
-
-def spread(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [sum of lengths]: starts[i], starts[i]+1, ... for `lengths[i]` places, row after row."""
-    offsets = offsets_of(lengths)
-    return np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
 
 
 def rows_with(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -11,10 +11,9 @@ from critic_train.data.bad_rows import BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
 from critic_train.data.columns import Columns, understand
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
-from critic_train.data.ragged import offsets_of
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
-from critic_train.rollouts import Rollouts
+from critic_train.rollouts import Rollouts, offsets_of
 from critic_train.settings import OnBadRows
 
 __all__ = ["RolloutReader", "RowLimits"]

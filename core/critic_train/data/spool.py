@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.rollouts import Rollouts
+from critic_train.rollouts import Rollouts, offsets_of
 
 FORMAT_VERSION = 1
 COLUMNS: dict[str, type[np.generic]] = {
@@ -112,8 +112,7 @@ class Spool:
             index: int64 [m], places in the spool.
             values_from: an extra column to take as `values` in place of the stored ones.
         """
-        offsets = np.zeros(len(index) + 1, dtype=np.int64)
-        np.cumsum(self.lengths[index], out=offsets[1:])
+        offsets = offsets_of(self.lengths[index])
         names = [name for name in self._kept() if name != "values"]
         columns = {name: self._read_column(name, COLUMNS[name], index, offsets) for name in names}
         values_from = values_from or ("values" if self.has_values else None)

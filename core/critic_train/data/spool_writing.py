@@ -11,7 +11,6 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.data.ragged import counts_of
 from critic_train.data.spool import COLUMNS, FORMAT_VERSION, INDEX, Spool, bytes_of
 from critic_train.rollouts import Rollouts
 
@@ -62,7 +61,7 @@ class SpoolWriter:
             column = getattr(batch, name)
             if column is not None:
                 file.write(bytes_of(np.ascontiguousarray(column, dtype=COLUMNS[name])))
-        counts = counts_of(batch.response_mask, batch.lengths)
+        counts = batch.response_counts
         owner = np.repeat(np.arange(len(batch)), counts)
         masked = batch.returns[batch.response_mask].astype(np.float64)
         self._lengths.append(batch.lengths)

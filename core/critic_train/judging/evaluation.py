@@ -10,7 +10,7 @@ from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import DataError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.judging.judge import Judge
+from critic_train.judging.judge import Judge, without_tables
 from critic_train.judging.words import in_words
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
@@ -50,7 +50,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     reader = _reader(settings, shards, list(sources.values()))
     total = sum(shard.num_rows for shard in shards)
     has_values, sample = yield from _check_rows(reader, total, stop)
-    if stop.requested or sample is None:
+    if stop.requested:
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
     if not has_values and not sources:
@@ -60,6 +60,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         )
     if not has_values:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
+    assert sample is not None, "the reader raises where no row is good"
     names = list(sources) or [STORED]
     judge = Judge(
         names,
@@ -150,9 +151,8 @@ def _result(
     settings: EvalSettings, shards: list[Shard], names: list[str], judge: Judge, reader: RolloutReader
 ) -> dict[str, Any]:
     verdict = judge.verdict()
-    first = {key: value for key, value in verdict["critics"][names[0]].items() if key not in ("by_position", "by")}
     return {
-        **first,
+        **without_tables(verdict["critics"][names[0]]),
         "data": settings.data,
         "data_digest": fingerprint(shards)["digest"],
         "models": settings.model,

@@ -39,6 +39,11 @@ CONSTANT, GROUP_MEAN = "constant", "group_mean"
 _TABLES = ("by_position", "by")
 
 
+def without_tables(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The single figures of a critic's or a baseline's metrics."""
+    return {name: figure for name, figure in metrics.items() if name not in _TABLES}
+
+
 class Judge:
     """Judges critics and baselines on the same response tokens.
 

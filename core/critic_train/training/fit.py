@@ -4,7 +4,6 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from critic_train.data.reading import RowLimits
 from critic_train.data.shards import SUFFIXES
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
+from critic_train.judging.judge import without_tables
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
@@ -26,7 +26,7 @@ from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model, set_aside
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
-from critic_train.settings import FitSettings
+from critic_train.settings import FitSettings, as_dict
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData, RunShards, find_run_shards, open_data
 from critic_train.training.optimizer import build_optimizer
@@ -62,7 +62,9 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     with RunDirectory(run_path(settings)) as run:
         finished = yield from _compare_with_before(settings, run, shards, source)
         if finished is not None:
-            yield RunEnded(status="already finished", result=finished | _places(run) | {"status": "already finished"})
+            newest, _ = newest_checkpoint(run.checkpoints)
+            places = _places(run, newest)
+            yield RunEnded(status="already finished", result=finished | places | {"status": "already finished"})
             return
         data = yield from open_data(settings, shards, _limits(source), run.cache, stop)
         if data is None:
@@ -97,7 +99,7 @@ def _compare_with_before(
         The result, where the run is finished.
     """
     record = {
-        "settings": {f.name: getattr(settings, f.name) for f in fields(settings)},
+        "settings": as_dict(settings),
         "data": shards.data_fingerprint,
         "val_data": shards.val_fingerprint,
         "model": model_digest(source.path) if source else None,
@@ -133,12 +135,6 @@ def _limits(source: ModelSource | None) -> RowLimits:
     if source is None:
         return RowLimits()
     return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LearningRates:
-    lr: float
-    head_lr: float
 
 
 def _prepare(
@@ -191,7 +187,7 @@ def _prepare(
     run.open_logs(trainer.position.metrics_bytes)
     if data.held_out is None:
         yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")
-    summary = _summary(settings, data, plan, critic, choice, _LearningRates(lr=lr, head_lr=head_lr), compute)
+    summary = _summary(trainer, choice)
     run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary})
     yield RunStarted(
         out=str(run.path),
@@ -246,15 +242,8 @@ def _critic(settings: FitSettings, data: RunData, source: ModelSource | None, ch
     return critic
 
 
-def _summary(
-    settings: FitSettings,
-    data: RunData,
-    plan: TrainingPlan,
-    critic: Critic,
-    choice: PackingChoice,
-    rates: _LearningRates,
-    compute: Compute,
-) -> dict[str, Any]:
+def _summary(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
+    settings, data, plan = trainer.settings, trainer.data, trainer.plan
     held_out = data.held_out
     skipped = sum(int(part.get("count", 0)) for part in data.left_out.values())
     return {
@@ -265,13 +254,13 @@ def _summary(
         "rows_left_out": skipped,
         "mean_return": data.train.mean_return,
         "model": settings.model or f"{settings.preset} (from scratch)",
-        "architecture": exported_class(critic),
-        "parameters": sum(p.numel() for p in critic.parameters()),
+        "architecture": exported_class(trainer.critic),
+        "parameters": sum(p.numel() for p in trainer.critic.parameters()),
         "packing": "forest" if choice.forest else "rows",
-        "device": str(compute.device),
-        "precision": compute.precision,
-        "lr": rates.lr,
-        "head_lr": rates.head_lr,
+        "device": str(trainer.compute.device),
+        "precision": trainer.compute.precision,
+        "lr": trainer.optimizer.param_groups[0]["peak_lr"],
+        "head_lr": trainer.optimizer.param_groups[-1]["peak_lr"],
         "steps": plan.total_steps,
         "warmup_steps": plan.warmup_steps,
         "eval_every": plan.eval_every,
@@ -281,12 +270,12 @@ def _summary(
 def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
     """What `--json` prints: how the run ended and how good its best critic is."""
     judged = trainer.best_evaluation or trainer.last_evaluation
-    evaluation = _scalars(judged or {})
+    evaluation = without_tables(judged or {})
     if "baselines" in evaluation:
-        evaluation["baselines"] = {name: _scalars(metrics) for name, metrics in evaluation["baselines"].items()}
+        evaluation["baselines"] = {name: without_tables(found) for name, found in evaluation["baselines"].items()}
     return {
         "status": status,
-        **_places(trainer.run),
+        **_places(trainer.run, trainer.checkpoint),
         "steps": trainer.position.step,
         "total_steps": trainer.plan.total_steps,
         "best_step": trainer.position.best_step,
@@ -297,16 +286,10 @@ def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
     }
 
 
-def _places(run: RunDirectory) -> dict[str, Any]:
+def _places(run: RunDirectory, newest: Path | None) -> dict[str, Any]:
     """Where the run's results stand, as seen from here."""
-    newest, _ = newest_checkpoint(run.checkpoints)
     return {
         "out": str(run.path),
         "checkpoint": str(newest) if newest else None,
         "best": str(run.path / "best") if run.best else None,
     }
-
-
-def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without their tables, which stand in metrics.jsonl."""
-    return {name: figure for name, figure in metrics.items() if name not in ("by_position", "by")}

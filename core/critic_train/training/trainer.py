@@ -57,7 +57,10 @@ class Position:
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
-    """A critic, its optimizer and everything they need, at some position of a run."""
+    """A critic, its optimizer and everything they need, at some position of a run.
+
+    `checkpoint` is the newest one that this process has written or read whole.
+    """
 
     settings: FitSettings
     run: RunDirectory
@@ -71,6 +74,7 @@ class Trainer:
     tokenizer_from: Path | None
     stop: StopRequest
     position: Position = field(default_factory=Position)
+    checkpoint: Path | None = None
     last_evaluation: dict[str, Any] | None = None
     best_evaluation: dict[str, Any] | None = None
     last_metrics: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +83,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
+        self.checkpoint = checkpoint
         load_optimizer(self.optimizer, self.critic, checkpoint)
         state = read_state(checkpoint)
         self.position = Position(**state["position"])
@@ -225,7 +230,7 @@ class Trainer:
         """Write the checkpoint of this step, unless it stands; then point `best` and remove what is too old."""
         if self.position.step == 0:
             return
-        path = write_checkpoint(self.run.checkpoints, self.position.step, self._fill)
+        path = self.checkpoint = write_checkpoint(self.run.checkpoints, self.position.step, self._fill)
         if self.position.best_step == self.position.step:
             self.run.point_best_at(path)
         remaining = prune(self.run.checkpoints, self.settings.keep, self.run.best)

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from critic_train.data.ragged import counts_of, first_of, offsets_of, ragged, rows_with, side_by_side, spread
+from critic_train.data.ragged import counts_of, first_of, ragged, rows_with, side_by_side
+from critic_train.rollouts import offsets_of, spread
 
 ROWS = [[1, 2], [3, 4], None, [5, 6], [7, None]]
 LISTS = {
