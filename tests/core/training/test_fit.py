@@ -13,7 +13,7 @@ from support import readable_rollouts, write_shard
 from critic_train.errors import ConfigError, DataError, DivergedError, MachineError
 from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
 from critic_train.rollouts import Rollouts
-from critic_train.run.checkpoint import checkpoints, newest_checkpoint
+from critic_train.run.checkpoint import checkpoint_name, checkpoints, newest_checkpoint
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit, run_path
@@ -354,6 +354,18 @@ def other_prompts() -> Rollouts:
     """Rollouts of prompt groups that no other shard here has."""
     rollouts = readable_rollouts(4, seed=7)
     return replace(rollouts, group=rollouts.group + 1000)
+
+
+def test_the_best_is_the_highest_held_out_figure_and_told_with_its_own_metrics(shards, tmp_path):
+    ended = run(settings_for(shards, tmp_path, epochs=4, eval_every=2, lr=2e-3))[-1]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    judged = [r for r in records if r["event"] == "evaluation" and r["step"] > 0]
+    best = max(judged, key=lambda r: r["explained_variance"])
+    # On the machines seen the best is in mid-run (step 12 of 32), so that neither the first nor the last will do.
+    assert best is not judged[0]
+    assert ended.result["best_step"] == best["step"]
+    assert ended.result["mse"] == best["mse"]
+    assert (tmp_path / "best").resolve().name == checkpoint_name(best["step"])
 
 
 def test_keep_prunes_all_but_the_newest_and_the_best(shards, tmp_path):
