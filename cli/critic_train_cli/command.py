@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from critic_train.settings import Settings
 from critic_train_cli.config_file import config_text, file_from, read_config
 from critic_train_cli.help_page import command_page
 from critic_train_cli.options import Chosen, Option, misspelt_variables, options_of, resolve
@@ -29,7 +30,7 @@ class Command:
     """
 
     name: str
-    settings: type
+    settings: type[Settings]
     about: str
     examples: tuple[str, ...]
     work: Callable[[Any, Output], int]

@@ -6,13 +6,13 @@ here, by one rule for flags and environment alike, so that a complaint can name 
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass
 from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from critic_train.errors import ConfigError
-from critic_train.settings import flag_of
+from critic_train.settings import Settings, flag_of, settings_fields
 
 VARIABLE_PREFIX = "CRITIC_TRAIN_"
 OTHER_VARIABLES = ("CRITIC_TRAIN_CONFIG", "CRITIC_TRAIN_DEBUG", "CRITIC_TRAIN_PROGRESS")
@@ -65,10 +65,10 @@ class Chosen:
     source: str
 
 
-def options_of(settings: type) -> list[Option]:
-    """The options of a settings dataclass, in its order."""
+def options_of(settings: type[Settings]) -> list[Option]:
+    """The options of a command's settings, in the order of the help page."""
     hints = get_type_hints(settings)
-    return [option_of(field, hints[field.name]) for field in fields(settings)]
+    return [option_of(field, hints[field.name]) for field in settings_fields(settings)]
 
 
 def option_of(field: "Field[Any]", hint: Any) -> Option:

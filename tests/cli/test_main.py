@@ -21,19 +21,20 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
+OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
---data --val-data --val-fraction --column --on-bad-rows
---model --preset --packing --precision --device
+--data --column --on-bad-rows --val-data --val-fraction
+--model --preset
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
---epochs --max-steps --batch-size --max-tokens --lr --head-lr --weight-decay --warmup-steps --lr-schedule
---grad-clip --seed
+--epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip --seed
+--device --precision --packing --max-tokens
 --out --eval-every --checkpoint-every --keep --log-every
---config --print-config --json --quiet -q --debug --help -h
 """)
 EVAL_FLAGS = words("""
---data --model --by --column --on-bad-rows --cliprange-value --resamples --seed
---packing --precision --device --max-tokens
---config --print-config --json --quiet -q --debug --help -h
+--data --column --on-bad-rows
+--model
+--device --precision --packing --max-tokens
+--by --cliprange-value --resamples --seed
 """)
 
 
@@ -41,7 +42,7 @@ EVAL_FLAGS = words("""
 def test_flags_are_these_and_no_others(command, flags):
     """The surface is frozen: a flag added, renamed or lost has to be so on purpose, here."""
     params = typer.main.get_command(app).commands[command].params
-    assert [flag for param in params for flag in (*param.opts, *param.secondary_opts)] == flags
+    assert [flag for param in params for flag in (*param.opts, *param.secondary_opts)] == flags + OWN_FLAGS
 
 
 def test_commands_are_these():

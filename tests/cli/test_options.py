@@ -6,21 +6,21 @@ from typing import Literal
 import pytest
 
 from critic_train.errors import ConfigError
-from critic_train.settings import EvalSettings, FitSettings, setting
+from critic_train.settings import EvalSettings, FitSettings, Settings, setting
 from critic_train_cli.options import Chosen, misspelt_variables, options_of, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class SomeSettings(Settings):
     paths: list[str] = setting([], "Where.", panel="Data", metavar="PATH")
-    rate: float | None = setting(None, "How fast. [default: 1e-5, or so]", panel="Pace")
-    size: int = setting(64, "How many.", panel="Pace")
-    mode: Literal["slow", "fast"] = setting("slow", "Which.", panel="Pace")
-    no_clip: bool = setting(False, "Off.", panel="Pace")
-    where: str = setting("auto", "Device.", panel="Pace", flag="--on")
+    rate: float | None = setting(None, "How fast. [default: 1e-5, or so]", panel="Training")
+    size: int = setting(64, "How many.", panel="Training")
+    mode: Literal["slow", "fast"] = setting("slow", "Which.", panel="Training")
+    no_clip: bool = setting(False, "Off.", panel="Training")
+    where: str = setting("auto", "Device.", panel="Training", flag="--on")
 
 
-OPTIONS = options_of(Settings)
+OPTIONS = options_of(SomeSettings)
 BY_NAME = {option.name: option for option in OPTIONS}
 
 
@@ -38,7 +38,7 @@ def test_option_knows_what_the_field_says():
     assert (size.kind, size.default, size.metavar, size.variable) == (int, 64, "N", "CRITIC_TRAIN_SIZE")
     assert (mode.kind, mode.choices, mode.metavar) == (str, ("slow", "fast"), "slow|fast")
     assert (no_clip.kind, no_clip.flag, no_clip.metavar) == (bool, "--no-clip", "")
-    assert (where.flag, where.panel) == ("--on", "Pace")
+    assert (where.flag, where.panel) == ("--on", "Training")
 
 
 @pytest.mark.parametrize("settings", [FitSettings, EvalSettings])

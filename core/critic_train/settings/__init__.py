@@ -1,0 +1,37 @@
+"""Every setting of every command, once: its name, type, default, help and place in the help.
+
+The flags, the configuration file, the environment variables, `run.json` and the documentation are all derived from
+these dataclasses. Nothing heavy is imported here, so that `--help` stays instant.
+"""
+
+from critic_train.settings.compute import ComputeSettings, Packing, Precision
+from critic_train.settings.eval import EvalSettings
+from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
+from critic_train.settings.fit import FitSettings, Preset
+from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
+from critic_train.settings.reading import OnBadRows, ReadingSettings, column_renames
+from critic_train.settings.run import RunSettings
+from critic_train.settings.training import Schedule, TrainingSettings
+
+__all__ = [
+    "ComputeSettings",
+    "EvalSettings",
+    "FitSettings",
+    "LossAggMode",
+    "LossSettings",
+    "OldValues",
+    "OnBadRows",
+    "Packing",
+    "Precision",
+    "Preset",
+    "ReadingSettings",
+    "RunSettings",
+    "Schedule",
+    "Settings",
+    "TrainingSettings",
+    "as_dict",
+    "column_renames",
+    "flag_of",
+    "setting",
+    "settings_fields",
+]

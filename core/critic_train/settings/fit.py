@@ -1,0 +1,42 @@
+"""Settings of `critic-train fit`."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from critic_train.settings.compute import ComputeSettings
+from critic_train.settings.fields import setting
+from critic_train.settings.loss import LossSettings
+from critic_train.settings.reading import ReadingSettings
+from critic_train.settings.run import RunSettings
+from critic_train.settings.training import TrainingSettings
+
+Preset = Literal["tiny", "small", "base"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(RunSettings, ComputeSettings, TrainingSettings, LossSettings, ReadingSettings):
+    """Settings of `critic-train fit`."""
+
+    command: ClassVar[str] = "fit"
+
+    val_data: list[str] = setting(
+        [], "Held-out rollouts: a folder, a file or a glob; repeatable.", panel="Data", metavar="PATH"
+    )
+    val_fraction: float = setting(
+        0.1,
+        "Share of the prompt groups held out when there is no --val-data; 0 holds out none.",
+        panel="Data",
+    )
+    model: str | None = setting(
+        None,
+        "Model to start from: a Hugging Face directory, a checkpoint or a run. Without it, --preset.",
+        panel="Model",
+        metavar="DIR",
+    )
+    preset: Preset = setting("small", "Size of the transformer trained from scratch without --model.", panel="Model")
+
+    def faults(self) -> list[str]:
+        """See Settings."""
+        if 0.0 <= self.val_fraction < 1.0:
+            return []
+        return [f"--val-fraction must be in [0, 1), not {self.val_fraction:g}"]

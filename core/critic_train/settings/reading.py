@@ -1,0 +1,46 @@
+"""Which rollouts are read, and how."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from critic_train.settings.fields import Settings, setting
+
+OnBadRows = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings(Settings):
+    """Part of every command that reads shards."""
+
+    data: list[str] = setting(
+        [],
+        "Rollouts: a folder, a Parquet file or a glob; repeatable.",
+        panel="Data",
+        metavar="PATH",
+    )
+    column: list[str] = setting(
+        [],
+        "Read a column under another name, as in returns=my_returns; repeatable.",
+        panel="Data",
+        metavar="NAME=COLUMN",
+    )
+    on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
+
+    def faults(self) -> list[str]:
+        """See Settings."""
+        wrong = [] if self.data else ["--data is needed: a folder, a Parquet file or a glob"]
+        return wrong + column_faults(self.column)
+
+
+def column_faults(pairs: list[str]) -> list[str]:
+    """What is wrong with the values of --column, one line each."""
+    return [
+        f"--column takes NAME=COLUMN, as in returns=my_returns, not {pair!r}"
+        for pair in pairs
+        if not all(pair.partition("=")[::2])
+    ]
+
+
+def column_renames(pairs: list[str]) -> dict[str, str]:
+    """`["returns=my_returns"]` -> `{"returns": "my_returns"}` (canonical name -> the shard's column)."""
+    return dict(tuple(pair.split("=", 1)) for pair in pairs)  # type: ignore[misc]

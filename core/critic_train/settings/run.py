@@ -1,0 +1,24 @@
+"""What a run leaves behind, and how often."""
+
+from dataclasses import dataclass
+
+from critic_train.settings.fields import Settings, setting, too_small
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """Part of `fit`."""
+
+    out: str | None = setting(
+        None, "Run directory. [default: runs/ and the data folder's name]", panel="Run", metavar="DIR"
+    )
+    eval_every: int | None = setting(
+        None, "Steps between evaluations on held-out rollouts. [default: a tenth of the run]", panel="Run"
+    )
+    checkpoint_every: int = setting(200, "Steps between checkpoints; the last step always writes one.", panel="Run")
+    keep: int = setting(2, "Newest checkpoints kept, besides the best.", panel="Run")
+    log_every: int = setting(10, "Steps between plain progress lines when not on a terminal.", panel="Run")
+
+    def faults(self) -> list[str]:
+        """See Settings."""
+        return too_small(self, 1, "checkpoint_every", "keep", "log_every", "eval_every")
