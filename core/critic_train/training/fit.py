@@ -23,6 +23,7 @@ from critic_train.model.loading import ModelSource, build_critic, load_critic, r
 from critic_train.model.presets import LEARNING_RATES, preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose_packing
+from critic_train.observing.observer import Observer, observed
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model, set_aside
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
@@ -71,12 +72,17 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
         trainer = yield from _prepare(settings, run, data, source, compute, stop)
-        yield from trainer.train()
+        yield from observed(trainer.train(), _observers(trainer))
         result = _result(trainer, began, "interrupted" if stop.requested else "finished")
         if not stop.requested:
             run.write_json("result.json", result)
             run.drop_cache()
         yield RunEnded(status=result["status"], result=result, signal_number=stop.signal_number)
+
+
+def _observers(trainer: Trainer) -> list[Observer]:
+    """Those who look on while this run goes."""
+    return []
 
 
 def run_path(settings: FitSettings) -> Path:
