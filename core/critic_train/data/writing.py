@@ -1,0 +1,226 @@
+"""The one way shards are written: canonical encodings, flat memory, each file whole or not there at all."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from critic_train.run.durable import sync_directory, sync_file
+
+ROW_GROUP_BYTES = 32 * 2**20
+"""Arrow bytes at which a row group is written."""
+ROW_GROUP_ROWS = 2**16
+SHARD_BYTES = 512 * 2**20
+"""Arrow bytes at which the next shard is begun; a fifth to a third of it on disk."""
+LARGEST_GROUP = 4
+"""A prompt group of more row groups' bytes than this is cut: it must fit in memory."""
+
+
+class ShardFile:
+    """One Parquet file while it is being written; it stands when the `with` block ends without an error.
+
+    zstd; BYTE_STREAM_SPLIT for floats; a dictionary for columns that hold one string or integer a rollout (uids,
+    labels, steps); none for token ids, which zstd packs closer without; checksums on all pages.
+
+    Args:
+        path: where the file will stand; what stands there is replaced. Its folder is made.
+        schema: of everything that will be written.
+
+    Attributes:
+        rows: rows written.
+        arrow_bytes: what they weigh in memory.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.rows = 0
+        self.arrow_bytes = 0
+        self._schema = schema
+        self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+    def __enter__(self) -> "ShardFile":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            self._schema,
+            compression="zstd",
+            use_dictionary=[path for path, kind in _leaves(self._schema) if _is_key(path, kind)],
+            use_byte_stream_split=[path for path, kind in _leaves(self._schema) if pa.types.is_floating(kind)],
+            write_page_checksum=True,
+        )
+        return self
+
+    def write_row_group(self, rows: pa.Table | pa.RecordBatch) -> None:
+        """Write rows as one row group, however many they are; none where there are no rows."""
+        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+        if table.num_rows:
+            self._writer.write_table(table, row_group_size=table.num_rows)
+            self.rows += table.num_rows
+            self.arrow_bytes += table.nbytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._writer.close()
+            self._sink.close()
+            if error is None:
+                sync_file(self._temporary)
+                self._temporary.replace(self.path)
+                sync_directory(self.path.parent)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Shards `PREFIX-00000.parquet`, `PREFIX-00001.parquet`, ... of a stream of rows, in its order.
+
+    The last shard stands when the `with` block ends without an error; the ones before it stand as soon as they are
+    full. Memory holds one row group. To keep the row groups of another file, write one `ShardFile` a file instead.
+
+    Args:
+        directory: where the shards go; made where it is missing.
+        schema: of everything that will be written.
+        keep_together: a column; neighbouring rows with equal entries are not cut apart by the end of a row group or
+            shard (unless they alone weigh several row groups). Rows whose entry is null stand alone.
+        prefix: what the shards' names begin with.
+        row_group_bytes: Arrow bytes at which a row group ends.
+        shard_bytes: Arrow bytes at which a shard ends.
+
+    Attributes:
+        files: the shards that stand, in order.
+        rows: rows handed over.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        schema: pa.Schema,
+        *,
+        keep_together: str | None = None,
+        prefix: str = "part",
+        row_group_bytes: int = ROW_GROUP_BYTES,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.files: list[Path] = []
+        self.rows = 0
+        self._directory = directory
+        self._schema = schema
+        self._keep_together = keep_together
+        self._prefix = prefix
+        self._row_group_bytes = row_group_bytes
+        self._shard_bytes = shard_bytes
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = self._pending_rows = 0
+        self._file: ShardFile | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def write(self, rows: pa.Table | pa.RecordBatch) -> None:
+        """Add rows; columns are put into the schema's order."""
+        table = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+        for batch in table.select(self._schema.names).cast(self._schema).to_batches():
+            self._pending.append(batch)
+            self._pending_bytes += batch.nbytes
+            self._pending_rows += batch.num_rows
+            self.rows += batch.num_rows
+            while self._is_full() and self._write_pending():
+                pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            while self._pending and self._write_pending(last=True):
+                pass
+        self._end_shard(kind, error, trace)
+
+    def _is_full(self) -> bool:
+        return self._pending_bytes >= self._row_group_bytes or self._pending_rows >= ROW_GROUP_ROWS
+
+    def _write_pending(self, *, last: bool = False) -> bool:
+        """Write the rows that wait, up to where they may be cut; whether any were."""
+        table = pa.Table.from_batches(self._pending, schema=self._schema)
+        cut = table.num_rows if last else self._cut(table)
+        if not cut:
+            return False
+        if self._file is None:
+            path = self._directory / f"{self._prefix}-{len(self.files):05d}.parquet"
+            self._file = ShardFile(path, self._schema).__enter__()
+        self._file.write_row_group(table.slice(0, cut))
+        if self._file.arrow_bytes >= self._shard_bytes:
+            self._end_shard(None, None, None)
+        rest = table.slice(cut)
+        self._pending = rest.to_batches() if rest.num_rows else []
+        self._pending_bytes, self._pending_rows = rest.nbytes if rest.num_rows else 0, rest.num_rows
+        return True
+
+    def _cut(self, table: pa.Table) -> int:
+        """How many rows the next row group takes; 0 where more must come first."""
+        row_bytes = max(1, table.nbytes // table.num_rows)
+        wanted = max(1, min(ROW_GROUP_ROWS, self._row_group_bytes // row_bytes, table.num_rows))
+        if self._keep_together is None:
+            return wanted
+        starts = run_starts(table.column(self._keep_together))[1:]
+        before = starts[starts <= wanted]
+        if len(before):
+            return int(before[-1])
+        # One group is larger than a row group: it gets one of its own, as soon as its end is in sight.
+        if len(starts):
+            return int(starts[0])
+        return table.num_rows if table.nbytes >= LARGEST_GROUP * self._row_group_bytes else 0
+
+    def _end_shard(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.__exit__(kind, error, trace)
+            if error is None:
+                self.files.append(file.path)
+
+
+def run_starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Rows at which a run of equal entries begins, int64 [runs]; a null is a run of its own."""
+    n = len(keys)
+    if not n:
+        return np.zeros(0, dtype=np.int64)
+    differs = pc.fill_null(pc.not_equal(keys.slice(1), keys.slice(0, n - 1)), True)
+    return np.concatenate([[0], np.flatnonzero(differs.to_numpy()) + 1]).astype(np.int64)
+
+
+def _leaves(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    """(path, type) of every column as Parquet counts them: `returns.list.element`, `uid`."""
+    return [leaf for field in schema for leaf in _leaves_of(field.name, field.type)]
+
+
+def _leaves_of(path: str, kind: pa.DataType) -> list[tuple[str, pa.DataType]]:
+    if pa.types.is_struct(kind):
+        return [leaf for field in kind for leaf in _leaves_of(f"{path}.{field.name}", field.type)]
+    if pa.types.is_map(kind):
+        key, item = _leaves_of(f"{path}.key_value.key", kind.key_type), kind.item_type
+        return key + _leaves_of(f"{path}.key_value.value", item)
+    if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind):
+        return _leaves_of(f"{path}.list.element", kind.value_type)
+    return [(path, kind)]
+
+
+def _is_key(path: str, kind: pa.DataType) -> bool:
+    """One string, integer or dictionary entry a rollout."""
+    if pa.types.is_dictionary(kind):
+        return True
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return "." not in path and bool(texts or pa.types.is_integer(kind))
