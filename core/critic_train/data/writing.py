@@ -171,7 +171,7 @@ class ShardWriter:
     def _cut(self, table: pa.Table) -> int:
         """How many rows the next row group takes; 0 where more must come first."""
         row_bytes = max(1, table.nbytes // table.num_rows)
-        wanted = max(1, min(ROW_GROUP_ROWS, self._row_group_bytes // row_bytes, table.num_rows))
+        wanted: int = max(1, min(ROW_GROUP_ROWS, self._row_group_bytes // row_bytes, table.num_rows))
         if self._keep_together is None:
             return wanted
         starts = run_starts(table.column(self._keep_together))[1:]
@@ -181,7 +181,7 @@ class ShardWriter:
         # One group is larger than a row group: it gets one of its own, as soon as its end is in sight.
         if len(starts):
             return int(starts[0])
-        return table.num_rows if table.nbytes >= LARGEST_GROUP * self._row_group_bytes else 0
+        return int(table.num_rows) if table.nbytes >= LARGEST_GROUP * self._row_group_bytes else 0
 
     def _end_shard(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
