@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from critic_train_cli.figures import fixed
+from critic_train.figures import fixed
 
 if TYPE_CHECKING:
     from rich.console import Console

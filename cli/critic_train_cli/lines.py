@@ -4,8 +4,8 @@ import sys
 from typing import Any
 
 from critic_train.events import CheckpointSaved, EvaluationEnded, Progress, RunStarted
+from critic_train.figures import DASH, count, duration, number, share, short, size, with_interval
 from critic_train_cli.course import Course
-from critic_train_cli.figures import DASH, count, duration, number, share, short, size, with_interval
 from critic_train_cli.terminal import width_of
 
 

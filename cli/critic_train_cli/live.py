@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from critic_train.events import CheckpointSaved, Event, Progress, StepEnded
-from critic_train_cli.figures import count, duration, number, share, short, size, with_interval
+from critic_train.figures import count, duration, number, share, short, size, with_interval
 from critic_train_cli.lines import progress_line
 from critic_train_cli.output import Output
 from critic_train_cli.sparkline import sparkline

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from critic_train.figures import DASH, count, fixed, signed, three
 from critic_train_cli.columns import Column, Metrics, figure, first_that_fits, in_short, new_table, shown_name
-from critic_train_cli.figures import DASH, count, fixed, signed, three
 
 if TYPE_CHECKING:
     from rich.console import Console

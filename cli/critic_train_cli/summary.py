@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.events import RunEnded
+from critic_train.figures import duration, number, short, with_interval
 from critic_train.settings import FitSettings
 from critic_train_cli.columns import shown_name
-from critic_train_cli.figures import duration, number, short, with_interval
 from critic_train_cli.sparkline import sparkline
 
 if TYPE_CHECKING:

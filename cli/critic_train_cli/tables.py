@@ -3,8 +3,8 @@
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from critic_train.figures import interval, number, share, short, signed, three, with_interval
 from critic_train_cli.columns import Column, Metrics, figure, fits, new_table, shown_name
-from critic_train_cli.figures import interval, number, share, short, signed, three, with_interval
 from critic_train_cli.slices import draw_positions, draw_slices
 
 if TYPE_CHECKING:

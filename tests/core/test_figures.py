@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from critic_train_cli import figures
+from critic_train import figures
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, "words", True])
