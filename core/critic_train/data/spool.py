@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.rollouts import Rollouts, offsets_of
+from critic_train.run.storage import File, remove, rename, sync_directory
 
 FORMAT_VERSION = 1
 COLUMNS: dict[str, type[np.generic]] = {
@@ -138,7 +139,7 @@ class Spool:
     def drop_column(self, name: str) -> None:
         """Remove an extra column, if it stands."""
         assert name not in COLUMNS
-        (self.directory / name).unlink(missing_ok=True)
+        remove(self.directory / name)
 
     def _kept(self) -> list[str]:
         return [name for name in COLUMNS if name != "values" or self.has_values]
@@ -170,11 +171,11 @@ class ColumnWriter:
         self._spool = spool
         self._target = spool.directory / name
         self._temporary = spool.directory / f".{name}.tmp"
-        self._descriptor = -1
+        self._file: File | None = None
 
     def __enter__(self) -> "ColumnWriter":
-        self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        os.ftruncate(self._descriptor, self._spool.num_tokens * 4)
+        self._file = File(self._temporary, "create")
+        self._file.truncate(self._spool.num_tokens * 4)
         return self
 
     def write(self, index: NDArray[np.int64], column: NDArray[np.float32]) -> None:
@@ -191,23 +192,27 @@ class ColumnWriter:
         tokens = int(self._spool.lengths[index].sum())
         if len(column) != tokens:
             raise ValueError(f"{len(column)} numbers for rollouts of {tokens} tokens")
+        assert self._file is not None
         data = bytes_of(np.ascontiguousarray(column, dtype=np.float32))
         begin = 0
         for first, last in _neighbours(index):
             place = int(self._spool.offsets[index[first]]) * 4
             end = begin + int(self._spool.offsets[index[last] + 1]) * 4 - place
-            while begin < end:
-                put = os.pwrite(self._descriptor, data[begin:end], place)
-                begin, place = begin + put, place + put
+            self._file.write_at(data[begin:end], place)
+            begin = end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        assert self._file is not None
+        with self._file:
+            if error is None:
+                self._file.sync()
         if error is None:
-            self._temporary.replace(self._target)
+            rename(self._temporary, self._target)
+            sync_directory(self._target.parent)
         else:
-            self._temporary.unlink(missing_ok=True)
+            remove(self._temporary)
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:

@@ -1,18 +1,18 @@
 """Make a spool: columns appended batch by batch, an index at the end, the whole renamed into place."""
 
+import io
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.data.spool import COLUMNS, FORMAT_VERSION, INDEX, Spool, bytes_of
 from critic_train.rollouts import Rollouts
+from critic_train.run.storage import File, make_directory, remove, remove_tree, rename, sync_directory, write_file
 
 
 def write_spool(directory: Path, batches: Iterable[Rollouts]) -> Spool:
@@ -37,7 +37,7 @@ class SpoolWriter:
     def __init__(self, directory: Path) -> None:
         self._target = directory
         self._temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, File] = {}
         self._lengths: list[NDArray[np.int64]] = []
         self._parts: dict[str, list[NDArray[np.generic]]] = {name: [] for name in INDEX if name != "offsets"}
         self._max_token_id = -1
@@ -45,9 +45,9 @@ class SpoolWriter:
         self._abandoned = False
 
     def __enter__(self) -> "SpoolWriter":
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
-        self._files = {name: (self._temporary / name).open("wb") for name in COLUMNS}
+        remove_tree(self._temporary)
+        make_directory(self._temporary)
+        self._files = {name: File(self._temporary / name, "create") for name in COLUMNS}
         return self
 
     def add(self, batch: Rollouts) -> None:
@@ -79,25 +79,36 @@ class SpoolWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            whole = error is None and not self._abandoned
             for file in self._files.values():
-                file.close()
-            if error is None and not self._abandoned:
+                with file:
+                    if whole:
+                        file.sync()
+            if whole:
                 self._write_index()
-                shutil.rmtree(self._target, ignore_errors=True)
-                self._temporary.rename(self._target)
+                sync_directory(self._temporary)
+                remove_tree(self._target)
+                rename(self._temporary, self._target)
+                sync_directory(self._target.parent)
         finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            remove_tree(self._temporary)
 
     def _write_index(self) -> None:
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), *self._lengths]).cumsum()
-        np.save(self._temporary / "offsets.npy", offsets)
+        _save(self._temporary / "offsets.npy", offsets)
         for name, pieces in self._parts.items():
-            np.save(self._temporary / f"{name}.npy", np.concatenate([np.zeros(0, dtype=INDEX[name]), *pieces]))
+            _save(self._temporary / f"{name}.npy", np.concatenate([np.zeros(0, dtype=INDEX[name]), *pieces]))
         if not self._has_values:
-            (self._temporary / "values").unlink()
+            remove(self._temporary / "values")
         meta = {
             "format_version": FORMAT_VERSION,
             "max_token_id": self._max_token_id,
             "has_values": self._has_values,
         }
-        (self._temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write_file(self._temporary / "meta.json", json.dumps(meta).encode())
+
+
+def _save(path: Path, array: NDArray[np.generic]) -> None:
+    with io.BytesIO() as held:
+        np.save(held, array)
+        write_file(path, held.getbuffer())

@@ -5,7 +5,6 @@ transformers has no such class for an architecture, the trunk's own class is wri
 beside it: critic-train loads it, and `AutoModel` loads its trunk.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from critic_train.model.critic import Critic
+from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,16 +54,17 @@ def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) ->
         OSError: the disk is full or not writable.
     """
     critic.trunk.config.value_head_prefix = "score"
-    if loads_for_token_classification(critic):
-        _as_token_classifier(critic).save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
-    else:
-        tensors = dict(critic.trunk.state_dict())
-        tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
-        critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
+    with library_writes(directory):
+        if loads_for_token_classification(critic):
+            _as_token_classifier(critic).save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
+        else:
+            tensors = dict(critic.trunk.state_dict())
+            tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
+            critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
             if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, directory / name)
+                copy_file(tokenizer_from / name, directory / name)
 
 
 def _as_token_classifier(critic: Critic) -> PreTrainedModel:

@@ -7,13 +7,13 @@ checkpoint. Nothing is pickled.
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from critic_train.errors import ModelError
-from critic_train.run.durable import sha256, sync_directory, sync_file, write_json
+from critic_train.run.durable import sha256, write_json
+from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, sync_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -51,8 +51,8 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
             return target
         set_aside(target)
     temporary = folder / f".{target.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    remove_tree(temporary)
+    make_directory(temporary)
     try:
         fill(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
@@ -60,9 +60,9 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
             sync_file(file)
         entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
         write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": entries})
-        temporary.rename(target)
+        rename(temporary, target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary)
         raise
     sync_directory(folder)
     return target
@@ -98,7 +98,8 @@ def set_aside(path: Path) -> Path:
     number = 0
     while (aside := path.with_name(f"damaged-{path.name}-{number}")).exists():
         number += 1
-    path.rename(aside)
+    rename(path, aside)
+    sync_directory(path.parent)
     return aside
 
 
@@ -129,8 +130,15 @@ def prune(folder: Path, keep: int, best: Path | None) -> list[Path]:
     kept = set(standing[-keep:]) | ({best} if best else set())
     for path in standing:
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     return checkpoints(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint: hidden first, so that one that is half removed is not taken for one that is damaged."""
+    hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    rename(path, hidden)
+    remove_tree(hidden)
 
 
 def resolve_model(path: Path) -> Path:

@@ -3,14 +3,14 @@
 import fcntl
 import json
 import os
-import shutil
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from critic_train.errors import ConfigError, MachineError
 from critic_train.run.durable import write_json
+from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory
 from critic_train.settings import flag_of
 
 RESUMABLE = frozenset({"log_every", "keep", "checkpoint_every", "out", "data", "val_data", "model"})
@@ -35,15 +35,15 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.cache = path / "cache"
-        self._metrics: BinaryIO | None = None
-        self._timings: BinaryIO | None = None
-        self._lock: BinaryIO | None = None
+        self._metrics: File | None = None
+        self._timings: File | None = None
+        self._lock: File | None = None
 
     def __enter__(self) -> "RunDirectory":
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+b")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            make_directory(self.checkpoints, exist_ok=True)
+            self._lock = File(self.path / ".lock", "append")
+            fcntl.flock(self._lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MachineError(
                 f"{self.path} is in use by {self._holder()}", hint="wait for it, or give this run another --out"
@@ -52,10 +52,9 @@ class RunDirectory:
             raise MachineError(f"the run directory {self.path} cannot be written: {error.strerror}") from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock.flush()
         for folder in (self.checkpoints, self.cache):
             for leftover in folder.glob(".*.tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove_tree(leftover)
         return self
 
     def __exit__(
@@ -86,21 +85,21 @@ class RunDirectory:
     def start_afresh(self) -> None:
         """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
         for name in ("result.json", "best", "timings.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
         for column in self.cache.glob("*/old_values-*"):
-            column.unlink(missing_ok=True)
+            remove(column)
 
     def drop_cache(self) -> None:
         """Remove what can be made again from the shards; whatever cannot be removed stays."""
-        shutil.rmtree(self.cache, ignore_errors=True)
+        remove_tree(self.cache)
 
     def open_logs(self, metrics_bytes: int) -> None:
         """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""
-        self._metrics = (self.path / "metrics.jsonl").open("ab")
+        self._metrics = File(self.path / "metrics.jsonl", "append")
         # Never lengthen: a log that somebody has cut would be filled up with NUL bytes.
-        self._metrics.truncate(min(metrics_bytes, self._metrics.seek(0, os.SEEK_END)))
-        self._metrics.seek(0, os.SEEK_END)
-        self._timings = (self.path / "timings.jsonl").open("ab")
+        self._metrics.truncate(min(metrics_bytes, self._metrics.size))
+        self._timings = File(self.path / "timings.jsonl", "append")
+        sync_directory(self.path)
 
     def log_metrics(self, record: dict[str, Any]) -> None:
         """Append one reproducible record."""
@@ -113,16 +112,16 @@ class RunDirectory:
     def synced_metrics_bytes(self) -> int:
         """Put metrics.jsonl on the disk and say how long it is."""
         assert self._metrics is not None
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        self._metrics.sync()
+        return self._metrics.size
 
     def point_best_at(self, checkpoint: Path) -> None:
         """Make `best` a link to a checkpoint, at once."""
         temporary = self.path / ".best.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(Path("checkpoints") / checkpoint.name)
-        temporary.replace(self.path / "best")
+        remove(temporary)
+        link(temporary, Path("checkpoints") / checkpoint.name)
+        rename(temporary, self.path / "best")
+        sync_directory(self.path)
 
     @property
     def best(self) -> Path | None:
@@ -175,7 +174,6 @@ def _shown(value: object) -> str:
     return "not set" if value is None else str(value)
 
 
-def _append(file: BinaryIO | None, record: dict[str, Any]) -> None:
+def _append(file: File | None, record: dict[str, Any]) -> None:
     assert file is not None, "open_logs comes first"
     file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-    file.flush()

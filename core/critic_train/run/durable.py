@@ -1,40 +1,36 @@
-"""Writes that survive: a file or directory appears under its name whole, or not at all."""
+"""Writes that survive: a file appears under its name whole, or not at all."""
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from critic_train.run.storage import Data, remove, rename, sync_directory, write_file
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside its place, sync it and rename it there. NaN is refused, since it is no JSON.
+
+def replace_file(path: Path, data: Data) -> None:
+    """Write a file beside its place, sync it and rename it there.
 
     Raises:
         OSError: the disk is full or not writable; the old file stands unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write_file(temporary, data)
+        rename(temporary, path)
+    except OSError:
+        remove(temporary)
+        raise
     sync_directory(path.parent)
 
 
-def sync_file(path: Path) -> None:
-    """Have the operating system put a written file on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_json(path: Path, value: Any) -> None:
+    """Put JSON under a name, whole or not at all. NaN is refused, since it is no JSON.
 
-
-def sync_directory(path: Path) -> None:
-    """Have the operating system put a directory's entries on the disk."""
-    sync_file(path)
+    Raises:
+        OSError: the disk is full or not writable; the old file stands unchanged.
+    """
+    replace_file(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,6 @@
 """The rollouts of a run: read and checked once, then at hand in any order without growing memory."""
 
 import json
-import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress
 from critic_train.rollouts import Rollouts
 from critic_train.run.durable import write_json
+from critic_train.run.storage import make_directory, remove_tree
 from critic_train.settings import FitSettings, column_renames
 from critic_train.stopping import StopRequest
 
@@ -212,8 +212,8 @@ def _spool(
             return Spool.open(directory)
         except SpoolDamaged as fault:
             yield Notice(message=f"the run's cache is read anew: {fault}", level="warning")
-    shutil.rmtree(directory, ignore_errors=True)
-    cache.mkdir(parents=True, exist_ok=True)
+    remove_tree(directory)
+    make_directory(cache, exist_ok=True)
     reader = RolloutReader(
         files,
         renames=column_renames(settings.column),

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from critic_train.errors import ModelError
 from critic_train.model.critic import Critic
+from critic_train.run.storage import library_writes
 from critic_train.settings import Schedule
 
 STATE_FILE = "optimizer.safetensors"
@@ -66,7 +67,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
         if state:
             tensors |= {f"{moment}.{name}": state[moment].contiguous() for moment in MOMENTS}
             tensors[f"step.{name}"] = state["step"].reshape(1)
-    save_file(tensors, directory / STATE_FILE)
+    with library_writes(directory / STATE_FILE):
+        save_file(tensors, directory / STATE_FILE)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
