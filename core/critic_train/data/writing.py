@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from critic_train.run.durable import sync_directory, sync_file
+from critic_train.run.storage import sync_directory, sync_file
 
 ROW_GROUP_BYTES = 32 * 2**20
 """Arrow bytes at which a row group is written."""
