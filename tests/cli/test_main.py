@@ -28,7 +28,8 @@ FIT_FLAGS = words("""
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip --seed
 --device --precision --packing --max-tokens
---out --eval-every --checkpoint-every --keep --log-every
+--out --eval-every --best-by --patience --checkpoint-every --keep --log-every
+--log-to --log-project
 """)
 EVAL_FLAGS = words("""
 --data --column --on-bad-rows

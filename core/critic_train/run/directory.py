@@ -13,7 +13,9 @@ from critic_train.run.durable import write_json
 from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory
 from critic_train.settings import flag_of
 
-RESUMABLE = frozenset({"log_every", "keep", "checkpoint_every", "out", "data", "val_data", "model"})
+RESUMABLE = frozenset(
+    {"log_every", "keep", "checkpoint_every", "out", "data", "val_data", "model", "log_to", "log_project", "patience"}
+)
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
 what they lead to is held by fingerprints."""
 

@@ -11,6 +11,7 @@ from critic_train.settings.fit import FitSettings, Preset
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
 from critic_train.settings.reading import OnBadRows, ReadingSettings, column_renames
 from critic_train.settings.run import RunSettings
+from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import Schedule, TrainingSettings
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RunSettings",
     "Schedule",
     "Settings",
+    "TrackingSettings",
     "TrainingSettings",
     "as_dict",
     "column_renames",

@@ -8,13 +8,14 @@ from critic_train.settings.fields import setting
 from critic_train.settings.loss import LossSettings
 from critic_train.settings.reading import ReadingSettings
 from critic_train.settings.run import RunSettings
+from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import TrainingSettings
 
 Preset = Literal["tiny", "small", "base"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitSettings(RunSettings, ComputeSettings, TrainingSettings, LossSettings, ReadingSettings):
+class FitSettings(TrackingSettings, RunSettings, ComputeSettings, TrainingSettings, LossSettings, ReadingSettings):
     """Settings of `critic-train fit`."""
 
     command: ClassVar[str] = "fit"
@@ -37,6 +38,9 @@ class FitSettings(RunSettings, ComputeSettings, TrainingSettings, LossSettings, 
 
     def faults(self) -> list[str]:
         """See Settings."""
-        if 0.0 <= self.val_fraction < 1.0:
-            return []
-        return [f"--val-fraction must be in [0, 1), not {self.val_fraction:g}"]
+        wrong = []
+        if not 0.0 <= self.val_fraction < 1.0:
+            wrong.append(f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
+        if self.patience is not None and not self.val_data and self.val_fraction == 0:
+            wrong.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
+        return wrong

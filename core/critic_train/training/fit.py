@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import time
+import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from critic_train.model.presets import LEARNING_RATES, preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose_packing
 from critic_train.observing.observer import Observer, observed
+from critic_train.observing.trackers import require_packages, trackers
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model, set_aside
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
@@ -53,6 +55,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         CriticTrainError: a fault that the user can mend; the run directory stays usable.
     """
     began = time.monotonic()
+    require_packages(settings)
     compute = Compute(
         device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
     )
@@ -82,7 +85,14 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
 
 def _observers(trainer: Trainer) -> list[Observer]:
     """Those who look on while this run goes."""
-    return []
+    record = trainer.run.read_json("run.json") or {}
+    return trackers(
+        trainer.settings,
+        trainer.run.path,
+        run_id=str(record.get("id", "")),
+        first_step=trainer.position.step,
+        config=record,
+    )
 
 
 def run_path(settings: FitSettings) -> Path:
@@ -115,7 +125,7 @@ def _compare_with_before(
     before = run.read_json("run.json")
     if not checkpoints(run.checkpoints):
         run.start_afresh()
-        run.write_json("run.json", record)
+        run.write_json("run.json", {"id": uuid.uuid4().hex[:8], **record})
         return None
     if before is None:
         raise ConfigError(
@@ -285,6 +295,7 @@ def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
         "steps": trainer.position.step,
         "total_steps": trainer.plan.total_steps,
         "best_step": trainer.position.best_step,
+        "stopped_early": trainer.out_of_patience,
         "training": trainer.last_metrics,
         "rows_left_out": trainer.data.left_out,
         **evaluation,

@@ -21,6 +21,7 @@ from critic_train.run.checkpoint import checkpoint_step, prune, read_state, writ
 from critic_train.run.directory import RunDirectory
 from critic_train.run.durable import write_json
 from critic_train.settings import FitSettings
+from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
@@ -43,15 +44,17 @@ class Position:
     Attributes:
         step: optimizer steps taken.
         evaluated_step: the step of the last evaluation, -1 before the first.
-        best_step: the step with the best held-out explained variance so far, None while there is none.
-        best_explained_variance: its figure.
+        best_step: the step with the best held-out figure (`--best-by`) so far, None while there is none.
+        best_figure: that figure.
+        evaluations_since_best: evaluations after it; after step 0 while there is none.
         metrics_bytes: length of metrics.jsonl at the checkpoint.
     """
 
     step: int = 0
     evaluated_step: int = -1
     best_step: int | None = None
-    best_explained_variance: float | None = None
+    best_figure: float | None = None
+    evaluations_since_best: int = 0
     metrics_bytes: int = 0
 
 
@@ -98,9 +101,18 @@ class Trainer:
                 yield from self._evaluate()
             if self.stop.requested or self._checkpoint_is_due():
                 yield from self._checkpoint()
-            if self.stop.requested or self.position.step == self.plan.total_steps:
+            if self.stop.requested or self._is_done():
                 return
             yield from self._step()
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether --patience ends the run before its plan does."""
+        patience = self.settings.patience
+        return patience is not None and self.position.evaluations_since_best >= patience
+
+    def _is_done(self) -> bool:
+        return self.position.step == self.plan.total_steps or self.out_of_patience
 
     def _evaluation_is_due(self) -> bool:
         step = self.position.step
@@ -109,7 +121,7 @@ class Trainer:
 
     def _checkpoint_is_due(self) -> bool:
         step = self.position.step
-        at_a_mark = step % self.settings.checkpoint_every == 0 or step == self.plan.total_steps
+        at_a_mark = step % self.settings.checkpoint_every == 0 or self._is_done()
         return step > 0 and (at_a_mark or self.position.best_step == step)
 
     def _step(self) -> Iterator[Event]:
@@ -209,14 +221,28 @@ class Trainer:
         self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})
         self.last_evaluation = metrics
         position.evaluated_step = position.step
-        figure = metrics["explained_variance"]
-        # The step-0 critic is nobody's choice: it predicts the mean and has no checkpoint.
-        before = position.best_explained_variance
-        best = position.step > 0 and figure is not None and (before is None or figure > before)
+        best = self._is_best(metrics[self.settings.best_by])
         if best:
-            position.best_step, position.best_explained_variance = position.step, figure
+            position.best_step, position.best_figure = position.step, metrics[self.settings.best_by]
+            position.evaluations_since_best = 0
             self.best_evaluation = metrics
+        elif position.step > 0:
+            position.evaluations_since_best += 1
         yield EvaluationEnded(step=position.step, metrics=metrics, best=best)
+        if self.out_of_patience and position.step < self.plan.total_steps:
+            yield Notice(
+                message=f"held-out {self.settings.best_by} has not improved in {position.evaluations_since_best} "
+                f"evaluations: stopping at step {position.step} of {self.plan.total_steps}"
+            )
+
+    def _is_best(self, figure: float | None) -> bool:
+        """Whether a figure of --best-by beats all before; the step-0 critic has no checkpoint and is never chosen."""
+        before = self.position.best_figure
+        if self.position.step == 0 or figure is None:
+            return False
+        if before is None:
+            return True
+        return figure < before if self.settings.best_by in LOWER_IS_BETTER else figure > before
 
     def _predict(self, rollouts: Rollouts) -> np.ndarray[Any, np.dtype[np.float32]]:
         values = predict_values(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
