@@ -91,7 +91,9 @@ def parameter_of(option: Option) -> inspect.Parameter:
     choices = list(option.choices)
     told: Any
     kind: Any
-    if option.kind is bool:
+    if option.positional:
+        told, kind = typer.Argument(None, help=option.help, metavar=option.metavar), list[str] | None
+    elif option.kind is bool:
         # The flag alone, spelt out: Typer would invent --no-no-clip beside --no-clip.
         told, kind = typer.Option(False, option.flag, help=option.help), bool
     else:

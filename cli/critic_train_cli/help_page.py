@@ -29,14 +29,16 @@ OWN_FLAGS: tuple[tuple[str, str, str], ...] = (
 def command_page(path: str, about: str, options: Sequence[Option], examples: Sequence[str]) -> str:
     """The help page of one command."""
     wide = width_of(sys.stdout)
-    lines = [heading("Usage:") + f" {path} --data PATH [OPTIONS]", "", *wrap(about, wide), ""]
+    lines = [heading("Usage:") + f" {usage(path, options)}", "", *wrap(about, wide), ""]
     lines += [heading("Examples"), *(f"  {example}" for example in examples)]
     panels: dict[str, list[str]] = {}
     for option in options:
         default = default_of(option)
         shown = f"[default: {default}]".replace(" ", GLUE if len(default) < 20 else " ")
         words = f"{option.help} {shown}" if default else option.help
-        panels.setdefault(option.panel, []).extend(entry(option.flag, option.metavar, words, wide))
+        panels.setdefault(option.panel, []).extend(
+            entry(option.flag, "" if option.positional else option.metavar, words, wide)
+        )
     panels[OWN_PANEL] = [line for flag, metavar, words in OWN_FLAGS for line in entry(flag, metavar, words, wide)]
     for panel, entries in panels.items():
         lines += ["", heading(panel), *entries]
@@ -45,6 +47,12 @@ def command_page(path: str, about: str, options: Sequence[Option], examples: Seq
         "CRITIC_TRAIN_PROGRESS=live, plain or 0 says how progress is shown."
     )
     return "\n".join([*lines, "", *wrap(variables, wide)])
+
+
+def usage(path: str, options: Sequence[Option]) -> str:
+    """The shape of a command line."""
+    given = next((f"{option.metavar}..." for option in options if option.positional), "--data PATH")
+    return f"{path} {given} [OPTIONS]"
 
 
 def program_page(about: str, commands: Sequence[tuple[str, str]], flags: Sequence[tuple[str, str]]) -> str:

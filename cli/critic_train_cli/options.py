@@ -26,7 +26,8 @@ class Option:
 
     Attributes:
         name: the field of the settings dataclass.
-        flag: the long flag.
+        flag: the long flag; the metavar where there is none.
+        positional: whether the values stand on the command line without a flag.
         kind: type of one value.
         choices: the words allowed, or none where any value of the kind is.
         repeatable: whether the setting is a list, given by repeating the flag.
@@ -45,6 +46,7 @@ class Option:
     help: str
     panel: str
     metavar: str
+    positional: bool = False
 
     @property
     def variable(self) -> str:
@@ -83,9 +85,10 @@ def option_of(field: "Field[Any]", hint: Any) -> Option:
     told = field.metadata
     help, _, unset = told["help"].partition(" [default: ")
     shown = {int: "N", float: "X", bool: "", str: "TEXT"}
+    metavar = told.get("metavar") or "|".join(choices) or shown[kind]
     return Option(
         name=field.name,
-        flag=told.get("flag") or flag_of(field.name),
+        flag=metavar if told["positional"] else told.get("flag") or flag_of(field.name),
         kind=kind,
         choices=choices,
         repeatable=repeatable,
@@ -93,7 +96,8 @@ def option_of(field: "Field[Any]", hint: Any) -> Option:
         unset=unset.rstrip("]"),
         help=help,
         panel=told["panel"],
-        metavar=told.get("metavar") or "|".join(choices) or shown[kind],
+        metavar=metavar,
+        positional=told["positional"],
     )
 
 

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import typer
 
 from critic_train.errors import ConfigError
 from critic_train.settings import EvalSettings, FitSettings, Settings, setting
+from critic_train_cli.command import Command, add_command
+from critic_train_cli.help_page import command_page
 from critic_train_cli.options import Chosen, misspelt_variables, options_of, resolve
 
 
@@ -133,3 +136,38 @@ def test_misspelt_variable_is_warned_of(program):
     shown = program("fit", "--data", "x", "-q", CRITIC_TRAIN_EPOCH="3")
     assert shown.stderr.startswith("warning: CRITIC_TRAIN_EPOCH in the environment is no setting")
     assert shown.returncode == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakingArguments(Settings):
+    runs: list[str] = setting([], "Which runs.", panel="Data", metavar="RUN", positional=True)
+    to: str | None = setting(None, "Where.", panel="Data", metavar="FILE")
+
+
+def called(*words: str) -> dict[str, object]:
+    """What a command with arguments is given by the command line."""
+    given: dict[str, object] = {}
+
+    def work(settings: TakingArguments, _: object) -> int:
+        given.update(runs=settings.runs, to=settings.to)
+        return 0
+
+    command = Command(name="look", settings=TakingArguments, about="Look.", examples=(), work=work)
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    add_command(app, command, (command,))
+    app(args=["look", *words], standalone_mode=False)
+    return given
+
+
+def test_a_positional_setting_takes_every_word_that_is_no_flag():
+    assert called("a", "b", "--to", "c") == {"runs": ["a", "b"], "to": "c"}
+    assert called("--to", "c", "a") == {"runs": ["a"], "to": "c"}
+    assert called() == {"runs": [], "to": None}
+
+
+def test_a_positional_setting_is_shown_by_what_it_takes():
+    page = command_page("critic-train look", "Look.", options_of(TakingArguments), [])
+    assert page.splitlines()[0] == "Usage: critic-train look RUN... [OPTIONS]"
+    assert "  RUN  " in page
+    assert "--runs" not in page

@@ -12,7 +12,15 @@ SEEDS = 2**63
 """Seeds are below it: what torch and numpy both take."""
 
 
-def setting(default: Any, help: str, *, panel: str, metavar: str | None = None, flag: str | None = None) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    panel: str,
+    metavar: str | None = None,
+    flag: str | None = None,
+    positional: bool = False,
+) -> Any:
     """A dataclass field that carries its own help.
 
     Args:
@@ -21,8 +29,9 @@ def setting(default: Any, help: str, *, panel: str, metavar: str | None = None, 
         panel: the group of PANELS under which the help page shows it.
         metavar: what the help shows in place of the type.
         flag: the flag's name where it is not `--` + the field's name with dashes.
+        positional: whether it is given without a flag, as in `critic-train report RUN`; such a setting is a list.
     """
-    metadata = {"help": help, "panel": panel, "metavar": metavar, "flag": flag}
+    metadata = {"help": help, "panel": panel, "metavar": metavar, "flag": flag, "positional": positional}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
