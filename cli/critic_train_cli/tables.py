@@ -77,8 +77,10 @@ def data_line(verdict: dict[str, Any]) -> str:
         low, high = short(returns.get("min")), short(returns.get("max"))
         mean, std = short(returns.get("mean")), short(returns.get("std"))
         line += f"; returns {mean} on average, std {std}, from {low} to {high}"
-    left_out = (verdict.get("rows_left_out") or {}).get("count")
-    return line + (f"; {left_out:,} rows left out" if left_out else "")
+    for what in ("rows", "files"):
+        left_out = (verdict.get(f"{what}_left_out") or {}).get("count")
+        line += f"; {left_out:,} {what if left_out > 1 else what[:-1]} left out" if left_out else ""
+    return line
 
 
 def draw_comparison(console: "Console", named: list[tuple[str, Metrics]]) -> None:

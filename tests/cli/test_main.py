@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
 
 OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
---data --column --on-bad-rows --val-data --val-fraction
+--data --column --on-bad-rows --on-bad-file --val-data --val-fraction
 --model --preset
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip --seed
@@ -32,7 +32,7 @@ FIT_FLAGS = words("""
 --log-to --log-project
 """)
 EVAL_FLAGS = words("""
---data --column --on-bad-rows
+--data --column --on-bad-rows --on-bad-file
 --model
 --device --precision --packing --max-tokens
 --by --cliprange-value --resamples --seed

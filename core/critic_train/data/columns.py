@@ -107,13 +107,7 @@ def understand(
     Raises:
         DataError: a required column is missing, ambiguous, there twice or of the wrong type.
     """
-    unknown = [name for name in renames if name not in ALIASES]
-    if unknown:
-        raise DataError(
-            f"--column {unknown[0]}={renames[unknown[0]]}: there is no canonical column {unknown[0]!r}"
-            f"{_near(unknown[0], ALIASES)}",
-            hint=f"canonical columns: {', '.join(ALIASES)}",
-        )
+    check_canonical(renames)
     finder = _Finder(schema=schema, shard=shard, renames=renames)
     finder.check_renames()
     pair_is_meant = "input_ids" not in renames and ("prompts" in renames or "responses" in renames)
@@ -142,6 +136,17 @@ def understand(
         uid=finder.find("uid"),
         labels=labels,
     )
+
+
+def check_canonical(renames: dict[str, str]) -> None:
+    """Raise where a rename is of no canonical column: that is no file's fault."""
+    unknown = [name for name in renames if name not in ALIASES]
+    if unknown:
+        raise DataError(
+            f"--column {unknown[0]}={renames[unknown[0]]}: there is no canonical column {unknown[0]!r}"
+            f"{_near(unknown[0], ALIASES)}",
+            hint=f"canonical columns: {', '.join(ALIASES)}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

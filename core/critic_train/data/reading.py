@@ -7,49 +7,48 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from critic_train.data.bad_files import BadFile, BadFiles
 from critic_train.data.bad_rows import BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
-from critic_train.data.columns import Columns, understand
+from critic_train.data.columns import Columns, check_canonical, understand
+from critic_train.data.decoding import batches, damaged
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
 from critic_train.rollouts import Rollouts, offsets_of
-from critic_train.settings import OnBadRows
+from critic_train.settings import OnBadFile, OnBadRows
+from critic_train.stopping import StopRequest
 
 __all__ = ["RolloutReader", "RowLimits"]
-
-FIRST_ROWS = 64
-"""Rows decoded at once, at most: one look at a batch's weight comes after so many."""
-MOST_ROWS = 8192
-BATCH_BYTES = 16 * 2**20
-"""Arrow bytes at which a batch of rows is full."""
-BUFFER_BYTES = 2**18
-"""What is read of a column's pages ahead of decoding; without it a whole column of a row group is."""
-ELEMENT_BYTES = 8
-MOST_ELEMENTS = 2**26
-"""Elements of one list on average above which a row group is refused: no context is as long, and a file of a few
-hundred bytes can claim it."""
 
 
 class RolloutReader:
     """Rollouts of some shards. Every iteration starts from the first row.
+
+    A file is used whole or not at all: what is damaged in one place is not to be trusted in another. So with
+    on_bad_file "skip" every file is decoded to its end, once, before its first row is given.
 
     Args:
         shards: from `find_shards`.
         renames: canonical name -> column, from --column.
         on_bad_rows: "fail" raises, after all rows were read, a DataError that counts every bad row; "skip" leaves
             them out, and raises only where no good one is left.
+        on_bad_file: "fail" raises, after all other files were read, a DataError that names every bad file; "skip"
+            leaves them out, and raises only where no good one is left.
+        bad_files: those that `find_shards` has met; more are added here.
         limits: what the model can take.
         labels: per-rollout columns to carry in `Rollouts.labels`.
         need_values: whether a shard without values is an error. Where it is none, values are kept only if every
             shard has them.
+        stop: looked at while a file is tried; iteration then ends early.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
+        bad_files: all that were met so far.
         notices: what was understood without being said, in sentences.
 
     Raises:
-        DataError: from iteration: a column is missing or of the wrong type, pages are damaged, rows are bad.
+        DataError: from iteration: files or rows are bad.
     """
 
     def __init__(
@@ -58,17 +57,24 @@ class RolloutReader:
         *,
         renames: dict[str, str] | None = None,
         on_bad_rows: OnBadRows = "fail",
+        on_bad_file: OnBadFile = "fail",
+        bad_files: BadFiles | None = None,
         limits: RowLimits | None = None,
         labels: list[str] | None = None,
         need_values: bool = True,
+        stop: StopRequest | None = None,
     ) -> None:
         self.shards = shards
         self.bad_rows = BadRows()
+        self.bad_files = BadFiles() if bad_files is None else bad_files
         self._renames = renames or {}
         self._on_bad_rows = on_bad_rows
+        self._on_bad_file = on_bad_file
         self._limits = limits or RowLimits()
         self._labels = tuple(labels or ())
         self._need_values = need_values
+        self._stop = stop or StopRequest()
+        self._tried: set[str] = set()
         self._said: dict[str, None] = {}
 
     @property
@@ -77,23 +83,76 @@ class RolloutReader:
         return list(self._said)
 
     def __iter__(self) -> Iterator[Rollouts]:
+        check_canonical(self._renames)
         self.bad_rows = BadRows()
         row = good = 0
-        # A shard without rows says nothing, and its columns often have no type.
-        plans = [self._understand(shard) for shard in self.shards if shard.num_rows]
+        plans = self._plans()
         has_values = self._all_have_values(plans)
         text_labels = _text_labels(plans)
         for plan in plans:
-            for row_group, first_row, batch in _batches(plan):
-                checked = check_batch(batch, plan.columns, self._limits)
-                self._record(plan.shard, row_group, first_row, checked)
-                rollouts = _rollouts(batch, plan.columns, checked, row, has_values, text_labels)
-                row += batch.num_rows
-                if len(rollouts):
-                    good += len(rollouts)
-                    yield rollouts
+            if not self._is_worth_reading(plan):
+                continue
+            try:
+                for row_group, first_row, batch in plan.batches():
+                    checked = check_batch(batch, plan.columns, self._limits)
+                    self._record(plan.shard, row_group, first_row, checked)
+                    rollouts = _rollouts(batch, plan.columns, checked, row, has_values, text_labels)
+                    row += batch.num_rows
+                    if len(rollouts):
+                        good += len(rollouts)
+                        yield rollouts
+            except DataError as error:
+                self._set_aside(plan.shard, error)
+                # With "skip" it had been read to its end: it has changed since, and part of it is already given.
+                if self._on_bad_file == "skip":
+                    raise self.bad_files.error() from error
+        if not self._stop.requested:
+            self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
+
+    def _judge(self, some_whole: bool, good: int) -> None:
+        """Raise where what was left out may not be left out: files and rows in one go."""
+        errors = []
+        if self.bad_files and (self._on_bad_file == "fail" or not some_whole):
+            errors.append(self.bad_files.error(all_of_them=not some_whole))
         if self.bad_rows.count and (self._on_bad_rows == "fail" or not good):
-            raise self.bad_rows.error(all_of_them=not good)
+            errors.append(self.bad_rows.error(all_of_them=not good))
+        if errors:
+            raise DataError(
+                "\n".join(error.message for error in errors), hint="\n".join(error.hint for error in errors)
+            )
+
+    def _plans(self) -> "list[_Plan]":
+        """How each file is read; files that are not understood are set aside."""
+        plans = []
+        # A shard without rows says nothing, and its columns often have no type.
+        empty = [shard.name for shard in self.shards if not shard.num_rows]
+        if empty:
+            what = f"{empty[0]} holds" if len(empty) == 1 else f"{len(empty)} files hold"
+            self._said.setdefault(f"{what} no rows")
+        for shard in self.shards:
+            if shard.num_rows and shard.name not in self.bad_files:
+                try:
+                    plans.append(self._understand(shard))
+                except DataError as error:
+                    self._set_aside(shard, error)
+        return plans
+
+    def _is_worth_reading(self, plan: "_Plan") -> bool:
+        """Whether a file may be given; with "skip", not before all of it was decoded once."""
+        if self._on_bad_file == "fail" or plan.shard.name in self._tried:
+            return not self._stop.requested
+        try:
+            for _ in plan.batches():
+                if self._stop.requested:
+                    return False
+        except DataError as error:
+            self._set_aside(plan.shard, error)
+            return False
+        self._tried.add(plan.shard.name)
+        return True
+
+    def _set_aside(self, shard: Shard, error: DataError) -> None:
+        self.bad_files.add(BadFile.of(shard.name, error, shard.num_rows))
 
     def _understand(self, shard: Shard) -> "_Plan":
         try:
@@ -104,7 +163,7 @@ class RolloutReader:
                 )
                 nullable = frozenset(name for name in self._labels if _may_be_null(footer, name))
         except (OSError, pa.ArrowException) as error:
-            raise _damaged(shard, error) from error
+            raise damaged(shard, error) from error
         self._said.update(dict.fromkeys(columns.notices()))
         kinds = {name: label_kind(schema.field(name).type) for name in self._labels}
         text_uid = columns.uid is not None and label_kind(schema.field(columns.uid).type) == "text"
@@ -145,6 +204,11 @@ class _Plan:
     label_kinds: dict[str, str]
     nullable_labels: frozenset[str]
 
+    def batches(self) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+        """(row group, first row within it, rows)."""
+        uids = [self.columns.uid] if self.columns.uid is not None and self.text_uid else []
+        return batches(self.shard, self.columns.names(), uids)
+
 
 def _text_labels(plans: list[_Plan]) -> frozenset[str]:
     """Labels that must be text throughout: somewhere an entry is missing, or files differ in type."""
@@ -164,60 +228,6 @@ def _may_be_null(footer: pq.FileMetaData, name: str) -> bool:
         if statistics is None or not statistics.has_null_count or statistics.null_count:
             return True
     return False
-
-
-def _batches(plan: _Plan) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-    """(row group, first row within it, rows)."""
-    names = plan.columns.names()
-    # A uid that repeats is kept once, however long it is.
-    uids = [plan.columns.uid] if plan.columns.uid is not None and plan.text_uid else []
-    try:
-        with pq.ParquetFile(
-            plan.shard.path,
-            page_checksum_verification=True,
-            pre_buffer=False,
-            buffer_size=BUFFER_BYTES,
-            read_dictionary=uids,
-        ) as file:
-            for row_group in range(file.metadata.num_row_groups):
-                first_row = 0
-                rows = _rows_at_once(file.metadata.row_group(row_group), row_group, names, plan.shard)
-                for batch in _filled(file.iter_batches(batch_size=rows, row_groups=[row_group], columns=names)):
-                    yield row_group, first_row, batch
-                    first_row += batch.num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise _damaged(plan.shard, error) from error
-
-
-def _rows_at_once(footer: pq.RowGroupMetaData, row_group: int, names: list[str], shard: Shard) -> int:
-    """How many rows of a row group are decoded at once, by what its footer says of its size."""
-    columns = [footer.column(i) for i in range(footer.num_columns)]
-    read = [column for column in columns if column.path_in_schema.split(".", 1)[0] in names]
-    rows = max(1, footer.num_rows)
-    longest = max((column.num_values // rows for column in read), default=0)
-    if longest > MOST_ELEMENTS:
-        raise DataError(
-            f"{shard.name}, row group {row_group}: found lists of {longest:,} elements on average, "
-            f"expected at most {MOST_ELEMENTS:,}",
-            hint="no rollout is as long; check the file, or take it out of --data",
-        )
-    weight = max(1, sum(column.num_values for column in read) * ELEMENT_BYTES // rows)
-    return int(min(FIRST_ROWS, max(1, BATCH_BYTES // weight)))
-
-
-def _filled(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Pieces put together until they weigh BATCH_BYTES or are MOST_ROWS rows."""
-    pending: list[pa.RecordBatch] = []
-    weight = rows = 0
-    for piece in pieces:
-        pending.append(piece)
-        weight += piece.nbytes
-        rows += piece.num_rows
-        if weight >= BATCH_BYTES or rows >= MOST_ROWS:
-            yield pa.concat_batches(pending)
-            pending, weight, rows = [], 0, 0
-    if pending:
-        yield pa.concat_batches(pending)
 
 
 def _rollouts(
@@ -248,8 +258,3 @@ def _rollouts(
         keys, known = (part[good] for part in uid_keys(batch.column(columns.uid)))
         kept.group[:] = keys if known.all() else np.where(known, keys, prompt_keys(kept))
     return kept
-
-
-def _damaged(shard: Shard, error: BaseException) -> DataError:
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return DataError(f"{shard.name} is damaged: {why}", hint="copy the file again, or take it out of --data")

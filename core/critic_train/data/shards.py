@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from critic_train.data.bad_files import BadFile, BadFiles
 from critic_train.errors import DataError
 
 SUFFIXES = (".parquet", ".parq")
@@ -44,7 +45,7 @@ class Shard:
     footer_digest: str
 
 
-def find_shards(sources: list[str]) -> list[Shard]:
+def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[Shard]:
     """The Parquet files behind folders, files and globs, sorted by path, each once.
 
     Folders are searched all the way down for *.parquet and *.parq; names that start with "." or "_" are
@@ -52,10 +53,12 @@ def find_shards(sources: list[str]) -> list[Shard]:
 
     Args:
         sources: paths or globs; `~` is expanded.
+        bad_files: takes the files whose footer cannot be read, for a reader that goes on without them or finds
+            the others first; without it they are an error.
 
     Raises:
-        DataError: something is missing, unreadable or no Parquet, or there is not one row. Every such file is
-            listed at once.
+        DataError: a source leads nowhere, a file is unreadable or no Parquet, or there is not one row. Every such
+            source and file is listed at once.
     """
     faults: list[str] = []
     found: dict[str, str] = {}
@@ -68,13 +71,19 @@ def find_shards(sources: list[str]) -> list[Shard]:
         try:
             shards.append(_shard(name))
         except (_NotParquetError, pa.ArrowException, OSError) as fault:
-            faults.append(f"{name}: {_reason(fault)}")
+            bad = BadFile(file=name, fault=_reason(fault))
+            if bad_files is None:
+                faults.append(f"{bad.file}: {bad.fault}")
+            else:
+                bad_files.add(bad)
     if faults:
         shown = faults[:SHOWN] + ([f"and {len(faults) - SHOWN:,} more"] if len(faults) > SHOWN else [])
         raise DataError(
             "some of the data cannot be read:\n" + "\n".join(f"  {line}" for line in shown),
             hint="--data takes folders, Parquet files and globs; mend, replace or remove what is listed",
         )
+    if bad_files and not any(shard.num_rows for shard in shards):
+        raise bad_files.error(all_of_them=True)
     if not any(shard.num_rows for shard in shards):
         listed = ", ".join(shard.name for shard in shards[:SHOWN])
         raise DataError(f"there is not one row in {listed}", hint="point --data at files that hold rollouts")

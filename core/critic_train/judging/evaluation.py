@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from critic_train.data.bad_files import BadFiles
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import DataError, ModelError
@@ -45,9 +46,10 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     compute = Compute(
         device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
     )
-    shards = find_shards(settings.data)
+    bad_files = BadFiles()
+    shards = find_shards(settings.data, bad_files)
     sources = {name: _readable_model(Path(name)) for name in dict.fromkeys(settings.model)}
-    reader = _reader(settings, shards, list(sources.values()))
+    reader = _reader(settings, shards, bad_files, list(sources.values()), stop)
     total = sum(shard.num_rows for shard in shards)
     has_values, sample = yield from _check_rows(reader, total, stop)
     if stop.requested:
@@ -106,6 +108,8 @@ def _check_rows(
         yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)
+    if reader.bad_files:
+        yield Notice(message=reader.bad_files.sentence(), level="warning")
     return has_values, sample
 
 
@@ -119,18 +123,23 @@ def _readable_model(path: Path) -> ModelSource:
     return source
 
 
-def _reader(settings: EvalSettings, shards: list[Shard], sources: list[ModelSource]) -> RolloutReader:
+def _reader(
+    settings: EvalSettings, shards: list[Shard], bad_files: BadFiles, sources: list[ModelSource], stop: StopRequest
+) -> RolloutReader:
     lengths = [source.max_length for source in sources if source.max_length is not None]
     return RolloutReader(
         shards,
         renames=column_renames(settings.column),
         on_bad_rows=settings.on_bad_rows,
+        on_bad_file=settings.on_bad_file,
+        bad_files=bad_files,
         limits=RowLimits(
             vocab_size=min((source.vocab_size for source in sources), default=None),
             max_length=min(lengths, default=None),
         ),
         labels=settings.by or None,
         need_values=False,
+        stop=stop,
     )
 
 
@@ -157,6 +166,7 @@ def _result(
         "data_digest": fingerprint(shards)["digest"],
         "models": settings.model,
         "rows_left_out": reader.bad_rows.summary(),
+        "files_left_out": reader.bad_files.summary(),
         **verdict,
         "words": in_words(verdict),
     }

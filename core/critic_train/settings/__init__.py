@@ -9,7 +9,7 @@ from critic_train.settings.eval import EvalSettings
 from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
 from critic_train.settings.fit import FitSettings, Preset
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
-from critic_train.settings.reading import OnBadRows, ReadingSettings, column_renames
+from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import Schedule, TrainingSettings
@@ -21,6 +21,7 @@ __all__ = [
     "LossAggMode",
     "LossSettings",
     "OldValues",
+    "OnBadFile",
     "OnBadRows",
     "Packing",
     "Precision",

@@ -6,6 +6,7 @@ from typing import Literal
 from critic_train.settings.fields import Settings, setting
 
 OnBadRows = Literal["fail", "skip"]
+OnBadFile = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class ReadingSettings(Settings):
         metavar="NAME=COLUMN",
     )
     on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
+
+    on_bad_file: OnBadFile = setting("fail", "Stop at files that cannot be used, or leave them out.", panel="Data")
 
     def faults(self) -> list[str]:
         """See Settings."""

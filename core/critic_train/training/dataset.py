@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.data.bad_files import BadFiles
 from critic_train.data.order import split_groups
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
@@ -77,12 +78,14 @@ class RunData:
     Attributes:
         train: the rollouts to learn from.
         held_out: the rollouts to judge on; None where there are none.
-        left_out: what was skipped on reading, by set, for the record.
+        left_out: the rows that were skipped on reading, by set, for the record.
+        files_left_out: the same of whole files.
     """
 
     train: RolloutSet
     held_out: RolloutSet | None
     left_out: dict[str, Any]
+    files_left_out: dict[str, Any]
 
     @property
     def max_token_id(self) -> int:
@@ -99,10 +102,15 @@ class RunData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunShards:
-    """The shards of a run, found but not yet read, with their fingerprints for run.json."""
+    """The shards of a run, found but not yet read, with their fingerprints for run.json.
+
+    `bad_files` and `val_bad_files` are those whose footers cannot be read.
+    """
 
     data: list[Shard]
     val_data: list[Shard]
+    bad_files: BadFiles
+    val_bad_files: BadFiles
     data_fingerprint: dict[str, Any]
     val_fingerprint: dict[str, Any] | None
 
@@ -111,13 +119,16 @@ def find_run_shards(settings: FitSettings) -> RunShards:
     """Find every shard that the settings name.
 
     Raises:
-        DataError: a source is missing or a file is no Parquet; all of them are named.
+        DataError: a source is missing; all of them are named.
     """
-    data = find_shards(settings.data)
-    val_data = find_shards(settings.val_data) if settings.val_data else []
+    bad, val_bad = BadFiles(), BadFiles()
+    data = find_shards(settings.data, bad)
+    val_data = find_shards(settings.val_data, val_bad) if settings.val_data else []
     return RunShards(
         data=data,
         val_data=val_data,
+        bad_files=bad,
+        val_bad_files=val_bad,
         data_fingerprint=fingerprint(data),
         val_fingerprint=fingerprint(val_data) if val_data else None,
     )
@@ -145,16 +156,21 @@ def open_data(
         DataError: rows cannot be used, or nothing is left to train on.
     """
     left_out: dict[str, Any] = {}
+    files_left_out: dict[str, Any] = {}
     spools: dict[str, Spool] = {}
-    sources = (("train", shards.data, shards.data_fingerprint), ("val", shards.val_data, shards.val_fingerprint))
-    for name, files, digest in sources:
+    sources = (
+        ("train", shards.data, shards.bad_files, shards.data_fingerprint),
+        ("val", shards.val_data, shards.val_bad_files, shards.val_fingerprint),
+    )
+    for name, files, bad_files, digest in sources:
         if not files:
             continue
-        spool = yield from _spool(name, files, digest or {}, settings, limits, cache, stop)
+        spool = yield from _spool(name, files, bad_files, digest or {}, settings, limits, cache, stop)
         if spool is None:
             return None
         spools[name] = spool
-        left_out[name] = json.loads((cache / name / "left_out.json").read_text(encoding="utf-8"))
+        kept = json.loads((cache / name / "left_out.json").read_text(encoding="utf-8"))
+        left_out[name], files_left_out[name] = kept["rows"], kept["files"]
     everything = np.arange(spools["train"].num_rollouts, dtype=np.int64)
     held_out: RolloutSet | None = None
     if "val" in spools:
@@ -168,7 +184,7 @@ def open_data(
             held_out = RolloutSet(spool=spools["train"], index=held)
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
-    return RunData(train=train, held_out=held_out, left_out=left_out)
+    return RunData(train=train, held_out=held_out, left_out=left_out, files_left_out=files_left_out)
 
 
 def needs_values(settings: FitSettings) -> bool:
@@ -191,6 +207,7 @@ def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:
 def _spool(
     name: str,
     files: list[Shard],
+    bad_files: BadFiles,
     digest: dict[str, Any],
     settings: FitSettings,
     limits: RowLimits,
@@ -205,6 +222,8 @@ def _spool(
         "limits": [limits.vocab_size, limits.max_length],
         "need_values": needs_values(settings),
         "on_bad_rows": settings.on_bad_rows,
+        "on_bad_file": settings.on_bad_file,
+        "bad_files": list(bad_files.found),
     }
     known = directory / "read_as.json"
     if known.is_file() and json.loads(known.read_text(encoding="utf-8")) == read_as:
@@ -218,8 +237,11 @@ def _spool(
         files,
         renames=column_renames(settings.column),
         on_bad_rows=settings.on_bad_rows,
+        on_bad_file=settings.on_bad_file,
+        bad_files=bad_files,
         limits=limits,
         need_values=needs_values(settings),
+        stop=stop,
     )
     total = sum(shard.num_rows for shard in files)
     stage = "reading rollouts" if name == "train" else "reading held-out rollouts"
@@ -231,11 +253,15 @@ def _spool(
                 return None
             writer.add(batch)
             yield Progress(stage=stage, done=int(batch.row[-1]) + 1, total=total)
+        if stop.requested:
+            writer.abandon()
+            return None
     spool = Spool.open(directory)
     yield Progress(stage=stage, done=total, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)
-    summary = reader.bad_rows.summary()
-    write_json(directory / "left_out.json", summary)
+    if bad_files:
+        yield Notice(message=bad_files.sentence(), level="warning")
+    write_json(directory / "left_out.json", {"rows": reader.bad_rows.summary(), "files": bad_files.summary()})
     write_json(known, read_as)
     return spool

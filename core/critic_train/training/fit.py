@@ -268,6 +268,7 @@ def _summary(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
         "response_tokens": data.train.response_tokens,
         "held_out_rollouts": len(held_out) if held_out else 0,
         "rows_left_out": skipped,
+        "files_left_out": sum(int(part["count"]) for part in data.files_left_out.values()),
         "mean_return": data.train.mean_return,
         "model": settings.model or f"{settings.preset} (from scratch)",
         "architecture": exported_class(trainer.critic),
@@ -298,6 +299,7 @@ def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
         "stopped_early": trainer.out_of_patience,
         "training": trainer.last_metrics,
         "rows_left_out": trainer.data.left_out,
+        "files_left_out": trainer.data.files_left_out,
         **evaluation,
         "elapsed_seconds": time.monotonic() - began,
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from critic_train.data import reading
+from critic_train.data import decoding
 from critic_train.data.reading import RowLimits
 from critic_train.errors import DataError
 
@@ -301,8 +301,8 @@ def test_nothing_but_bad_rows_is_an_error(shards: Any, how: str) -> None:
 
 
 def test_rows_are_counted_within_the_row_group_over_batches(shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "FIRST_ROWS", 2)
-    monkeypatch.setattr(reading, "MOST_ROWS", 4)
+    monkeypatch.setattr(decoding, "FIRST_ROWS", 2)
+    monkeypatch.setattr(decoding, "MOST_ROWS", 4)
     shards.write(table([{"values": None} if i in (5, 13, 19) else {} for i in range(20)]), row_group_size=10)
     reader = shards.reader(on_bad_rows="skip")
     assert [len(batch) for batch in reader] == [4, 3, 2, 3, 4, 1]

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from critic_train.data import reading
+from critic_train.data import decoding
+from critic_train.data.reading import RowLimits
 from critic_train.errors import DataError
 
 
@@ -75,7 +76,7 @@ def test_a_large_row_group_is_read_in_bounded_memory(shards: Any) -> None:
 
 
 def test_batches_follow_the_weight_of_rows(shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BATCH_BYTES", 2**16)
+    monkeypatch.setattr(decoding, "BATCH_BYTES", 2**16)
     shards.write(ragged_table(300, 10), "a.parquet")
     shards.write(ragged_table(40, 2000), "b.parquet")
     shards.write(ragged_table(300, 10), "c.parquet")
@@ -94,14 +95,14 @@ def test_a_giant_row_among_small_ones(shards: Any) -> None:
     }
     shards.write(columns)
     assert shards.read(need_values=False).lengths.tolist() == lengths
-    reader = shards.reader(need_values=False, on_bad_rows="skip", limits=reading.RowLimits(max_length=4096))
+    reader = shards.reader(need_values=False, on_bad_rows="skip", limits=RowLimits(max_length=4096))
     assert [batch.row.tolist() for batch in reader] == [[0, 2]]
     assert reader.bad_rows.first[0].found == "400000 tokens"
 
 
 def test_lists_that_no_rollout_could_fill_are_refused_unread(shards: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shards.write(ragged_table(2, 300_000))
-    monkeypatch.setattr(reading, "MOST_ELEMENTS", 200_000)
+    monkeypatch.setattr(decoding, "MOST_ELEMENTS", 200_000)
     before = pa.total_allocated_bytes()
     with pytest.raises(DataError, match="found lists of 300,000 elements on average, expected at most 200,000"):
         list(shards.reader())
