@@ -1,0 +1,77 @@
+"""Work is shared out evenly, every rollout once, and costs what a forest of its own would."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import branching_rollouts
+
+from critic_train.data.reading import RolloutReader
+from critic_train.data.shards import find_shards
+from critic_train.distributed.shares import Cost, Pieces, longest_first, shares
+from critic_train.model.forest import PrefixOrder, attention_mask, lay_out, prefix_order
+from critic_train.rollouts import Rollouts
+
+SAMPLE = Path(__file__).parents[3] / "sample_data"
+COST = Cost(pair=0.01)
+
+
+def pieces_of(rollouts: Rollouts) -> Pieces:
+    return Pieces(prefix_order(rollouts), rollouts.lengths, COST)
+
+
+def part(rollouts: Rollouts, start: int, stop: int) -> PrefixOrder:
+    order = prefix_order(rollouts)
+    return PrefixOrder(index=order.index[start:stop], shared=np.append(0, order.shared[start + 1 : stop]))
+
+
+def test_the_cost_of_a_run_is_counted_off_its_forest():
+    rollouts = branching_rollouts()
+    pieces = pieces_of(rollouts)
+    for start, stop in ((0, len(rollouts)), (0, 1), (3, 9), (5, 6), (10, len(rollouts))):
+        forest = lay_out(rollouts, part(rollouts, start, stop))
+        pairs = int(attention_mask(forest).sum())
+        assert pieces.tokens(start, stop) == len(forest)
+        assert pieces.work(start, stop) == pytest.approx(len(forest) + 0.01 * pairs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 30])
+@pytest.mark.parametrize("max_tokens", [1, 40, 100, 10_000])
+def test_every_rollout_is_computed_once_and_no_micro_batch_is_too_large(ranks, max_tokens):
+    rollouts = branching_rollouts()
+    pieces = pieces_of(rollouts)
+    every = shares(pieces, ranks, max_tokens)
+    assert len(every) == ranks
+    assert len({len(mine) for mine in every}) == 1
+    runs = [run for mine in every for micro_batch in mine for run in micro_batch]
+    assert sorted(place for run in runs for place in range(*run)) == list(range(len(rollouts)))
+    for micro_batch in (micro_batch for mine in every for micro_batch in mine):
+        alone = sum(stop - start for start, stop in micro_batch) == 1
+        assert alone or sum(pieces.tokens(*run) for run in micro_batch) <= max_tokens
+
+
+def test_fewer_rollouts_than_ranks_leave_some_with_nothing():
+    rollouts = branching_rollouts().take(np.asarray([0, 5]))
+    every = shares(pieces_of(rollouts), 5, 100)
+    assert sorted(bool(mine[0]) for mine in every) == [False, False, False, True, True]
+
+
+def test_ranks_are_level_on_real_rollouts_and_so_is_what_they_do_at_one_time():
+    """The issue asks for at most 1.02 of the mean; round robin over trees leaves 1.1 to 4."""
+    shards = find_shards([str(SAMPLE / "train")] if (SAMPLE / "train").is_dir() else [str(SAMPLE)])
+    rollouts = max(RolloutReader(shards, need_values=False), key=len)
+    order = prefix_order(rollouts)
+    pieces = Pieces(order, rollouts.lengths, Cost.of(106_000_000, layers=30, width=576))
+    whole = sum(float(pieces.work(*tree)) for tree in pieces.trees(1024))
+    for ranks in (2, 3, 4, 8):
+        every = shares(pieces, ranks, 1024)
+        work = np.asarray([[sum(float(pieces.work(*run)) for run in runs) for runs in mine] for mine in every])
+        assert work.sum(1).max() / work.sum(1).mean() <= 1.02
+        assert work.max(0).sum() * ranks / work.sum() <= 1.03
+        assert work.sum() <= 1.1 * whole
+
+
+def test_longest_first_is_grahams():
+    held = longest_first([7.0, 7.0, 6.0, 6.0, 5.0, 5.0, 4.0, 4.0, 4.0], 4)
+    loads = sorted(sum([7, 7, 6, 6, 5, 5, 4, 4, 4][item] for item in items) for items in held)
+    assert loads == [11, 11, 11, 15]  # Graham's worst case: 4/3 - 1/12 of the best, 12
