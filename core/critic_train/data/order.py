@@ -57,14 +57,44 @@ def epoch_plan(groups: NDArray[np.int64], *, batch_size: int, seed: int, epoch: 
         The order and the bounds of its mini-batches; nothing is dropped.
     """
     keys, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    shuffle = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).permutation(len(keys))
+    shuffle = _shuffle(len(keys), seed, epoch)
     rank = np.empty(len(keys), dtype=np.int64)
     rank[shuffle] = np.arange(len(keys))
     order = np.argsort(rank[inverse], kind="stable")
-    # Cuts are allowed between groups, and every batch_size rollouts inside one that is larger than a mini-batch.
+    bounds = _bounds(sizes[shuffle].tolist(), batch_size)
+    return EpochPlan(order=order.astype(np.int64), bounds=np.asarray(bounds, dtype=np.int64))
+
+
+def steps_of_epoch(sizes: NDArray[np.int64], *, batch_size: int, seed: int, epoch: int) -> int:
+    """How many mini-batches `epoch_plan` cuts an epoch into, without making it.
+
+    Args:
+        sizes: int64 [g], rollouts of each prompt group, by ascending key.
+        batch_size: see `epoch_plan`.
+        seed: see `epoch_plan`.
+        epoch: see `epoch_plan`.
+    """
+    largest = int(sizes.max(initial=0))
+    if int(sizes.sum()) <= batch_size:
+        return int(len(sizes) > 0)
+    if largest == sizes.min() and largest <= batch_size:
+        return -(-len(sizes) // (batch_size // largest))
+    return len(_bounds(sizes[_shuffle(len(sizes), seed, epoch)].tolist(), batch_size)) - 1
+
+
+def _shuffle(groups: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """int64 [groups]: a permutation that is a function of its arguments."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).permutation(groups)
+
+
+def _bounds(sizes: list[int], batch_size: int) -> list[int]:
+    """Where mini-batches begin and end, in rollouts, for groups of these sizes in this order.
+
+    Cuts are allowed between groups, and every batch_size rollouts inside one that is larger than a mini-batch.
+    """
     bounds = [0]
     filled = 0
-    for size in sizes[shuffle].tolist():
+    for size in sizes:
         if filled and filled + size > batch_size:
             bounds.append(bounds[-1] + filled)
             filled = 0
@@ -74,7 +104,7 @@ def epoch_plan(groups: NDArray[np.int64], *, batch_size: int, seed: int, epoch: 
         filled += size
     if filled:
         bounds.append(bounds[-1] + filled)
-    return EpochPlan(order=order.astype(np.int64), bounds=np.asarray(bounds, dtype=np.int64))
+    return bounds
 
 
 def _mixed(keys: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:

@@ -10,14 +10,13 @@ Sorting the rollouts lexicographically makes neighbours share as much as any two
 from the common prefixes of neighbours alone. `end` is FlashMask's column-wise row bound (arXiv 2410.01359).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.rollouts import Rollouts
+from critic_train.rollouts import Rollouts, offsets_of, spread
 
 Run = tuple[int, int]
 """A stretch start:stop of forest positions."""
@@ -71,17 +70,31 @@ class Forest:
         depth: int64 [S], position ids.
         end: int64 [S], exclusive end of the subtree below each position.
         where: int64 [T], the position of every token of every rollout, rollouts in their batch's order.
-        segments: one per rollout that adds tokens, left to right.
+        starts: int64 [m+1], of the m rollouts that add tokens, left to right: the first position each adds, and S.
+        runs: int64 [r, 2], (start, stop) of the stretches of positions that the paths of those m rollouts are made
+            of, root first.
+        run_offsets: int64 [m+1]; the path of rollout s is runs[run_offsets[s]:run_offsets[s+1]].
     """
 
     input_ids: NDArray[np.int64]
     depth: NDArray[np.int64]
     end: NDArray[np.int64]
     where: NDArray[np.int64]
-    segments: tuple[Segment, ...]
+    starts: NDArray[np.int64]
+    runs: NDArray[np.int64]
+    run_offsets: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """One for each rollout that adds tokens, left to right."""
+        runs: list[Run] = list(map(tuple, self.runs.tolist()))
+        paths = [tuple(runs[first:last]) for first, last in pairwise(self.run_offsets.tolist())]
+        return tuple(
+            Segment(own=own, path=path) for own, path in zip(pairwise(self.starts.tolist()), paths, strict=True)
+        )
 
 
 def prefix_order(rollouts: Rollouts) -> PrefixOrder:
@@ -108,6 +121,10 @@ def prefix_order(rollouts: Rollouts) -> PrefixOrder:
 def lay_out(rollouts: Rollouts, order: PrefixOrder) -> Forest:
     """Lay out the rollouts named by `order` (all of the batch's or a part of them).
 
+    Everything follows from how much each rollout shares with the one before it. Rollout i adds its tokens from depth
+    shared[i] on; what stands above them belongs to the nearest rollout before it that shares less, and so on up to
+    one that shares nothing. The loops below go up that chain for all rollouts at once.
+
     Args:
         rollouts: the batch.
         order: from `prefix_order`, or a part of it whose first `shared` is 0.
@@ -115,63 +132,86 @@ def lay_out(rollouts: Rollouts, order: PrefixOrder) -> Forest:
     Returns:
         The forest. `where` covers the rollouts of `order.index` in ascending order of their batch position.
     """
-    pieces: list[NDArray[np.int32]] = []
-    where: dict[int, NDArray[np.int64]] = {}
-    segments: list[Segment] = []
-    starts: list[int] = []
-    depths: list[int] = []
-    path: list[Run] = []
-    positions = np.empty(0, dtype=np.int64)
-    size = 0
-    closings: list[tuple[NDArray[np.int64], int]] = []
-    for i, shared in zip(order.index.tolist(), order.shared.tolist(), strict=True):
-        ids = rollouts.input_ids[rollouts.offsets[i] : rollouts.offsets[i + 1]]
-        # The subtrees of everything below the branching point end where this rollout's own tokens begin.
-        closings.append((positions[shared:], size))
-        own = len(ids) - shared
-        path = _cut(path, shared)
-        if own:
-            pieces.append(ids[shared:])
-            starts.append(size)
-            depths.append(shared)
-            path = _join(path, (size, size + own))
-            segments.append(Segment(own=(size, size + own), path=tuple(path)))
-            positions = np.concatenate([positions[:shared], np.arange(size, size + own)])
-            size += own
-        else:
-            positions = positions[:shared]
-        where[i] = positions
-    closings.append((positions, size))
-    end = np.empty(size, dtype=np.int64)
-    for closed, at in closings:
-        end[closed] = at
-    own_lengths = np.diff(np.asarray([*starts, size]))
-    depth = np.arange(size) - np.repeat(np.asarray(starts) - np.asarray(depths), own_lengths)
+    lengths = rollouts.lengths[order.index]
+    own = lengths - order.shared
+    starts = offsets_of(own)
+    parent = _nearest_smaller(order.shared)
+    owner, begin, size = _paths(order.shared, lengths, starts, parent)
+    in_batch = np.argsort(np.argsort(order.index))[owner].argsort(kind="stable")
+    adding = np.flatnonzero(own)
+    runs, run_offsets = _joined(owner, begin, size, adding)
     return Forest(
-        input_ids=np.concatenate(pieces).astype(np.int64),
-        depth=depth,
-        end=end,
-        where=np.concatenate([where[i] for i in sorted(where)]),
-        segments=tuple(segments),
+        input_ids=rollouts.input_ids[spread(rollouts.offsets[order.index] + order.shared, own)].astype(np.int64),
+        depth=spread(order.shared, own),
+        end=_ends(order.shared, lengths, starts, parent),
+        where=spread(begin[in_batch], size[in_batch]),
+        starts=np.append(starts[adding], starts[-1]),
+        runs=runs,
+        run_offsets=run_offsets,
     )
 
 
-def _cut(path: Sequence[Run], length: int) -> list[Run]:
-    """The first `length` positions of a path."""
-    kept: list[Run] = []
-    for start, stop in path:
-        if length <= 0:
-            break
-        kept.append((start, min(stop, start + length)))
-        length -= stop - start
-    return kept
+def _nearest_smaller(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: the nearest place before each that holds a smaller number; -1 where none does."""
+    found: list[int] = []
+    open_places: list[int] = []
+    values = numbers.tolist()
+    for place, value in enumerate(values):
+        while open_places and values[open_places[-1]] >= value:
+            open_places.pop()
+        found.append(open_places[-1] if open_places else -1)
+        open_places.append(place)
+    return np.asarray(found, dtype=np.int64)
 
 
-def _join(path: list[Run], run: Run) -> list[Run]:
-    """A path with a run added, merged with the last one where they touch."""
-    if path and path[-1][1] == run[0]:
-        return [*path[:-1], (path[-1][0], run[1])]
-    return [*path, run]
+def _paths(
+    shared: NDArray[np.int64], lengths: NDArray[np.int64], starts: NDArray[np.int64], parent: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(place in the order, first position, positions) of every run of every path: paths in order, root first."""
+    place = node = np.arange(len(shared))
+    high = lengths
+    levels = []
+    while len(node):
+        low = shared[node]
+        levels.append((place, starts[node], high - low))
+        up = low > 0
+        place, high, node = place[up], low[up], parent[node[up]]
+    owner, begin, size = (np.concatenate(parts) for parts in zip(*reversed(levels), strict=True))
+    order = owner.argsort(kind="stable")
+    return owner[order], begin[order], size[order]
+
+
+def _ends(
+    shared: NDArray[np.int64], lengths: NDArray[np.int64], starts: NDArray[np.int64], parent: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """int64 [S]: where the subtree below each position ends.
+
+    What a rollout does not share with the path before it ends where its own tokens begin.
+    """
+    node = np.arange(len(shared))
+    high, floor, closing = lengths, np.append(shared[1:], 0), starts[1:]
+    levels = []
+    while len(node):
+        low = np.maximum(shared[node], floor)
+        levels.append((starts[node] + low - shared[node], high - low, closing))
+        up = shared[node] > floor
+        high, floor, closing, node = shared[node[up]], floor[up], closing[up], parent[node[up]]
+    begin, size, end = (np.concatenate(parts) for parts in zip(*levels, strict=True))
+    # Runs without positions do not matter; the others lie side by side from 0 to S.
+    order = begin.argsort(kind="stable")
+    return np.repeat(end[order], size[order])
+
+
+def _joined(
+    owner: NDArray[np.int64], begin: NDArray[np.int64], size: NDArray[np.int64], adding: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Runs of the paths of the rollouts `adding`, those that touch made one: (int64 [r, 2], int64 [m+1])."""
+    kept = np.isin(owner, adding)
+    owner, begin, stop = owner[kept], begin[kept], (begin + size)[kept]
+    new = np.append(True, (owner[1:] != owner[:-1]) | (begin[1:] != stop[:-1]))
+    last = np.append(new[1:], True)
+    counts = np.bincount(owner[new], minlength=len(adding))[adding]
+    return np.stack([begin[new], stop[last]], axis=1), offsets_of(counts)
 
 
 def attention_mask(forest: Forest) -> NDArray[np.bool_]:

@@ -95,7 +95,11 @@ def _model_input(
     tokens, _ = ragged_take(rollouts.offsets, index)
     answered = np.flatnonzero(rollouts.response_mask[tokens])
     # Shift by one: the state that chooses a token is the one before it. Token 0 is never a response token.
-    read, pair = np.unique(where[answered - 1], return_inverse=True)
+    states = where[answered - 1]
+    asked = np.zeros(computed_tokens, dtype=np.bool_)
+    asked[states] = True
+    read = np.flatnonzero(asked)
+    pair = (np.cumsum(asked) - 1)[states]
     return ModelInput(
         trunk_arguments=trunk_arguments,
         read=_on(device, read),

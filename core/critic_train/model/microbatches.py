@@ -1,5 +1,6 @@
 """Cut a mini-batch into micro-batches of at most `max_tokens` computed tokens."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,7 +29,7 @@ def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iter
 
 
 def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrder]:
-    """Pack the prefix trees of a mini-batch, first-fit decreasing.
+    """Pack the prefix trees of a mini-batch, best-fit decreasing.
 
     Trees stay whole where they fit. One that is larger than the budget is cut between rollouts, at the cost of
     computing the prefix at each cut again; a single rollout longer than the budget goes alone.
@@ -52,7 +53,7 @@ def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrde
             start, size = place, 0
         size += int(lengths[place] if place == start else own[place])
     trees.append((size, start, len(order)))
-    bins = first_fit_decreasing([tree[0] for tree in trees], max_tokens)
+    bins = best_fit_decreasing([tree[0] for tree in trees], max_tokens)
     return [_part(order, [trees[t][1:] for t in sorted(members)]) for members in bins]
 
 
@@ -69,18 +70,22 @@ def row_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[NDArray[np.in
     return batches
 
 
-def first_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers; an item larger than the capacity has a bin of its own."""
+def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Bins of item numbers: the largest item first, each into the fullest bin that takes it.
+
+    An item larger than the capacity has a bin of its own.
+    """
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # what is left in each bin, and its number, ascending
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = next((b for b, left in enumerate(room) if left >= sizes[item]), None)
-        if place is None:
+        place = bisect_left(rooms, (sizes[item], -1))
+        if place == len(rooms):
             bins.append([])
-            room.append(capacity)
-            place = len(bins) - 1
-        bins[place].append(item)
-        room[place] -= sizes[item]
+            room, number = capacity, len(bins) - 1
+        else:
+            room, number = rooms.pop(place)
+        bins[number].append(item)
+        insort(rooms, (room - sizes[item], number))
     return bins
 
 

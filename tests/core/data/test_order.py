@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critic_train.data.order import epoch_plan, split_groups
+from critic_train.data.order import epoch_plan, split_groups, steps_of_epoch
 
 GROUPS = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 9), min_size=1, max_size=60).map(
     lambda keys: np.asarray(keys, dtype=np.int64)
@@ -58,6 +58,8 @@ def test_an_epoch_has_every_rollout_once_and_groups_together(
     sizes = np.diff(plan.bounds)
     assert (sizes > 0).all()
     assert (sizes <= batch_size).all()
+    counts = np.unique(groups, return_counts=True)[1]
+    assert steps_of_epoch(counts, batch_size=batch_size, seed=seed, epoch=epoch) == len(sizes)
     ordered = groups[plan.order]
     runs = 1 + np.count_nonzero(ordered[1:] != ordered[:-1])
     assert runs == len(set(groups.tolist()))

@@ -1,0 +1,50 @@
+import time
+
+import numpy as np
+import pytest
+
+from critic_train.training.plan import TrainingPlan
+
+RAGGED = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
+
+
+def plan_of(groups=RAGGED, **changes):
+    return TrainingPlan(groups, **{"batch_size": 8, "seed": 3, "epochs": 3, "max_steps": None, **changes})
+
+
+@pytest.mark.parametrize(
+    "groups", [RAGGED, np.arange(12) // 4, np.zeros(5, dtype=np.int64), np.zeros(20, dtype=np.int64)]
+)
+def test_steps_are_the_mini_batches_of_the_epochs_one_after_another(groups):
+    plan = plan_of(groups)
+    places = [plan.locate(step) for step in range(plan.total_steps)]
+    assert places == [(e, b) for e, steps in enumerate(plan.steps_per_epoch) for b in range(steps)]
+    assert plan.locate(plan.total_steps) == (3, 0)
+    for epoch in range(3):
+        seen = [plan.mini_batch(epoch, number) for number in range(plan.steps_per_epoch[epoch])]
+        assert sorted(np.concatenate(seen).tolist()) == list(range(len(groups)))
+
+
+def test_an_epoch_asked_for_again_is_the_same():
+    plan = plan_of()
+    before = plan.mini_batch(1, 0).tolist()
+    plan.mini_batch(2, 0)
+    assert plan.mini_batch(1, 0).tolist() == before
+
+
+def test_where_a_run_ends_and_what_follows_from_it():
+    whole = sum(plan_of().steps_per_epoch)
+    assert plan_of().total_steps == whole
+    assert plan_of(max_steps=4).total_steps == 4
+    assert plan_of(epochs=None, max_steps=100).total_steps == 100
+    assert plan_of(epochs=None, max_steps=100).warmup_steps == 3
+    assert plan_of(epochs=None, max_steps=100).eval_every == 10
+    assert plan_of(epochs=None, max_steps=100, eval_every=7, warmup_steps=500).eval_every == 7
+    assert plan_of(epochs=None, max_steps=100, warmup_steps=500).warmup_steps == 100
+
+
+def test_a_long_run_over_few_rollouts_starts_at_once():
+    began = time.process_time()
+    plan = plan_of(np.zeros(8, dtype=np.int64), epochs=None, max_steps=200_000)
+    assert plan.locate(199_999) == (199_999, 0)
+    assert time.process_time() - began < 2.0
