@@ -27,6 +27,12 @@ def uid_keys(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     return keys[places], column.is_valid().to_numpy(zero_copy_only=False)
 
 
+def uid_texts(column: pa.Array) -> list[str | None]:
+    """The uids of some rows as `uid_keys` reads them; None where a row has none."""
+    items = (column if _is_plain(column.type) else _as_text(column)).to_pylist()
+    return [None if item is None else str(item) for item in items]
+
+
 def prompt_keys(rollouts: Rollouts) -> NDArray[np.int64]:
     """int64 [n]: a key of the tokens before the first response token; equal prompts have equal keys."""
     if not len(rollouts):

@@ -9,9 +9,11 @@ import numpy as np
 from critic_train.data.bad_files import BadFiles
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
+from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.judging.judge import Judge, without_tables
+from critic_train.judging.judge import Judge
+from critic_train.judging.verdict import without_tables
 from critic_train.judging.words import in_words
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
@@ -70,6 +72,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         by=settings.by,
         resamples=settings.resamples,
         seed=settings.seed,
+        uids=UidLookup(shards, column_renames(settings.column), bad_files.found),
     )
     critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
     forest: dict[str, bool] = {}

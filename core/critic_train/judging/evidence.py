@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.errors import DataError, ModelError
+from critic_train.judging.distributions import Block
 from critic_train.judging.metrics import Population
 from critic_train.judging.moments import Floats, Integers, Moments
 from critic_train.judging.ranks import RankCorrelation
@@ -110,10 +111,30 @@ class Evidence:
             order=order,
             group=index.astype(np.int64),
             groups=len(keys),
+            rows=row[order],
             returns=self.returns()[order],
             by_position=self._returns.by_position,
             slices={name: (values, place[order]) for name, (values, place) in labels.items()},
         )
+
+    def scan(self, name: str) -> Iterator[Block]:
+        """One prediction's values beside the returns, in blocks of whole rollouts in order of arrival."""
+        lengths = self._table.counts
+        columns = (self._spool.blocks(column, lengths) for column in (name, RETURNS))
+        for part, values, returns in zip(block_slices(lengths), *columns, strict=True):
+            own = lengths[part]
+            yield Block(
+                rollouts=part,
+                owner=np.repeat(np.arange(len(own)), own),
+                starts=np.cumsum(own) - own,
+                lengths=own,
+                values=values,
+                returns=returns,
+            )
+
+    def column(self, name: str) -> Iterator[Column]:
+        """A prediction's values or RETURNS, in blocks."""
+        return self._spool.blocks(name, self._table.counts)
 
     def replay(self, fixed: Mapping[str, Floats]) -> dict[str, PredictionSums]:
         """Sums of predictions that are known only now: one value a rollout.

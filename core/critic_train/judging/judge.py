@@ -16,9 +16,19 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
         |V - V_old| > eps; None without a clip.
     explained_variance_minus: baseline -> {difference, interval}, paired by prompt group (critics and
         stored values only).
+    calibration: tokens by quantiles of the value, up to ten bins, rising: {from, to, tokens, rollouts, mean_value,
+        mean_return, interval}; the interval is the mean return's. Equal values share a bin.
+    expected_calibration_error: mean of |mean value - mean return| over these bins, weighted by tokens.
+    value_histogram: {edges, counts, below, above}; `below` and `above` count the tokens beyond the edges, which
+        are those of the verdict's return_histogram.
     by_position: list of {from, to, tokens, explained_variance, mse, bias, mean_value, mean_return}.
+    by_length: rollouts by quantiles of their response tokens, up to five bins, short to long: {from, to, rollouts,
+        tokens, explained_variance, mse, bias}.
+    groups: "best" and "worst" -> up to five prompt groups by mse: {uid, row, rollouts, tokens, mse, mean_value,
+        mean_return}; `row` is the place in the data set of the first rollout.
     by: column -> value -> {tokens, rollouts, explained_variance, explained_variance_within_group, mse,
         bias}.
+calibration to value_histogram and groups are for critics and stored values only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,21 +37,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.judging.baselines import leave_one_out
-from critic_train.judging.evidence import CRITIC, STORED, Evidence
-from critic_train.judging.metrics import difference, figures, resample
-from critic_train.judging.moments import Moments, pool_all
-from critic_train.judging.statistics import PredictionSums
+from critic_train.judging.evidence import Evidence
+from critic_train.judging.verdict import Asked, UidLookup, give_verdict
 from critic_train.rollouts import Rollouts
-
-CONSTANT, GROUP_MEAN = "constant", "group_mean"
-# As shown: figures of the whole first, tables last.
-_TABLES = ("by_position", "by")
-
-
-def without_tables(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The single figures of a critic's or a baseline's metrics."""
-    return {name: figure for name, figure in metrics.items() if name not in _TABLES}
 
 
 class Judge:
@@ -61,6 +59,7 @@ class Judge:
         resamples: int = 1000,
         seed: int = 0,
         positions: int = 10,
+        uids: UidLookup | None = None,
     ) -> None:
         """Args:
         critics: names of the critics; with none, only the baselines are judged.
@@ -69,14 +68,15 @@ class Judge:
         resamples: bootstrap resamples of the prompt groups.
         seed: of the bootstrap.
         positions: equal parts of a response in `by_position`.
+        uids: finds the uids of places in the data set, for `groups`; without it they are None.
         """
         if len(set(critics)) != len(critics):
             raise ValueError(f"critics must have different names: {list(critics)}")
         if positions < 1 or resamples < 1:
             raise ValueError("positions and resamples must be at least 1")
-        self._critics = list(critics)
-        self._cliprange = cliprange_value
-        self._resamples, self._seed = resamples, seed
+        self._asked = Asked(
+            critics=tuple(critics), cliprange_value=cliprange_value, resamples=resamples, seed=seed, uids=uids
+        )
         self._evidence = Evidence(critics, cliprange_value=cliprange_value, by=by, positions=positions)
 
     def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
@@ -103,6 +103,7 @@ class Judge:
         Returns:
             rollouts, response_tokens, prompt_groups: counts.
             returns: {mean, std, min, max} over response tokens (std divides by their number).
+            return_histogram: {edges, counts, below, above} of the returns; none of them lies beyond.
             critics: name -> metrics.
             baselines: constant (the mean return of these rollouts), stored (V_old, where every batch had it)
                 and group_mean (the leave-one-out mean of the prompt group, GRPO's baseline; `lone_rollouts`
@@ -110,66 +111,4 @@ class Judge:
             differences: "a - b" -> {difference, interval} of explained variance, for each pair of critics.
             See the module for the metrics.
         """
-        evidence = self._evidence
-        population = evidence.population()
-        arrived = evidence.returns()
-        total = pool_all(population.returns)
-        group = np.empty_like(population.group)
-        group[population.order] = population.group
-        peers, lone = leave_one_out(arrived.mean, group, float(total.mean[0]))
-        fixed = {CONSTANT: np.full(len(peers), total.mean[0]), GROUP_MEAN: peers}
-
-        sums = {**evidence.predictions(), **evidence.replay(fixed)}
-        errors = {name: s.error.moments(arrived.count)[population.order] for name, s in sums.items()}
-        resampled = resample(population, errors, self._resamples, self._seed)
-        spearman = evidence.spearman(fixed)
-        metrics = {}
-        for name, s in sums.items():
-            found = figures(name, s, errors[name], population, resampled)
-            tables = {key: found.pop(key) for key in _TABLES}
-            found["spearman"] = spearman[name]
-            metrics[name] = found | self._clip_figures(s, found["mse"]) | tables
-        for name in evidence.predictions():
-            metrics[name]["explained_variance_minus"] = {
-                other: difference(name, other, metrics, resampled)
-                for other in (STORED, GROUP_MEAN)
-                if other in metrics and name not in (other, CRITIC + other)
-            }
-        metrics[GROUP_MEAN]["lone_rollouts"] = lone
-        pairs = [(a, b) for i, a in enumerate(self._critics) for b in self._critics[i + 1 :]]
-        return {
-            "rollouts": len(arrived.count),
-            "response_tokens": int(total.count[0]),
-            "prompt_groups": population.groups,
-            "returns": self._return_figures(total),
-            "critics": {name: metrics[CRITIC + name] for name in self._critics},
-            "baselines": {name: metrics[name] for name in (CONSTANT, STORED, GROUP_MEAN) if name in metrics},
-            "differences": {f"{a} - {b}": difference(CRITIC + a, CRITIC + b, metrics, resampled) for a, b in pairs},
-        }
-
-    def _clip_figures(self, sums: PredictionSums, mse: float | None) -> dict[str, float | None]:
-        tokens = sums.pairs.count
-        if self._cliprange is None:
-            return {
-                "value_loss": None if mse is None else 0.5 * mse,
-                "clipfrac": None,
-                "saturation": None,
-            }
-        if not tokens or not self._evidence.has_stored:
-            return {"value_loss": None, "clipfrac": None, "saturation": None}
-        return {
-            "value_loss": sums.clip.loss / tokens,
-            "clipfrac": sums.clip.clipped / tokens,
-            "saturation": sums.clip.saturated / tokens,
-        }
-
-    def _return_figures(self, total: Moments) -> dict[str, float | None]:
-        tokens = int(total.count[0])
-        if not tokens:
-            return {"mean": None, "std": None, "min": None, "max": None}
-        return {
-            "mean": float(total.mean[0]),
-            "std": float(np.sqrt(total.squares[0] / tokens)),
-            "min": self._evidence.smallest_return,
-            "max": self._evidence.largest_return,
-        }
+        return give_verdict(self._evidence, self._asked)

@@ -15,6 +15,7 @@ from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.spool import Spool, SpoolDamaged
 from critic_train.data.spool_writing import SpoolWriter
+from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress
 from critic_train.rollouts import Rollouts
@@ -80,12 +81,14 @@ class RunData:
         held_out: the rollouts to judge on; None where there are none.
         left_out: the rows that were skipped on reading, by set, for the record.
         files_left_out: the same of whole files.
+        uids: finds the uids of held-out rollouts.
     """
 
     train: RolloutSet
     held_out: RolloutSet | None
     left_out: dict[str, Any]
     files_left_out: dict[str, Any]
+    uids: UidLookup
 
     @property
     def max_token_id(self) -> int:
@@ -184,7 +187,10 @@ def open_data(
             held_out = RolloutSet(spool=spools["train"], index=held)
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
-    return RunData(train=train, held_out=held_out, left_out=left_out, files_left_out=files_left_out)
+    judged = "val" if "val" in spools else "train"
+    lost = {file["file"] for file in files_left_out[judged]["files"]}
+    uids = UidLookup(shards.val_data or shards.data, column_renames(settings.column), lost)
+    return RunData(train=train, held_out=held_out, left_out=left_out, files_left_out=files_left_out, uids=uids)
 
 
 def needs_values(settings: FitSettings) -> bool:

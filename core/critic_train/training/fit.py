@@ -17,7 +17,7 @@ from critic_train.data.reading import RowLimits
 from critic_train.data.shards import SUFFIXES
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
-from critic_train.judging.judge import without_tables
+from critic_train.judging.verdict import without_tables
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model

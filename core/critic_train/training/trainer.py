@@ -204,7 +204,12 @@ class Trainer:
         """Judge the critic on the held-out rollouts; nothing is recorded when asked to stop before the end."""
         held_out = self.data.held_out
         assert held_out is not None
-        judge = Judge(["critic"], cliprange_value=self.recipe.cliprange_value, seed=self.settings.seed)
+        judge = Judge(
+            ["critic"],
+            cliprange_value=self.recipe.cliprange_value,
+            seed=self.settings.seed,
+            uids=self.data.uids,
+        )
         done = 0
         yield Progress(stage="evaluating", done=0, total=len(held_out))
         for _, rollouts in held_out.by_group(ROLLOUTS_AT_ONCE):
@@ -215,7 +220,11 @@ class Trainer:
             done += len(rollouts)
             yield Progress(stage="evaluating", done=done, total=len(held_out))
         verdict = judge.verdict()
-        metrics = {**verdict["critics"]["critic"], "baselines": verdict["baselines"]}
+        metrics = {
+            **verdict["critics"]["critic"],
+            "return_histogram": verdict["return_histogram"],
+            "baselines": verdict["baselines"],
+        }
         position = self.position
         epoch, _ = self.plan.locate(position.step)
         self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})

@@ -1,0 +1,94 @@
+"""What needs another pass over the tokens: calibration and histograms of critics and stored values."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from critic_train.judging.distributions import CalibrationSums, Histogram, expected_calibration_error
+from critic_train.judging.evidence import RETURNS, Evidence
+from critic_train.judging.metrics import Population, Samples
+from critic_train.judging.quantiles import distinct_edges, order_statistics, part_ranks
+from critic_train.judging.spool import Column
+
+CALIBRATION_PARTS = 10
+TAIL = 0.001
+"""Share of a prediction's tokens on either side that the histograms' edges need not span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What was found of one prediction: single figures, tables, and figures in each resample."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deeper:
+    """What was found of every prediction and of the returns."""
+
+    predictions: dict[str, Depth]
+    return_histogram: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Spread:
+    """Where a prediction's values lie: the extremes, the tails' ends, the inner edges of its quantile bins."""
+
+    lowest: float
+    highest: float
+    low: float
+    high: float
+    edges: Column
+
+
+def look_deeper(evidence: Evidence, population: Population, *, resamples: int, seed: int) -> Deeper:
+    """Everything that is found by reading the tokens again.
+
+    Args:
+        evidence: what has arrived.
+        population: of the same.
+        resamples: bootstrap resamples of the prompt groups.
+        seed: of the draws.
+    """
+    tokens = int(population.returns.count.sum())
+    names = list(evidence.predictions())
+    if not tokens:
+        nothing: dict[str, Any] = {"calibration": [], "value_histogram": None}
+        figures = {"expected_calibration_error": None}
+        return Deeper(predictions={n: Depth(figures, nothing) for n in names}, return_histogram=None)
+    spreads = {name: _spread(evidence, name, tokens) for name in names}
+    low = min([evidence.smallest_return, *(s.low for s in spreads.values())])
+    high = max([evidence.largest_return, *(s.high for s in spreads.values())])
+    group = population.arrived_group
+    found = {}
+    for name, spread in spreads.items():
+        sums = CalibrationSums(spread.edges, group, population.groups)
+        histogram = Histogram(low, high)
+        for block in evidence.scan(name):
+            sums.add(block)
+            histogram.add(block.values)
+        table = sums.table((spread.lowest, spread.highest), resamples, seed)
+        found[name] = Depth(
+            {"expected_calibration_error": expected_calibration_error(table)},
+            {"calibration": table, "value_histogram": histogram.figures()},
+        )
+    returned = Histogram(low, high)
+    for column in evidence.column(RETURNS):
+        returned.add(column)
+    return Deeper(predictions=found, return_histogram=returned.figures())
+
+
+def _spread(evidence: Evidence, name: str, tokens: int) -> _Spread:
+    tail = int(TAIL * tokens)
+    ranks = np.concatenate([[0, tail, tokens - 1 - tail, tokens - 1], part_ranks(tokens, CALIBRATION_PARTS)])
+    lowest, low, high, highest, *starts = order_statistics(lambda: evidence.column(name), ranks)
+    return _Spread(
+        lowest=float(lowest),
+        highest=float(highest),
+        low=float(low),
+        high=float(high),
+        edges=distinct_edges(float(lowest), np.array(starts, dtype=np.float32)),
+    )

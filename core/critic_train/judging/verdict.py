@@ -1,0 +1,153 @@
+"""The verdict put together: the figures of every prediction, of the baselines, and of pairs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from critic_train.judging.baselines import leave_one_out
+from critic_train.judging.depth import Depth, look_deeper
+from critic_train.judging.evidence import CRITIC, RETURNS, STORED, Evidence
+from critic_train.judging.metrics import Population, Samples, difference, main_figures, samples_of
+from critic_train.judging.moments import Moments, pool_all
+from critic_train.judging.resampling import resample
+from critic_train.judging.statistics import PredictionSums
+from critic_train.judging.tables import best_and_worst_groups, by_label, by_length, by_position
+
+CONSTANT, GROUP_MEAN = "constant", "group_mean"
+# Figures of the whole are shown and compared; tables are for those who look closer.
+_TABLES = ("return_histogram", "calibration", "value_histogram", "by_position", "by_length", "groups", "by")
+
+UidLookup = Callable[[Sequence[int]], dict[int, str | None]]
+"""Places in the data set -> the uid that stands there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the judge was asked for; see Judge."""
+
+    critics: tuple[str, ...]
+    cliprange_value: float | None
+    resamples: int
+    seed: int
+    uids: UidLookup | None
+
+
+def without_tables(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The single figures of a critic's or a baseline's metrics."""
+    return {name: figure for name, figure in metrics.items() if name not in _TABLES}
+
+
+def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
+    """See Judge.verdict."""
+    population = evidence.population()
+    arrived = evidence.returns()
+    total = pool_all(population.returns)
+    peers, lone = leave_one_out(arrived.mean, population.arrived_group, float(total.mean[0]))
+    fixed = {CONSTANT: np.full(len(peers), total.mean[0]), GROUP_MEAN: peers}
+
+    sums = {**evidence.predictions(), **evidence.replay(fixed)}
+    errors = {name: s.error.moments(arrived.count)[population.order] for name, s in sums.items()}
+    quantities = {RETURNS: population.returns, **errors}
+    resampled = resample(population.group, population.groups, quantities, asked.resamples, asked.seed)
+    samples = {name: samples_of(resampled, name, RETURNS) for name in sums}
+    spearman = evidence.spearman(fixed)
+    deeper = look_deeper(evidence, population, resamples=asked.resamples, seed=asked.seed)
+    metrics = {}
+    for name, s in sums.items():
+        depth = deeper.predictions.get(name, Depth())
+        metrics[name] = {
+            **(found := _figures(s, errors[name], population, samples[name])),
+            "spearman": spearman[name],
+            **_clip_figures(s, found["mse"], asked.cliprange_value, evidence.has_stored),
+            **depth.figures,
+            **_tables(s, errors[name], population, depth),
+        }
+    _name_groups(metrics, asked.uids)
+    for name in evidence.predictions():
+        metrics[name]["explained_variance_minus"] = {
+            other: _difference(name, other, "explained_variance", metrics, samples)
+            for other in (STORED, GROUP_MEAN)
+            if other in metrics and name not in (other, CRITIC + other)
+        }
+    metrics[GROUP_MEAN]["lone_rollouts"] = lone
+    return {
+        "rollouts": len(arrived.count),
+        "response_tokens": int(total.count[0]),
+        "prompt_groups": population.groups,
+        "returns": _return_figures(total, evidence),
+        "return_histogram": deeper.return_histogram,
+        "critics": {name: metrics[CRITIC + name] for name in asked.critics},
+        "baselines": {name: metrics[name] for name in (CONSTANT, STORED, GROUP_MEAN) if name in metrics},
+        "differences": {
+            f"{a} - {b}": _difference(CRITIC + a, CRITIC + b, "explained_variance", metrics, samples)
+            for i, a in enumerate(asked.critics)
+            for b in asked.critics[i + 1 :]
+        },
+    }
+
+
+def _figures(sums: PredictionSums, errors: Moments, population: Population, samples: Samples) -> dict[str, Any]:
+    tokens = sums.pairs.count
+    found = main_figures(errors, population.returns, population, samples)
+    bias = found.pop("bias")
+    mae = sums.absolute / tokens if tokens else None
+    return found | {"mae": mae, "bias": bias, "pearson": sums.pairs.correlation()}
+
+
+def _tables(sums: PredictionSums, errors: Moments, population: Population, depth: Depth) -> dict[str, Any]:
+    """In the order in which they are shown; a baseline that is no critic's rival in depth has fewer."""
+    return {
+        **depth.tables,
+        "by_position": by_position(sums.error.by_position, population.by_position),
+        "by_length": by_length(errors, population),
+        **({"groups": best_and_worst_groups(errors, population)} if depth.tables else {}),
+        "by": {
+            column: by_label(errors, population, labels, index) for column, (labels, index) in population.slices.items()
+        },
+    }
+
+
+def _difference(
+    a: str, b: str, metric: str, metrics: dict[str, dict[str, Any]], samples: dict[str, Samples]
+) -> dict[str, Any]:
+    return difference(metrics[a][metric], metrics[b][metric], samples[a].get(metric), samples[b].get(metric))
+
+
+def _name_groups(metrics: dict[str, dict[str, Any]], uids: UidLookup | None) -> None:
+    """Put the uids of the groups shown where None stands."""
+    tables = [found["groups"] for found in metrics.values() if "groups" in found]
+    shown = [row for table in tables for rows in table.values() for row in rows]
+    if uids is None or not shown:
+        return
+    known = uids(sorted({row["row"] for row in shown}))
+    for row in shown:
+        row["uid"] = known.get(row["row"])
+
+
+def _clip_figures(
+    sums: PredictionSums, mse: float | None, cliprange_value: float | None, has_stored: bool
+) -> dict[str, float | None]:
+    tokens = sums.pairs.count
+    if cliprange_value is None:
+        return {"value_loss": None if mse is None else 0.5 * mse, "clipfrac": None, "saturation": None}
+    if not tokens or not has_stored:
+        return {"value_loss": None, "clipfrac": None, "saturation": None}
+    return {
+        "value_loss": sums.clip.loss / tokens,
+        "clipfrac": sums.clip.clipped / tokens,
+        "saturation": sums.clip.saturated / tokens,
+    }
+
+
+def _return_figures(total: Moments, evidence: Evidence) -> dict[str, float | None]:
+    tokens = int(total.count[0])
+    if not tokens:
+        return {"mean": None, "std": None, "min": None, "max": None}
+    return {
+        "mean": float(total.mean[0]),
+        "std": float(np.sqrt(total.squares[0] / tokens)),
+        "min": evidence.smallest_return,
+        "max": evidence.largest_return,
+    }
