@@ -1,0 +1,1 @@
+"""From other systems' rollout dumps to canonical shards: one file a format."""
