@@ -97,7 +97,7 @@ def _ordered(given: tuple[Any, ...], machine: Machine) -> dict[Any, Any]:
 def _collection(kind: type[Any], items_of: tuple[type, ...]) -> Callable[[tuple[Any, ...], Machine], Any]:
     def build(given: tuple[Any, ...], machine: Machine) -> Any:
         items: Any = given[0] if given else ()
-        if len(given) > 1 or not isinstance(items, (*items_of, tuple)):
+        if len(given) > 1 or type(items) not in (*items_of, tuple):
             raise RefusedError(f"a {kind.__name__} made of a {type(items).__name__}")
         machine.budget.spend(100 * len(items))
         return kind([checked_key(item) for item in items] if kind in (set, frozenset) else items)
