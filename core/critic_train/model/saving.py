@@ -42,6 +42,12 @@ def loads_for_token_classification(critic: Critic) -> bool:
     return type(critic.trunk.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 
+def checkpoint_bytes(critic: Critic) -> int:
+    """About what a checkpoint of a run weighs: weights and both moments in float32, and a megabyte of small files."""
+    trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
+    return 4 * sum(p.numel() for p in critic.parameters()) + 8 * trained + 2**20
+
+
 def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) -> None:
     """Write weights (safetensors, sharded when large), config.json and the tokenizer's files.
 

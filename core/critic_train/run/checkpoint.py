@@ -1,8 +1,8 @@
 """Checkpoints that exist whole or not at all.
 
-A checkpoint is written beside its place, every file synced, a manifest of sizes and SHA-256 digests last; then the
-directory is renamed into place and its parent synced. What has no manifest, or whose manifest does not hold, is no
-checkpoint. Nothing is pickled.
+A checkpoint is written beside its place, every file synced, a manifest of sizes and SHA-256 digests last; then its
+directory is synced, renamed into place, and the parent synced. What has no manifest, or whose manifest does not hold,
+is no checkpoint; it is never deleted. The order is by step, never by a file's time. Nothing is pickled.
 """
 
 import json
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from critic_train.errors import ModelError
-from critic_train.run.durable import sha256, write_json
+from critic_train.run.manifest import MANIFEST, Condition, condition, recorded_step, write_manifest
 from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, sync_file
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 PREFIX = "step-"
 
 
@@ -43,23 +41,26 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
         The checkpoint. One that already stands there whole is left as it is: the same step holds the same state.
 
     Raises:
-        OSError: the disk is full or not writable; what was begun is removed.
+        OSError: the disk is full or not writable, or the folder is gone; what was begun is removed.
+        ModelError: a later critic-train wrote a checkpoint of this step.
     """
     target = folder / checkpoint_name(step)
     if target.exists():
-        if not damage(target):
+        found = inspect(target)
+        if found.kind == "newer":
+            raise _refusal(target, found)
+        if found.kind == "whole":
             return target
         set_aside(target)
-    temporary = folder / f".{target.name}.tmp-{os.getpid()}"
+    temporary = hidden(target)
     remove_tree(temporary)
-    make_directory(temporary)
+    make_directory(temporary, parents=False)
     try:
         fill(temporary)
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        for file in files:
+        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             sync_file(file)
-        entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        write_json(temporary / MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": entries})
+        write_manifest(temporary, step)
+        sync_directory(temporary)
         rename(temporary, target)
     except BaseException:
         remove_tree(temporary)
@@ -68,29 +69,17 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
     return target
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint, in words; an empty string when every digest holds."""
-    manifest = path / MANIFEST
-    try:
-        recorded = json.loads(manifest.read_text(encoding="utf-8"))
-        version, files = recorded["format_version"], dict(recorded["files"])
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    if version != FORMAT_VERSION:
-        return f"it has format version {version}; this critic-train reads {FORMAT_VERSION}"
-    for name, entry in files.items():
-        file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{MANIFEST} names a file outside the checkpoint: {name!r}"
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
-        if sha256(file) != entry["sha256"]:
-            return f"the content of {name} has changed since it was written"
-    return ""
+def hidden(path: Path) -> Path:
+    """The name of a checkpoint that is being written or removed; what is left under it goes at the next start."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def inspect(path: Path, *, digests: bool = True) -> Condition:
+    """What a checkpoint of a run is found to be; see `condition`. Its name and its manifest must agree on the step."""
+    found = condition(path, digests=digests)
+    if found.kind == "whole" and recorded_step(path) != checkpoint_step(path):
+        return Condition("damaged", f"{MANIFEST} says that it is of step {recorded_step(path)}")
+    return found
 
 
 def set_aside(path: Path) -> Path:
@@ -109,36 +98,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: checkpoint_step(p) or 0)
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose digests hold, and what is wrong with newer ones."""
-    wrong: dict[Path, str] = {}
-    for path in reversed(checkpoints(folder)):
-        fault = damage(path)
-        if not fault:
-            return path, wrong
-        wrong[path] = fault
-    return None, wrong
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, Condition]]:
+    """The newest checkpoint whose digests hold, and what newer ones are.
 
-
-def prune(folder: Path, keep: int, best: Path | None) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints and the best one; what cannot be removed stays.
-
-    Returns:
-        The checkpoints that remain, oldest first.
+    Raises:
+        ModelError: a later critic-train wrote the newest one: it is not passed over for an older one.
     """
-    standing = checkpoints(folder)
-    kept = set(standing[-keep:]) | ({best} if best else set())
-    for path in standing:
-        if path not in kept:
-            _remove(path)
-    return checkpoints(folder)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint: hidden first, so that one that is half removed is not taken for one that is damaged."""
-    hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    rename(path, hidden)
-    remove_tree(hidden)
+    wrong: dict[Path, Condition] = {}
+    for path in reversed(checkpoints(folder)):
+        found = inspect(path)
+        if found.kind == "whole":
+            return path, wrong
+        if found.kind == "newer":
+            raise _refusal(path, found)
+        wrong[path] = found
+    return None, wrong
 
 
 def resolve_model(path: Path) -> Path:
@@ -147,19 +121,41 @@ def resolve_model(path: Path) -> Path:
     A run stands for its best checkpoint, or for its newest whole one while there is no best.
 
     Raises:
-        ModelError: the run has no whole checkpoint.
+        ModelError: the run has no whole checkpoint, or the checkpoint named is not whole.
     """
     folder = path / "checkpoints"
     if not folder.is_dir():
+        _refuse_damage(path)
         return path
     best = path / "best"
     if best.is_dir():
+        _refuse_damage(best.resolve())
         return best.resolve()
     newest, wrong = newest_checkpoint(folder)
     if newest is None:
-        faults = "".join(f"\n  {p.name}: {fault}" for p, fault in wrong.items())
+        faults = "".join(f"\n  {p.name}: {found.fault}" for p, found in wrong.items())
         raise ModelError(f"the run {path} has no whole checkpoint yet{faults}", hint="let critic-train fit reach one")
     return newest
+
+
+def _refuse_damage(path: Path) -> None:
+    """Raise ModelError where a directory is a checkpoint whose weights are not those that were written."""
+    real = path.resolve()
+    of_a_run = real.parent.name == "checkpoints" and checkpoint_step(real) is not None
+    if not of_a_run and not (path / MANIFEST).is_file():
+        return  # any other Hugging Face directory
+    found = condition(path, state=False)
+    if found.kind != "whole":
+        raise _refusal(path, found)
+
+
+def _refusal(path: Path, found: Condition) -> ModelError:
+    if found.kind == "newer":
+        return ModelError(f"{path}: {found.fault}", hint="use that version, or another checkpoint")
+    return ModelError(
+        f"the checkpoint {path} is {found.kind}: {found.fault}",
+        hint="critic-train verify says which checkpoints of a run are whole; name one of those",
+    )
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """A run's directory: who holds it, what it was started with, what it has logged."""
 
-import fcntl
 import json
-import os
-import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from critic_train.errors import ConfigError, MachineError
 from critic_train.run.durable import write_json
+from critic_train.run.lock import Lock
 from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory
 from critic_train.settings import flag_of
 
@@ -29,6 +27,9 @@ class RunDirectory:
     Args:
         path: the directory; created where it is missing.
 
+    Attributes:
+        warnings: what could not be cleared away, in words; whoever tells of them takes them out.
+
     Raises:
         MachineError: it cannot be written, or another process holds it.
     """
@@ -39,38 +40,46 @@ class RunDirectory:
         self.cache = path / "cache"
         self._metrics: File | None = None
         self._timings: File | None = None
-        self._lock: File | None = None
+        self._lock = Lock(path / ".lock")
+        self.warnings: list[str] = []
 
     def __enter__(self) -> "RunDirectory":
         try:
             make_directory(self.checkpoints, exist_ok=True)
-            self._lock = File(self.path / ".lock", "append")
-            fcntl.flock(self._lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MachineError(
-                f"{self.path} is in use by {self._holder()}", hint="wait for it, or give this run another --out"
-            ) from None
+            self._lock.__enter__()
         except OSError as error:
-            raise MachineError(f"the run directory {self.path} cannot be written: {error.strerror}") from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for folder in (self.checkpoints, self.cache):
-            for leftover in folder.glob(".*.tmp-*"):
-                remove_tree(leftover)
+            raise MachineError(
+                f"the run directory {self.path} cannot be written: {error.strerror}",
+                hint="give a place that can be written to with --out",
+            ) from error
+        for leftover in (*self.checkpoints.glob(".*.tmp-*"), *self.cache.glob(".*.tmp-*")):
+            self._clear(leftover)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._metrics, self._timings, self._lock):
+        for file in (self._metrics, self._timings):
             if file is not None:
                 file.close()
+        self._lock.__exit__(kind, error, trace)
+        if isinstance(error, OSError):
+            raise MachineError(self._refused(error), hint="see to it and run the same command again") from error
 
-    def _holder(self) -> str:
-        try:
-            return (self.path / ".lock").read_text().strip() or "another process"
-        except OSError:
-            return "another process"
+    def _refused(self, error: OSError) -> str:
+        if not self.path.is_dir():
+            return f"the run directory {self.path} vanished while the run was going"
+        return f"{error.strerror or error}: {error.filename or self.path}"
+
+    def _clear(self, folder: Path) -> None:
+        error = remove_tree(folder)
+        if error is not None:
+            self.warnings.append(f"{folder} cannot be removed: {error.strerror or error}; it is no longer needed")
+
+    @property
+    def left_by(self) -> str:
+        """The process that held the run last, where it ended without letting go; empty where none did."""
+        return self._lock.left_by
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the run (`run.json`, `result.json`), None where it does not stand or cannot be read."""
@@ -93,7 +102,7 @@ class RunDirectory:
 
     def drop_cache(self) -> None:
         """Remove what can be made again from the shards; whatever cannot be removed stays."""
-        remove_tree(self.cache)
+        self._clear(self.cache)
 
     def open_logs(self, metrics_bytes: int) -> None:
         """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""

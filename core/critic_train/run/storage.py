@@ -121,11 +121,11 @@ def copy_file(source: Path, target: Path) -> None:
             file.write(piece)
 
 
-def make_directory(path: Path, *, exist_ok: bool = False) -> None:
-    """Make a directory and those above it."""
+def make_directory(path: Path, *, parents: bool = True, exist_ok: bool = False) -> None:
+    """Make a directory, and those above it unless told otherwise."""
     if not (exist_ok and path.is_dir()):
         _tell("mkdir", path)
-        path.mkdir(parents=True, exist_ok=exist_ok)
+        path.mkdir(parents=parents, exist_ok=exist_ok)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ from critic_train.model.saving import exported_class, loads_for_token_classifica
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose_packing
 from critic_train.observing.observer import Observer, observed
 from critic_train.observing.trackers import require_packages, trackers
-from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model, set_aside
+from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
 from critic_train.settings import FitSettings, as_dict
@@ -34,6 +34,7 @@ from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData, RunShards, find_run_shards, open_data
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
+from critic_train.training.resuming import require_room_for_cache, require_room_for_checkpoints, take_up
 from critic_train.training.step import LossRecipe
 from critic_train.training.trainer import Trainer
 
@@ -64,12 +65,17 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         raise ConfigError(f"--model and --out are both {settings.model}", hint="give the new run an --out of its own")
     source = read_model(resolve_model(Path(settings.model))) if settings.model else None
     with RunDirectory(run_path(settings)) as run:
+        if run.left_by:
+            yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
         finished = yield from _compare_with_before(settings, run, shards, source)
         if finished is not None:
             newest, _ = newest_checkpoint(run.checkpoints)
             places = _places(run, newest)
+            run.drop_cache()  # a kill may have come between the result and this
+            yield from _warnings(run)
             yield RunEnded(status="already finished", result=finished | places | {"status": "already finished"})
             return
+        require_room_for_cache(run, shards.data + shards.val_data)
         data = yield from open_data(settings, shards, _limits(source), run.cache, stop)
         if data is None:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
@@ -80,6 +86,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         if not stop.requested:
             run.write_json("result.json", result)
             run.drop_cache()
+        yield from _warnings(run)
         yield RunEnded(status=result["status"], result=result, signal_number=stop.signal_number)
 
 
@@ -93,6 +100,13 @@ def _observers(trainer: Trainer) -> list[Observer]:
         first_step=trainer.position.step,
         config=record,
     )
+
+
+def _warnings(run: RunDirectory) -> Iterator[Event]:
+    """What could not be cleared away ends no run."""
+    for message in run.warnings:
+        yield Notice(message=message, level="warning")
+    run.warnings.clear()
 
 
 def run_path(settings: FitSettings) -> Path:
@@ -162,9 +176,7 @@ def _prepare(
     stop: StopRequest,
 ) -> Generator[Event, None, Trainer]:
     """Model, plan, optimizer, and the checkpoint to go on from; yields notices and RunStarted."""
-    checkpoint, damaged = newest_checkpoint(run.checkpoints)
-    for path, fault in damaged.items():
-        yield Notice(message=f"{path.name} is damaged ({fault}); kept as {set_aside(path).name}", level="warning")
+    checkpoint = yield from take_up(run)
     new_head = source is None or source.head is None
     yield from _head_notices(source, data, checkpoint)
     critic = _critic(settings, data, source, checkpoint)
@@ -200,6 +212,7 @@ def _prepare(
     if checkpoint is not None:
         trainer.resume(checkpoint)
         yield Notice(message=f"resuming from {checkpoint.name}")
+    require_room_for_checkpoints(trainer)
     run.open_logs(trainer.position.metrics_bytes)
     if data.held_out is None:
         yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")

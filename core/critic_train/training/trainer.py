@@ -15,11 +15,12 @@ from critic_train.judging.judge import Judge
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.predicting import predict_values
-from critic_train.model.saving import save_critic
+from critic_train.model.saving import checkpoint_bytes, save_critic
 from critic_train.rollouts import Rollouts
-from critic_train.run.checkpoint import checkpoint_step, prune, read_state, write_checkpoint
+from critic_train.run.checkpoint import checkpoint_name, checkpoint_step, read_state
 from critic_train.run.directory import RunDirectory
 from critic_train.run.durable import write_json
+from critic_train.run.keeping import Keeper
 from critic_train.settings import FitSettings
 from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
@@ -83,16 +84,24 @@ class Trainer:
     last_metrics: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     warned_of_saturation: bool = False
+    keeper: Keeper = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keeper = Keeper(self.run.checkpoints, self.settings.keep)
 
     def resume(self, checkpoint: Path) -> None:
         """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
         self.checkpoint = checkpoint
+        self.keeper.found_whole(checkpoint)
         load_optimizer(self.optimizer, self.critic, checkpoint)
         state = read_state(checkpoint)
         self.position = Position(**state["position"])
         self.last_evaluation = state["last_evaluation"]
         self.best_evaluation = state["best_evaluation"]
         self.last_metrics = state["last_metrics"]
+        best = self.run.checkpoints / checkpoint_name(self.position.best_step or 0)
+        if self.run.best is None and best.is_dir():  # `best` led to a newer checkpoint, since found damaged
+            self.run.point_best_at(best)
 
     def train(self) -> Iterator[Event]:
         """Run to the end of the plan, or until asked to stop; a checkpoint stands at either."""
@@ -265,12 +274,17 @@ class Trainer:
         """Write the checkpoint of this step, unless it stands; then point `best` and remove what is too old."""
         if self.position.step == 0:
             return
-        path = self.checkpoint = write_checkpoint(self.run.checkpoints, self.position.step, self._fill)
+        needed = checkpoint_bytes(self.critic)
+        path = self.keeper.write(self.position.step, self._fill, bytes_needed=needed, best=self.run.best)
+        self.checkpoint = path
         if self.position.best_step == self.position.step:
             self.run.point_best_at(path)
-        remaining = prune(self.run.checkpoints, self.settings.keep, self.run.best)
+        remaining = self.keeper.prune(self.run.best)
         self._drop_old_values({self.plan.locate(checkpoint_step(p) or 0)[0] for p in remaining})
         size = sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+        for message in self.keeper.warnings:
+            yield Notice(message=message, level="warning")
+        self.keeper.warnings.clear()
         yield CheckpointSaved(step=self.position.step, path=str(path), size_bytes=size)
 
     def _fill(self, directory: Path) -> None:

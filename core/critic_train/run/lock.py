@@ -1,0 +1,98 @@
+"""One process a run: the kernel's lock on a file that also says who holds it.
+
+The kernel lets go when the process ends, however it ends, so a lock is never left behind; what stands in the file is
+for people. Over NFS the server keeps the lock and drops it when the client's lease runs out, about a minute and a half
+after its machine is gone. Where a file system has no locks at all, the file's words have to do: a holder on this
+machine that is no longer alive has let go; one on another machine is believed until somebody removes the file.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import socket
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from critic_train.errors import MachineError
+from critic_train.run.storage import File
+
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
+
+
+class Lock:
+    """Held from `with` to its end.
+
+    Args:
+        path: the lock's file; its directory stands.
+
+    Attributes:
+        left_by: who held it last and ended without letting go (killed, or crashed); empty where nobody did.
+
+    Raises:
+        MachineError: another process holds it.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: File | None = None
+        self.left_by = ""
+
+    def __enter__(self) -> "Lock":
+        file = File(self._path, "append")
+        try:
+            self._take(file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.truncate(0)
+            self._file.close()
+
+    def _take(self, file: File) -> None:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal("wait for it, or give this run another --out") from None
+        except OSError as fault:
+            if fault.errno not in NO_LOCKS:
+                raise
+            if self._seems_held():
+                raise self._refusal(f"if that process is gone, remove {self._path}") from None
+        self.left_by = self._holder()
+
+    def _refusal(self, hint: str) -> MachineError:
+        return MachineError(f"{self._path.parent} is in use by {self._holder() or 'another process'}", hint=hint)
+
+    def _holder(self) -> str:
+        with suppress(OSError):
+            return self._path.read_text(encoding="utf-8", errors="replace").strip()[:300]
+        return ""
+
+    def _seems_held(self) -> bool:
+        """Whether the file's words name a process that may still live."""
+        named = re.fullmatch(r"process (\d+) on (.+)", self._holder())
+        if named is None:
+            return False
+        return named[2] != socket.gethostname() or _is_alive(int(named[1]))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,125 @@
+"""A checkpoint's manifest: what was written, how long and with which digest, and by which format.
+
+A directory with a manifest that holds is whole. One whose manifest does not hold is damaged. One without is
+incomplete: it was copied or removed in part, for critic-train itself never leaves such a one under a checkpoint's name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from critic_train import __version__
+from critic_train.run.durable import sha256, write_json
+
+FORMAT_VERSION = 1
+READABLE_SINCE = "0.1.0"
+"""The first critic-train that reads checkpoints of FORMAT_VERSION."""
+MANIFEST = "manifest.json"
+MANIFEST_BYTES = 2**24
+"""No manifest of ours is longer; what is longer is not read."""
+STATE_FILES = ("optimizer", "trainer.json")
+"""What a checkpoint's names begin with that only a resumed run needs, not one who asks the critic for values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What a checkpoint directory is found to be.
+
+    Attributes:
+        kind: "whole", "damaged", "incomplete", or "newer": written by a later critic-train in a format not known here.
+        fault: what is wrong with it, in words; empty where it is whole.
+    """
+
+    kind: Literal["whole", "damaged", "incomplete", "newer"]
+    fault: str = ""
+
+
+def write_manifest(directory: Path, step: int) -> None:
+    """Write down every file of a directory; all of them have been synced.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    record = {
+        "format_version": FORMAT_VERSION,
+        "written_by": __version__,
+        "readable_since": READABLE_SINCE,
+        "step": step,
+        "files": {
+            file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in files
+        },
+    }
+    write_json(directory / MANIFEST, record)
+
+
+def condition(directory: Path, *, digests: bool = True, state: bool = True) -> Condition:
+    """Hold a checkpoint against its manifest.
+
+    Args:
+        directory: the checkpoint.
+        digests: whether to read all content; without, sizes have to do.
+        state: whether optimizer and trainer state count.
+    """
+    try:
+        recorded = _read(directory / MANIFEST)
+    except FileNotFoundError:
+        return Condition("incomplete", f"{MANIFEST} is missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Condition("damaged", f"{MANIFEST} cannot be read: {error}")
+    if recorded["format_version"] > FORMAT_VERSION:
+        writer, since = recorded.get("written_by", "(unknown)"), recorded.get("readable_since", "(unknown)")
+        return Condition("newer", f"written by critic-train {writer}, needs >= {since}; this is {__version__}")
+    for name, entry in recorded["files"].items():
+        if state or not name.startswith(STATE_FILES):
+            try:
+                fault = _fault(directory, name, entry, digests)
+            except (OSError, ValueError) as error:
+                fault = f"{name} cannot be read: {error}"
+            if fault:
+                return Condition("damaged", fault)
+    return Condition("whole")
+
+
+def recorded_step(directory: Path) -> int | None:
+    """The step that a manifest names, None where there is no manifest to read."""
+    try:
+        step = _read(directory / MANIFEST).get("step")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError, KeyError or TypeError where it is no manifest."""
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise ValueError(f"it has {path.stat().st_size} bytes")
+    try:
+        recorded = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(recorded, dict):
+        raise TypeError("it is no JSON object")
+    version = recorded["format_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format version {version!r}")
+    if version == FORMAT_VERSION:
+        for name, entry in dict(recorded["files"]).items():
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise TypeError(f"the entry of {name} is not of bytes and sha256")
+    return recorded
+
+
+def _fault(directory: Path, name: str, entry: dict[str, Any], digests: bool) -> str:
+    file = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{MANIFEST} names a file outside the checkpoint: {name!r}"
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != entry["bytes"]:
+        return f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written"
+    if digests and sha256(file) != entry["sha256"]:
+        return f"the content of {name} has changed since it was written"
+    return ""
