@@ -83,9 +83,7 @@ def test_a_full_disk_is_tried_once_more_without_the_oldest(number, folder):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("keep", "best", "left"), [(2, None, [2]), (1, None, [2]), (2, 1, [1, 2]), (3, None, [1, 2])]
-)
+@pytest.mark.parametrize(("keep", "best", "left"), [(2, None, [2]), (1, None, [2]), (2, 1, [1, 2]), (3, None, [1, 2])])
 def test_a_disk_that_stays_full_ends_the_run_and_keeps_what_stands(keep, best, left, folder):
     """Scenario 5: only what the new checkpoint would have made too old goes; the newest and the best never."""
     keeper = keeper_of(folder, keep, 1, 2)
