@@ -82,8 +82,9 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
             return
         trainer = yield from _prepare(settings, run, data, source, compute, stop)
         yield from observed(trainer.train(), _observers(trainer))
-        result = _result(trainer, began, "interrupted" if stop.requested else "finished")
-        if not stop.requested:
+        stopped = stop.requested  # looked at once: a signal may come at any moment
+        result = _result(trainer, began, "interrupted" if stopped else "finished")
+        if not stopped:
             run.write_json("result.json", result)
             run.drop_cache()
         yield from _warnings(run)
