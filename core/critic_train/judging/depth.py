@@ -1,10 +1,11 @@
-"""What needs another pass over the tokens: calibration and histograms of critics and stored values."""
+"""What needs another pass over the tokens: calibration, histograms and AUC of critics and stored values."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from critic_train.judging.discrimination import Bools, Discrimination, RolloutScores, discrimination, right_or_wrong
 from critic_train.judging.distributions import CalibrationSums, Histogram, expected_calibration_error
 from critic_train.judging.evidence import RETURNS, Evidence
 from critic_train.judging.metrics import Population, Samples
@@ -56,29 +57,53 @@ def look_deeper(evidence: Evidence, population: Population, *, resamples: int, s
     tokens = int(population.returns.count.sum())
     names = list(evidence.predictions())
     if not tokens:
-        nothing: dict[str, Any] = {"calibration": [], "value_histogram": None}
-        figures = {"expected_calibration_error": None}
-        return Deeper(predictions={n: Depth(figures, nothing) for n in names}, return_histogram=None)
+        nothing = Depth(
+            {"expected_calibration_error": None, **Discrimination().figures},
+            {"calibration": [], "auc_by_position": [], "value_histogram": None},
+        )
+        return Deeper(predictions=dict.fromkeys(names, nothing), return_histogram=None)
     spreads = {name: _spread(evidence, name, tokens) for name in names}
     low = min([evidence.smallest_return, *(s.low for s in spreads.values())])
     high = max([evidence.largest_return, *(s.high for s in spreads.values())])
-    group = population.arrived_group
-    found = {}
-    for name, spread in spreads.items():
-        sums = CalibrationSums(spread.edges, group, population.groups)
-        histogram = Histogram(low, high)
-        for block in evidence.scan(name):
-            sums.add(block)
-            histogram.add(block.values)
-        table = sums.table((spread.lowest, spread.highest), resamples, seed)
-        found[name] = Depth(
-            {"expected_calibration_error": expected_calibration_error(table)},
-            {"calibration": table, "value_histogram": histogram.figures()},
-        )
+    right = right_or_wrong(evidence.outcomes())
+    again = _SecondLook(evidence, population, (low, high), right, resamples, seed)
+    found = {name: again.at(name, spread) for name, spread in spreads.items()}
     returned = Histogram(low, high)
     for column in evidence.column(RETURNS):
         returned.add(column)
     return Deeper(predictions=found, return_histogram=returned.figures())
+
+
+@dataclass(frozen=True, slots=True)
+class _SecondLook:
+    """One pass over the values of one prediction after another."""
+
+    evidence: Evidence
+    population: Population
+    edges: tuple[float, float]
+    right: Bools | None
+    resamples: int
+    seed: int
+
+    def at(self, name: str, spread: _Spread) -> Depth:
+        group, groups = self.population.arrived_group, self.population.groups
+        calibration = CalibrationSums(spread.edges, group, groups)
+        histogram = Histogram(*self.edges)
+        scores = RolloutScores(len(group), self.evidence.positions)
+        for block in self.evidence.scan(name):
+            calibration.add(block)
+            histogram.add(block.values)
+            if self.right is not None:
+                scores.add(block)
+        table = calibration.table((spread.lowest, spread.highest), self.resamples, self.seed)
+        told = Discrimination()
+        if self.right is not None:
+            told = discrimination(scores, self.right, group, groups, self.resamples, self.seed)
+        return Depth(
+            {"expected_calibration_error": expected_calibration_error(table), **told.figures},
+            {"calibration": table, "auc_by_position": told.by_position, "value_histogram": histogram.figures()},
+            told.samples,
+        )
 
 
 def _spread(evidence: Evidence, name: str, tokens: int) -> _Spread:

@@ -19,16 +19,23 @@ CRITIC = "critic:"  # keeps a critic that is called "stored" apart from the base
 
 
 class Evidence:
-    """Takes in rollouts and critics' values; critics are known here by CRITIC and their name."""
+    """Takes in rollouts and critics' values; critics are known here by CRITIC and their name.
+
+    Attributes:
+        positions: equal parts of a response.
+        has_stored: whether every batch had stored values.
+        smallest_return, largest_return: of all response tokens.
+    """
 
     def __init__(
         self, critics: Sequence[str], *, cliprange_value: float | None, by: Sequence[str], positions: int
     ) -> None:
         self._critics = list(critics)
         self._cliprange = cliprange_value
-        self._positions = positions
+        self.positions = positions
         self._table = RolloutTable(list(dict.fromkeys(by)))
         self._returns = RolloutMoments(positions)
+        self._last_returns: list[Column] = []
         self._sums = {
             name: PredictionSums(positions, cliprange_value) for name in [STORED, *(CRITIC + c for c in critics)]
         }
@@ -53,6 +60,7 @@ class Evidence:
         for name, column in columns.items():
             self._spool.append(name, column)
         returns = columns[RETURNS]
+        self._last_returns.append(returns[np.cumsum(lengths) - 1])
         self.smallest_return = min(self.smallest_return, float(returns.min()))
         self.largest_return = max(self.largest_return, float(returns.max()))
         # In blocks that stay in the processor's cache.
@@ -62,7 +70,7 @@ class Evidence:
             self._add_block({name: c[block] for name, c in columns.items()}, lengths[part])
 
     def _add_block(self, columns: dict[str, Column], lengths: Integers) -> None:
-        cells = Cells.of(lengths, self._positions)
+        cells = Cells.of(lengths, self.positions)
         wide = {name: column.astype(np.float64) for name, column in columns.items()}
         g, old = wide.pop(RETURNS), wide.get(STORED)
         self._returns.add(g, cells)
@@ -100,6 +108,11 @@ class Evidence:
     def returns(self) -> Moments:
         """Moments of each rollout's returns, in order of arrival."""
         return self._returns.moments(self._table.counts)
+
+    def outcomes(self) -> Floats:
+        """float64 [m], how each rollout ended: the return of its last response token, in order of arrival."""
+        parts = self._last_returns or [np.empty(0, dtype=np.float32)]
+        return np.concatenate(parts).astype(np.float64)
 
     def population(self) -> Population:
         """The rollouts sorted by prompt group and place in the data set."""
@@ -142,12 +155,12 @@ class Evidence:
         Args:
             fixed: name -> float64 [m], in order of arrival.
         """
-        sums = {name: PredictionSums(self._positions, self._cliprange) for name in fixed}
+        sums = {name: PredictionSums(self.positions, self._cliprange) for name in fixed}
         lengths = self._table.counts
         stored = self._spool.blocks(STORED, lengths) if self.has_stored else None
         returns = self._spool.blocks(RETURNS, lengths)
         for part, block in zip(block_slices(lengths), returns, strict=True):
-            cells = Cells.of(lengths[part], self._positions)
+            cells = Cells.of(lengths[part], self.positions)
             g = block.astype(np.float64)
             old = None if stored is None else next(stored).astype(np.float64)
             for name, values in fixed.items():

@@ -19,6 +19,14 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
     calibration: tokens by quantiles of the value, up to ten bins, rising: {from, to, tokens, rollouts, mean_value,
         mean_return, interval}; the interval is the mean return's. Equal values share a bin.
     expected_calibration_error: mean of |mean value - mean return| over these bins, weighted by tokens.
+    auc: the chance that a right rollout's value, taken on average over its response, lies above a wrong one's; ties
+        count half. Right is the larger of two outcomes; an outcome is the return of the last response token, which
+        is the reward at the end whatever gamma and lambda were. None where there are not two outcomes.
+    auc_within_group: the same over the pairs of rollouts of one prompt.
+    auc_by_position: list of {from, to, pairs, auc_within_group, interval}, the value taken on average over this part
+        of the response.
+    tells_apart_from: the share of the response from which on all of these intervals lie above one half; None where
+        the last one does not.
     value_histogram: {edges, counts, below, above}; `below` and `above` count the tokens beyond the edges, which
         are those of the verdict's return_histogram.
     by_position: list of {from, to, tokens, explained_variance, mse, bias, mean_value, mean_return}.
@@ -108,7 +116,8 @@ class Judge:
             baselines: constant (the mean return of these rollouts), stored (V_old, where every batch had it)
                 and group_mean (the leave-one-out mean of the prompt group, GRPO's baseline; `lone_rollouts`
                 were alone in their group and got the constant) -> metrics.
-            differences: "a - b" -> {difference, interval} of explained variance, for each pair of critics.
+            differences: "a - b" -> {difference, interval} of explained variance, for each pair of critics, paired by
+                prompt group; in it explained_variance_within_group, auc_within_group and mse -> the same of these.
             See the module for the metrics.
         """
         return give_verdict(self._evidence, self._asked)

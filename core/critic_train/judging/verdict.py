@@ -17,7 +17,19 @@ from critic_train.judging.tables import best_and_worst_groups, by_label, by_leng
 
 CONSTANT, GROUP_MEAN = "constant", "group_mean"
 # Figures of the whole are shown and compared; tables are for those who look closer.
-_TABLES = ("return_histogram", "calibration", "value_histogram", "by_position", "by_length", "groups", "by")
+_TABLES = (
+    "return_histogram",
+    "calibration",
+    "auc_by_position",
+    "value_histogram",
+    "by_position",
+    "by_length",
+    "groups",
+    "by",
+)
+
+COMPARED = ("explained_variance_within_group", "auc_within_group", "mse")
+"""Figures of which critics' differences are given, besides explained variance."""
 
 UidLookup = Callable[[Sequence[int]], dict[int, str | None]]
 """Places in the data set -> the uid that stands there."""
@@ -54,6 +66,8 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
     samples = {name: samples_of(resampled, name, RETURNS) for name in sums}
     spearman = evidence.spearman(fixed)
     deeper = look_deeper(evidence, population, resamples=asked.resamples, seed=asked.seed)
+    for name, depth in deeper.predictions.items():
+        samples[name] |= depth.samples
     metrics = {}
     for name, s in sums.items():
         depth = deeper.predictions.get(name, Depth())
@@ -81,7 +95,10 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
         "critics": {name: metrics[CRITIC + name] for name in asked.critics},
         "baselines": {name: metrics[name] for name in (CONSTANT, STORED, GROUP_MEAN) if name in metrics},
         "differences": {
-            f"{a} - {b}": _difference(CRITIC + a, CRITIC + b, "explained_variance", metrics, samples)
+            f"{a} - {b}": {
+                **_difference(CRITIC + a, CRITIC + b, "explained_variance", metrics, samples),
+                **{name: _difference(CRITIC + a, CRITIC + b, name, metrics, samples) for name in COMPARED},
+            }
             for i, a in enumerate(asked.critics)
             for b in asked.critics[i + 1 :]
         },
