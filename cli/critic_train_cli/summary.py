@@ -69,6 +69,8 @@ def rows(result: dict[str, Any], losses: Sequence[float], curve: str) -> list[tu
         found.append(("training loss", f"{short(losses[0])} {curve} {short(losses[-1])}"))
     elif last is not None:
         found.append(("training loss", short(last)))
+    if result.get("skips"):
+        found.append(("steps not taken", f"{result['skips']} (not finite)"))
     if number(result.get("explained_variance")) is not None:
         found.append(("explained variance, held out", ""))
         at = result.get("best_step")

@@ -26,7 +26,8 @@ FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --val-data --val-fraction
 --model --preset
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
---epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip --seed
+--epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip
+--on-non-finite --max-skips --seed
 --device --precision --packing --max-tokens
 --out --eval-every --best-by --patience --checkpoint-every --keep --log-every
 --log-to --log-project

@@ -45,6 +45,7 @@ class RolloutReader:
     Attributes:
         bad_rows: those of the iteration under way or just ended.
         bad_files: all that were met so far.
+        files_read: name and rows of each file of that iteration, in order; `Rollouts.row` counts over them.
         notices: what was understood without being said, in sentences.
 
     Raises:
@@ -74,6 +75,7 @@ class RolloutReader:
         self._labels = tuple(labels or ())
         self._need_values = need_values
         self._stop = stop or StopRequest()
+        self.files_read: list[tuple[str, int]] = []
         self._tried: set[str] = set()
         self._said: dict[str, None] = {}
 
@@ -85,6 +87,7 @@ class RolloutReader:
     def __iter__(self) -> Iterator[Rollouts]:
         check_canonical(self._renames)
         self.bad_rows = BadRows()
+        self.files_read = []
         row = good = 0
         plans = self._plans()
         has_values = self._all_have_values(plans)
@@ -92,6 +95,7 @@ class RolloutReader:
         for plan in plans:
             if not self._is_worth_reading(plan):
                 continue
+            self.files_read.append((plan.shard.name, plan.shard.num_rows))
             try:
                 for row_group, first_row, batch in plan.batches():
                     checked = check_batch(batch, plan.columns, self._limits)

@@ -12,7 +12,7 @@ from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
 from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
-from critic_train.settings.training import Schedule, TrainingSettings
+from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettings
 
 __all__ = [
     "ComputeSettings",
@@ -23,6 +23,7 @@ __all__ = [
     "OldValues",
     "OnBadFile",
     "OnBadRows",
+    "OnNonFinite",
     "Packing",
     "Precision",
     "Preset",

@@ -6,6 +6,7 @@ from typing import Literal
 from critic_train.settings.fields import Settings, seed_faults, setting, too_small
 
 Schedule = Literal["constant", "linear", "cosine"]
+OnNonFinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ class TrainingSettings(Settings):
     )
     lr_schedule: Schedule = setting("cosine", "How the learning rate falls after the warm-up.", panel="Training")
     grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns the clip off.", panel="Training")
+    on_non_finite: OnNonFinite = setting(
+        "stop", "Where a loss or gradient is not finite: end the run, or go on without the step.", panel="Training"
+    )
+    max_skips: int = setting(10, "Steps that --on-non-finite skip may leave out in a run.", panel="Training")
     seed: int = setting(0, "Seed of the split, the order and the initial weights.", panel="Training")
 
     def faults(self) -> list[str]:
@@ -40,5 +45,5 @@ class TrainingSettings(Settings):
         return [
             *too_small(self, 1, "batch_size", "epochs", "max_steps"),
             *seed_faults(self.seed),
-            *too_small(self, 0, "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps"),
+            *too_small(self, 0, "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"),
         ]

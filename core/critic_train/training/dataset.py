@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ class RolloutSet:
     Attributes:
         spool: where they are kept.
         index: int64 [n], their places in the spool.
+        files: name and rows of each shard they were read from, in order.
     """
 
     spool: Spool
     index: NDArray[np.int64]
+    files: list[tuple[str, int]]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -160,6 +162,7 @@ def open_data(
     """
     left_out: dict[str, Any] = {}
     files_left_out: dict[str, Any] = {}
+    files_read: dict[str, list[tuple[str, int]]] = {}
     spools: dict[str, Spool] = {}
     sources = (
         ("train", shards.data, shards.bad_files, shards.data_fingerprint),
@@ -172,19 +175,21 @@ def open_data(
         if spool is None:
             return None
         spools[name] = spool
-        kept = json.loads((cache / name / "left_out.json").read_text(encoding="utf-8"))
-        left_out[name], files_left_out[name] = kept["rows"], kept["files"]
+        kept = json.loads((cache / name / "reading.json").read_text(encoding="utf-8"))
+        left_out[name], files_left_out[name] = kept["rows_left_out"], kept["files_left_out"]
+        files_read[name] = [(file, rows) for file, rows in kept["files_read"]]
     everything = np.arange(spools["train"].num_rollouts, dtype=np.int64)
     held_out: RolloutSet | None = None
     if "val" in spools:
-        train = RolloutSet(spool=spools["train"], index=everything)
-        held_out = RolloutSet(spool=spools["val"], index=np.arange(spools["val"].num_rollouts, dtype=np.int64))
+        train = RolloutSet(spool=spools["train"], index=everything, files=files_read["train"])
+        every_val = np.arange(spools["val"].num_rollouts, dtype=np.int64)
+        held_out = RolloutSet(spool=spools["val"], index=every_val, files=files_read["val"])
         yield from _leak_notice(train, held_out)
     else:
         kept, held = split_groups(spools["train"].groups, settings.val_fraction, settings.seed)
-        train = RolloutSet(spool=spools["train"], index=kept)
+        train = RolloutSet(spool=spools["train"], index=kept, files=files_read["train"])
         if len(held):
-            held_out = RolloutSet(spool=spools["train"], index=held)
+            held_out = replace(train, index=held)
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
     judged = "val" if "val" in spools else "train"
@@ -268,6 +273,11 @@ def _spool(
         yield Notice(message=sentence)
     if bad_files:
         yield Notice(message=bad_files.sentence(), level="warning")
-    write_json(directory / "left_out.json", {"rows": reader.bad_rows.summary(), "files": bad_files.summary()})
+    record = {
+        "rows_left_out": reader.bad_rows.summary(),
+        "files_left_out": bad_files.summary(),
+        "files_read": reader.files_read,
+    }
+    write_json(directory / "reading.json", record)
     write_json(known, read_as)
     return spool

@@ -310,6 +310,7 @@ def _result(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
         "steps": trainer.position.step,
         "total_steps": trainer.plan.total_steps,
         "best_step": trainer.position.best_step,
+        "skips": trainer.position.skips,
         "stopped_early": trainer.out_of_patience,
         "training": trainer.last_metrics,
         "rows_left_out": trainer.data.left_out,

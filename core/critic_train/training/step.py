@@ -1,12 +1,13 @@
 """One optimizer step: a mini-batch's gradient, gathered over its micro-batches."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from critic_train.errors import DivergedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.microbatches import micro_batches
@@ -52,6 +53,8 @@ def accumulate_gradient(
     *,
     forest: bool,
     stop: StopRequest,
+    weights: NDArray[np.float32] | None = None,
+    after_each: Callable[[NDArray[np.int64], torch.Tensor], None] | None = None,
 ) -> StepResult | None:
     """Add the gradient of a whole mini-batch's loss to the critic's parameters.
 
@@ -65,12 +68,14 @@ def accumulate_gradient(
         compute: device, precision and token budget.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: looked at before every micro-batch.
+        weights: float32 [T], the weight of each token's loss, where these rollouts are only a part of a mini-batch.
+        after_each: called after every micro-batch with int64 [M], the places of its response tokens, and its loss.
 
     Returns:
         The mini-batch's figures, or None when asked to stop: the gradient is then incomplete.
     """
-    per_rollout = token_weights(rollouts.response_counts, recipe.mode, recipe.scale_factor)
-    weights = np.repeat(per_rollout, rollouts.lengths).astype(np.float32)
+    if weights is None:
+        weights = mini_batch_weights(rollouts, recipe)
     totals = torch.zeros(4, dtype=torch.float64)
     computed_tokens = 0
     for batch in micro_batches(rollouts, compute, forest=forest):
@@ -89,6 +94,8 @@ def accumulate_gradient(
         figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum())
         totals += torch.stack([figure.double() for figure in figures]).cpu()
         computed_tokens += batch.computed_tokens
+        if after_each is not None:
+            after_each(batch.tokens, part.loss.detach())
     response_tokens = int(rollouts.response_mask.sum())
     loss, clipped, saturated, summed = totals.tolist()
     return StepResult(
@@ -100,6 +107,16 @@ def accumulate_gradient(
         rollout_tokens=len(rollouts.input_ids),
         computed_tokens=computed_tokens,
     )
+
+
+def mini_batch_weights(rollouts: Rollouts, recipe: LossRecipe) -> NDArray[np.float32]:
+    """float32 [T], the weight of each token's loss in that of a whole mini-batch."""
+    per_rollout = token_weights(rollouts.response_counts, recipe.mode, recipe.scale_factor)
+    return np.repeat(per_rollout, rollouts.lengths).astype(np.float32)
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient of a mini-batch is not finite; no step was taken."""
 
 
 def apply_gradient(critic: Critic, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
@@ -115,25 +132,21 @@ def apply_gradient(critic: Critic, optimizer: torch.optim.Optimizer, grad_clip: 
         The gradient's norm before the clip.
 
     Raises:
-        DivergedError: the loss or the gradient is not finite. No step is taken.
+        NonFiniteError: the loss or the gradient is not finite. No step is taken, and the gradient is cleared.
     """
-    parameters = [p for p in critic.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
+    norm = gradient_norm(critic, grad_clip or math.inf)
     if not math.isfinite(norm) or not math.isfinite(loss):
         optimizer.zero_grad(set_to_none=True)
-        raise diverged(f"the loss is {loss} and the gradient norm {norm}")
+        raise NonFiniteError(f"the loss is {loss:g} and the gradient norm {norm:g}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def diverged(what: str) -> DivergedError:
-    """The fault of a run whose numbers stopped being finite."""
-    return DivergedError(
-        f"{what}: training diverged",
-        hint="the last checkpoint stands; a lower --lr, more --warmup-steps or --precision fp32 may help, with "
-        "another --out",
-    )
+def gradient_norm(critic: Critic, largest: float = math.inf) -> float:
+    """The norm of the critic's gradient, which is scaled down to `largest` where it is above it."""
+    parameters = [p for p in critic.parameters() if p.grad is not None]
+    return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
 
 
 def _column(array: np.ndarray[tuple[int], np.dtype[np.float32]], compute: Compute) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The loop of a run: evaluate, checkpoint, step, until the plan is done or somebody asks to stop."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from critic_train.data.addresses import addresses
 from critic_train.errors import MachineError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
 from critic_train.judging.judge import Judge
@@ -21,13 +23,14 @@ from critic_train.run.checkpoint import checkpoint_name, checkpoint_step, read_s
 from critic_train.run.directory import RunDirectory
 from critic_train.run.durable import write_json
 from critic_train.run.keeping import Keeper
-from critic_train.settings import FitSettings
+from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
+from critic_train.training.divergence import diverged, find_suspects, keep_suspects
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.plan import TrainingPlan
-from critic_train.training.step import LossRecipe, StepResult, accumulate_gradient, apply_gradient, diverged
+from critic_train.training.step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
 
 ROLLOUTS_AT_ONCE = 512
 """Rollouts read together for a pass without gradients; prompt groups stand together in it."""
@@ -49,6 +52,7 @@ class Position:
         best_figure: that figure.
         evaluations_since_best: evaluations after it; after step 0 while there is none.
         metrics_bytes: length of metrics.jsonl at the checkpoint.
+        skips: steps left out so far because their loss or gradient was not finite.
     """
 
     step: int = 0
@@ -57,6 +61,7 @@ class Position:
     best_figure: float | None = None
     evaluations_since_best: int = 0
     metrics_bytes: int = 0
+    skips: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,10 +162,31 @@ class Trainer:
         if result is None:
             self.optimizer.zero_grad(set_to_none=True)
             return
-        norm = apply_gradient(self.critic, self.optimizer, self.settings.grad_clip, result.value_loss)
+        try:
+            norm = apply_gradient(self.critic, self.optimizer, self.settings.grad_clip, result.value_loss)
+        except NonFiniteError as fault:
+            yield from self._not_finite(str(fault), epoch, rollouts)
+            return
         self.position.step += 1
         yield self._log_step(epoch, result, {"grad_norm": norm, "lr": lr, "rollouts": len(rollouts)}, began)
         yield from self._saturation_notice(result)
+
+    def _not_finite(self, fault: str, epoch: int, rollouts: Rollouts) -> Iterator[Event]:
+        """No step was taken: keep the rollouts behind it, then end the run or go on as --on-non-finite says."""
+        step, settings, train = self.position.step + 1, self.settings, self.data.train
+        suspects = find_suspects(self.critic, rollouts, self.recipe, self.compute, forest=self.forest)
+        found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.column))
+        path = self.run.path / f"diverged-step-{step:08d}.parquet"
+        told = f"at step {step} {fault}; {keep_suspects(path, rollouts, suspects, found_at, step)}"
+        if settings.on_non_finite == "stop":
+            raise diverged(told)
+        if self.position.skips == settings.max_skips:
+            raise diverged(f"{settings.max_skips} steps were skipped, as many as --max-skips allows; {told}")
+        self.position.skips += 1
+        self.position.step = step
+        record = {"rollouts": len(rollouts), "skips": self.position.skips}
+        self.run.log_metrics({"event": "skip", "step": step, "epoch": epoch, **record})
+        yield Notice(message=f"no step is taken {told}", level="warning")
 
     def _log_step(self, epoch: int, result: StepResult, more: dict[str, Any], began: float) -> StepEnded:
         seconds = time.monotonic() - began
@@ -256,7 +282,7 @@ class Trainer:
     def _is_best(self, figure: float | None) -> bool:
         """Whether a figure of --best-by beats all before; the step-0 critic has no checkpoint and is never chosen."""
         before = self.position.best_figure
-        if self.position.step == 0 or figure is None:
+        if self.position.step == 0 or figure is None or not math.isfinite(figure):
             return False
         if before is None:
             return True

@@ -1,0 +1,93 @@
+"""Where in the shards a rollout came from: file, row group, row, uid."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from critic_train.data.columns import understand
+from critic_train.data.shards import find_shards
+from critic_train.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """A rollout's place in the shards.
+
+    Attributes:
+        file: the shard.
+        row_group: its row group; -1 where the shard can no longer be read.
+        row: counts from 0 within the row group, or within the file where there is no row group.
+        uid: what the shard's uid column says; an empty string where it has none.
+    """
+
+    file: str
+    row_group: int
+    row: int
+    uid: str
+
+    def __str__(self) -> str:
+        group = f", row group {self.row_group}" if self.row_group >= 0 else ""
+        return f"{self.file}{group}, row {self.row}" + (f", uid {self.uid}" if self.uid else "")
+
+
+def addresses(rows: NDArray[np.int64], files: list[tuple[str, int]], renames: dict[str, str]) -> list[Address]:
+    """The addresses of rollouts, in the order given.
+
+    Args:
+        rows: int64 [n], positions in the data set as read.
+        files: the shards in the order read, and the rows of each.
+        renames: canonical name -> column, from --column.
+    """
+    ends = np.cumsum([count for _, count in files])
+    owner = np.searchsorted(ends, rows, side="right")
+    found: dict[int, Address] = {}
+    for number in np.unique(owner).tolist():
+        name, count = files[number]
+        inside = np.unique(rows[owner == number] - (ends[number] - count))
+        for row, address in zip(inside.tolist(), _in_file(name, inside, renames), strict=True):
+            found[row + int(ends[number]) - count] = address
+    return [found[row] for row in rows.tolist()]
+
+
+def _in_file(name: str, rows: NDArray[np.int64], renames: dict[str, str]) -> list[Address]:
+    """Addresses of rows of one file, ascending."""
+    try:
+        with pq.ParquetFile(name) as file:
+            footer = file.metadata
+            ends = np.cumsum([footer.row_group(i).num_rows for i in range(footer.num_row_groups)])
+            groups = np.searchsorted(ends, rows, side="right")
+            places = rows - np.append(0, ends)[groups]
+            uid = _uid_column(name, file.schema_arrow, renames)
+            found = []
+            for group in np.unique(groups).tolist():
+                inside = places[groups == group]
+                uids = _uids(file, group, uid, inside) if uid else [""] * len(inside)
+                found += [
+                    Address(file=name, row_group=group, row=int(place), uid=text)
+                    for place, text in zip(inside, uids, strict=True)
+                ]
+            return found
+    except (OSError, pa.ArrowException, IndexError):
+        return [Address(file=name, row_group=-1, row=int(row), uid="") for row in rows]
+
+
+def _uid_column(name: str, schema: pa.Schema, renames: dict[str, str]) -> str | None:
+    try:
+        (shard,) = find_shards([name])
+        return understand(schema, shard, renames=renames, labels=(), need_values=False).uid
+    except (DataError, ValueError):
+        return None
+
+
+def _uids(file: pq.ParquetFile, row_group: int, column: str, places: NDArray[np.int64]) -> list[str]:
+    """The uids at ascending places of a row group, decoded piece by piece."""
+    found: list[str] = []
+    start = 0
+    for batch in file.iter_batches(batch_size=1024, row_groups=[row_group], columns=[column]):
+        inside = places[(places >= start) & (places < start + batch.num_rows)] - start
+        found += ["" if uid is None else str(uid) for uid in batch.column(0).take(pa.array(inside)).to_pylist()]
+        start += batch.num_rows
+    return found
