@@ -1,7 +1,7 @@
 """critic-train with scripted jobs: `python fake_program.py fit --data x`. What they do is told by FAKE_JOB.
 
-finish: a few events and the end. wait: says "running" and goes on until asked to stop. deaf: the same, but
-never listens. Any other word: the exception of that name is raised.
+finish: a few events and the end. refuse: the same, and one gate of two failed. wait: says "running" and goes on
+until asked to stop. deaf: the same, but never listens. Any other word: the exception of that name is raised.
 """
 
 import errno
@@ -71,7 +71,7 @@ def job(stop: Any) -> Iterator[Event]:
     for step in (1, 2):
         time.sleep(float(os.environ.get("FAKE_PACE", "0")))
         yield StepEnded(step=step, epoch=0, metrics={"value_loss": 0.1 / step}, timing={})
-    if word != "finish":
+    if word not in ("finish", "refuse"):
         raise failure(word)
     yield EvaluationEnded(step=2, metrics=METRICS, best=True)
     yield CheckpointSaved(step=2, path=out + "/checkpoints/step-00000002", size_bytes=5_100_000)
@@ -83,6 +83,8 @@ def job(stop: Any) -> Iterator[Event]:
         "critics": critics,
         "baselines": {"constant": METRICS},
     }
+    if word == "refuse":
+        result["gates"] = [{"passed": True, "reason": None}, {"passed": False, "reason": "mse is 0.0708, below 1"}]
     yield RunEnded(status="finished", result=result)
 
 

@@ -36,7 +36,7 @@ EVAL_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file
 --model
 --device --precision --packing --max-tokens
---by --cliprange-value --resamples --seed
+--by --cliprange-value --resamples --seed --fail-under
 """)
 
 

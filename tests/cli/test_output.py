@@ -40,6 +40,17 @@ def test_an_error_in_json_is_one_object_on_stderr(program, arguments, job, code)
     assert set(told["error"]) == {"message", "hint", "exit_code"}
 
 
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_gate_that_failed_is_exit_1_after_the_verdict(program, form):
+    shown = program("eval", "--data", "x", *form, FAKE_JOB="refuse")
+    assert shown.returncode == 1
+    assert "0.41" in shown.stdout
+    assert shown.stderr.splitlines()[-1] == "failed: mse is 0.0708, below 1 (--fail-under)"
+    assert shown.stderr.count("--fail-under") == 1
+    if form:
+        assert json.loads(shown.stdout)["gates"][1]["passed"] is False
+
+
 def test_json_has_no_figure_that_is_not_finite():
     class Scalar:
         def item(self):

@@ -1,16 +1,19 @@
 """`critic-train eval`: judge critics."""
 
+import sys
 from collections.abc import Iterator
 
 from critic_train.events import Event
 from critic_train.settings import EvalSettings
 from critic_train.stopping import StopRequest
 from critic_train_cli.command import Command
+from critic_train_cli.faults import DONE, REFUSED
 from critic_train_cli.output import Output
+from critic_train_cli.terminal import RED, paint
 
 
 def work(settings: EvalSettings, output: Output) -> int:
-    """Judge, showing how far it is; then the tables, or the verdict as JSON."""
+    """Judge, showing how far it is; then the tables, or the verdict as JSON; last, which gates failed."""
     from critic_train_cli.job import exit_code_of, run_job
     from critic_train_cli.view_choice import choose_view
 
@@ -25,7 +28,10 @@ def work(settings: EvalSettings, output: Output) -> int:
     from critic_train_cli.tables import draw_verdict
 
     output.result(ended.result or {"status": ended.status}, lambda console: draw_verdict(console, ended.result))
-    return exit_code_of(ended)
+    failed = [gate["reason"] for gate in ended.result.get("gates") or [] if not gate["passed"]]
+    for reason in failed:
+        output.line(paint("failed:", RED, sys.stderr) + f" {reason} (--fail-under)")
+    return exit_code_of(ended) or (REFUSED if failed else DONE)
 
 
 EVAL = Command(
@@ -37,6 +43,7 @@ EVAL = Command(
         "critic-train eval --model runs/rollouts --data held_out/",
         "critic-train eval --model runs/a --model runs/b --data held_out/ --by task",
         "critic-train eval --data rollouts/      # judges the stored values",
+        "critic-train eval --model runs/a --data held_out/ --fail-under explained_variance_interval.low=0.1",
     ),
     work=work,
 )

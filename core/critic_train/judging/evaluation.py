@@ -12,6 +12,7 @@ from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.judging.gates import judge_gates, refuse_unknown
 from critic_train.judging.judge import Judge
 from critic_train.judging.verdict import without_tables
 from critic_train.judging.words import in_words
@@ -40,7 +41,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
 
     Yields:
         Progress and notices; RunEnded last, whose result is the verdict (see `Judge.verdict`) with the first
-        critic's metrics at the top level, "data", "models" and "words" added.
+        critic's metrics at the top level, "data", "models", "words" and "gates" (see `judge_gates`) added.
 
     Raises:
         CriticTrainError: a fault that the user can mend.
@@ -52,6 +53,8 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     shards = find_shards(settings.data, bad_files)
     sources = {name: _readable_model(Path(name)) for name in dict.fromkeys(settings.model)}
     reader = _reader(settings, shards, bad_files, list(sources.values()), stop)
+    names = list(sources) or [STORED]
+    refuse_unknown(settings.fail_under, _figures(names, Judge(names, by=settings.by).verdict()))
     total = sum(shard.num_rows for shard in shards)
     has_values, sample = yield from _check_rows(reader, total, stop)
     if stop.requested:
@@ -65,7 +68,6 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     if not has_values:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
     assert sample is not None, "the reader raises where no row is good"
-    names = list(sources) or [STORED]
     judge = Judge(
         names,
         cliprange_value=settings.cliprange_value,
@@ -163,13 +165,19 @@ def _result(
     settings: EvalSettings, shards: list[Shard], names: list[str], judge: Judge, reader: RolloutReader
 ) -> dict[str, Any]:
     verdict = judge.verdict()
+    figures = _figures(names, verdict)
     return {
-        **without_tables(verdict["critics"][names[0]]),
+        **figures,
         "data": settings.data,
         "data_digest": fingerprint(shards)["digest"],
         "models": settings.model,
         "rows_left_out": reader.bad_rows.summary(),
         "files_left_out": reader.bad_files.summary(),
-        **verdict,
         "words": in_words(verdict),
+        "gates": judge_gates(settings.fail_under, figures),
     }
+
+
+def _figures(names: list[str], verdict: dict[str, Any]) -> dict[str, Any]:
+    """The verdict, the first critic's figures at its top level."""
+    return {**without_tables(verdict["critics"][names[0]]), **verdict}

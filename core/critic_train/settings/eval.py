@@ -1,5 +1,6 @@
 """Settings of `critic-train eval`."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,10 +32,37 @@ class EvalSettings(ComputeSettings, ReadingSettings):
     resamples: int = setting(1000, "Bootstrap resamples of the prompt groups.", panel="Judgement")
     seed: int = setting(0, "Seed of the bootstrap.", panel="Judgement")
 
+    fail_under: list[str] = setting(
+        [],
+        "Exit 1 where a figure of the verdict, named as in --json, is below VALUE or does not exist, as in "
+        "explained_variance_interval.low=0; repeatable.",
+        panel="Judgement",
+        metavar="METRIC=VALUE",
+    )
+
     def faults(self) -> list[str]:
         """See Settings."""
         return [
             *cliprange_faults(self.cliprange_value),
             *too_small(self, 1, "resamples"),
             *seed_faults(self.seed),
+            *gate_faults(self.fail_under),
         ]
+
+
+def gate_faults(pairs: list[str]) -> list[str]:
+    """What is wrong with the values of --fail-under, one line each."""
+    return [
+        f"--fail-under takes METRIC=VALUE, as in explained_variance=0.2, not {pair!r}"
+        for pair in pairs
+        if not read_gate(pair)[0] or not math.isfinite(read_gate(pair)[1])
+    ]
+
+
+def read_gate(pair: str) -> tuple[str, float]:
+    """`explained_variance=0.2` -> ("explained_variance", 0.2); NaN where it cannot be read."""
+    metric, _, value = pair.rpartition("=")  # a critic's path may hold the sign
+    try:
+        return metric, float(value)
+    except ValueError:
+        return metric, math.nan
