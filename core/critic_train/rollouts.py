@@ -20,10 +20,14 @@ class Rollouts:
         input_ids: int32 [T], prompt then response (multi-turn: observation tokens in between).
         offsets: int64 [n+1]; rollout i owns tokens offsets[i]:offsets[i+1].
         response_mask: bool [T], true on the tokens the policy chose. Never true on a rollout's first token.
-        returns: float32 [T], the regression target G (meaningful where response_mask is true).
+        returns: float32 [T], the regression target G (meaningful where response_mask is true); 0 while they are
+            still to be computed from rewards.
         values: float32 [T], V_old, the values stored at rollout time; None where the shards have none.
         group: int64 [n], key of the prompt group: equal keys, same prompt.
         row: int64 [n], position of the rollout in the data set as read (file order).
+        rewards: float32 [T], what the choice of each token earned, 0 off the mask; None where they were not read. A
+            reward a rollout stands on its last response token.
+        truncated: bool [n], whether generation was cut before it ended by itself; None where it was not read.
         labels: per-rollout columns kept for slicing, name -> array [n] of str, int, float or bool.
     """
 
@@ -34,6 +38,8 @@ class Rollouts:
     values: NDArray[np.float32] | None
     group: NDArray[np.int64]
     row: NDArray[np.int64]
+    rewards: NDArray[np.float32] | None = None
+    truncated: NDArray[np.bool_] | None = None
     labels: dict[str, NDArray[np.generic]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -65,6 +71,8 @@ class Rollouts:
             values=None if self.values is None else self.values[tokens],
             group=self.group[index],
             row=self.row[index],
+            rewards=None if self.rewards is None else self.rewards[tokens],
+            truncated=None if self.truncated is None else self.truncated[index],
             labels={name: column[index] for name, column in self.labels.items()},
         )
 

@@ -24,6 +24,7 @@ def words(text: str) -> list[str]:
 OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --val-data --val-fraction
+--returns --gamma --lam --lam-policy --length-alpha --truncated
 --model --preset
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip
@@ -34,6 +35,7 @@ FIT_FLAGS = words("""
 """)
 EVAL_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file
+--returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --max-tokens
 --by --cliprange-value --resamples --seed --fail-under

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from critic_train.data.columns import understand
+from critic_train.data.columns import Needs, understand
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
 
@@ -77,7 +77,8 @@ def _in_file(name: str, rows: NDArray[np.int64], renames: dict[str, str]) -> lis
 def _uid_column(name: str, schema: pa.Schema, renames: dict[str, str]) -> str | None:
     try:
         (shard,) = find_shards([name])
-        return understand(schema, shard, renames=renames, labels=(), need_values=False).uid
+        needs = Needs(returns=False, values=False)
+        return understand(schema, shard, renames=renames, labels=(), needs=needs).uid
     except (DataError, ValueError):
         return None
 

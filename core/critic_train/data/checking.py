@@ -3,7 +3,7 @@
 Everything is done on whole columns. A row gets one fault: the first that is found.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from critic_train.data.aligning import Aligner, Tokens, read_tokens
-from critic_train.data.columns import Columns
+from critic_train.data.columns import Columns, Need
 from critic_train.data.faults import Faults
 from critic_train.data.ragged import counts_of, first_of, rows_with
+from critic_train.data.rewards import carried_back, numbers_of, on_last_token, truths_of
 from critic_train.rollouts import offsets_of, spread
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -41,8 +42,11 @@ class CheckedBatch:
         input_ids: int32 [T].
         lengths: int64 [n].
         response_mask: bool [T].
-        returns: float32 [T], 0 where the mask is false.
+        returns: float32 [T], 0 where the mask is false, and everywhere without the column.
         values: float32 [T], 0 where the mask is false; None without the column.
+        rewards: float32 [T], 0 where the mask is false; None without a column, or a sound one.
+        truncated: bool [n]; None without the column.
+        carried: rollouts of which a reward was carried back from an observation token.
         faults: the bad rows.
         response_aligned: names of columns that were as long as the response.
     """
@@ -52,19 +56,32 @@ class CheckedBatch:
     response_mask: NDArray[np.bool_]
     returns: NDArray[np.float32]
     values: NDArray[np.float32] | None
+    rewards: NDArray[np.float32] | None
+    truncated: NDArray[np.bool_] | None
+    carried: int
     faults: Faults
     response_aligned: set[str]
 
 
-def check_batch(batch: pa.RecordBatch, columns: Columns, limits: RowLimits) -> CheckedBatch:
+def check_batch(
+    batch: pa.RecordBatch, columns: Columns, limits: RowLimits, rewards: Need = "no", *, drop_truncated: bool = False
+) -> CheckedBatch:
     """Align every column to the tokens and check it.
 
     Args:
         batch: raw rows.
         columns: how the shard is understood.
         limits: what the model can take.
+        rewards: whether unsound rewards make a row bad ("yes"), or are passed over.
+        drop_truncated: whether cut rollouts will be left out, so that nothing is wrong with them.
     """
     faults = Faults(batch.num_rows)
+    truncated = None
+    if columns.truncated is not None:
+        truncated = truths_of(batch.column(columns.truncated), columns.truncated, faults)
+    if drop_truncated:
+        assert truncated is not None, "the schema has the column"
+        faults.ignore(truncated)
     tokens = read_tokens(batch, columns, faults)
     aligner = Aligner(batch=batch, lengths=tokens.lengths, faults=faults)
     mask, response_start = aligner.response_mask(columns.response_mask, tokens.prompt_lengths)
@@ -76,11 +93,13 @@ def check_batch(batch: pa.RecordBatch, columns: Columns, limits: RowLimits) -> C
     _check_ids(tokens, seen, columns, limits, faults)
     _check_lengths(lengths, columns, limits, faults)
     _check_mask(mask, seen, tokens.lengths, columns, faults)
-    returns = _finite(aligner.numbers(columns.returns, response_start), mask, tokens.lengths, columns.returns, faults)
-    values = None
-    if columns.values is not None:
-        column = aligner.numbers(columns.values, response_start)
-        values = _finite(column, mask, tokens.lengths, columns.values, faults)
+
+    def finite(name: str) -> NDArray[np.float32]:
+        return _finite(aligner.numbers(name, response_start), mask, tokens.lengths, name, faults)
+
+    returns = np.zeros(len(mask), np.float32) if columns.returns is None else finite(columns.returns)
+    values = None if columns.values is None else finite(columns.values)
+    paid, carried = _rewards(aligner, columns, mask, seen, response_start, required=rewards == "yes")
     kept = slice(None) if seen is None else seen
     return CheckedBatch(
         input_ids=tokens.ids[kept].astype(np.int32, copy=False),
@@ -88,9 +107,38 @@ def check_batch(batch: pa.RecordBatch, columns: Columns, limits: RowLimits) -> C
         response_mask=mask[kept],
         returns=returns[kept],
         values=None if values is None else values[kept],
+        rewards=None if paid is None else paid[kept],
+        truncated=truncated,
+        carried=carried,
         faults=faults,
         response_aligned=aligner.response_aligned,
     )
+
+
+def _rewards(
+    aligner: Aligner,
+    columns: Columns,
+    mask: NDArray[np.bool_],
+    seen: NDArray[np.bool_] | None,
+    response_start: NDArray[np.int64],
+    *,
+    required: bool,
+) -> tuple[NDArray[np.float32] | None, int]:
+    """Rewards over all tokens, and of how many rollouts some were carried back."""
+    name = columns.rewards or columns.reward
+    if name is None:
+        return None, 0
+    lengths, faults = aligner.lengths, aligner.faults if required else Faults(len(aligner.lengths))
+    if columns.rewards is not None:
+        reading = replace(aligner, faults=faults)
+        found = carried_back(reading.numbers(name, response_start), mask, seen, lengths)
+        rewards, carried = found.rewards, int((found.carried & ~faults.bad).sum())
+    else:
+        rewards, carried = on_last_token(numbers_of(aligner.batch.column(name), name, faults), mask, lengths), 0
+    checked = _finite(rewards, mask, lengths, name, faults)
+    if (faults.bad & ~aligner.faults.bad).any():
+        return None, 0
+    return checked, carried
 
 
 def _check_ids(

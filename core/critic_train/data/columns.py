@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import pyarrow as pa
 
@@ -27,13 +27,23 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "values": ("old_values", "value", "vpreds", "critic_values", "v_old"),
     "returns": ("return", "value_targets", "targets", "returns_to_go"),
     "rewards": ("token_level_rewards", "reward_tokens"),
+    "reward": ("rewards", "score", "reward_score"),
+    "truncated": ("is_truncated",),
     "uid": ("group_id", "prompt_id", "group_index", "request_id"),
     "attention_mask": (),
 }
 """Canonical name -> names that mean the same elsewhere, most specific first."""
 
 INTEGERS, NUMBERS, SINGLE = "a list of integers", "a list of numbers or booleans", "one value a rollout"
-EXPECTED = {"input_ids": INTEGERS, "prompts": INTEGERS, "responses": INTEGERS, "uid": SINGLE}
+NUMBER, TRUTH = "one number a rollout", "one boolean a rollout"
+EXPECTED = {
+    "input_ids": INTEGERS,
+    "prompts": INTEGERS,
+    "responses": INTEGERS,
+    "uid": SINGLE,
+    "reward": NUMBER,
+    "truncated": TRUTH,
+}
 """Canonical name -> what its column must hold; NUMBERS where nothing is said."""
 
 MEANING = {
@@ -41,7 +51,26 @@ MEANING = {
     "response_mask": "1 on the tokens the policy chose",
     "returns": "the regression target of every response token",
     "values": "the values stored at rollout time; --old-values none trains without them",
+    "rewards": "what each response token earned; or reward, one number a rollout",
+    "truncated": "whether each rollout was cut before it ended by itself",
 }
+
+Need = Literal["no", "where there", "yes"]
+"""Whether a column is read: never, where a shard has it, or always."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a command needs beside token ids and masks.
+
+    Where `returns` are not needed they are not read, and nothing in them makes a row bad. Where `rewards` are read
+    only where they are there, what is wrong with them is passed over: there are none then.
+    """
+
+    returns: bool = True
+    values: bool = True
+    rewards: Need = "no"
+    truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +86,10 @@ class Columns:
     response_mask: str | None
     attention_mask: str | None
     values: str | None
-    returns: str
+    returns: str | None
+    rewards: str | None
+    reward: str | None
+    truncated: str | None
     uid: str | None
     labels: tuple[str, ...]
 
@@ -71,6 +103,9 @@ class Columns:
             self.attention_mask,
             self.values,
             self.returns,
+            self.rewards,
+            self.reward,
+            self.truncated,
             self.uid,
         )
         return list(dict.fromkeys([name for name in fields if name is not None] + list(self.labels)))
@@ -79,7 +114,7 @@ class Columns:
         """What was understood without being said, in sentences."""
         said = [
             f"`{getattr(self, name)}` is read as {name}"
-            for name in ("input_ids", "response_mask", "values", "returns", "uid")
+            for name in ("input_ids", "response_mask", "values", "returns", "rewards", "reward", "truncated", "uid")
             if getattr(self, name) not in (None, name)
         ]
         if self.input_ids is None:
@@ -90,7 +125,7 @@ class Columns:
 
 
 def understand(
-    schema: pa.Schema, shard: Shard, *, renames: dict[str, str], labels: tuple[str, ...], need_values: bool
+    schema: pa.Schema, shard: Shard, *, renames: dict[str, str], labels: tuple[str, ...], needs: Needs
 ) -> Columns:
     """Find the canonical columns in a shard's schema.
 
@@ -102,7 +137,7 @@ def understand(
         shard: for the messages.
         renames: canonical name -> the shard's column.
         labels: per-rollout columns to carry along.
-        need_values: whether values must be there.
+        needs: what must be there.
 
     Raises:
         DataError: a required column is missing, ambiguous, there twice or of the wrong type.
@@ -116,12 +151,20 @@ def understand(
     if input_ids is None:
         prompts, responses = finder.find("prompts"), finder.find("responses")
     pair = prompts is not None and responses is not None
-    response_mask, returns, values = (finder.find(name) for name in ("response_mask", "returns", "values"))
-    there = {"input_ids": input_ids or pair, "response_mask": response_mask or pair, "returns": returns}
-    if need_values:
-        there["values"] = values
+    response_mask, values = finder.find("response_mask"), finder.find("values")
+    returns = finder.find("returns") if needs.returns else None
+    rewards, reward = finder.find_rewards(needs.rewards)
+    truncated = finder.find("truncated") if needs.truncated else None
+    there = {
+        "input_ids": input_ids or pair,
+        "response_mask": response_mask or pair,
+        "returns": returns or not needs.returns,
+        "values": values or not needs.values,
+        "rewards": rewards or reward or needs.rewards != "yes",
+        "truncated": truncated or not needs.truncated,
+    }
     missing = [name for name, column in there.items() if not column]
-    if missing or returns is None:
+    if missing:
         finder.fail_for_missing(missing)
     for label in labels:
         finder.check_label(label)
@@ -133,6 +176,9 @@ def understand(
         attention_mask=finder.find("attention_mask"),
         values=values,
         returns=returns,
+        rewards=rewards,
+        reward=reward,
+        truncated=truncated,
         uid=finder.find("uid"),
         labels=labels,
     )
@@ -163,7 +209,9 @@ class _Finder:
         if name in self.renames:
             return self._checked(name, self.renames[name])
         fitting = [a for a in ALIASES[name] if a in names and self._fits(name, a)]
-        if name in names and (self._fits(name, name) or not (fitting or name in ("prompts", "responses"))):
+        # Text under these names is no mistake, nor is one number a rollout under `rewards`.
+        may_be_else = name in ("prompts", "responses", "rewards")
+        if name in names and (self._fits(name, name) or not (fitting or may_be_else)):
             return self._checked(name, name)
         if len(fitting) > 1:
             raise DataError(
@@ -171,6 +219,19 @@ class _Finder:
                 hint=f"say which: --column {name}={fitting[0]}",
             )
         return self._checked(name, fitting[0]) if fitting else None
+
+    def find_rewards(self, need: Need) -> tuple[str | None, str | None]:
+        """The columns for `rewards` and `reward`, of which one is used: that of tokens where there are both."""
+        if need == "no":
+            return None, None
+        try:
+            wanted_once = "reward" in self.renames and "rewards" not in self.renames
+            rewards = None if wanted_once else self.find("rewards")
+            return rewards, None if rewards else self.find("reward")
+        except DataError:
+            if need == "yes":
+                raise
+            return None, None
 
     def check_renames(self) -> None:
         """Raise where a rename names no column of the shard."""
@@ -228,12 +289,16 @@ class _Finder:
         expected = EXPECTED.get(name, NUMBERS)
         if expected is SINGLE:
             return not _is_nested(kind)
+        if expected is NUMBER:
+            return _is_number(kind)
+        if expected is TRUTH:
+            return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
         item = _item_type(kind)
         if item is None:
             return False
         if expected is INTEGERS:
             return bool(pa.types.is_integer(item))
-        return bool(pa.types.is_integer(item) or pa.types.is_floating(item) or pa.types.is_boolean(item))
+        return _is_number(item)
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType | None:
@@ -243,6 +308,10 @@ def _item_type(kind: pa.DataType) -> pa.DataType | None:
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
         return kind.value_type
     return None
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def _is_nested(kind: pa.DataType) -> bool:

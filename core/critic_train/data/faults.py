@@ -20,6 +20,11 @@ class Faults:
     def __init__(self, rows: int) -> None:
         self.bad: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
         self.found: dict[int, tuple[str, str, str, str]] = {}
+        self._ignored: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
+
+    def ignore(self, rows: NDArray[np.bool_]) -> None:
+        """Mark nothing more in these rows: bool [rows in the batch]. They will not be used."""
+        self._ignored = self._ignored | rows
 
     def mark(
         self, rows: NDArray[np.bool_], column: str, reason: str, found: Callable[[int], str], expected: str
@@ -33,7 +38,7 @@ class Faults:
             found: what stands in a row.
             expected: what should stand there.
         """
-        fresh = rows & ~self.bad
+        fresh = rows & ~self.bad & ~self._ignored
         if fresh.any():
             for row in np.flatnonzero(fresh).tolist():
                 self.found[row] = (reason, column, found(row), expected)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from critic_train.data.bad_files import BadFile, BadFiles
 from critic_train.data.bad_rows import BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
-from critic_train.data.columns import Columns, check_canonical, understand
+from critic_train.data.columns import Columns, Needs, check_canonical, understand
 from critic_train.data.decoding import batches, damaged
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
 from critic_train.data.shards import Shard
@@ -19,7 +20,7 @@ from critic_train.rollouts import Rollouts, offsets_of
 from critic_train.settings import OnBadFile, OnBadRows
 from critic_train.stopping import StopRequest
 
-__all__ = ["RolloutReader", "RowLimits"]
+__all__ = ["Needs", "RolloutReader", "RowLimits"]
 
 
 class RolloutReader:
@@ -38,14 +39,16 @@ class RolloutReader:
         bad_files: those that `find_shards` has met; more are added here.
         limits: what the model can take.
         labels: per-rollout columns to carry in `Rollouts.labels`.
-        need_values: whether a shard without values is an error. Where it is none, values are kept only if every
+        needs: what is read beside token ids and masks. Columns that are read but not needed are kept only if every
             shard has them.
+        drop_truncated: leave out rollouts that were cut; nothing in them makes a row bad.
         stop: looked at while a file is tried; iteration then ends early.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
         bad_files: all that were met so far.
         files_read: name and rows of each file of that iteration, in order; `Rollouts.row` counts over them.
+        truncated_left_out: cut rollouts left out by the iteration under way or just ended.
         notices: what was understood without being said, in sentences.
 
     Raises:
@@ -62,7 +65,8 @@ class RolloutReader:
         bad_files: BadFiles | None = None,
         limits: RowLimits | None = None,
         labels: list[str] | None = None,
-        need_values: bool = True,
+        needs: Needs | None = None,
+        drop_truncated: bool = False,
         stop: StopRequest | None = None,
     ) -> None:
         self.shards = shards
@@ -73,7 +77,9 @@ class RolloutReader:
         self._on_bad_file = on_bad_file
         self._limits = limits or RowLimits()
         self._labels = tuple(labels or ())
-        self._need_values = need_values
+        self._needs = needs or Needs()
+        self._drop_truncated = drop_truncated
+        self.truncated_left_out = 0
         self._stop = stop or StopRequest()
         self.files_read: list[tuple[str, int]] = []
         self._tried: set[str] = set()
@@ -88,9 +94,10 @@ class RolloutReader:
         check_canonical(self._renames)
         self.bad_rows = BadRows()
         self.files_read = []
+        self.truncated_left_out = 0
         row = good = 0
         plans = self._plans()
-        has_values = self._all_have_values(plans)
+        kept = self._kept_columns(plans)
         text_labels = _text_labels(plans)
         for plan in plans:
             if not self._is_worth_reading(plan):
@@ -98,9 +105,8 @@ class RolloutReader:
             self.files_read.append((plan.shard.name, plan.shard.num_rows))
             try:
                 for row_group, first_row, batch in plan.batches():
-                    checked = check_batch(batch, plan.columns, self._limits)
-                    self._record(plan.shard, row_group, first_row, checked)
-                    rollouts = _rollouts(batch, plan.columns, checked, row, has_values, text_labels)
+                    checked = self._checked(batch, plan, row_group, first_row)
+                    rollouts = _rollouts(batch, plan.columns, checked, self._usable(checked), row, kept, text_labels)
                     row += batch.num_rows
                     if len(rollouts):
                         good += len(rollouts)
@@ -113,6 +119,20 @@ class RolloutReader:
         if not self._stop.requested:
             self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
 
+    def _checked(self, batch: pa.RecordBatch, plan: "_Plan", row_group: int, first_row: int) -> CheckedBatch:
+        drop = self._drop_truncated
+        checked = check_batch(batch, plan.columns, self._limits, self._needs.rewards, drop_truncated=drop)
+        self._record(plan.shard, row_group, first_row, checked)
+        return checked
+
+    def _usable(self, checked: CheckedBatch) -> NDArray[np.bool_]:
+        """bool [rows]: neither bad nor to be left out. Counts the latter."""
+        usable = ~checked.faults.bad
+        if self._drop_truncated and checked.truncated is not None:
+            self.truncated_left_out += int((usable & checked.truncated).sum())
+            usable &= ~checked.truncated
+        return usable
+
     def _judge(self, some_whole: bool, good: int) -> None:
         """Raise where what was left out may not be left out: files and rows in one go."""
         errors = []
@@ -120,6 +140,11 @@ class RolloutReader:
             errors.append(self.bad_files.error(all_of_them=not some_whole))
         if self.bad_rows.count and (self._on_bad_rows == "fail" or not good):
             errors.append(self.bad_rows.error(all_of_them=not good))
+        if not good and self.truncated_left_out and not errors:
+            raise DataError(
+                f"all {self.truncated_left_out} rollouts were cut, and --truncated drop leaves those out",
+                hint="--truncated terminal or bootstrap keeps them",
+            )
         if errors:
             raise DataError(
                 "\n".join(error.message for error in errors), hint="\n".join(error.hint for error in errors)
@@ -162,9 +187,7 @@ class RolloutReader:
         try:
             with pq.ParquetFile(shard.path) as file:
                 schema, footer = file.schema_arrow, file.metadata
-                columns = understand(
-                    schema, shard, renames=self._renames, labels=self._labels, need_values=self._need_values
-                )
+                columns = understand(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
                 nullable = frozenset(name for name in self._labels if _may_be_null(footer, name))
         except (OSError, pa.ArrowException) as error:
             raise damaged(shard, error) from error
@@ -173,15 +196,24 @@ class RolloutReader:
         text_uid = columns.uid is not None and label_kind(schema.field(columns.uid).type) == "text"
         return _Plan(shard=shard, columns=columns, text_uid=text_uid, label_kinds=kinds, nullable_labels=nullable)
 
-    def _all_have_values(self, plans: list["_Plan"]) -> bool:
-        without = [plan.shard.name for plan in plans if plan.columns.values is None]
-        if without and len(without) < len(plans):
-            self._said.setdefault(
-                f"{len(without)} of {len(plans)} files have no values ({without[0]} first): none are used"
-            )
-        return not without
+    def _kept_columns(self, plans: list["_Plan"]) -> frozenset[str]:
+        """Which of values and rewards every shard has."""
+        without = {
+            "values": [plan.shard.name for plan in plans if plan.columns.values is None],
+            "rewards": [plan.shard.name for plan in plans if not (plan.columns.rewards or plan.columns.reward)],
+        }
+        for name, files in without.items():
+            if files and len(files) < len(plans):
+                self._said.setdefault(
+                    f"{len(files)} of {len(plans)} files have no {name} ({files[0]} first): none are used"
+                )
+        return frozenset(name for name, files in without.items() if not files)
 
     def _record(self, shard: Shard, row_group: int, first_row: int, checked: CheckedBatch) -> None:
+        if checked.carried:
+            self._said.setdefault(
+                "rewards stand on observation tokens: each is given to the response token before it, which earned it"
+            )
         for name in sorted(checked.response_aligned):
             self._said.setdefault(f"`{name}` is as long as the response: it is aligned to it")
         for row, (reason, column, found, expected) in sorted(checked.faults.found.items()):
@@ -238,23 +270,26 @@ def _rollouts(
     batch: pa.RecordBatch,
     columns: Columns,
     checked: CheckedBatch,
+    usable: NDArray[np.bool_],
     first_row: int,
-    keep_values: bool,
+    kept_columns: frozenset[str],
     text_labels: frozenset[str],
 ) -> Rollouts:
-    """The good rows of a batch."""
+    """The rows of a batch that can be used."""
     n = batch.num_rows
     whole = Rollouts(
         input_ids=checked.input_ids,
         offsets=offsets_of(checked.lengths),
         response_mask=checked.response_mask,
         returns=checked.returns,
-        values=checked.values if keep_values else None,
+        values=checked.values if "values" in kept_columns else None,
+        rewards=checked.rewards if "rewards" in kept_columns else None,
+        truncated=checked.truncated,
         group=np.zeros(n, dtype=np.int64),
         row=np.arange(first_row, first_row + n, dtype=np.int64),
         labels={name: label_column(batch.column(name), as_text=name in text_labels) for name in columns.labels},
     )
-    good = np.flatnonzero(~checked.faults.bad)
+    good = np.flatnonzero(usable)
     kept = whole if len(good) == n else whole.take(good)
     if columns.uid is None:
         kept.group[:] = prompt_keys(kept)

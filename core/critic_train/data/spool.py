@@ -17,19 +17,23 @@ from numpy.typing import NDArray
 from critic_train.rollouts import Rollouts, offsets_of
 from critic_train.run.storage import File, remove, rename, sync_directory
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COLUMNS: dict[str, type[np.generic]] = {
     "input_ids": np.int32,
     "response_mask": np.bool_,
     "returns": np.float32,
     "values": np.float32,
+    "rewards": np.float32,
 }
+OPTIONAL = frozenset({"values", "rewards"})
+"""Kept only where every rollout has them."""
 INDEX = {
     "offsets": np.int64,
     "groups": np.int64,
     "rows": np.int64,
     "response_counts": np.int64,
     "return_sums": np.float64,
+    "truncated": np.bool_,
 }
 
 
@@ -47,7 +51,8 @@ class Spool:
         response_counts: int64 [n], masked tokens.
         return_sums: float64 [n], sum of the returns over masked tokens.
         max_token_id: the largest id.
-        has_values: whether values are kept.
+        truncated: bool [n], rollouts known to have been cut.
+        columns: the token columns that are kept.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,7 +63,7 @@ class Spool:
                 raise SpoolDamaged(f"{directory} has format version {meta['format_version']}")
             index = {name: np.load(directory / f"{name}.npy", allow_pickle=False) for name in INDEX}
             self.max_token_id = int(meta["max_token_id"])
-            self.has_values = bool(meta["has_values"])
+            self.columns = [str(name) for name in meta["columns"]]
         except SpoolDamaged:
             raise
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
@@ -68,10 +73,11 @@ class Spool:
         self.rows: NDArray[np.int64] = index["rows"]
         self.response_counts: NDArray[np.int64] = index["response_counts"]
         self.return_sums: NDArray[np.float64] = index["return_sums"]
+        self.truncated: NDArray[np.bool_] = index["truncated"]
         sizes = {name: column.shape for name, column in index.items()}
         if any(shape != (len(self.offsets) - (name != "offsets"),) for name, shape in sizes.items()):
             raise SpoolDamaged(f"{directory}: its index disagrees on the number of rollouts")
-        for name in self._kept():
+        for name in self.columns:
             expected = self.num_tokens * np.dtype(COLUMNS[name]).itemsize
             file = directory / name
             if not file.is_file() or file.stat().st_size != expected:
@@ -85,6 +91,11 @@ class Spool:
             SpoolDamaged: there is none, or not a whole one.
         """
         return cls(directory)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether values are kept."""
+        return "values" in self.columns
 
     @property
     def num_rollouts(self) -> int:
@@ -114,7 +125,7 @@ class Spool:
             values_from: an extra column to take as `values` in place of the stored ones.
         """
         offsets = offsets_of(self.lengths[index])
-        names = [name for name in self._kept() if name != "values"]
+        names = [name for name in self.columns if name != "values"]
         columns = {name: self._read_column(name, COLUMNS[name], index, offsets) for name in names}
         values_from = values_from or ("values" if self.has_values else None)
         values = None if values_from is None else self._read_column(values_from, np.float32, index, offsets)
@@ -126,6 +137,8 @@ class Spool:
             values=values,
             group=self.groups[index],
             row=self.rows[index],
+            rewards=columns.get("rewards"),
+            truncated=self.truncated[index] if "rewards" in columns else None,
         )
 
     def new_column(self, name: str) -> "ColumnWriter":
@@ -140,9 +153,6 @@ class Spool:
         """Remove an extra column, if it stands."""
         assert name not in COLUMNS
         remove(self.directory / name)
-
-    def _kept(self) -> list[str]:
-        return [name for name in COLUMNS if name != "values" or self.has_values]
 
     def _read_column(
         self, name: str, kind: type[np.generic], index: NDArray[np.int64], offsets: NDArray[np.int64]

@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.data.spool import COLUMNS, FORMAT_VERSION, INDEX, Spool, bytes_of
+from critic_train.data.spool import COLUMNS, FORMAT_VERSION, INDEX, OPTIONAL, Spool, bytes_of
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import File, make_directory, remove, remove_tree, rename, sync_directory, write_file
 
@@ -41,7 +41,7 @@ class SpoolWriter:
         self._lengths: list[NDArray[np.int64]] = []
         self._parts: dict[str, list[NDArray[np.generic]]] = {name: [] for name in INDEX if name != "offsets"}
         self._max_token_id = -1
-        self._has_values = True
+        self._lacking: set[str] = set()
         self._abandoned = False
 
     def __enter__(self) -> "SpoolWriter":
@@ -51,12 +51,12 @@ class SpoolWriter:
         return self
 
     def add(self, batch: Rollouts) -> None:
-        """Keep some more rollouts. Values are kept only if every batch has them.
+        """Keep some more rollouts. Values and rewards are kept only if every batch has them.
 
         Raises:
             OSError: the disk is full or not writable.
         """
-        self._has_values = self._has_values and batch.values is not None
+        self._lacking |= {name for name in OPTIONAL if getattr(batch, name) is None}
         for name, file in self._files.items():
             column = getattr(batch, name)
             if column is not None:
@@ -69,6 +69,8 @@ class SpoolWriter:
         self._parts["rows"].append(batch.row)
         self._parts["response_counts"].append(counts)
         self._parts["return_sums"].append(np.bincount(owner, weights=masked, minlength=len(batch)))
+        cut = np.zeros(len(batch), dtype=np.bool_) if batch.truncated is None else batch.truncated
+        self._parts["truncated"].append(cut)
         self._max_token_id = max(self._max_token_id, int(batch.input_ids.max(initial=-1)))
 
     def abandon(self) -> None:
@@ -98,12 +100,12 @@ class SpoolWriter:
         _save(self._temporary / "offsets.npy", offsets)
         for name, pieces in self._parts.items():
             _save(self._temporary / f"{name}.npy", np.concatenate([np.zeros(0, dtype=INDEX[name]), *pieces]))
-        if not self._has_values:
-            remove(self._temporary / "values")
+        for name in self._lacking:
+            remove(self._temporary / name)
         meta = {
             "format_version": FORMAT_VERSION,
             "max_token_id": self._max_token_id,
-            "has_values": self._has_values,
+            "columns": [name for name in COLUMNS if name not in self._lacking],
         }
         write_file(self._temporary / "meta.json", json.dumps(meta).encode())
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from critic_train.data.columns import understand
+from critic_train.data.columns import Needs, understand
 from critic_train.data.labels import uid_texts
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
@@ -50,7 +50,9 @@ class UidLookup:
     def _read(self, shard: Shard, first: int, rows: list[int]) -> dict[int, str | None]:
         found: dict[int, str | None] = {}
         with pq.ParquetFile(shard.path) as file:
-            columns = understand(file.schema_arrow, shard, renames=self._renames, labels=(), need_values=False)
+            columns = understand(
+                file.schema_arrow, shard, renames=self._renames, labels=(), needs=Needs(returns=False, values=False)
+            )
             if columns.uid is None:
                 return found
             groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from critic_train.data.bad_files import BadFiles
-from critic_train.data.reading import RolloutReader, RowLimits
+from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError, ModelError
@@ -21,6 +21,7 @@ from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, load_critic, read_model
 from critic_train.model.predicting import predict_values
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, choose_packing
+from critic_train.returns.recipe import ReturnRecipe
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
 from critic_train.settings import EvalSettings, column_renames
@@ -83,7 +84,9 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         forest[name] = choice.forest
         if choice.reason:
             yield Notice(message=choice.reason, level="warning")
-    for batch in reader:
+    recipe = ReturnRecipe.of(settings)
+    for read in reader:
+        batch = recipe.with_returns(read, read.values) if recipe.from_rewards else read
         values = _values(critics, batch, compute, forest, stop)
         if values is None or stop.requested:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
@@ -111,6 +114,8 @@ def _check_rows(
         if sample is None or batch.lengths[longest] > sample.lengths.max():
             sample = batch.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(batch))), longest))
         yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
+    if reader.truncated_left_out:
+        yield Notice(message=f"{reader.truncated_left_out} cut rollouts are left out (--truncated drop)")
     for sentence in reader.notices:
         yield Notice(message=sentence)
     if reader.bad_files:
@@ -131,6 +136,7 @@ def _readable_model(path: Path) -> ModelSource:
 def _reader(
     settings: EvalSettings, shards: list[Shard], bad_files: BadFiles, sources: list[ModelSource], stop: StopRequest
 ) -> RolloutReader:
+    recipe = ReturnRecipe.of(settings)
     lengths = [source.max_length for source in sources if source.max_length is not None]
     return RolloutReader(
         shards,
@@ -143,7 +149,13 @@ def _reader(
             max_length=min(lengths, default=None),
         ),
         labels=settings.by or None,
-        need_values=False,
+        needs=Needs(
+            returns=not recipe.from_rewards,
+            values=recipe.uses_values,
+            rewards="yes" if recipe.from_rewards else "where there",
+            truncated=recipe.reads_truncated,
+        ),
+        drop_truncated=settings.truncated == "drop",
         stop=stop,
     )
 

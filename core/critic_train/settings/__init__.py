@@ -10,6 +10,7 @@ from critic_train.settings.fields import Settings, as_dict, flag_of, setting, se
 from critic_train.settings.fit import FitSettings, Preset
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
 from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
+from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettings
@@ -28,11 +29,14 @@ __all__ = [
     "Precision",
     "Preset",
     "ReadingSettings",
+    "Returns",
+    "ReturnsSettings",
     "RunSettings",
     "Schedule",
     "Settings",
     "TrackingSettings",
     "TrainingSettings",
+    "Truncated",
     "as_dict",
     "column_renames",
     "flag_of",

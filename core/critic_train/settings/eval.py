@@ -8,10 +8,11 @@ from critic_train.settings.compute import ComputeSettings
 from critic_train.settings.fields import seed_faults, setting, too_small
 from critic_train.settings.loss import cliprange_faults
 from critic_train.settings.reading import ReadingSettings
+from critic_train.settings.returns import ReturnsSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(ComputeSettings, ReadingSettings):
+class EvalSettings(ComputeSettings, ReturnsSettings, ReadingSettings):
     """Settings of `critic-train eval`."""
 
     command: ClassVar[str] = "eval"

@@ -7,6 +7,7 @@ from critic_train.settings.compute import ComputeSettings
 from critic_train.settings.fields import setting
 from critic_train.settings.loss import LossSettings
 from critic_train.settings.reading import ReadingSettings
+from critic_train.settings.returns import ReturnsSettings
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import TrainingSettings
@@ -15,7 +16,9 @@ Preset = Literal["tiny", "small", "base"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitSettings(TrackingSettings, RunSettings, ComputeSettings, TrainingSettings, LossSettings, ReadingSettings):
+class FitSettings(
+    TrackingSettings, RunSettings, ComputeSettings, TrainingSettings, LossSettings, ReturnsSettings, ReadingSettings
+):
     """Settings of `critic-train fit`."""
 
     command: ClassVar[str] = "fit"

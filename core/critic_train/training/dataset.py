@@ -23,6 +23,7 @@ from critic_train.run.durable import write_json
 from critic_train.run.storage import make_directory, remove_tree
 from critic_train.settings import FitSettings, column_renames
 from critic_train.stopping import StopRequest
+from critic_train.training.targets import Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,7 @@ def open_data(
     Raises:
         DataError: rows cannot be used, or nothing is left to train on.
     """
+    targets = Targets.of(settings)
     left_out: dict[str, Any] = {}
     files_left_out: dict[str, Any] = {}
     files_read: dict[str, list[tuple[str, int]]] = {}
@@ -190,17 +192,16 @@ def open_data(
         train = RolloutSet(spool=spools["train"], index=kept, files=files_read["train"])
         if len(held):
             held_out = replace(train, index=held)
+    if held_out is not None and targets.moving and targets.recipe.bootstraps:
+        # What would have followed a cut rollout nobody knows, and what this critic makes of it is no yardstick.
+        whole = held_out.index[~held_out.spool.truncated[held_out.index]]
+        held_out = replace(held_out, index=whole) if len(whole) else None
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
     judged = "val" if "val" in spools else "train"
     lost = {file["file"] for file in files_left_out[judged]["files"]}
     uids = UidLookup(shards.val_data or shards.data, column_renames(settings.column), lost)
     return RunData(train=train, held_out=held_out, left_out=left_out, files_left_out=files_left_out, uids=uids)
-
-
-def needs_values(settings: FitSettings) -> bool:
-    """Whether the loss is clipped around the shards' own values."""
-    return settings.old_values == "column" and not settings.no_clip
 
 
 def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:
@@ -227,11 +228,12 @@ def _spool(
 ) -> Generator[Event, None, Spool | None]:
     """Yields progress and notices; returns the spool, None when asked to stop."""
     directory = cache / name
+    targets = Targets.of(settings)
     read_as = {
         "shards": digest,
         "columns": settings.column,
         "limits": [limits.vocab_size, limits.max_length],
-        "need_values": needs_values(settings),
+        "targets": targets.as_record(),
         "on_bad_rows": settings.on_bad_rows,
         "on_bad_file": settings.on_bad_file,
         "bad_files": list(bad_files.found),
@@ -251,7 +253,8 @@ def _spool(
         on_bad_file=settings.on_bad_file,
         bad_files=bad_files,
         limits=limits,
-        need_values=needs_values(settings),
+        needs=targets.needs,
+        drop_truncated=settings.truncated == "drop",
         stop=stop,
     )
     total = sum(shard.num_rows for shard in files)
@@ -262,7 +265,7 @@ def _spool(
             if stop.requested:
                 writer.abandon()
                 return None
-            writer.add(batch)
+            writer.add(targets.on_reading(batch))
             yield Progress(stage=stage, done=int(batch.row[-1]) + 1, total=total)
         if stop.requested:
             writer.abandon()
@@ -271,6 +274,8 @@ def _spool(
     yield Progress(stage=stage, done=total, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)
+    if reader.truncated_left_out:
+        yield Notice(message=f"{reader.truncated_left_out} cut rollouts are left out (--truncated drop)")
     if bad_files:
         yield Notice(message=bad_files.sentence(), level="warning")
     record = {

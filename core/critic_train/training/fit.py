@@ -36,6 +36,7 @@ from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.resuming import require_room_for_cache, require_room_for_checkpoints, take_up
 from critic_train.training.step import LossRecipe
+from critic_train.training.targets import Targets
 from critic_train.training.trainer import Trainer
 
 LR_FINE_TUNING = 1e-5
@@ -206,6 +207,7 @@ def _prepare(
         optimizer=build_optimizer(critic, lr=lr, head_lr=head_lr, weight_decay=settings.weight_decay),
         compute=compute,
         recipe=LossRecipe(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor),
+        targets=Targets.of(settings),
         forest=choice.forest,
         tokenizer_from=source.path if source else None,
         stop=stop,
@@ -217,6 +219,10 @@ def _prepare(
     run.open_logs(trainer.position.metrics_bytes)
     if data.held_out is None:
         yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")
+    elif trainer.targets.moving:
+        yield Notice(
+            message="held-out rollouts are judged against Monte-Carlo returns: GAE's move with this critic's values"
+        )
     summary = _summary(trainer, choice)
     run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary})
     yield RunStarted(
@@ -284,6 +290,7 @@ def _summary(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
         "rows_left_out": skipped,
         "files_left_out": sum(int(part["count"]) for part in data.files_left_out.values()),
         "mean_return": data.train.mean_return,
+        "returns": trainer.targets.in_words() if trainer.targets.recipe.from_rewards else None,
         "model": settings.model or f"{settings.preset} (from scratch)",
         "architecture": exported_class(trainer.critic),
         "parameters": sum(p.numel() for p in trainer.critic.parameters()),

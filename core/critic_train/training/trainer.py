@@ -31,6 +31,7 @@ from critic_train.training.divergence import diverged, find_suspects, keep_suspe
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.plan import TrainingPlan
 from critic_train.training.step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
+from critic_train.training.targets import Targets
 
 ROLLOUTS_AT_ONCE = 512
 """Rollouts read together for a pass without gradients; prompt groups stand together in it."""
@@ -79,6 +80,7 @@ class Trainer:
     optimizer: torch.optim.AdamW
     compute: Compute
     recipe: LossRecipe
+    targets: Targets
     forest: bool
     tokenizer_from: Path | None
     stop: StopRequest
@@ -143,12 +145,14 @@ class Trainer:
         began = time.monotonic()
         epoch, number = self.plan.locate(self.position.step)
         column: str | None = None
-        if self.settings.old_values == "epoch" and self.recipe.cliprange_value is not None:
+        clipped = self.recipe.cliprange_value is not None
+        if self.settings.old_values == "epoch" and (clipped or self.targets.moving):
             column = f"old_values-epoch-{epoch}"
             yield from self._old_values(column, begun=number > 0)
             if self.stop.requested:
                 return
-        rollouts = self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
+        kept = self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
+        rollouts = self.targets.in_epoch(kept)
         factor = schedule_factor(
             self.settings.lr_schedule,
             self.position.step,

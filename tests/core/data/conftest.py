@@ -49,15 +49,21 @@ class Shards:
 def together(batches: list[Rollouts]) -> Rollouts:
     """Batches end to end."""
     lengths = np.concatenate([batch.lengths for batch in batches])
-    values = [batch.values for batch in batches]
+
+    def joined(name: str) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        return None if any(part is None for part in parts) else np.concatenate(parts)
+
     return Rollouts(
         input_ids=np.concatenate([batch.input_ids for batch in batches]),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         response_mask=np.concatenate([batch.response_mask for batch in batches]),
         returns=np.concatenate([batch.returns for batch in batches]),
-        values=None if any(v is None for v in values) else np.concatenate(values),
+        values=joined("values"),
         group=np.concatenate([batch.group for batch in batches]),
         row=np.concatenate([batch.row for batch in batches]),
+        rewards=joined("rewards"),
+        truncated=joined("truncated"),
         labels={n: np.concatenate([batch.labels[n] for batch in batches]) for n in batches[0].labels},
     )
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from critic_train.data import decoding
-from critic_train.data.reading import RowLimits
+from critic_train.data.reading import Needs, RowLimits
 from critic_train.errors import DataError
 
 NAN, INF = float("nan"), float("inf")
@@ -107,7 +107,7 @@ def test_prompts_and_ragged_responses_without_masks(shards: Any) -> None:
         "returns": [[1.0, 2.0], [3.0]],
     }
     shards.write(columns)
-    reader = shards.reader(need_values=False)
+    reader = shards.reader(needs=Needs(values=False))
     (found,) = reader
     assert found.input_ids.tolist() == [5, 8, 9, 6, 7, 10]
     assert found.response_mask.tolist() == [False, True, True, False, False, True]

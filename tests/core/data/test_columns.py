@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from critic_train.data.columns import ALIASES
+from critic_train.data.columns import ALIASES, Needs
 from critic_train.errors import DataError
 
 READ = [(name, alias) for name in ("input_ids", "response_mask", "values", "returns") for alias in ALIASES[name]]
@@ -92,14 +92,14 @@ def test_all_missing_columns_are_named_at_once(shards: Any) -> None:
 
 def test_values_may_be_missing_where_they_are_not_needed(shards: Any, good: dict[str, Any]) -> None:
     del good["values"]
-    assert shards.read(good, need_values=False).values is None
+    assert shards.read(good, needs=Needs(values=False)).values is None
 
 
 def test_values_in_some_files_only_are_left_out_and_said(shards: Any, good: dict[str, Any]) -> None:
     shards.write(good, "a.parquet")
     del good["values"]
     shards.write(good, "b.parquet")
-    reader = shards.reader(need_values=False)
+    reader = shards.reader(needs=Needs(values=False))
     assert all(batch.values is None for batch in reader)
     assert "1 of 2 files have no values" in reader.notices[0]
     with pytest.raises(DataError, match=r"b\.parquet lacks\n  values"):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from critic_train.data import decoding
-from critic_train.data.reading import RowLimits
+from critic_train.data.reading import Needs, RowLimits
 from critic_train.errors import DataError
 
 
@@ -94,8 +94,8 @@ def test_a_giant_row_among_small_ones(shards: Any) -> None:
         "returns": [np.ones(n, dtype=np.float32) for n in lengths],
     }
     shards.write(columns)
-    assert shards.read(need_values=False).lengths.tolist() == lengths
-    reader = shards.reader(need_values=False, on_bad_rows="skip", limits=RowLimits(max_length=4096))
+    assert shards.read(needs=Needs(values=False)).lengths.tolist() == lengths
+    reader = shards.reader(needs=Needs(values=False), on_bad_rows="skip", limits=RowLimits(max_length=4096))
     assert [batch.row.tolist() for batch in reader] == [[0, 2]]
     assert reader.bad_rows.first[0].found == "400000 tokens"
 

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from critic_train.data.reading import RolloutReader
+from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.shards import find_shards
 from critic_train.data.uids import UidLookup
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
 def test_rows_get_the_uids_that_stand_there(folder):
     shards = find_shards([str(folder)])
     lookup = UidLookup(shards, {})
-    rows = [row for batch in RolloutReader(shards, need_values=False) for row in batch.row.tolist()]
+    rows = [row for batch in RolloutReader(shards, needs=Needs(values=False)) for row in batch.row.tolist()]
     assert rows == list(range(24))
     expected = [f"prompt {k}" for k in range(8)] + [None if k == 2 else str(100 + k) for k in range(8)] + [None] * 8
     assert lookup(rows) == dict(enumerate(expected))
