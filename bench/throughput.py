@@ -30,6 +30,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import micro_batches
+from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
 from critic_train.settings import Precision
 from critic_train.stopping import StopRequest
@@ -114,14 +115,16 @@ def fit_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[[
 
 
 def bare_pass(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[[], object]:
-    """Forward and backward of the trunk on the forest's tokens; layout, head, loss and optimizer left out."""
+    """Forward and backward of the whole trunk on the forest's tokens; layout, head, loss and optimizer left out."""
     batches = list(micro_batches(rollouts, compute, forest=True))
+    for batch in batches:  # every layer whole
+        batch.trunk_arguments["forest_plan"].kept = None
     slopes = [torch.randn(batch.computed_tokens, critic.trunk.config.hidden_size) for batch in batches]
 
     def step() -> None:
         for batch, slope in zip(batches, slopes, strict=True):
             with compute.autocast():
-                hidden = critic.hidden(batch)
+                hidden = critic.trunk(use_cache=False, **batch.trunk_arguments).last_hidden_state[0]
             hidden.backward(slope.to(hidden.dtype))
         critic.zero_grad(set_to_none=True)
 
@@ -189,6 +192,7 @@ def measure(shape: Shape, hidden: int, precision: Precision, rounds: int, max_to
     compute = Compute(device=torch.device("cpu"), precision=precision, max_tokens=max_tokens)
     rollouts = draw(shape, seed=0)
     critic = build_critic(config_of(hidden), seed=0).train()
+    choose_packing(critic, rollouts, "forest")
     steps = {
         "fit": fit_step(critic, rollouts, compute),
         "padded": padded_step(config_of(hidden), rollouts, compute),

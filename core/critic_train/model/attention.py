@@ -3,20 +3,20 @@
 transformers looks attention functions up by name and passes unknown keyword arguments through, so a trunk that was
 asked for `NAME` and called with `forest_plan=...` computes on a forest without any change to its code. Because no
 mask function is registered under `NAME`, transformers builds no mask of its own.
-
-Segment by segment: the queries are one rollout's own tokens, the keys are its path from the root. The last query
-sees the whole path, so the causal mask is aligned at the lower right.
 """
 
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
 from critic_train.model.forest import Forest
+from critic_train.model.kernels import pieces
+from critic_train.model.kernels.queries import Kernel, Queries, all_queries, queries_at, without_short_gaps
+from critic_train.model.kernels.segments import Segments
 
 NAME = "critic_train_forest"
 
@@ -28,42 +28,56 @@ class ForestUnsupportedError(Exception):
     """The architecture asks of attention something that the forest path cannot give."""
 
 
-class ForestPlan:
-    """What attention needs to know of a forest, prepared once for all layers.
+class Attention:
+    """Attention of some positions of a forest to their ancestors and themselves, prepared once for all layers.
 
-    Keys and values are split into pieces at every point where a segment starts or a path is cut; a segment's keys
-    are the pieces of its path, concatenated. Splitting once and concatenating keeps the backward pass free of
-    scatter-adds into the full tensor.
+    Args:
+        queries: who asks.
+        device: where the trunk is.
+    """
+
+    def __init__(self, queries: Queries, device: torch.device) -> None:
+        self._queries = queries
+        self._device = device
+        self._longest = int(queries.forest.depth.max()) + 1
+        self._kernels: dict[bool, Kernel] = {}
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
+        """See `queries.Kernel`."""
+        windowed = window is not None and window < self._longest
+        if windowed not in self._kernels:
+            self._kernels[windowed] = self._kernel(windowed)
+        return self._kernels[windowed](query, key, value, window if windowed else None, scale)
+
+    def _kernel(self, windowed: bool) -> Kernel:
+        if pieces.available(self._device) and not windowed:
+            return pieces.Pieces(self._queries)
+        return Segments(self._queries, self._device)
+
+
+class ForestPlan:
+    """What the layers of a trunk need to know of a forest.
 
     Args:
         forest: the layout.
-        device: where the masks are made.
+        read: int64 [R], ascending: the positions whose last state is read.
+        device: where the trunk is.
+
+    Attributes:
+        attend: the attention of all positions.
+        narrowed: the attention of the positions that the last layer needs to compute; None where those are all.
+        kept_positions: int64 [Q], those positions, ascending.
+        kept: the same on the device; None where they are all.
     """
 
-    def __init__(self, forest: Forest, device: torch.device) -> None:
-        cuts = {len(forest)}
-        for segment in forest.segments:
-            for start, stop in segment.path:
-                cuts.update((start, stop))
-        bounds = sorted(cuts | {0})
-        piece_of = {start: piece for piece, start in enumerate(bounds)}
-        self.piece_sizes = [stop - start for start, stop in pairwise(bounds)]
-        self.query_sizes = [segment.own_length for segment in forest.segments]
-        self.paths = [
-            [piece for start, stop in segment.path for piece in range(piece_of[start], piece_of[stop])]
-            for segment in forest.segments
-        ]
-        self.path_lengths = [segment.path_length for segment in forest.segments]
-        self._device = device
-        self._masks: dict[tuple[int, int, int], Tensor] = {}
-
-    def mask(self, queries: int, keys: int, window: int) -> Tensor:
-        """bool [queries, keys]: causal, aligned at the lower right, at most `window` keys back."""
-        key = (queries, keys, window)
-        if key not in self._masks:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=self._device)
-            self._masks[key] = ones.tril_(keys - queries).triu_(keys - queries - window + 1)
-        return self._masks[key]
+    def __init__(self, forest: Forest, read: NDArray[np.int64], device: torch.device) -> None:
+        self.attend = Attention(all_queries(forest), device)
+        self.narrowed: Attention | None = None
+        self.kept: Tensor | None = None
+        self.kept_positions = without_short_gaps(forest, read)
+        if len(self.kept_positions) < len(forest):
+            self.narrowed = Attention(queries_at(forest, self.kept_positions), device)
+            self.kept = torch.from_numpy(self.kept_positions).to(device, non_blocking=True)
 
 
 def forest_attention(
@@ -82,8 +96,8 @@ def forest_attention(
     """Attention of every position to its ancestors and itself.
 
     Args:
-        module: the calling attention layer (transformers passes it; unused).
-        query: [1, heads, S, head_dim].
+        module: the calling attention layer.
+        query: [1, heads, Q, head_dim]; Q is S, or the narrowed plan's.
         key: [1, kv_heads, S, head_dim].
         value: [1, kv_heads, S, head_dim].
         attention_mask: must be None: the plan is the mask.
@@ -93,7 +107,7 @@ def forest_attention(
         sliding_window: keys further back than this in the rollout are not seen.
 
     Returns:
-        ([1, S, heads, head_dim], None), as transformers expects.
+        ([1, Q, heads, head_dim], None), as transformers expects.
 
     Raises:
         ForestUnsupportedError: the layer asks for more than plain (or windowed) causal attention.
@@ -101,31 +115,12 @@ def forest_attention(
     asked = [name for name in UNSUPPORTED if other.get(name) is not None]
     if asked or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ForestUnsupportedError(", ".join(asked) or "attention that is not plain causal")
+    attend = forest_plan.attend
+    if query.shape[2] != key.shape[2]:
+        assert forest_plan.narrowed is not None
+        attend = forest_plan.narrowed
     # Rotary embeddings may promote queries and keys; all three must agree for the fused kernels.
-    queries = query.to(value.dtype).split(forest_plan.query_sizes, dim=2)
-    keys = key.to(value.dtype).split(forest_plan.piece_sizes, dim=2)
-    values = value.split(forest_plan.piece_sizes, dim=2)
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for own, path, length in zip(queries, forest_plan.paths, forest_plan.path_lengths, strict=True):
-        window = length if sliding_window is None else min(sliding_window, length)
-        alone = own.shape[2] == length and window == length
-        outputs.append(
-            F.scaled_dot_product_attention(
-                own,
-                _joined(keys, path),
-                _joined(values, path),
-                attn_mask=None if alone else forest_plan.mask(own.shape[2], length, window),
-                is_causal=alone,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _joined(pieces: tuple[Tensor, ...], path: list[int]) -> Tensor:
-    return pieces[path[0]] if len(path) == 1 else torch.cat([pieces[piece] for piece in path], dim=2)
+    return attend(query.to(value.dtype), key.to(value.dtype), value, sliding_window, scaling), None
 
 
 AttentionInterface.register(NAME, forest_attention)

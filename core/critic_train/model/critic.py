@@ -53,9 +53,13 @@ class Critic(nn.Module):
         The value paired with token t is read off the hidden state of token t-1 of the same rollout: the state in
         which token t is chosen.
         """
-        return self.head(self.hidden(batch)[batch.read])[batch.pair]  # type: ignore[no-any-return]
+        return self.head(self.hidden(batch))[batch.pair]  # type: ignore[no-any-return]
 
     def hidden(self, batch: ModelInput) -> Tensor:
-        """[P, hidden_size]: the trunk's last hidden state at each of the P positions of the layout, flattened."""
+        """[R, hidden_size]: the trunk's last hidden state at each of the R positions that are read."""
         output = self.trunk(use_cache=False, **batch.trunk_arguments)
-        return output.last_hidden_state.flatten(0, 1)  # type: ignore[no-any-return]
+        states: Tensor = output.last_hidden_state.flatten(0, 1)
+        if len(states) == batch.computed_tokens:
+            return states[batch.read]
+        assert batch.read_of_kept is not None, "only a narrowed last layer leaves positions out"
+        return states if len(states) == len(batch.read_of_kept) else states[batch.read_of_kept]

@@ -5,7 +5,7 @@ trunk is the same for both.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ class ModelInput:
 
     Attributes:
         trunk_arguments: keyword arguments of the trunk.
-        read: int64 [R], the flattened positions whose hidden state is turned into a value, each once.
+        read: int64 [R], the flattened positions whose hidden state is turned into a value, each once, ascending.
+        read_of_kept: int64 [R], their places among the positions that the last layer computes where it is narrowed.
         pair: int64 [M], for every response token the entry of `read` that holds its value.
         tokens: int64 numpy [M], the place of those response tokens in the mini-batch's token arrays.
         computed_tokens: positions that go through the trunk, padding included.
@@ -31,6 +32,7 @@ class ModelInput:
 
     trunk_arguments: dict[str, Any]
     read: Tensor
+    read_of_kept: Tensor | None
     pair: Tensor
     tokens: NDArray[np.int64]
     computed_tokens: int
@@ -45,17 +47,19 @@ def forest_input(rollouts: Rollouts, order: PrefixOrder, device: torch.device) -
         device: where the trunk is.
     """
     forest = lay_out(rollouts, order)
-    return _model_input(
-        rollouts,
-        np.sort(order.index),
-        forest.where,
-        {
+    asked = _asked(rollouts, np.sort(order.index), forest.where, len(forest))
+    plan = ForestPlan(forest, asked.read, device)
+    return ModelInput(
+        trunk_arguments={
             "input_ids": _on(device, forest.input_ids)[None],
             "position_ids": _on(device, forest.depth)[None],
-            "forest_plan": ForestPlan(forest, device),
+            "forest_plan": plan,
         },
-        len(forest),
-        device,
+        read=_on(device, asked.read),
+        read_of_kept=None if plan.kept is None else _on(device, np.searchsorted(plan.kept_positions, asked.read)),
+        pair=_on(device, asked.pair),
+        tokens=asked.tokens,
+        computed_tokens=len(forest),
     )
 
 
@@ -81,32 +85,33 @@ def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.devic
         "input_ids": _on(device, ids).view(len(index), width),
         "attention_mask": _on(device, seen).view(len(index), width),
     }
-    return _model_input(rollouts, index, where, arguments, len(index) * width, device)
+    asked = _asked(rollouts, index, where, len(ids))
+    return ModelInput(
+        trunk_arguments=arguments,
+        read=_on(device, asked.read),
+        read_of_kept=None,
+        pair=_on(device, asked.pair),
+        tokens=asked.tokens,
+        computed_tokens=len(ids),
+    )
 
 
-def _model_input(
-    rollouts: Rollouts,
-    index: NDArray[np.int64],
-    where: NDArray[np.int64],
-    trunk_arguments: dict[str, Any],
-    computed_tokens: int,
-    device: torch.device,
-) -> ModelInput:
+class _Asked(NamedTuple):
+    """What the loss asks of a micro-batch; see ModelInput."""
+
+    tokens: NDArray[np.int64]
+    read: NDArray[np.int64]
+    pair: NDArray[np.int64]
+
+
+def _asked(rollouts: Rollouts, index: NDArray[np.int64], where: NDArray[np.int64], computed_tokens: int) -> _Asked:
     tokens, _ = ragged_take(rollouts.offsets, index)
     answered = np.flatnonzero(rollouts.response_mask[tokens])
     # Shift by one: the state that chooses a token is the one before it. Token 0 is never a response token.
     states = where[answered - 1]
     asked = np.zeros(computed_tokens, dtype=np.bool_)
     asked[states] = True
-    read = np.flatnonzero(asked)
-    pair = (np.cumsum(asked) - 1)[states]
-    return ModelInput(
-        trunk_arguments=trunk_arguments,
-        read=_on(device, read),
-        pair=_on(device, pair),
-        tokens=tokens[answered],
-        computed_tokens=computed_tokens,
-    )
+    return _Asked(tokens[answered], np.flatnonzero(asked), (np.cumsum(asked) - 1)[states])
 
 
 def _on(device: torch.device, array: NDArray[np.int64]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from critic_train.errors import ModelError
 from critic_train.model.attention import NAME, ForestUnsupportedError
 from critic_train.model.critic import Critic
-from critic_train.model.forest import lay_out, prefix_order
+from critic_train.model.forest import prefix_order
 from critic_train.model.inputs import forest_input
+from critic_train.model.last_layer import narrow_last_layer, widen_last_layer
 from critic_train.rollouts import Rollouts
 from critic_train.settings import Packing
 
@@ -55,6 +56,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
         ModelError: the trunk looks ahead (it is no causal decoder), or "forest" was asked for and is wrong here.
     """
     sample = _with_branch(rollouts)
+    widen_last_layer(critic.trunk)
     use_stock_attention(critic)
     alone = _alone(critic, sample)
     _refuse_look_ahead(critic, sample, alone)
@@ -63,15 +65,16 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
     difference: float | None = None
     try:
         critic.trunk.set_attn_implementation(NAME)
-        together = _together(critic, sample)
+        difference = _difference(critic, sample, alone)
     except ForestUnsupportedError as error:
         reason = f"this architecture's attention uses {error}"
     except (TypeError, ValueError):
         reason = "this architecture takes no attention but its own"
     else:
-        difference = float((together - alone).abs().max() / alone.abs().max())
         reason = "" if difference <= TOLERANCE else f"hidden states differ by {difference:.1e} from rollouts run alone"
     if not reason:
+        if narrow_last_layer(critic.trunk) and _difference(critic, sample, alone) > TOLERANCE:
+            widen_last_layer(critic.trunk)
         return PackingChoice(forest=True, difference=difference)
     kind = critic.trunk.config.model_type
     if packing == "forest":
@@ -120,11 +123,11 @@ def _alone(critic: Critic, sample: Rollouts) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _together(critic: Critic, sample: Rollouts) -> torch.Tensor:
-    """[T, hidden]: the sample as one forest, in the order of its tokens."""
-    order = prefix_order(sample)
-    batch = forest_input(sample, order, critic.head.weight.device)
-    return critic.hidden(batch)[torch.from_numpy(lay_out(sample, order).where).to(critic.head.weight.device)]
+def _difference(critic: Critic, sample: Rollouts, alone: torch.Tensor) -> float:
+    """The largest difference of a state that is read between the sample as one forest and its rollouts alone."""
+    batch = forest_input(sample, prefix_order(sample), alone.device)
+    expected = alone[torch.from_numpy(batch.tokens - 1).to(alone.device)]
+    return float((critic.hidden(batch)[batch.pair] - expected).abs().max() / alone.abs().max())
 
 
 def _refuse_look_ahead(critic: Critic, sample: Rollouts, alone: torch.Tensor) -> None:

@@ -4,8 +4,10 @@ import torch
 from support import branching_rollouts, small_config
 
 from critic_train.errors import ModelError
-from critic_train.model.attention import NAME, ForestPlan
+from critic_train.model.attention import NAME
 from critic_train.model.compute import Compute
+from critic_train.model.kernels import pieces
+from critic_train.model.kernels.segments import Segments
 from critic_train.model.loading import build_critic
 from critic_train.model.predicting import predict_values
 from critic_train.model.selfcheck import choose_packing
@@ -55,7 +57,8 @@ def test_an_architecture_with_attention_of_its_own_gets_rows(family):
 
 def test_attention_that_sees_too_much_is_caught(monkeypatch):
     """The check itself: with a mask that hides nothing, a branch sees its own future."""
-    monkeypatch.setattr(ForestPlan, "mask", lambda _, queries, keys, __: torch.ones(queries, keys, dtype=torch.bool))
+    monkeypatch.setattr(pieces, "available", lambda _: False)
+    monkeypatch.setattr(Segments, "mask", lambda _, queries, keys, __: torch.ones(queries, keys, dtype=torch.bool))
     critic = build_critic(small_config("Llama"), seed=0)
     choice = choose_packing(critic, branching_rollouts(), "auto")
     assert not choice.forest

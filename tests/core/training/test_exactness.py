@@ -15,6 +15,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.forest import prefix_order
 from critic_train.model.inputs import forest_input
+from critic_train.model.last_layer import narrow_last_layer
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.predicting import predict_values
@@ -39,6 +40,7 @@ FAMILIES = {
 def critic_of(name: str) -> Critic:
     config = small_config(name.split(",")[0], **FAMILIES[name])
     critic = build_critic(config, seed=3)
+    assert narrow_last_layer(critic.trunk) == (name != "GPTNeoX")
     with torch.no_grad():  # a head at 0 would make every value equal
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     return critic
