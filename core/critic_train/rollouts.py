@@ -3,7 +3,9 @@
 Every later stage (forest, loss, metrics) reads this form, whatever the shard looked like.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +77,24 @@ class Rollouts:
             truncated=None if self.truncated is None else self.truncated[index],
             labels={name: column[index] for name, column in self.labels.items()},
         )
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """Rollouts end to end, in the order given; one part at least. A column that a part lacks the whole lacks."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def column(name: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        return None if any(part is None for part in columns) else np.concatenate(columns)
+
+    per_token = ("input_ids", "response_mask", "returns", "values", "rewards")
+    per_rollout = ("group", "row", "truncated")
+    return Rollouts(
+        offsets=offsets_of(np.concatenate([part.lengths for part in parts])),
+        labels={name: np.concatenate([part.labels[name] for part in parts]) for name in parts[0].labels},
+        **{name: column(name) for name in per_token + per_rollout},
+    )
 
 
 def ragged_take(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

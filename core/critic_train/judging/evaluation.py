@@ -1,16 +1,15 @@
 """`critic-train eval`, from top to bottom: read, check, predict, judge."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from critic_train.data.bad_files import BadFiles
+from critic_train.data.blocks import blocks
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.uids import UidLookup
-from critic_train.errors import DataError, ModelError
+from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.judging.gates import judge_gates, refuse_unknown
 from critic_train.judging.judge import Judge
@@ -18,12 +17,12 @@ from critic_train.judging.verdict import without_tables
 from critic_train.judging.words import in_words
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
-from critic_train.model.loading import ModelSource, load_critic, read_model
+from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.predicting import predict_values
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, choose_packing
+from critic_train.model.selfcheck import choose_packing
+from critic_train.predicting.first_pass import critic_source, first_pass
 from critic_train.returns.recipe import ReturnRecipe
 from critic_train.rollouts import Rollouts
-from critic_train.run.checkpoint import resolve_model
 from critic_train.settings import EvalSettings, column_renames
 from critic_train.stopping import StopRequest
 
@@ -52,23 +51,23 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     )
     bad_files = BadFiles()
     shards = find_shards(settings.data, bad_files)
-    sources = {name: _readable_model(Path(name)) for name in dict.fromkeys(settings.model)}
+    sources = {name: critic_source(Path(name)) for name in dict.fromkeys(settings.model)}
     reader = _reader(settings, shards, bad_files, list(sources.values()), stop)
     names = list(sources) or [STORED]
     refuse_unknown(settings.fail_under, _figures(names, Judge(names, by=settings.by).verdict()))
     total = sum(shard.num_rows for shard in shards)
-    has_values, sample = yield from _check_rows(reader, total, stop)
+    found = yield from first_pass(reader, total, stop)
     if stop.requested:
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
-    if not has_values and not sources:
+    if not found.has_values and not sources:
         raise DataError(
             "the shards store no values, and no --model was given: there is nothing to judge",
             hint="--model RUN judges a critic; --column values=NAME reads stored values under another name",
         )
-    if not has_values:
+    if not found.has_values:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
-    assert sample is not None, "the reader raises where no row is good"
+    assert found.sample is not None, "the reader raises where no row is good"
     judge = Judge(
         names,
         cliprange_value=settings.cliprange_value,
@@ -80,12 +79,12 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
     forest: dict[str, bool] = {}
     for name, critic in critics.items():
-        choice = choose_packing(critic, sample, settings.packing)
+        choice = choose_packing(critic, found.sample, settings.packing)
         forest[name] = choice.forest
         if choice.reason:
             yield Notice(message=choice.reason, level="warning")
     recipe = ReturnRecipe.of(settings)
-    for read in reader:
+    for read in blocks(reader):
         batch = recipe.with_returns(read, read.values) if recipe.from_rewards else read
         values = _values(critics, batch, compute, forest, stop)
         if values is None or stop.requested:
@@ -94,43 +93,6 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         judge.add(batch, values)
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
     yield RunEnded(status="finished", result=_result(settings, shards, names, judge, reader))
-
-
-def _check_rows(
-    reader: RolloutReader, total: int, stop: StopRequest
-) -> Generator[Event, None, tuple[bool, Rollouts | None]]:
-    """Read every row once.
-
-    Returns:
-        Whether the shards store values, and the batch with the longest rollout, cut down to it and the first few.
-    """
-    has_values = True
-    sample: Rollouts | None = None
-    for batch in reader:
-        if stop.requested:
-            return has_values, sample
-        has_values = has_values and batch.values is not None
-        longest = int(batch.lengths.argmax())
-        if sample is None or batch.lengths[longest] > sample.lengths.max():
-            sample = batch.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(batch))), longest))
-        yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
-    if reader.truncated_left_out:
-        yield Notice(message=f"{reader.truncated_left_out} cut rollouts are left out (--truncated drop)")
-    for sentence in reader.notices:
-        yield Notice(message=sentence)
-    if reader.bad_files:
-        yield Notice(message=reader.bad_files.sentence(), level="warning")
-    return has_values, sample
-
-
-def _readable_model(path: Path) -> ModelSource:
-    source = read_model(resolve_model(path))
-    if source.head is None:
-        raise ModelError(
-            f"{path} has no value head: it predicts no values",
-            hint=f"critic-train fit --model {path} --data ... makes a critic of it",
-        )
-    return source
 
 
 def _reader(

@@ -1,0 +1,1 @@
+"""A critic's values written back to the shards: predict, keep, write."""
