@@ -1,14 +1,16 @@
-"""What needs another pass over the tokens: calibration, histograms and AUC of critics and stored values."""
+"""What needs another pass over the tokens: calibration, histograms, AUC and advantages."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from critic_train.judging.advantages import AdvantageMoments, AdvantageRecipe
 from critic_train.judging.discrimination import Bools, Discrimination, RolloutScores, discrimination, right_or_wrong
 from critic_train.judging.distributions import CalibrationSums, Histogram, expected_calibration_error
 from critic_train.judging.evidence import RETURNS, Evidence
 from critic_train.judging.metrics import Population, Samples
+from critic_train.judging.moments import Moments
 from critic_train.judging.quantiles import distinct_edges, order_statistics, part_ranks
 from critic_train.judging.spool import Column
 
@@ -19,11 +21,19 @@ TAIL = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """What was found of one prediction: single figures, tables, and figures in each resample."""
+    """What was found of one prediction.
+
+    Attributes:
+        figures: single ones, by name.
+        tables: by name.
+        samples: figures in each resample.
+        advantages: moments of each rollout's advantages, in order of arrival; None where no token arrived.
+    """
 
     figures: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     samples: Samples = field(default_factory=dict)
+    advantages: Moments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +55,15 @@ class _Spread:
     edges: Column
 
 
-def look_deeper(evidence: Evidence, population: Population, *, resamples: int, seed: int) -> Deeper:
+def look_deeper(
+    evidence: Evidence, population: Population, advantage: AdvantageRecipe, *, resamples: int, seed: int
+) -> Deeper:
     """Everything that is found by reading the tokens again.
 
     Args:
         evidence: what has arrived.
         population: of the same.
+        advantage: how advantages are estimated.
         resamples: bootstrap resamples of the prompt groups.
         seed: of the draws.
     """
@@ -66,7 +79,7 @@ def look_deeper(evidence: Evidence, population: Population, *, resamples: int, s
     low = min([evidence.smallest_return, *(s.low for s in spreads.values())])
     high = max([evidence.largest_return, *(s.high for s in spreads.values())])
     right = right_or_wrong(evidence.outcomes())
-    again = _SecondLook(evidence, population, (low, high), right, resamples, seed)
+    again = _SecondLook(evidence, population, advantage, (low, high), right, resamples, seed)
     found = {name: again.at(name, spread) for name, spread in spreads.items()}
     returned = Histogram(low, high)
     for column in evidence.column(RETURNS):
@@ -80,6 +93,7 @@ class _SecondLook:
 
     evidence: Evidence
     population: Population
+    advantage: AdvantageRecipe
     edges: tuple[float, float]
     right: Bools | None
     resamples: int
@@ -90,8 +104,10 @@ class _SecondLook:
         calibration = CalibrationSums(spread.edges, group, groups)
         histogram = Histogram(*self.edges)
         scores = RolloutScores(len(group), self.evidence.positions)
+        advantages = AdvantageMoments(len(group), self.advantage)
         for block in self.evidence.scan(name):
             calibration.add(block)
+            advantages.add(block)
             histogram.add(block.values)
             if self.right is not None:
                 scores.add(block)
@@ -103,6 +119,7 @@ class _SecondLook:
             {"expected_calibration_error": expected_calibration_error(table), **told.figures},
             {"calibration": table, "auc_by_position": told.by_position, "value_histogram": histogram.figures()},
             told.samples,
+            advantages.moments(self.evidence.returns().count),
         )
 
 

@@ -23,6 +23,7 @@ class Block:
         lengths: int64 [rollouts], their response tokens, at least 1 each.
         values: float32 [T].
         returns: float32 [T].
+        rewards: float32 [T]; None where not every batch had them.
     """
 
     rollouts: slice
@@ -31,6 +32,7 @@ class Block:
     lengths: Integers
     values: Column
     returns: Column
+    rewards: Column | None
 
 
 class CalibrationSums:

@@ -143,6 +143,7 @@ class Evidence:
                 lengths=own,
                 values=values,
                 returns=returns,
+                rewards=None,
             )
 
     def column(self, name: str) -> Iterator[Column]:

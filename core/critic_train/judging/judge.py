@@ -27,6 +27,9 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
         of the response.
     tells_apart_from: the share of the response from which on all of these intervals lie above one half; None where
         the last one does not.
+    advantage_variance: variance of the advantages that the prediction gives: GAE's (Schulman et al. 2016), and of
+        group_mean GRPO's, the outcome less the mean of the others of its prompt.
+    variance_reduction: 1 - advantage_variance / that of group_mean: how much less a policy's gradient is shaken.
     value_histogram: {edges, counts, below, above}; `below` and `above` count the tokens beyond the edges, which
         are those of the verdict's return_histogram.
     by_position: list of {from, to, tokens, explained_variance, mse, bias, mean_value, mean_return}.
@@ -36,7 +39,8 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
         mean_return}; `row` is the place in the data set of the first rollout.
     by: column -> value -> {tokens, rollouts, explained_variance, explained_variance_within_group, mse,
         bias}.
-calibration to value_histogram and groups are for critics and stored values only.
+calibration to value_histogram and groups are for critics and stored values only; group_mean has an
+advantage_variance too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,6 +49,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.judging.advantages import AdvantageRecipe
 from critic_train.judging.evidence import Evidence
 from critic_train.judging.verdict import Asked, UidLookup, give_verdict
 from critic_train.rollouts import Rollouts
@@ -68,6 +73,7 @@ class Judge:
         seed: int = 0,
         positions: int = 10,
         uids: UidLookup | None = None,
+        advantage: AdvantageRecipe | None = None,
     ) -> None:
         """Args:
         critics: names of the critics; with none, only the baselines are judged.
@@ -77,13 +83,19 @@ class Judge:
         seed: of the bootstrap.
         positions: equal parts of a response in `by_position`.
         uids: finds the uids of places in the data set, for `groups`; without it they are None.
+        advantage: how advantages are estimated; gamma 1 and lambda 1 by default.
         """
         if len(set(critics)) != len(critics):
             raise ValueError(f"critics must have different names: {list(critics)}")
         if positions < 1 or resamples < 1:
             raise ValueError("positions and resamples must be at least 1")
         self._asked = Asked(
-            critics=tuple(critics), cliprange_value=cliprange_value, resamples=resamples, seed=seed, uids=uids
+            critics=tuple(critics),
+            cliprange_value=cliprange_value,
+            resamples=resamples,
+            seed=seed,
+            uids=uids,
+            advantage=advantage or AdvantageRecipe(),
         )
         self._evidence = Evidence(critics, cliprange_value=cliprange_value, by=by, positions=positions)
 
@@ -112,6 +124,7 @@ class Judge:
             rollouts, response_tokens, prompt_groups: counts.
             returns: {mean, std, min, max} over response tokens (std divides by their number).
             return_histogram: {edges, counts, below, above} of the returns; none of them lies beyond.
+            advantage: {gamma, lam} of the advantages; lam is None where each rollout has its own.
             critics: name -> metrics.
             baselines: constant (the mean return of these rollouts), stored (V_old, where every batch had it)
                 and group_mean (the leave-one-out mean of the prompt group, GRPO's baseline; `lone_rollouts`

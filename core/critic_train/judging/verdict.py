@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from critic_train.judging.advantages import AdvantageRecipe, same_for_all_tokens
 from critic_train.judging.baselines import leave_one_out
-from critic_train.judging.depth import Depth, look_deeper
+from critic_train.judging.bootstrap import percentile_interval
+from critic_train.judging.depth import Deeper, Depth, look_deeper
 from critic_train.judging.evidence import CRITIC, RETURNS, STORED, Evidence
-from critic_train.judging.metrics import Population, Samples, difference, main_figures, samples_of
+from critic_train.judging.metrics import Population, Samples, difference, explained_variance, main_figures, samples_of
 from critic_train.judging.moments import Moments, pool_all
-from critic_train.judging.resampling import resample
+from critic_train.judging.resampling import Resampled, resample
 from critic_train.judging.statistics import PredictionSums
 from critic_train.judging.tables import best_and_worst_groups, by_label, by_length, by_position
 
-CONSTANT, GROUP_MEAN = "constant", "group_mean"
+CONSTANT, GROUP_MEAN, ADVANTAGE = "constant", "group_mean", "advantage:"
 # Figures of the whole are shown and compared; tables are for those who look closer.
 _TABLES = (
     "return_histogram",
@@ -44,6 +46,7 @@ class Asked:
     resamples: int
     seed: int
     uids: UidLookup | None
+    advantage: AdvantageRecipe
 
 
 def without_tables(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -61,21 +64,22 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
 
     sums = {**evidence.predictions(), **evidence.replay(fixed)}
     errors = {name: s.error.moments(arrived.count)[population.order] for name, s in sums.items()}
-    quantities = {RETURNS: population.returns, **errors}
+    deeper = look_deeper(evidence, population, asked.advantage, resamples=asked.resamples, seed=asked.seed)
+    advantages = _advantages(evidence, population, deeper)
+    quantities = {RETURNS: population.returns, **errors, **advantages}
     resampled = resample(population.group, population.groups, quantities, asked.resamples, asked.seed)
     samples = {name: samples_of(resampled, name, RETURNS) for name in sums}
     spearman = evidence.spearman(fixed)
-    deeper = look_deeper(evidence, population, resamples=asked.resamples, seed=asked.seed)
-    for name, depth in deeper.predictions.items():
-        samples[name] |= depth.samples
     metrics = {}
     for name, s in sums.items():
         depth = deeper.predictions.get(name, Depth())
+        samples[name] |= depth.samples
         metrics[name] = {
             **(found := _figures(s, errors[name], population, samples[name])),
             "spearman": spearman[name],
             **_clip_figures(s, found["mse"], asked.cliprange_value, evidence.has_stored),
             **depth.figures,
+            **_advantage_figures(name, advantages, resampled, against_groups=lone < len(peers)),
             **_tables(s, errors[name], population, depth),
         }
     _name_groups(metrics, asked.uids)
@@ -92,6 +96,10 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
         "prompt_groups": population.groups,
         "returns": _return_figures(total, evidence),
         "return_histogram": deeper.return_histogram,
+        "advantage": {
+            "gamma": asked.advantage.gamma,
+            "lam": asked.advantage.lam if asked.advantage.length_alpha is None else None,
+        },
         "critics": {name: metrics[CRITIC + name] for name in asked.critics},
         "baselines": {name: metrics[name] for name in (CONSTANT, STORED, GROUP_MEAN) if name in metrics},
         "differences": {
@@ -111,6 +119,35 @@ def _figures(sums: PredictionSums, errors: Moments, population: Population, samp
     bias = found.pop("bias")
     mae = sums.absolute / tokens if tokens else None
     return found | {"mae": mae, "bias": bias, "pearson": sums.pairs.correlation()}
+
+
+def _advantages(evidence: Evidence, population: Population, deeper: Deeper) -> dict[str, Moments]:
+    """ADVANTAGE and a name -> moments of each rollout's advantages, in the population's order; GRPO's by GROUP_MEAN."""
+    outcomes = evidence.outcomes()
+    if not len(outcomes):
+        return {}
+    peers, _ = leave_one_out(outcomes, population.arrived_group, float(outcomes.mean()))
+    found = {name: d.advantages for name, d in deeper.predictions.items() if d.advantages is not None}
+    found[GROUP_MEAN] = same_for_all_tokens(outcomes - peers, evidence.returns().count)
+    return {ADVANTAGE + name: moments[population.order] for name, moments in found.items()}
+
+
+def _advantage_figures(
+    name: str, advantages: dict[str, Moments], resampled: Resampled, *, against_groups: bool
+) -> dict[str, Any]:
+    """Variance of the advantages, and how much of GRPO's it leaves out; nothing of the constant."""
+    if name == CONSTANT:
+        return {}
+    own, theirs = (pool_all(advantages[ADVANTAGE + n]) if advantages else None for n in (name, GROUP_MEAN))
+    figures: dict[str, Any] = {"advantage_variance": None if own is None else float(own.squares[0] / own.count[0])}
+    if name == GROUP_MEAN:
+        return figures
+    reduction, samples = None, None
+    if own is not None and theirs is not None and against_groups:
+        reduction = explained_variance(float(own.squares[0]), float(theirs.squares[0]))
+        samples = resampled.explained(ADVANTAGE + name, ADVANTAGE + GROUP_MEAN)
+    interval = None if samples is None or reduction is None else percentile_interval(samples)
+    return figures | {"variance_reduction": reduction, "variance_reduction_interval": interval}
 
 
 def _tables(sums: PredictionSums, errors: Moments, population: Population, depth: Depth) -> dict[str, Any]:
