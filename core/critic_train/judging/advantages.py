@@ -7,6 +7,7 @@ import numpy as np
 from critic_train.judging.distributions import Block
 from critic_train.judging.moments import Floats, Integers, Moments, segment_moments
 from critic_train.returns.gae import gae
+from critic_train.returns.recipe import ReturnRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,16 @@ class AdvantageRecipe:
     gamma: float = 1.0
     lam: float = 1.0
     length_alpha: float | None = None
+
+    @classmethod
+    def of(cls, recipe: ReturnRecipe) -> "AdvantageRecipe":
+        """The advantages that go with a recipe for returns: at the policy's lambda."""
+        lam = 1.0 if recipe.lam_policy is None else recipe.lam_policy
+        return cls(gamma=recipe.gamma, lam=lam, length_alpha=recipe.length_alpha)
+
+    def at_lambda_1(self) -> "AdvantageRecipe":
+        """The same discount, nothing bootstrapped."""
+        return AdvantageRecipe(gamma=self.gamma)
 
     def lambdas(self, lengths: Integers) -> float | Floats:
         """One lambda for all, or float64 [n] for rollouts of `lengths` response tokens."""
@@ -66,6 +77,11 @@ class AdvantageMoments:
     def moments(self, counts: Integers) -> Moments:
         """Moments of each rollout, in order of arrival; `counts` are their response tokens."""
         return Moments(counts, self._means, self._squares)
+
+
+def negated(moments: Moments) -> Moments:
+    """Moments of the same numbers with the sign turned."""
+    return Moments(moments.count, -moments.mean, moments.squares)
 
 
 def same_for_all_tokens(advantages: Floats, counts: Integers) -> Moments:

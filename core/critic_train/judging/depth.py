@@ -1,11 +1,11 @@
 """What needs another pass over the tokens: calibration, histograms, AUC and advantages."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from critic_train.judging.advantages import AdvantageMoments, AdvantageRecipe
+from critic_train.judging.advantages import AdvantageMoments, AdvantageRecipe, negated
 from critic_train.judging.discrimination import Bools, Discrimination, RolloutScores, discrimination, right_or_wrong
 from critic_train.judging.distributions import CalibrationSums, Histogram, expected_calibration_error
 from critic_train.judging.evidence import RETURNS, Evidence
@@ -28,20 +28,29 @@ class Depth:
         tables: by name.
         samples: figures in each resample.
         advantages: moments of each rollout's advantages, in order of arrival; None where no token arrived.
+        monte_carlo: moments of each rollout's errors against Monte-Carlo returns; None without rewards.
     """
 
     figures: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     samples: Samples = field(default_factory=dict)
     advantages: Moments | None = None
+    monte_carlo: Moments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deeper:
-    """What was found of every prediction and of the returns."""
+    """What was found of every prediction and of the returns.
+
+    Attributes:
+        predictions: name -> what was found of it.
+        return_histogram: of the returns.
+        monte_carlo: moments of each rollout's Monte-Carlo returns, in order of arrival; None without rewards.
+    """
 
     predictions: dict[str, Depth]
     return_histogram: dict[str, Any] | None
+    monte_carlo: Moments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +93,7 @@ def look_deeper(
     returned = Histogram(low, high)
     for column in evidence.column(RETURNS):
         returned.add(column)
-    return Deeper(predictions=found, return_histogram=returned.figures())
+    return Deeper(predictions=found, return_histogram=returned.figures(), monte_carlo=again.monte_carlo())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +110,18 @@ class _SecondLook:
 
     def at(self, name: str, spread: _Spread) -> Depth:
         group, groups = self.population.arrived_group, self.population.groups
+        counts = self.evidence.returns().count
         calibration = CalibrationSums(spread.edges, group, groups)
         histogram = Histogram(*self.edges)
         scores = RolloutScores(len(group), self.evidence.positions)
         advantages = AdvantageMoments(len(group), self.advantage)
+        # At lambda 1 an advantage is the Monte-Carlo return less V.
+        shortfall = AdvantageMoments(len(group), self.advantage.at_lambda_1())
         for block in self.evidence.scan(name):
             calibration.add(block)
             advantages.add(block)
+            if block.rewards is not None:
+                shortfall.add(block)
             histogram.add(block.values)
             if self.right is not None:
                 scores.add(block)
@@ -119,8 +133,19 @@ class _SecondLook:
             {"expected_calibration_error": expected_calibration_error(table), **told.figures},
             {"calibration": table, "auc_by_position": told.by_position, "value_histogram": histogram.figures()},
             told.samples,
-            advantages.moments(self.evidence.returns().count),
+            advantages.moments(counts),
+            negated(shortfall.moments(counts)) if self.evidence.has_rewards else None,
         )
+
+    def monte_carlo(self) -> Moments | None:
+        """Moments of the Monte-Carlo returns: what they exceed a value of 0 by."""
+        if not self.evidence.has_rewards:
+            return None
+        counts = self.evidence.returns().count
+        sums = AdvantageMoments(len(counts), self.advantage.at_lambda_1())
+        for block in self.evidence.scan(RETURNS):
+            sums.add(replace(block, values=np.zeros_like(block.values)))
+        return sums.moments(counts)
 
 
 def _spread(evidence: Evidence, name: str, tokens: int) -> _Spread:

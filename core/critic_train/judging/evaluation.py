@@ -11,6 +11,7 @@ from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.judging.advantages import AdvantageRecipe
 from critic_train.judging.gates import judge_gates, refuse_unknown
 from critic_train.judging.judge import Judge
 from critic_train.judging.verdict import without_tables
@@ -68,6 +69,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     if not found.has_values:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
     assert found.sample is not None, "the reader raises where no row is good"
+    recipe = ReturnRecipe.of(settings)
     judge = Judge(
         names,
         cliprange_value=settings.cliprange_value,
@@ -75,6 +77,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         resamples=settings.resamples,
         seed=settings.seed,
         uids=UidLookup(shards, column_renames(settings.column), bad_files.found),
+        advantage=AdvantageRecipe.of(recipe),
     )
     critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
     forest: dict[str, bool] = {}
@@ -83,7 +86,6 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         forest[name] = choice.forest
         if choice.reason:
             yield Notice(message=choice.reason, level="warning")
-    recipe = ReturnRecipe.of(settings)
     for read in blocks(reader):
         batch = recipe.with_returns(read, read.values) if recipe.from_rewards else read
         values = _values(critics, batch, compute, forest, stop)

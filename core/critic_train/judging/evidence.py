@@ -14,7 +14,7 @@ from critic_train.judging.spool import Column, Spool, block_slices
 from critic_train.judging.statistics import Cells, PredictionSums, RolloutMoments, RolloutTable
 from critic_train.rollouts import Rollouts
 
-RETURNS, STORED = "returns", "stored"
+RETURNS, STORED, REWARDS = "returns", "stored", "rewards"
 CRITIC = "critic:"  # keeps a critic that is called "stored" apart from the baseline
 
 
@@ -24,6 +24,7 @@ class Evidence:
     Attributes:
         positions: equal parts of a response.
         has_stored: whether every batch had stored values.
+        has_rewards: whether every batch had rewards.
         smallest_return, largest_return: of all response tokens.
     """
 
@@ -36,11 +37,12 @@ class Evidence:
         self._table = RolloutTable(list(dict.fromkeys(by)))
         self._returns = RolloutMoments(positions)
         self._last_returns: list[Column] = []
+        self._total_rewards: list[Floats] = []
         self._sums = {
             name: PredictionSums(positions, cliprange_value) for name in [STORED, *(CRITIC + c for c in critics)]
         }
-        self._spool = Spool([RETURNS, *self._sums])
-        self.has_stored = True
+        self._spool = Spool([RETURNS, REWARDS, *self._sums])
+        self.has_stored = self.has_rewards = True
         self.smallest_return, self.largest_return = float("inf"), float("-inf")
 
     def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
@@ -54,13 +56,17 @@ class Evidence:
         for name, column in columns.items():
             require_finite(name, column, rollouts.row[kept], lengths)
         self.has_stored &= STORED in columns
+        self.has_rewards &= REWARDS in columns
         if not len(kept):
             return
         self._table.add(rollouts.group[kept], rollouts.row[kept], lengths, labels)
         for name, column in columns.items():
             self._spool.append(name, column)
         returns = columns[RETURNS]
-        self._last_returns.append(returns[np.cumsum(lengths) - 1])
+        starts = np.cumsum(lengths) - lengths
+        self._last_returns.append(returns[starts + lengths - 1])
+        if REWARDS in columns:
+            self._total_rewards.append(np.add.reduceat(columns.pop(REWARDS).astype(np.float64), starts))
         self.smallest_return = min(self.smallest_return, float(returns.min()))
         self.largest_return = max(self.largest_return, float(returns.max()))
         # In blocks that stay in the processor's cache.
@@ -86,6 +92,8 @@ class Evidence:
         whole = {RETURNS: rollouts.returns} | {CRITIC + name: values[name] for name in self._critics}
         if rollouts.values is not None and self.has_stored:
             whole[STORED] = rollouts.values
+        if rollouts.rewards is not None and self.has_rewards:
+            whole[REWARDS] = rollouts.rewards
         for name, column in whole.items():
             if column.shape != rollouts.response_mask.shape:
                 raise ValueError(f"{name}: shape {column.shape}, not {rollouts.response_mask.shape}")
@@ -110,9 +118,13 @@ class Evidence:
         return self._returns.moments(self._table.counts)
 
     def outcomes(self) -> Floats:
-        """float64 [m], how each rollout ended: the return of its last response token, in order of arrival."""
-        parts = self._last_returns or [np.empty(0, dtype=np.float32)]
-        return np.concatenate(parts).astype(np.float64)
+        """float64 [m], how each rollout ended, in order of arrival.
+
+        The sum of its rewards; without rewards the return of its last response token, which is the reward given
+        there whatever gamma and lambda the returns have.
+        """
+        parts: list[Floats] | list[Column] = self._total_rewards if self.has_rewards else self._last_returns
+        return np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
 
     def population(self) -> Population:
         """The rollouts sorted by prompt group and place in the data set."""
@@ -134,6 +146,7 @@ class Evidence:
         """One prediction's values beside the returns, in blocks of whole rollouts in order of arrival."""
         lengths = self._table.counts
         columns = (self._spool.blocks(column, lengths) for column in (name, RETURNS))
+        rewards = self._spool.blocks(REWARDS, lengths) if self.has_rewards else None
         for part, values, returns in zip(block_slices(lengths), *columns, strict=True):
             own = lengths[part]
             yield Block(
@@ -143,7 +156,7 @@ class Evidence:
                 lengths=own,
                 values=values,
                 returns=returns,
-                rewards=None,
+                rewards=None if rewards is None else next(rewards),
             )
 
     def column(self, name: str) -> Iterator[Column]:

@@ -20,8 +20,9 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
         mean_return, interval}; the interval is the mean return's. Equal values share a bin.
     expected_calibration_error: mean of |mean value - mean return| over these bins, weighted by tokens.
     auc: the chance that a right rollout's value, taken on average over its response, lies above a wrong one's; ties
-        count half. Right is the larger of two outcomes; an outcome is the return of the last response token, which
-        is the reward at the end whatever gamma and lambda were. None where there are not two outcomes.
+        count half. Right is the larger of two outcomes; an outcome is the sum of a rollout's rewards, without rewards
+        the return of its last response token, which is the reward given there whatever gamma and lambda were. None
+        where there are not two outcomes.
     auc_within_group: the same over the pairs of rollouts of one prompt.
     auc_by_position: list of {from, to, pairs, auc_within_group, interval}, the value taken on average over this part
         of the response.
@@ -30,6 +31,10 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
     advantage_variance: variance of the advantages that the prediction gives: GAE's (Schulman et al. 2016), and of
         group_mean GRPO's, the outcome less the mean of the others of its prompt.
     variance_reduction: 1 - advantage_variance / that of group_mean: how much less a policy's gradient is shaken.
+    monte_carlo: {explained_variance, explained_variance_within_group, their intervals, mse, bias} against Monte-Carlo
+        returns (the sums of the rewards to come, discounted by gamma) in place of G, which a bootstrapped G flatters;
+        explained_variance_excess in it is {difference, interval}, explained variance against G less that. None
+        where not every rollout has rewards.
     value_histogram: {edges, counts, below, above}; `below` and `above` count the tokens beyond the edges, which
         are those of the verdict's return_histogram.
     by_position: list of {from, to, tokens, explained_variance, mse, bias, mean_value, mean_return}.

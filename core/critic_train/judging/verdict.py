@@ -17,7 +17,8 @@ from critic_train.judging.resampling import Resampled, resample
 from critic_train.judging.statistics import PredictionSums
 from critic_train.judging.tables import best_and_worst_groups, by_label, by_length, by_position
 
-CONSTANT, GROUP_MEAN, ADVANTAGE = "constant", "group_mean", "advantage:"
+CONSTANT, GROUP_MEAN = "constant", "group_mean"
+ADVANTAGE, MONTE_CARLO = "advantage:", "monte carlo:"  # before a prediction's name, among what is resampled
 # Figures of the whole are shown and compared; tables are for those who look closer.
 _TABLES = (
     "return_histogram",
@@ -66,7 +67,8 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
     errors = {name: s.error.moments(arrived.count)[population.order] for name, s in sums.items()}
     deeper = look_deeper(evidence, population, asked.advantage, resamples=asked.resamples, seed=asked.seed)
     advantages = _advantages(evidence, population, deeper)
-    quantities = {RETURNS: population.returns, **errors, **advantages}
+    monte_carlo = _monte_carlo(population, deeper)
+    quantities = {RETURNS: population.returns, **errors, **advantages, **monte_carlo}
     resampled = resample(population.group, population.groups, quantities, asked.resamples, asked.seed)
     samples = {name: samples_of(resampled, name, RETURNS) for name in sums}
     spearman = evidence.spearman(fixed)
@@ -80,6 +82,7 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
             **_clip_figures(s, found["mse"], asked.cliprange_value, evidence.has_stored),
             **depth.figures,
             **_advantage_figures(name, advantages, resampled, against_groups=lone < len(peers)),
+            **_monte_carlo_figures(name, monte_carlo, population, resampled, found),
             **_tables(s, errors[name], population, depth),
         }
     _name_groups(metrics, asked.uids)
@@ -148,6 +151,29 @@ def _advantage_figures(
         samples = resampled.explained(ADVANTAGE + name, ADVANTAGE + GROUP_MEAN)
     interval = None if samples is None or reduction is None else percentile_interval(samples)
     return figures | {"variance_reduction": reduction, "variance_reduction_interval": interval}
+
+
+def _monte_carlo(population: Population, deeper: Deeper) -> dict[str, Moments]:
+    """MONTE_CARLO -> moments of the Monte-Carlo returns, with a name behind it of the errors against them."""
+    found = {MONTE_CARLO + name: d.monte_carlo for name, d in deeper.predictions.items()}
+    found[MONTE_CARLO] = deeper.monte_carlo
+    return {name: moments[population.order] for name, moments in found.items() if moments is not None}
+
+
+def _monte_carlo_figures(
+    name: str, moments: dict[str, Moments], population: Population, resampled: Resampled, of_returns: dict[str, Any]
+) -> dict[str, Any]:
+    """The main figures against Monte-Carlo returns beside those against the returns; None without rewards."""
+    if name in (CONSTANT, GROUP_MEAN):
+        return {}
+    if not moments:
+        return {"monte_carlo": None}
+    samples = samples_of(resampled, MONTE_CARLO + name, MONTE_CARLO)
+    found = main_figures(moments[MONTE_CARLO + name], moments[MONTE_CARLO], population, samples)
+    metric = "explained_variance"
+    usual = samples_of(resampled, name, RETURNS).get(metric)
+    excess = difference(of_returns[metric], found[metric], usual, samples.get(metric))
+    return {"monte_carlo": found | {"explained_variance_excess": excess}}
 
 
 def _tables(sums: PredictionSums, errors: Moments, population: Population, depth: Depth) -> dict[str, Any]:

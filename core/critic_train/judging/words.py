@@ -5,6 +5,9 @@ from typing import Any
 # Worth a sentence: errors of which this share is a constant offset, tokens the clip keeps from learning.
 OFFSET_SHARE = 0.1
 SATURATION = 0.05
+# Explained variance against the returns and against Monte-Carlo returns this far apart are two findings.
+EXCESS = 0.02
+CHANCE = 0.5
 
 
 def in_words(verdict: dict[str, Any]) -> list[str]:
@@ -38,6 +41,7 @@ def _of_one(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
     if verdict["prompt_groups"] >= 2:
         sentences += [_against_group_mean(metrics, verdict), _within_groups(metrics)]
         sentences += _against_stored(metrics, verdict)
+        sentences += _told_apart(metrics) + _variance_left(metrics) + _against_monte_carlo(metrics)
     return sentences + _remarks(metrics)
 
 
@@ -104,6 +108,51 @@ def _against_stored(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[st
     return [f"cannot tell whether it beats {what}: explained variance {apart}"]
 
 
+def _told_apart(metrics: dict[str, Any]) -> list[str]:
+    figure, interval = metrics.get("auc_within_group"), metrics.get("auc_within_group_interval")
+    if figure is None or interval is None:
+        return []
+    found = f"within prompts, AUC {_number(figure)} ({_range(interval)})"
+    if interval[1] < CHANCE:
+        return [f"calls wrong rollouts better than right ones: {found}"]
+    start = metrics["tells_apart_from"]
+    if start is None:
+        chance = "cannot tell whether it tells" if interval[0] <= CHANCE else "on the whole it tells"
+        end = "" if interval[0] <= CHANCE else ", but not at the end of the response"
+        return [f"{chance} right rollouts from wrong ones{end}: {found}"]
+    when = "from the first token on" if start == 0 else f"from {100 * start:.0f} % of the response on"
+    return [f"tells right rollouts from wrong ones {when}: {found}"]
+
+
+def _variance_left(metrics: dict[str, Any]) -> list[str]:
+    figure, interval = metrics.get("variance_reduction"), metrics.get("variance_reduction_interval")
+    if figure is None or interval is None:
+        return []
+    found = f"than GRPO's: {_percent(figure)} ({_percents(interval)})"
+    match _sign(interval):
+        case 1:
+            return [f"PPO's advantages vary less with it {found}"]
+        case -1:
+            turned = [-interval[1], -interval[0]]
+            return [f"PPO's advantages vary more with it than GRPO's: {_percent(-figure)} ({_percents(turned)})"]
+    return [f"cannot tell whether PPO's advantages vary less with it {found}"]
+
+
+def _against_monte_carlo(metrics: dict[str, Any]) -> list[str]:
+    """Only where it is another figure than against the returns: bootstrapped returns flatter a critic."""
+    found = metrics.get("monte_carlo")
+    if found is None or found["explained_variance"] is None or found["explained_variance_interval"] is None:
+        return []
+    excess = found["explained_variance_excess"]
+    other = _sign(found["explained_variance_interval"]) != _sign(metrics["explained_variance_interval"])
+    apart = _sign(excess["interval"]) != 0 and abs(excess["difference"]) >= EXCESS
+    if not other and not apart:
+        return []
+    figure, interval = found["explained_variance"], found["explained_variance_interval"]
+    flatters = "; the returns flatter it" if excess["difference"] > 0 else ""
+    return [f"against Monte-Carlo returns explained variance is {_number(figure)} ({_range(interval)}){flatters}"]
+
+
 def _remarks(metrics: dict[str, Any]) -> list[str]:
     remarks = []
     bias, mse = metrics["bias"], metrics["mse"]
@@ -151,6 +200,14 @@ def _apart(versus: dict[str, Any], *, absolute: bool = False) -> str:
     turned = sorted(abs(bound) for bound in interval)
     word = "higher" if figure > 0 or absolute else "lower"
     return f"{word} by {_number(abs(figure))} ({_range(turned)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _percents(interval: list[float]) -> str:
+    return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %"
 
 
 def _range(interval: list[float]) -> str:

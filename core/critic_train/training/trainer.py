@@ -13,6 +13,7 @@ import torch
 from critic_train.data.addresses import addresses
 from critic_train.errors import MachineError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
+from critic_train.judging.advantages import AdvantageRecipe
 from critic_train.judging.judge import Judge
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -248,6 +249,7 @@ class Trainer:
             cliprange_value=self.recipe.cliprange_value,
             seed=self.settings.seed,
             uids=self.data.uids,
+            advantage=AdvantageRecipe.of(self.targets.recipe),
         )
         done = 0
         yield Progress(stage="evaluating", done=0, total=len(held_out))

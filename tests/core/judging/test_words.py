@@ -90,6 +90,80 @@ def test_against_the_stored_values_and_itself():
     assert said(0.0, [0.0, 0.0]) == []
 
 
+@pytest.mark.parametrize(
+    ("auc", "bounds", "start", "sentence"),
+    [
+        (
+            0.71,
+            [0.6, 0.8],
+            0.3,
+            "tells right rollouts from wrong ones from 30 % of the response on: within prompts, AUC 0.71",
+        ),
+        (
+            0.71,
+            [0.6, 0.8],
+            0.0,
+            "tells right rollouts from wrong ones from the first token on: within prompts, AUC 0.71",
+        ),
+        (
+            0.71,
+            [0.6, 0.8],
+            None,
+            "on the whole it tells right rollouts from wrong ones, but not at the end of the response",
+        ),
+        (
+            0.52,
+            [0.4, 0.6],
+            None,
+            "cannot tell whether it tells right rollouts from wrong ones: within prompts, AUC 0.52",
+        ),
+        (0.52, [0.4, 0.6], 0.9, "tells right rollouts from wrong ones from 90 % of the response on"),
+        (
+            0.30,
+            [0.2, 0.4],
+            None,
+            "calls wrong rollouts better than right ones: within prompts, AUC 0.30 (0.20 to 0.40)",
+        ),
+    ],
+)
+def test_right_and_wrong(auc, bounds, start, sentence):
+    found = {"auc_within_group": auc, "auc_within_group_interval": bounds, "tells_apart_from": start}
+    assert in_words(verdict(metrics(**found)))[3].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "bounds", "sentence"),
+    [
+        (0.231, [0.1, 0.3], "PPO's advantages vary less with it than GRPO's: 23 % (10 to 30 %)"),
+        (-0.231, [-0.3, -0.1], "PPO's advantages vary more with it than GRPO's: 23 % (10 to 30 %)"),
+        (0.05, [-0.1, 0.2], "cannot tell whether PPO's advantages vary less with it than GRPO's: 5 % (-10 to 20 %)"),
+    ],
+)
+def test_the_variance_of_advantages(reduction, bounds, sentence):
+    found = {"variance_reduction": reduction, "variance_reduction_interval": bounds}
+    assert in_words(verdict(metrics(**found)))[3] == sentence
+
+
+@pytest.mark.parametrize(
+    ("figure", "bounds", "excess", "said"),
+    [
+        (0.30, [0.2, 0.4], (0.01, [0.005, 0.02]), None),
+        (0.20, [0.1, 0.3], (0.11, [0.1, 0.12]), "explained variance is 0.20 (0.10 to 0.30); the returns flatter it"),
+        (0.20, [0.1, 0.3], (0.11, [-0.1, 0.3]), None),
+        (0.02, [-0.1, 0.1], (0.29, [-0.1, 0.6]), "explained variance is 0.02 (-0.10 to 0.10); the returns flatter it"),
+        (0.50, [0.4, 0.6], (-0.19, [-0.2, -0.1]), "explained variance is 0.50 (0.40 to 0.60)"),
+    ],
+)
+def test_against_monte_carlo_returns_only_where_it_is_another_finding(figure, bounds, excess, said):
+    found = {
+        "explained_variance": figure,
+        "explained_variance_interval": bounds,
+        "explained_variance_excess": {"difference": excess[0], "interval": excess[1]},
+    }
+    rest = in_words(verdict(metrics(monte_carlo=found)))[3:]
+    assert rest == ([] if said is None else [f"against Monte-Carlo returns {said}"])
+
+
 def test_offsets_and_saturation_are_mentioned_when_large():
     assert len(in_words(verdict(metrics(bias=0.3, saturation=0.04)))) == 3
     said = in_words(verdict(metrics(bias=-0.4, saturation=0.12)))
