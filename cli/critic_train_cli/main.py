@@ -8,6 +8,7 @@ import typer
 
 from critic_train import __version__
 from critic_train_cli.command import add_command
+from critic_train_cli.commands.check import CHECK
 from critic_train_cli.commands.eval import EVAL
 from critic_train_cli.commands.fit import FIT
 from critic_train_cli.faults import DONE, USAGE
@@ -18,7 +19,7 @@ from critic_train_cli.signals import die_of_closed_pipes
 from critic_train_cli.terminal import tame_streams
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
-COMMANDS = (FIT, EVAL)
+COMMANDS = (FIT, EVAL, CHECK)
 BARE_FLAGS = {"--json", "--quiet", "-q", "--debug"}
 """Flags that say nothing of the settings."""
 COMPLETION = (

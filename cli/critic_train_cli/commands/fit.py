@@ -19,6 +19,8 @@ def work(settings: FitSettings, output: Output) -> int:
 
         yield from fit(settings, stop)
 
+    if settings.dry_run:
+        return estimate(settings, output)
     output.run_directory = settings.out
     view = choose_view(output, stopping="stopping after this micro-batch; a checkpoint will be written")
     view.log_every = settings.log_every
@@ -35,6 +37,28 @@ def work(settings: FitSettings, output: Output) -> int:
     return exit_code_of(ended)
 
 
+def estimate(settings: FitSettings, output: Output) -> int:
+    """Say what the run would take."""
+    from critic_train_cli.job import exit_code_of, run_job
+    from critic_train_cli.view_choice import choose_view
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.training.dry_run import dry_run
+        from critic_train.training.fit import run_path
+
+        yield from dry_run(settings, run_path(settings), stop)
+
+    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+
+    from critic_train_cli.estimate import draw_estimate
+
+    output.result(
+        ended.result or {"status": ended.status},
+        lambda console: draw_estimate(console, ended.result) if ended.result else None,
+    )
+    return exit_code_of(ended)
+
+
 FIT = Command(
     name="fit",
     settings=FitSettings,
@@ -43,6 +67,7 @@ FIT = Command(
     examples=(
         "critic-train fit --data rollouts/",
         "critic-train fit --data rollouts/ --model Qwen3-0.6B/ --precision bf16",
+        "critic-train fit --data rollouts/ --model Qwen3-0.6B/ --dry-run",
         "critic-train fit --data rollouts/ --config fit.toml --print-config",
     ),
     work=work,

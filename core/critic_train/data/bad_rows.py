@@ -35,11 +35,13 @@ class BadRows:
     """A running count of bad rows.
 
     Attributes:
+        kept: how many are kept to be named.
         count: how many there are.
         reasons: how many there are of each kind.
-        first: the first ten.
+        first: the first `kept` of them.
     """
 
+    kept: int = SHOWN
     count: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[BadRow] = field(default_factory=list)
@@ -48,7 +50,7 @@ class BadRows:
         """Count one."""
         self.count += 1
         self.reasons[reason] += 1
-        if len(self.first) < SHOWN:
+        if len(self.first) < self.kept:
             self.first.append(row)
 
     def error(self, *, all_of_them: bool = False) -> DataError:

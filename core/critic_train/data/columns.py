@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NoReturn
 
 import pyarrow as pa
@@ -67,10 +67,10 @@ class Needs:
     only where they are there, what is wrong with them is passed over: there are none then.
     """
 
-    returns: bool = True
+    returns: bool | Literal["where there"] = True
     values: bool = True
     rewards: Need = "no"
-    truncated: bool = False
+    truncated: bool | Literal["where there"] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class Columns:
 
     def names(self) -> list[str]:
         """The shard's columns that are read, each once."""
-        fields = (
+        columns = (
             self.input_ids,
             self.prompts,
             self.responses,
@@ -108,7 +108,12 @@ class Columns:
             self.truncated,
             self.uid,
         )
-        return list(dict.fromkeys([name for name in fields if name is not None] + list(self.labels)))
+        return list(dict.fromkeys([name for name in columns if name is not None] + list(self.labels)))
+
+    def as_dict(self) -> dict[str, str]:
+        """Canonical name -> the shard's column, for those it has; labels left out."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels"}
+        return {name: column for name, column in named.items() if column is not None}
 
     def notices(self) -> list[str]:
         """What was understood without being said, in sentences."""
@@ -158,10 +163,10 @@ def understand(
     there = {
         "input_ids": input_ids or pair,
         "response_mask": response_mask or pair,
-        "returns": returns or not needs.returns,
+        "returns": returns or needs.returns is not True,
         "values": values or not needs.values,
         "rewards": rewards or reward or needs.rewards != "yes",
-        "truncated": truncated or not needs.truncated,
+        "truncated": truncated or needs.truncated is not True,
     }
     missing = [name for name, column in there.items() if not column]
     if missing:

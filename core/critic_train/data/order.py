@@ -38,7 +38,7 @@ def split_groups(groups: NDArray[np.int64], fraction: float, seed: int) -> tuple
     count = round(fraction * len(keys))
     if fraction > 0:
         count = min(max(count, 1), len(keys) - 1)
-    ranked = np.argsort(_mixed(keys, seed), kind="stable")
+    ranked = np.argsort(mixed(keys, seed), kind="stable")
     held = np.zeros(len(keys), dtype=np.bool_)
     held[ranked[:count]] = True
     return np.flatnonzero(~held[inverse]), np.flatnonzero(held[inverse])
@@ -107,7 +107,7 @@ def _bounds(sizes: list[int], batch_size: int) -> list[int]:
     return bounds
 
 
-def _mixed(keys: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+def mixed(keys: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """A well-spread 64-bit hash of (seed, key): the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     with np.errstate(over="ignore"):
         z = keys.view(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from critic_train.data.bad_files import BadFile, BadFiles
-from critic_train.data.bad_rows import BadRow, BadRows
+from critic_train.data.bad_rows import SHOWN, BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
 from critic_train.data.columns import Columns, Needs, check_canonical, understand
 from critic_train.data.decoding import batches, damaged
@@ -42,10 +42,13 @@ class RolloutReader:
         needs: what is read beside token ids and masks. Columns that are read but not needed are kept only if every
             shard has them.
         drop_truncated: leave out rollouts that were cut; nothing in them makes a row bad.
+        bad_rows_kept: how many bad rows are kept to be named.
         stop: looked at while a file is tried; iteration then ends early.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
+        kept: which of returns, values, rewards and truncated every file of that iteration has.
+        understood: how the first of these files is read.
         bad_files: all that were met so far.
         files_read: name and rows of each file of that iteration, in order; `Rollouts.row` counts over them.
         truncated_left_out: cut rollouts left out by the iteration under way or just ended.
@@ -67,10 +70,14 @@ class RolloutReader:
         labels: list[str] | None = None,
         needs: Needs | None = None,
         drop_truncated: bool = False,
+        bad_rows_kept: int = SHOWN,
         stop: StopRequest | None = None,
     ) -> None:
         self.shards = shards
-        self.bad_rows = BadRows()
+        self.bad_rows = BadRows(bad_rows_kept)
+        self._bad_rows_kept = bad_rows_kept
+        self.kept: frozenset[str] = frozenset()
+        self.understood: Columns | None = None
         self.bad_files = BadFiles() if bad_files is None else bad_files
         self._renames = renames or {}
         self._on_bad_rows = on_bad_rows
@@ -92,12 +99,13 @@ class RolloutReader:
 
     def __iter__(self) -> Iterator[Rollouts]:
         check_canonical(self._renames)
-        self.bad_rows = BadRows()
+        self.bad_rows = BadRows(self._bad_rows_kept)
         self.files_read = []
         self.truncated_left_out = 0
         row = good = 0
         plans = self._plans()
-        kept = self._kept_columns(plans)
+        kept = self.kept = self._kept_columns(plans)
+        self.understood = plans[0].columns if plans else None
         text_labels = _text_labels(plans)
         for plan in plans:
             if not self._is_worth_reading(plan):
@@ -197,8 +205,10 @@ class RolloutReader:
         return _Plan(shard=shard, columns=columns, text_uid=text_uid, label_kinds=kinds, nullable_labels=nullable)
 
     def _kept_columns(self, plans: list["_Plan"]) -> frozenset[str]:
-        """Which of values and rewards every shard has."""
+        """Which of these columns every shard has."""
         without = {
+            "returns": [plan.shard.name for plan in plans if plan.columns.returns is None],
+            "truncated": [plan.shard.name for plan in plans if plan.columns.truncated is None],
             "values": [plan.shard.name for plan in plans if plan.columns.values is None],
             "rewards": [plan.shard.name for plan in plans if not (plan.columns.rewards or plan.columns.reward)],
         }
@@ -284,7 +294,7 @@ def _rollouts(
         returns=checked.returns,
         values=checked.values if "values" in kept_columns else None,
         rewards=checked.rewards if "rewards" in kept_columns else None,
-        truncated=checked.truncated,
+        truncated=checked.truncated if "truncated" in kept_columns else None,
         group=np.zeros(n, dtype=np.int64),
         row=np.arange(first_row, first_row + n, dtype=np.int64),
         labels={name: label_column(batch.column(name), as_text=name in text_labels) for name in columns.labels},

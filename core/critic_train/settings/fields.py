@@ -68,6 +68,17 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def default_of(settings: type[Settings], name: str) -> Any:
+    """A setting's value when nothing is said; lists have none here."""
+    return settings.__dataclass_fields__[name].default
+
+
+def shown_as(settings: Settings | type[Settings], name: str) -> str:
+    """A setting as its command line shows it: `--data`, or DATA where it is positional."""
+    metadata = settings.__dataclass_fields__[name].metadata
+    return str(metadata["metavar"]) if metadata["positional"] else metadata["flag"] or flag_of(name)
+
+
 def as_dict(settings: Settings) -> dict[str, Any]:
     """Field name -> value, in the order of the help page."""
     return {declared.name: getattr(settings, declared.name) for declared in settings_fields(settings)}

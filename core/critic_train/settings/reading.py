@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from critic_train.settings.fields import Settings, setting
+from critic_train.settings.fields import Settings, setting, shown_as
 
 OnBadRows = Literal["fail", "skip"]
 OnBadFile = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingSettings(Settings):
+class SourceSettings(Settings):
     """Part of every command that reads shards."""
 
     data: list[str] = setting(
@@ -25,14 +25,19 @@ class ReadingSettings(Settings):
         panel="Data",
         metavar="NAME=COLUMN",
     )
-    on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
-
-    on_bad_file: OnBadFile = setting("fail", "Stop at files that cannot be used, or leave them out.", panel="Data")
 
     def faults(self) -> list[str]:
         """See Settings."""
-        wrong = [] if self.data else ["--data is needed: a folder, a Parquet file or a glob"]
+        wrong = [] if self.data else [f"{shown_as(self, 'data')} is needed: a folder, a Parquet file or a glob"]
         return wrong + column_faults(self.column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings(SourceSettings):
+    """Part of every command that needs every row, or is told to do without the bad ones."""
+
+    on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
+    on_bad_file: OnBadFile = setting("fail", "Stop at files that cannot be used, or leave them out.", panel="Data")
 
 
 def column_faults(pairs: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ class RunSettings(Settings):
     out: str | None = setting(
         None, "Run directory. [default: runs/ and the data folder's name]", panel="Run", metavar="DIR"
     )
+    dry_run: bool = setting(False, "Say what the run would take, and train nothing.", panel="Run")
     eval_every: int | None = setting(
         None, "Steps between evaluations on held-out rollouts. [default: a tenth of the run]", panel="Run"
     )

@@ -18,6 +18,7 @@ from critic_train.data.spool_writing import SpoolWriter
 from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress
+from critic_train.model.loading import ModelSource
 from critic_train.rollouts import Rollouts
 from critic_train.run.durable import write_json
 from critic_train.run.storage import make_directory, remove_tree
@@ -138,6 +139,13 @@ def find_run_shards(settings: FitSettings) -> RunShards:
         data_fingerprint=fingerprint(data),
         val_fingerprint=fingerprint(val_data) if val_data else None,
     )
+
+
+def limits_of(source: ModelSource | None) -> RowLimits:
+    """What the model can take; anything where it is made for the data."""
+    if source is None:
+        return RowLimits()
+    return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length)
 
 
 def open_data(

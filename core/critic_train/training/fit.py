@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from critic_train import __version__
-from critic_train.data.reading import RowLimits
 from critic_train.data.shards import SUFFIXES
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
@@ -31,7 +30,7 @@ from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
 from critic_train.settings import FitSettings, as_dict
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import RunData, RunShards, find_run_shards, open_data
+from critic_train.training.dataset import RunData, RunShards, find_run_shards, limits_of, open_data
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.resuming import require_room_for_cache, require_room_for_checkpoints, take_up
@@ -77,7 +76,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
             yield RunEnded(status="already finished", result=finished | places | {"status": "already finished"})
             return
         require_room_for_cache(run, shards.data + shards.val_data)
-        data = yield from open_data(settings, shards, _limits(source), run.cache, stop)
+        data = yield from open_data(settings, shards, limits_of(source), run.cache, stop)
         if data is None:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
@@ -161,12 +160,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }
-
-
-def _limits(source: ModelSource | None) -> RowLimits:
-    if source is None:
-        return RowLimits()
-    return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length)
 
 
 def _prepare(

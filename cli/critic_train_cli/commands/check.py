@@ -1,0 +1,47 @@
+"""`critic-train check`: look a data set over."""
+
+from collections.abc import Iterator
+
+from critic_train.events import Event
+from critic_train.settings.check import CheckSettings
+from critic_train.stopping import StopRequest
+from critic_train_cli.command import Command
+from critic_train_cli.faults import DONE, REFUSED
+from critic_train_cli.output import Output
+
+
+def work(settings: CheckSettings, output: Output) -> int:
+    """Read everything, showing how far it is; then the findings, or all of them as JSON."""
+    from critic_train_cli.job import exit_code_of, run_job
+    from critic_train_cli.view_choice import choose_view
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.doctor.doctor import check
+
+        yield from check(settings, stop)
+
+    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+    if ended.status != "finished":
+        output.result({"status": ended.status}, lambda console: None)
+        return exit_code_of(ended)
+
+    from critic_train_cli.findings import draw_findings
+
+    output.result(ended.result, lambda console: draw_findings(console, ended.result, settings.show))
+    return DONE if ended.result["sound"] else REFUSED
+
+
+CHECK = Command(
+    name="check",
+    settings=CheckSettings,
+    about="Look a data set over before training on it. Tells how its columns are understood, every row that cannot be "
+    "used, lengths and distributions, which gamma and lambda its returns were made with, what its stored values are "
+    "worth, what sharing prefixes saves, prompts that leak into --against, and the flags to train with. Exit code 1 "
+    "where rows or files cannot be used or prompts leak.",
+    examples=(
+        "critic-train check rollouts/",
+        "critic-train check rollouts/train --against rollouts/val",
+        "critic-train check rollouts/ --json > findings.json",
+    ),
+    work=work,
+)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Pretrain a value model before PPO starts, the way VC-PPO and VAPO do: a fixed policy's rollouts, Monte-Carlo returns, until the
+# held-out explained variance settles; then a gate. Run it again after a preemption: each command goes on where it was, or says
+# that it is done.
+#
+#   DATA=rollouts/train VAL=rollouts/val OUT=runs/pretrained docs/examples/pretrain.sh --model Qwen2.5-0.5B/ --precision bf16
+set -euo pipefail
+DATA="${DATA:-sample_data/train}" VAL="${VAL:-sample_data/val}" OUT="${OUT:-runs/pretrained}"
+[[ $# -gt 0 ]] || set -- --preset tiny
+
+# Exit 1 where rows cannot be used, or held-out prompts are trained on.
+critic-train check "$DATA" --against "$VAL"
+
+# A constant learning rate and patience in place of a plan: nobody knows ahead when it settles.
+critic-train fit --data "$DATA" --val-data "$VAL" --out "$OUT" --returns mc --old-values none \
+    --epochs 20 --lr-schedule constant --eval-every 8 --patience 6 "$@"
+
+# Exit 1 unless it is better than a constant, with 95 % confidence.
+critic-train eval --model "$OUT" --data "$VAL" --fail-under explained_variance_interval.low=0
+
+echo "for verl: critic.model.path=$(realpath "$OUT/best")"

@@ -1,0 +1,98 @@
+"""The scripts in docs/examples do what they say."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+@pytest.fixture
+def programs(tmp_path) -> Path:
+    """A folder that comes first on PATH, with critic-train in it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write_program(folder / "critic-train", f'exec "{sys.executable}" -m critic_train_cli "$@"')
+    return folder
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def environment(programs: Path, **more: str) -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def run(name: str, programs: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(EXAMPLES / name), *arguments],
+        cwd=ROOT,
+        env=environment(programs, **more),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_value_model_is_pretrained_and_handed_over(programs, tmp_path):
+    out = str(tmp_path / "pretrained")
+    shown = run("pretrain.sh", programs, "--preset", "tiny", "--max-steps", "16", OUT=out)
+    assert shown.returncode == 0, shown.stderr
+    assert (
+        shown.stdout.splitlines()[-1]
+        == f"for verl: critic.model.path={os.path.realpath(out)}"
+        + "/checkpoints/"
+        + (Path(out) / "best").readlink().name
+    )
+    again = run("pretrain.sh", programs, "--preset", "tiny", "--max-steps", "16", OUT=out)
+    assert again.returncode == 0
+    assert "Already finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_compares_its_runs(programs, tmp_path):
+    more = {"OUT": str(tmp_path / "sweep"), "RATES": "1e-3 4e-3"}
+    shown = run("sweep.sh", programs, "--preset", "tiny", "--max-steps", "8", **more)
+    assert shown.returncode == 0, shown.stderr
+    assert {"lr-1e-3", "lr-4e-3"} <= set(re.findall(r"lr-\de-3", shown.stdout))
+
+
+@pytest.mark.parametrize(("code", "requeued", "judged"), [(0, False, True), (143, True, False), (3, False, False)])
+def test_a_slurm_job_is_queued_again_after_a_preemption_only(programs, tmp_path, code, requeued, judged):
+    log = tmp_path / "log"
+    write_program(
+        programs / "critic-train",
+        f'echo "critic-train $1" >> "{log}"\n'
+        f"if [[ $1 == eval ]]; then echo '{{}}'; exit; fi\n"
+        f"trap 'echo heard >> \"{log}\"; sleep 0.3; exit {code}' TERM\n"
+        + ("while true; do sleep 0.1; done" if code == 143 else f"exit {code}"),
+    )
+    write_program(programs / "scontrol", f'echo "scontrol $*" >> "{log}"')
+    out = tmp_path / "run"
+    out.mkdir()
+    job = subprocess.Popen(
+        [str(EXAMPLES / "slurm.sh")], env=environment(programs, OUT=str(out), SLURM_JOB_ID="17"), cwd=ROOT
+    )
+    if code == 143:
+        while not log.exists():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == code
+    told = log.read_text().splitlines()
+    assert ("scontrol requeue 17" in told) == requeued
+    assert ("critic-train eval" in told) == judged
+    assert (out / "held_out.json").exists() == judged
