@@ -1,6 +1,7 @@
 """The verdict of `eval` as tables: critics beside baselines, then by position and by column."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.figures import interval, number, share, short, signed, three, with_interval
@@ -41,11 +42,7 @@ def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
     if not named_metrics(verdict):
         console.print("Interrupted: nothing was judged.", style="bold")
         return
-    for sentence in verdict.get("words") or []:
-        wide = max(console.width, 12)
-        console.print(
-            textwrap.fill(f"- {sentence}", wide, subsequent_indent="  ", break_on_hyphens=False), style="bold"
-        )
+    draw_words(console, verdict.get("words") or [])
     console.print()
     console.print(data_line(verdict), style="dim")
     named = named_metrics(verdict)
@@ -55,6 +52,15 @@ def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
     if critics:
         draw_positions(console, critics, named)
         draw_slices(console, critics)
+
+
+def draw_words(console: "Console", sentences: Sequence[str]) -> None:
+    """The verdict in words, a line each."""
+    wide = max(console.width, 12)
+    for sentence in sentences:
+        console.print(
+            textwrap.fill(f"- {sentence}", wide, subsequent_indent="  ", break_on_hyphens=False), style="bold"
+        )
 
 
 def named_metrics(verdict: dict[str, Any]) -> list[tuple[str, Metrics]]:
