@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from critic_train.figures import interval, number, share, short, signed, three, with_interval
 from critic_train_cli.columns import Column, Metrics, figure, fits, new_table, shown_name
 from critic_train_cli.slices import draw_positions, draw_slices
+from critic_train_cli.worth import draw_worth
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,12 @@ ERRORS = (
     Column("value\nloss", figure("value_loss", three)),
     Column("clipfrac", figure("clipfrac", share)),
 )
+ALSO_COMPARED = {
+    "explained_variance_within_group": "within prompts",
+    "auc_within_group": "AUC within prompts",
+    "mse": "MSE",
+}
+"""What else is told of two critics, under the difference of their explained variance."""
 
 
 def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
@@ -47,6 +54,7 @@ def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
     console.print(data_line(verdict), style="dim")
     named = named_metrics(verdict)
     draw_comparison(console, named)
+    draw_worth(console, named)
     draw_differences(console, verdict)
     critics = verdict.get("critics") or {}
     if critics:
@@ -115,7 +123,9 @@ def draw_differences(console: "Console", verdict: dict[str, Any]) -> None:
     for name, metrics in (verdict.get("critics") or {}).items():
         for other, paired in (metrics.get("explained_variance_minus") or {}).items():
             found.append((f"{shown_name(name)} - {shown_name(other)}", paired))
-    found += (verdict.get("differences") or {}).items()
+    for pair, paired in (verdict.get("differences") or {}).items():
+        found.append((pair, paired))
+        found += [(f"  {what}", paired[key]) for key, what in ALSO_COMPARED.items() if key in paired]
     found = [(pair, paired) for pair, paired in found if number(paired.get("difference")) is not None]
     if not found:
         return
