@@ -19,6 +19,30 @@ class EpochPlan:
     bounds: NDArray[np.int64]
 
 
+def kept_together(groups: NDArray[np.int64], prompts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Keys of what a split may not cut apart: a prompt group, and all groups that have a prompt in common.
+
+    A dump of several epochs samples a prompt again under another uid; held out by uid alone, it would be on both sides.
+
+    Args:
+        groups: int64 [n], the prompt group of every rollout.
+        prompts: int64 [n], a key of its prompt's tokens.
+
+    Returns:
+        int64 [n], the smallest key among the groups that belong together: a group that shares nothing keeps its own.
+    """
+    smallest, group = np.unique(groups, return_inverse=True)
+    prompt = np.unique(prompts, return_inverse=True)[1]
+    while True:
+        of_prompt = np.full(len(prompt), np.iinfo(np.int64).max)
+        np.minimum.at(of_prompt, prompt, smallest[group])
+        joined = smallest.copy()
+        np.minimum.at(joined, group, of_prompt[prompt])
+        if np.array_equal(joined, smallest):
+            return smallest[group]
+        smallest = joined
+
+
 def split_groups(groups: NDArray[np.int64], fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Hold out a share of the prompt groups, so that no prompt is on both sides.
 
@@ -26,7 +50,7 @@ def split_groups(groups: NDArray[np.int64], fraction: float, seed: int) -> tuple
     group across, and adding groups moves only those at the edge.
 
     Args:
-        groups: int64 [n], the prompt group of every rollout.
+        groups: int64 [n], what must stay together, of every rollout: see `kept_together`.
         fraction: share of the groups to hold out, in [0, 1).
         seed: of the split.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from critic_train.rollouts import Rollouts, offsets_of
 from critic_train.run.storage import File, remove, rename, sync_directory
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COLUMNS: dict[str, type[np.generic]] = {
     "input_ids": np.int32,
     "response_mask": np.bool_,
@@ -30,6 +30,7 @@ OPTIONAL = frozenset({"values", "rewards"})
 INDEX = {
     "offsets": np.int64,
     "groups": np.int64,
+    "prompts": np.int64,
     "rows": np.int64,
     "response_counts": np.int64,
     "return_sums": np.float64,
@@ -47,6 +48,7 @@ class Spool:
     Attributes:
         offsets: int64 [n+1], first token of every rollout in the column files.
         groups: int64 [n], prompt group keys.
+        prompts: int64 [n], keys of the tokens before the response.
         rows: int64 [n], rows in the data set as read.
         response_counts: int64 [n], masked tokens.
         return_sums: float64 [n], sum of the returns over masked tokens.
@@ -70,6 +72,7 @@ class Spool:
             raise SpoolDamaged(f"{directory}: {error}") from error
         self.offsets: NDArray[np.int64] = index["offsets"]
         self.groups: NDArray[np.int64] = index["groups"]
+        self.prompts: NDArray[np.int64] = index["prompts"]
         self.rows: NDArray[np.int64] = index["rows"]
         self.response_counts: NDArray[np.int64] = index["response_counts"]
         self.return_sums: NDArray[np.float64] = index["return_sums"]

@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.data.labels import prompt_keys
 from critic_train.data.spool import COLUMNS, FORMAT_VERSION, INDEX, OPTIONAL, Spool, bytes_of
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import File, make_directory, remove, remove_tree, rename, sync_directory, write_file
@@ -66,6 +67,7 @@ class SpoolWriter:
         masked = batch.returns[batch.response_mask].astype(np.float64)
         self._lengths.append(batch.lengths)
         self._parts["groups"].append(batch.group)
+        self._parts["prompts"].append(prompt_keys(batch))
         self._parts["rows"].append(batch.row)
         self._parts["response_counts"].append(counts)
         self._parts["return_sums"].append(np.bincount(owner, weights=masked, minlength=len(batch)))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.data.bad_files import BadFiles
-from critic_train.data.order import split_groups
+from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.spool import Spool, SpoolDamaged
@@ -48,6 +48,11 @@ class RolloutSet:
     def groups(self) -> NDArray[np.int64]:
         """int64 [n], the prompt group of each."""
         return self.spool.groups[self.index]
+
+    @property
+    def prompts(self) -> NDArray[np.int64]:
+        """int64 [n], a key of the prompt of each."""
+        return self.spool.prompts[self.index]
 
     @property
     def response_tokens(self) -> int:
@@ -196,7 +201,8 @@ def open_data(
         held_out = RolloutSet(spool=spools["val"], index=every_val, files=files_read["val"])
         yield from _leak_notice(train, held_out)
     else:
-        kept, held = split_groups(spools["train"].groups, settings.val_fraction, settings.seed)
+        together = kept_together(spools["train"].groups, spools["train"].prompts)
+        kept, held = split_groups(together, settings.val_fraction, settings.seed)
         train = RolloutSet(spool=spools["train"], index=kept, files=files_read["train"])
         if len(held):
             held_out = replace(train, index=held)
@@ -214,12 +220,12 @@ def open_data(
 
 def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:
     """A warning where held-out prompts are also trained on."""
-    groups = np.unique(held_out.groups)
-    shared = int(np.isin(groups, train.groups).sum())
+    leaked = np.isin(held_out.groups, train.groups) | np.isin(held_out.prompts, train.prompts)
+    shared, groups = len(np.unique(held_out.groups[leaked])), len(np.unique(held_out.groups))
     if shared:
         yield Notice(
-            message=f"{shared} of {len(groups)} held-out prompt groups are also in --data (by uid, or by prompt where "
-            "there is none): held-out figures will flatter the critic",
+            message=f"{shared} of {groups} held-out prompt groups are also in --data, by uid or by prompt: held-out "
+            "figures will flatter the critic; critic-train check --against counts them",
             level="warning",
         )
 

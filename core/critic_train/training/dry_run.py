@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from critic_train.data.order import split_groups
+from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader
 from critic_train.doctor.survey import Survey, sharing
 from critic_train.events import Event, Notice, Progress, RunEnded
@@ -85,7 +85,8 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
     groups = train.groups
-    kept, held = split_groups(groups, 0.0 if held_out else settings.val_fraction, settings.seed)
+    together = kept_together(groups, train.prompts)
+    kept, held = split_groups(together, 0.0 if held_out else settings.val_fraction, settings.seed)
     plan = make_plan(settings, groups[kept])
     sample = train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critic_train.data.order import epoch_plan, split_groups, steps_of_epoch
+from critic_train.data.order import epoch_plan, kept_together, split_groups, steps_of_epoch
 
 GROUPS = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 9), min_size=1, max_size=60).map(
     lambda keys: np.asarray(keys, dtype=np.int64)
@@ -101,3 +101,26 @@ def test_epochs_and_seeds_differ_and_nothing_global_is_read_or_moved() -> None:
 def test_a_million_rollouts(size: int) -> None:
     plan = epoch_plan(np.arange(size) // 8, batch_size=64, seed=0, epoch=0)
     assert len(plan.bounds) == size // 64 + 1
+
+
+PAIRS = st.lists(st.tuples(st.integers(-6, 6), st.integers(0, 9)), min_size=1, max_size=40)
+
+
+@given(PAIRS)
+def test_what_shares_a_group_or_a_prompt_stays_together(pairs: list[tuple[int, int]]) -> None:
+    groups, prompts = (np.asarray(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+    sets: list[tuple[set[int], set[int]]] = []
+    for group, prompt in pairs:
+        touched = [both for both in sets if group in both[0] or prompt in both[1]]
+        sets = [both for both in sets if both not in touched]
+        sets.append(({group}.union(*(b[0] for b in touched)), {prompt}.union(*(b[1] for b in touched))))
+    expected = [next(min(both[0]) for both in sets if group in both[0]) for group in groups.tolist()]
+    assert kept_together(groups, prompts).tolist() == expected
+
+
+def test_a_prompt_under_several_uids_is_not_held_out_and_trained_on() -> None:
+    groups = np.arange(100)
+    prompts = np.arange(100) % 40
+    kept, held = split_groups(kept_together(groups, prompts), 0.3, 1)
+    assert len(held)
+    assert not set(prompts[kept].tolist()) & set(prompts[held].tolist())

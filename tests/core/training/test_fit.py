@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import readable_rollouts, write_shard
+from support import VOCABULARY, readable_rollouts, write_shard
 
 from critic_train.errors import ConfigError, DataError, DivergedError, MachineError
 from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
@@ -354,9 +354,19 @@ def test_held_out_prompts_that_are_trained_on_are_said(shards, tmp_path):
 
 
 def other_prompts() -> Rollouts:
-    """Rollouts of prompt groups that no other shard here has."""
+    """Rollouts of prompt groups, and with prompts, that no other shard here has."""
     rollouts = readable_rollouts(4, seed=7)
-    return replace(rollouts, group=rollouts.group + 1000)
+    input_ids = rollouts.input_ids.copy()
+    input_ids[rollouts.offsets[:-1]] = VOCABULARY - 1
+    return replace(rollouts, group=rollouts.group + 1000, input_ids=input_ids)
+
+
+def test_the_same_prompt_under_another_uid_is_a_leak(shards, tmp_path):
+    rollouts = readable_rollouts(12, seed=2)
+    renamed = write_shard(tmp_path / "v.parquet", replace(rollouts, group=rollouts.group + 1000))
+    settings = settings_for(shards, tmp_path / "run", val_data=[str(renamed)], max_steps=1)
+    said = [e.message for e in run(settings) if isinstance(e, Notice)]
+    assert any(message.startswith("12 of 12 held-out prompt groups are also in --data") for message in said)
 
 
 def test_the_best_is_the_highest_held_out_figure_and_told_with_its_own_metrics(shards, tmp_path):
