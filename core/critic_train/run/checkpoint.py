@@ -59,8 +59,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
         fill(temporary)
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             sync_file(file)
-        write_manifest(temporary, step)
-        sync_directory(temporary)
+        write_manifest(temporary, step)  # which syncs the directory too
         rename(temporary, target)
     except BaseException:
         remove_tree(temporary)

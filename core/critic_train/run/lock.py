@@ -56,9 +56,8 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            with suppress(OSError):
+            with self._file, suppress(OSError):
                 self._file.truncate(0)
-            self._file.close()
 
     def _take(self, file: File) -> None:
         try:

@@ -10,19 +10,39 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from safetensors import SafetensorError
 
-Operation = Literal[
+Kind = Literal[
     "create", "append", "write", "truncate", "sync", "mkdir", "rename", "link", "remove", "library", "library done"
 ]
 Data = bytes | memoryview
-Watcher = Callable[[Operation, Path, Data | None, int | None], None]
-"""Called with the operation, its path, the bytes to write and where in the file (None: at its end)."""
 
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Something that is about to be done to the disk.
+
+    Attributes:
+        kind: what.
+        path: to which file or directory.
+        data: the bytes of a write.
+        place: where in the file they go; None for its end.
+        target: the new name of a rename, the destination of a link.
+    """
+
+    kind: Kind
+    path: Path
+    data: Data | None = None
+    place: int | None = None
+    target: Path | None = None
+
+
+Watcher = Callable[[Operation], None]
 _watchers: list[Watcher] = []
 
 
@@ -36,9 +56,13 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def _tell(operation: Operation, path: Path, data: Data | None = None, place: int | None = None) -> None:
-    for watcher in _watchers:
-        watcher(operation, path, data, place)
+def _tell(
+    kind: Kind, path: Path, data: Data | None = None, place: int | None = None, target: Path | None = None
+) -> None:
+    if _watchers:
+        operation = Operation(kind, path, data, place, target)
+        for watcher in _watchers:
+            watcher(operation)
 
 
 class File:
@@ -46,17 +70,17 @@ class File:
 
     Args:
         path: the file.
-        operation: "create" empties what stands there, "append" goes on after it.
+        kind: "create" empties what stands there, "append" goes on after it.
 
     Raises:
         OSError: it cannot be opened; every method likewise, when its operation fails.
     """
 
-    def __init__(self, path: Path, operation: Literal["create", "append"]) -> None:
-        _tell(operation, path)
+    def __init__(self, path: Path, kind: Literal["create", "append"]) -> None:
+        _tell(kind, path)
         self.path = path
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags | (os.O_TRUNC if operation == "create" else os.O_APPEND), 0o666)
+        self._descriptor = os.open(path, flags | (os.O_TRUNC if kind == "create" else os.O_APPEND), 0o666)
 
     def __enter__(self) -> "File":
         return self
@@ -130,13 +154,13 @@ def make_directory(path: Path, *, parents: bool = True, exist_ok: bool = False) 
 
 def rename(source: Path, target: Path) -> None:
     """Give a file or directory another name, at once. A file that stands there is replaced."""
-    _tell("rename", source)
+    _tell("rename", source, target=target)
     source.replace(target)
 
 
 def link(path: Path, target: Path) -> None:
     """Make `path` a symbolic link to `target`."""
-    _tell("link", path)
+    _tell("link", path, target=target)
     path.symlink_to(target)
 
 

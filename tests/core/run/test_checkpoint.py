@@ -119,13 +119,13 @@ def test_a_later_format_is_refused_by_name_never_passed_over(folder):
 def test_files_are_synced_before_the_manifest_and_the_manifest_before_the_name(folder):
     """Data before reference: what a power cut leaves is either without a name or whole."""
     seen = []
-    with storage.watched(lambda operation, path, data, place: seen.append(f"{operation} {path.name}")):
+    with storage.watched(lambda found: seen.append(f"{found.kind} {found.path.name}")):
         write_checkpoint(folder, 101, fill)
     hidden = f".step-00000101.tmp-{os.getpid()}"
     manifest = [f"{what} .manifest.json.tmp" for what in ("create", "write", "sync", "rename")]
     assert seen == [
         *(f"mkdir {hidden}", "sync model.safetensors", "sync trainer.json"),
-        *(*manifest, f"sync {hidden}", f"sync {hidden}", f"rename {hidden}", "sync checkpoints"),
+        *(*manifest, f"sync {hidden}", f"rename {hidden}", "sync checkpoints"),
     ]
 
 

@@ -65,10 +65,10 @@ def fails_at(operation: str, name: str, number: int, times: int):
     """A watcher that refuses the first `times` operations of a kind on a name."""
     left = [times]
 
-    def watch(found, path, data, place):
-        if (found, path.name) == (operation, name) and left[0] > 0:
+    def watch(found):
+        if (found.kind, found.path.name) == (operation, name) and left[0] > 0:
             left[0] -= 1
-            raise OSError(number, os.strerror(number), str(path))
+            raise OSError(number, os.strerror(number), str(found.path))
 
     return watch
 

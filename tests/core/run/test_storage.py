@@ -77,8 +77,8 @@ def test_a_write_around_it_would_be_seen(line):
 def test_a_watcher_sees_each_operation_before_it_happens(tmp_path):
     seen = []
 
-    def watch(operation, path, data, place):
-        seen.append((operation, path.name, (tmp_path / "a").exists()))
+    def watch(operation):
+        seen.append((operation.kind, operation.path.name, (tmp_path / "a").exists()))
 
     with watched(watch):
         write_file(tmp_path / "a", b"12")
@@ -95,8 +95,8 @@ def test_what_a_watcher_raises_the_operation_raises_and_the_old_file_stands(tmp_
     write_json(path, {"step": 1})
     for failing in ("create", "write", "sync", "rename"):
 
-        def fail(operation, path, data, place, failing=failing):
-            if operation == failing:
+        def fail(operation, failing=failing):
+            if operation.kind == failing:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
         with watched(fail), pytest.raises(OSError, match="No space"):
@@ -126,8 +126,8 @@ def test_a_tree_is_removed_link_by_link_and_what_cannot_be_is_told(tmp_path):
     (tmp_path / "tree" / "sub" / "link").symlink_to(other)
     (tmp_path / "tree" / "file").write_text("x")
 
-    def fail(operation, path, data, place):
-        if path.name == "sub":
+    def fail(operation):
+        if operation.path.name == "sub":
             raise OSError(errno.EIO, "Input/output error")
 
     with watched(fail):
