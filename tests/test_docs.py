@@ -13,7 +13,15 @@ from critic_train_cli.options import options_of
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sample_data" / "README.md"]
 OF_EVERY_COMMAND = {"--config", "--print-config", "--json", "--quiet", "--debug", "--help", "--version"}
-OF_OTHER_PROGRAMS = {"--critic.model_name_or_path", "--no-deps", "--strict", "--megabytes", "--logdir"}
+OF_OTHER_PROGRAMS = {
+    "--save-debug-train-data",
+    "--save-debug-rollout-data",
+    "--critic.model_name_or_path",
+    "--no-deps",
+    "--strict",
+    "--megabytes",
+    "--logdir",
+}
 
 
 FLAGS = {option.flag for command in COMMANDS for option in options_of(command.settings) if not option.positional}

@@ -13,21 +13,22 @@ SHOWN = 10
 class BadRow:
     """Where a row is, what was found there and what was expected.
 
-    `row` counts from 0 within the row group.
+    `row` counts from 0 within the row group; where a file has none of those, in the file, and `unit` says what it
+    counts.
     """
 
     file: str
-    row_group: int
+    row_group: int | None = None
+    unit: str = "row"
     row: int
     column: str
     found: str
     expected: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.file}, row group {self.row_group}, row {self.row}, column {self.column}: "
-            f"found {self.found}, expected {self.expected}"
-        )
+        within = "" if self.row_group is None else f", row group {self.row_group}"
+        column = f", column {self.column}" if self.column else ""
+        return f"{self.file}{within}, {self.unit} {self.row}{column}: found {self.found}, expected {self.expected}"
 
 
 @dataclass(slots=True)

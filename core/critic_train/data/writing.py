@@ -44,6 +44,7 @@ class ShardFile:
         self.rows = 0
         self.arrow_bytes = 0
         self._schema = schema
+        self._abandoned = False
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
     def __enter__(self) -> "ShardFile":
@@ -67,13 +68,17 @@ class ShardFile:
             self.rows += table.num_rows
             self.arrow_bytes += table.nbytes
 
+    def abandon(self) -> None:
+        """Leave nothing behind when the `with` block ends."""
+        self._abandoned = True
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             self._writer.close()
             self._sink.close()
-            if error is None:
+            if error is None and not self._abandoned:
                 sync_file(self._temporary)
                 self._temporary.replace(self.path)
                 sync_directory(self.path.parent)
@@ -93,6 +98,7 @@ class ShardWriter:
         keep_together: a column; neighbouring rows with equal entries are not cut apart by the end of a row group or
             shard (unless they alone weigh several row groups). Rows whose entry is null stand alone.
         prefix: what the shards' names begin with.
+        first: the number of the first shard.
         row_group_bytes: Arrow bytes at which a row group ends.
         shard_bytes: Arrow bytes at which a shard ends.
 
@@ -111,6 +117,7 @@ class ShardWriter:
         *,
         keep_together: str | None = None,
         prefix: str = "part",
+        first: int = 0,
         row_group_bytes: int = ROW_GROUP_BYTES,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
@@ -120,6 +127,7 @@ class ShardWriter:
         self._schema = schema
         self._keep_together = keep_together
         self._prefix = prefix
+        self._first = first
         self._row_group_bytes = row_group_bytes
         self._shard_bytes = shard_bytes
         self._pending: list[pa.RecordBatch] = []
@@ -140,6 +148,14 @@ class ShardWriter:
             while self._is_full() and self._write_pending():
                 pass
 
+    def abandon(self) -> None:
+        """Leave out what is not in a full shard yet."""
+        self._pending = []
+        if self._file is not None:
+            self._file.abandon()
+            file, self._file = self._file, None
+            file.__exit__(None, None, None)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -158,7 +174,7 @@ class ShardWriter:
         if not cut:
             return False
         if self._file is None:
-            path = self._directory / f"{self._prefix}-{len(self.files):05d}.parquet"
+            path = self._directory / f"{self._prefix}-{self._first + len(self.files):05d}.parquet"
             self._file = ShardFile(path, self._schema).__enter__()
         self._file.write_row_group(table.slice(0, cut))
         if self._file.arrow_bytes >= self._shard_bytes:

@@ -12,19 +12,7 @@ from critic_train.run.storage import File, link, make_directory, remove, remove_
 from critic_train.settings import flag_of
 
 RESUMABLE = frozenset(
-    {
-        "log_every",
-        "keep",
-        "checkpoint_every",
-        "out",
-        "data",
-        "val_data",
-        "model",
-        "log_to",
-        "log_project",
-        "patience",
-        "no_report",
-    }
+    {"log_every", "keep", "checkpoint_every", "out", "data", "val_data", "model", "log_to", "log_project", "patience"}
 )
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
 what they lead to is held by fingerprints."""
@@ -111,7 +99,7 @@ class RunDirectory:
 
     def start_afresh(self) -> None:
         """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
-        for name in ("result.json", "best", "timings.jsonl", "evaluation.json", "report.html"):
+        for name in ("result.json", "best", "timings.jsonl"):
             remove(self.path / name)
         for column in self.cache.glob("*/old_values-*"):
             remove(column)

@@ -5,12 +5,12 @@ these dataclasses. Nothing heavy is imported here, so that `--help` stays instan
 """
 
 from critic_train.settings.compute import ComputeSettings, Packing, Precision
+from critic_train.settings.convert import ConvertSettings, DumpFormat
 from critic_train.settings.eval import EvalSettings
 from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
 from critic_train.settings.fit import FitSettings, Preset
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
 from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
-from critic_train.settings.report import ReportSettings
 from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
@@ -18,6 +18,8 @@ from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettin
 
 __all__ = [
     "ComputeSettings",
+    "ConvertSettings",
+    "DumpFormat",
     "EvalSettings",
     "FitSettings",
     "LossAggMode",
@@ -30,7 +32,6 @@ __all__ = [
     "Precision",
     "Preset",
     "ReadingSettings",
-    "ReportSettings",
     "Returns",
     "ReturnsSettings",
     "RunSettings",

@@ -40,7 +40,7 @@ class Call:
         return self.call
 
 
-def read(path: Path, limit_bytes: int | None = 2**26) -> object:
+def read(path: Path, limit_bytes: int | None = 2**24) -> object:
     """Load, and see that nothing but the file itself was opened, nothing imported, nothing run."""
     global seen
     seen = []
@@ -209,9 +209,9 @@ BATCH = {
         b"\xff\xff\xff\xffK\0tb\x89C\x01xtb.",
         "array of shape",
     ),
-    "lists without end": (b"\x80\x02(" + b"]" * 2**21 + b"l.", "more than"),
-    "marks without end": (b"\x80\x02" + b"(" * 2**21, "more than"),
-    "a dictionary of one entry, often": (b"\x80\x02" + b"}" * 2**21 + b".", "more than"),
+    "lists without end": (b"\x80\x02(" + b"]" * 2**19 + b"l.", "more than"),
+    "marks without end": (b"\x80\x02" + b"(" * 2**19, "more than"),
+    "a dictionary of one entry, often": (b"\x80\x02" + b"}" * 2**19 + b".", "more than"),
     "tuples in tuples as a key": (b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.", "a key is a tuple"),
     "tuples in tuples in a set": (b"\x80\x04\x8f()" + b"2\x86" * 60 + b"\x90.", "a key is a tuple"),
     "an old instance": (b"\x80\x02(ios\nsystem\n.", r"wants os\.system"),
@@ -246,7 +246,7 @@ def test_what_no_pickler_of_plain_data_writes_is_refused(tmp_path, what):
 
 
 def test_a_deep_nest_is_read_without_recursion(tmp_path):
-    depth = 200_000
+    depth = 50_000
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
     found = read(tmp_path / "a.pkl")
     for _ in range(depth - 1):
@@ -328,13 +328,13 @@ def test_files_of_old_torch_and_empty_ones_say_so(tmp_path):
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 def test_damage_anywhere_is_refused_or_harmless(tmp_path, kind):
-    """A thousand files with a few bytes changed: an error of ours or a value, nothing else, and nothing runs."""
+    """Three hundred files with a few bytes changed: an error of ours or a value, nothing else, and nothing runs."""
     value = {"samples": [{"tokens": torch.arange(9), "reward": 1.0, "words": ARRAYS["objects"]}], "n": [1] * 20}
     sound = torch_bytes(value) if kind == "torch" else pickle.dumps(PLAIN | ARRAYS)
     draw = random.Random(0)
     path = tmp_path / "a.pt"
     refusals = 0
-    for _ in range(1000):
+    for _ in range(300):
         content = bytearray(sound)
         for _ in range(draw.randint(1, 3)):
             content[draw.randrange(len(content))] = draw.randrange(256)
@@ -343,4 +343,4 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path, kind):
             read(path)
         except DataError:
             refusals += 1
-    assert refusals > 100
+    assert refusals > 30
