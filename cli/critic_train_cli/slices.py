@@ -19,6 +19,10 @@ def draw_positions(console: "Console", critics: dict[str, Metrics], named: list[
     parts: list[Metrics] = first.get("by_position") or []
     if not parts:
         return
+    told_apart = first.get("auc_by_position") or []
+    parts = [
+        part | {"auc": told_apart[k].get("auc_within_group")} if told_apart else part for k, part in enumerate(parts)
+    ]
     about = [
         Column("tokens", figure("tokens", count)),
         Column("mean\nreturn", figure("mean_return")),
@@ -26,6 +30,8 @@ def draw_positions(console: "Console", critics: dict[str, Metrics], named: list[
         Column("MSE", figure("mse", three)),
         Column("bias", figure("bias", signed)),
     ]
+    if told_apart:
+        about.insert(3, Column("AUC in\nprompts", figure("auc")))
     if len(critics) > 1:
         about = about[:2]
     others = [(name, metrics["by_position"]) for name, metrics in named if metrics.get("by_position")]

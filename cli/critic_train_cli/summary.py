@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 CURVE_WIDEST, BESIDE_THE_CURVE = 32, 52
 
 
-def draw_summary(console: "Console", ended: RunEnded, settings: FitSettings, losses: Sequence[float]) -> None:
-    """Print the summary.
+def draw_summary(console: "Console", ended: RunEnded, losses: Sequence[float]) -> None:
+    """Print what came of a run.
 
     Args:
         console: where.
         ended: the run's last event.
-        settings: its settings, for the command to run next.
         losses: the value loss over this session's steps, in order.
     """
     from rich.table import Table
@@ -38,6 +37,10 @@ def draw_summary(console: "Console", ended: RunEnded, settings: FitSettings, los
     if table.row_count:
         console.print()
         console.print(table)
+
+
+def draw_next(console: "Console", ended: RunEnded, settings: FitSettings) -> None:
+    """Print the command to run next."""
     for line in next_lines(ended, settings):
         # Unwrapped, so that it can be copied.
         console.print(line, soft_wrap=True)
@@ -85,7 +88,7 @@ def rows(result: dict[str, Any], losses: Sequence[float], curve: str) -> list[tu
     if number(within) is not None:
         bounds = result.get("explained_variance_within_group_interval")
         found.append(("within prompts", with_interval(within, bounds)))
-    for name, key in (("best", "best"), ("newest checkpoint", "checkpoint")):
+    for name, key in (("best", "best"), ("newest checkpoint", "checkpoint"), ("report", "report")):
         if isinstance(result.get(key), str):
             found.append((name, result[key]))
     return found

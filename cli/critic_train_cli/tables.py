@@ -1,11 +1,13 @@
 """The verdict of `eval` as tables: critics beside baselines, then by position and by column."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.figures import interval, number, share, short, signed, three, with_interval
 from critic_train_cli.columns import Column, Metrics, figure, fits, new_table, shown_name
 from critic_train_cli.slices import draw_positions, draw_slices
+from critic_train_cli.worth import draw_worth
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +31,12 @@ ERRORS = (
     Column("value\nloss", figure("value_loss", three)),
     Column("clipfrac", figure("clipfrac", share)),
 )
+ALSO_COMPARED = {
+    "explained_variance_within_group": "within prompts",
+    "auc_within_group": "AUC within prompts",
+    "mse": "MSE",
+}
+"""What else is told of two critics, under the difference of their explained variance."""
 
 
 def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
@@ -41,20 +49,26 @@ def draw_verdict(console: "Console", verdict: dict[str, Any]) -> None:
     if not named_metrics(verdict):
         console.print("Interrupted: nothing was judged.", style="bold")
         return
-    for sentence in verdict.get("words") or []:
-        wide = max(console.width, 12)
-        console.print(
-            textwrap.fill(f"- {sentence}", wide, subsequent_indent="  ", break_on_hyphens=False), style="bold"
-        )
+    draw_words(console, verdict.get("words") or [])
     console.print()
     console.print(data_line(verdict), style="dim")
     named = named_metrics(verdict)
     draw_comparison(console, named)
+    draw_worth(console, named)
     draw_differences(console, verdict)
     critics = verdict.get("critics") or {}
     if critics:
         draw_positions(console, critics, named)
         draw_slices(console, critics)
+
+
+def draw_words(console: "Console", sentences: Sequence[str]) -> None:
+    """The verdict in words, a line each."""
+    wide = max(console.width, 12)
+    for sentence in sentences:
+        console.print(
+            textwrap.fill(f"- {sentence}", wide, subsequent_indent="  ", break_on_hyphens=False), style="bold"
+        )
 
 
 def named_metrics(verdict: dict[str, Any]) -> list[tuple[str, Metrics]]:
@@ -109,7 +123,9 @@ def draw_differences(console: "Console", verdict: dict[str, Any]) -> None:
     for name, metrics in (verdict.get("critics") or {}).items():
         for other, paired in (metrics.get("explained_variance_minus") or {}).items():
             found.append((f"{shown_name(name)} - {shown_name(other)}", paired))
-    found += (verdict.get("differences") or {}).items()
+    for pair, paired in (verdict.get("differences") or {}).items():
+        found.append((pair, paired))
+        found += [(f"  {what}", paired[key]) for key, what in ALSO_COMPARED.items() if key in paired]
     found = [(pair, paired) for pair, paired in found if number(paired.get("difference")) is not None]
     if not found:
         return

@@ -59,11 +59,16 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationEnded:
-    """The critic was judged on held-out rollouts; `best` says whether it is the best so far."""
+    """The critic was judged on held-out rollouts; `best` says whether it is the best so far.
+
+    `metrics` goes to metrics.jsonl; `verdict` is all that the judge said, in the form of eval's result, with the
+    rollouts it kept for reading.
+    """
 
     step: int
     metrics: dict[str, Any]
     best: bool
+    verdict: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

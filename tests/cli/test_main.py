@@ -30,7 +30,7 @@ FIT_FLAGS = words("""
 --epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
 --device --precision --packing --max-tokens
---out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every
+--out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
 --log-to --log-project
 """)
 EVAL_FLAGS = words("""
@@ -39,7 +39,9 @@ EVAL_FLAGS = words("""
 --model
 --device --precision --packing --max-tokens
 --by --cliprange-value --resamples --seed --fail-under
+--report
 """)
+REPORT_FLAGS = words("runs --tokenizer --to")
 
 
 CHECK_FLAGS = words("data --column --against --show")
@@ -50,6 +52,7 @@ source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokeniz
 COMMANDS = {
     "fit": FIT_FLAGS,
     "eval": EVAL_FLAGS,
+    "report": REPORT_FLAGS,
     "check": CHECK_FLAGS,
     "convert": CONVERT_FLAGS,
 }

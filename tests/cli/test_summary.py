@@ -7,7 +7,7 @@ from rich.console import Console
 
 from critic_train.events import RunEnded
 from critic_train.settings import FitSettings
-from critic_train_cli.summary import draw_summary
+from critic_train_cli.summary import draw_next, draw_summary
 
 RESULT = {
     "status": "finished",
@@ -17,6 +17,7 @@ RESULT = {
     "best_step": 90,
     "checkpoint": "runs/x/checkpoints/step-00000120",
     "best": "runs/x/best",
+    "report": "runs/x/report.html",
     "training": {"value_loss": 0.021},
     "explained_variance": 0.409,
     "explained_variance_interval": [0.359, 0.449],
@@ -33,7 +34,9 @@ def summary(result=RESULT, *, status="finished", losses=(0.1, 0.05, 0.02), width
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width, color_system=None, highlight=False, markup=False)
     settings.setdefault("data", ["rollouts/"])
-    draw_summary(console, RunEnded(status=status, result=result), FitSettings(**settings), list(losses))
+    ended = RunEnded(status=status, result=result)
+    draw_summary(console, ended, list(losses))
+    draw_next(console, ended, FitSettings(**settings))
     stream.flush()
     return [line.rstrip() for line in stream.buffer.getvalue().decode(encoding).splitlines()]
 
@@ -50,6 +53,7 @@ def test_a_finished_run():
         "within prompts                0.120",
         "best                          runs/x/best",
         "newest checkpoint             runs/x/checkpoints/step-00000120",
+        "report                        runs/x/report.html",
         "",
         "Next: critic-train eval --model runs/x/best --data rollouts/",
         "(it was trained on most of these; rollouts it has not seen say more)",

@@ -149,6 +149,50 @@ def test_differences_are_paired():
     assert not any("prompt group's mean +" in line for line in lines)
 
 
+DEEP = {
+    "auc_within_group": 0.712,
+    "auc_within_group_interval": [0.65, 0.77],
+    "tells_apart_from": 0.3,
+    "variance_reduction": 0.231,
+    "variance_reduction_interval": [0.12, 0.314],
+    "expected_calibration_error": 0.0412,
+    "monte_carlo": None,
+    "auc_by_position": [{"auc_within_group": 0.5 + i / 20} for i in range(10)],
+}
+
+
+def test_what_a_critic_is_worth_to_a_policy():
+    rows = [line.split() for line in drawn(verdict(critic=metrics(0.41) | DEEP))]
+    told = ["critic", "0.712", "[0.650,", "0.770]", "30", "%", "-23", "%", "[-31,", "-12]", "0.0412"]
+    assert told in rows  # no column for Monte-Carlo returns: nobody has a figure
+    assert ["90-100", "%", "12.0k", "0.410", "0.400", "0.950", "0.100", "+0.0100", "0.410", "0.301", "0.352"] in rows
+    found = {"explained_variance": 0.2, "explained_variance_interval": [0.1, 0.3]}
+    rows = [line.split() for line in drawn(verdict(critic=metrics(0.41) | DEEP | {"monte_carlo": found}))]
+    assert [*told, "0.200", "[0.100,", "0.300]"] in rows
+    other = {"auc_within_group": None, "tells_apart_from": None, "expected_calibration_error": 0.05}
+    rows = [line.split() for line in drawn(verdict(a=metrics(0.4) | other, b=metrics(0.4) | DEEP))]
+    assert ["a", "-", "-", "-", "0.0500"] in rows
+
+
+def test_what_it_is_worth_on_a_narrow_terminal():
+    lines = drawn(verdict(critic=metrics(0.41) | DEEP), width=60)
+    assert "  advantage variance against GRPO's -23 % [-31, -12]" in lines
+    assert max(map(len, lines)) <= 60
+
+
+def test_two_critics_are_compared_in_four_figures():
+    four = {"difference": 0.01, "interval": None} | {
+        "explained_variance_within_group": {"difference": 0.02, "interval": [-0.1, 0.1]},
+        "auc_within_group": {"difference": None, "interval": None},
+        "mse": {"difference": -0.03, "interval": None},
+    }
+    result = verdict(a=metrics(0.41), b=metrics(0.4)) | {"differences": {"a - b": four}}
+    lines = [" ".join(line.split()) for line in drawn(result)]
+    at = lines.index("a - b +0.010")
+    assert lines[at + 1 : at + 3] == ["within prompts +0.020 [-0.100, 0.100]", "MSE -0.030"]
+    assert not any("AUC" in line for line in lines[at:])
+
+
 def test_stored_values_that_are_judged_are_no_baseline_as_well():
     lines = drawn(verdict(stored=metrics(0.301)))
     table = lines[: lines.index("By position in the response: explained variance")]

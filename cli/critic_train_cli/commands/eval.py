@@ -2,14 +2,20 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from critic_train.events import Event
+from critic_train.figures import size
 from critic_train.settings import EvalSettings
 from critic_train.stopping import StopRequest
 from critic_train_cli.command import Command
 from critic_train_cli.faults import DONE, REFUSED
 from critic_train_cli.output import Output
 from critic_train_cli.terminal import RED, paint
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def work(settings: EvalSettings, output: Output) -> int:
@@ -22,12 +28,27 @@ def work(settings: EvalSettings, output: Output) -> int:
 
         yield from evaluate(settings, stop)
 
+    if settings.report is not None:
+        from critic_train.reporting.place import refuse_place
+
+        refuse_place(Path(settings.report), "--report")
     view = choose_view(output, stopping="stopping")
     ended = run_job(start, view, output)
 
+    from critic_train_cli.charts import draw_charts
     from critic_train_cli.tables import draw_verdict
 
-    output.result(ended.result or {"status": ended.status}, lambda console: draw_verdict(console, ended.result))
+    def draw(console: "Console") -> None:
+        draw_verdict(console, ended.result)
+        draw_charts(console, ended.result, [])
+
+    output.result(ended.result or {"status": ended.status}, draw)
+    if settings.report is not None and ended.result:
+        from critic_train.reporting.page import write_page
+        from critic_train.reporting.sources import evaluation_source
+
+        written = write_page(Path(settings.report), [evaluation_source(ended.result)])
+        output.line(f"report: {settings.report} ({size(written)})")
     failed = [gate["reason"] for gate in ended.result.get("gates") or [] if not gate["passed"]]
     for reason in failed:
         output.line(paint("failed:", RED, sys.stderr) + f" {reason} (--fail-under)")

@@ -1,12 +1,16 @@
 """`critic-train fit`: train a critic."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from critic_train.events import Event
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train_cli.command import Command
 from critic_train_cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def work(settings: FitSettings, output: Output) -> int:
@@ -26,14 +30,21 @@ def work(settings: FitSettings, output: Output) -> int:
     view.log_every = settings.log_every
     ended = run_job(start, view, output)
 
-    from critic_train_cli.summary import draw_summary
+    from critic_train.reporting.sources import reread_run
+    from critic_train_cli.charts import draw_charts
+    from critic_train_cli.summary import draw_next, draw_summary
 
     if not output.as_json and not output.quiet:
         output.line("")
-    output.result(
-        ended.result or {"status": ended.status},
-        lambda console: draw_summary(console, ended, settings, view.course.losses.points),
-    )
+
+    def draw(console: "Console") -> None:
+        draw_summary(console, ended, view.course.losses.points)
+        run = reread_run(ended.result.get("out"))
+        if run is not None:
+            draw_charts(console, run.evaluation.data, [record.data for record in run.evaluations])
+        draw_next(console, ended, settings)
+
+    output.result(ended.result or {"status": ended.status}, draw)
     return exit_code_of(ended)
 
 

@@ -12,6 +12,7 @@ from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.judging.advantages import AdvantageRecipe
+from critic_train.judging.examples import Examples
 from critic_train.judging.gates import judge_gates, refuse_unknown
 from critic_train.judging.judge import Judge
 from critic_train.judging.verdict import without_tables
@@ -24,8 +25,9 @@ from critic_train.model.selfcheck import choose_packing
 from critic_train.predicting.first_pass import critic_source, first_pass
 from critic_train.returns.recipe import ReturnRecipe
 from critic_train.rollouts import Rollouts
-from critic_train.settings import EvalSettings, column_renames
+from critic_train.settings import EvalSettings, as_dict, column_renames
 from critic_train.stopping import StopRequest
+from critic_train.versions import versions
 
 STORED = "stored"
 """The name under which the shards' own values are judged."""
@@ -42,7 +44,8 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
 
     Yields:
         Progress and notices; RunEnded last, whose result is the verdict (see `Judge.verdict`) with the first
-        critic's metrics at the top level, "data", "models", "words" and "gates" (see `judge_gates`) added.
+        critic's metrics at the top level, "data", "models", "words", "settings", "versions" and "gates" (see
+        `judge_gates`) added, and "examples" (see `Examples.records`) where `settings.report` asks for a page.
 
     Raises:
         CriticTrainError: a fault that the user can mend.
@@ -70,15 +73,17 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
     assert found.sample is not None, "the reader raises where no row is good"
     recipe = ReturnRecipe.of(settings)
+    uids = UidLookup(shards, column_renames(settings.column), bad_files.found)
     judge = Judge(
         names,
         cliprange_value=settings.cliprange_value,
         by=settings.by,
         resamples=settings.resamples,
         seed=settings.seed,
-        uids=UidLookup(shards, column_renames(settings.column), bad_files.found),
+        uids=uids,
         advantage=AdvantageRecipe.of(recipe),
     )
+    examples = Examples(seed=settings.seed, uids=uids) if settings.report else None
     critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
     forest: dict[str, bool] = {}
     for name, critic in critics.items():
@@ -93,8 +98,13 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
         judge.add(batch, values)
+        if examples is not None:
+            examples.add(batch, values)
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
-    yield RunEnded(status="finished", result=_result(settings, shards, names, judge, reader))
+    result = _result(settings, shards, names, judge, reader)
+    if examples is not None:
+        result["examples"] = examples.records()
+    yield RunEnded(status="finished", result=result)
 
 
 def _reader(
@@ -150,6 +160,8 @@ def _result(
         "rows_left_out": reader.bad_rows.summary(),
         "files_left_out": reader.bad_files.summary(),
         "words": in_words(verdict),
+        "settings": as_dict(settings),
+        "versions": versions(),
         "gates": judge_gates(settings.fail_under, figures),
     }
 

@@ -12,7 +12,19 @@ from critic_train.run.storage import File, link, make_directory, remove, remove_
 from critic_train.settings import flag_of
 
 RESUMABLE = frozenset(
-    {"log_every", "keep", "checkpoint_every", "out", "data", "val_data", "model", "log_to", "log_project", "patience"}
+    {
+        "log_every",
+        "keep",
+        "checkpoint_every",
+        "out",
+        "data",
+        "val_data",
+        "model",
+        "log_to",
+        "log_project",
+        "patience",
+        "no_report",
+    }
 )
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
 what they lead to is held by fingerprints."""
@@ -99,7 +111,7 @@ class RunDirectory:
 
     def start_afresh(self) -> None:
         """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
-        for name in ("result.json", "best", "timings.jsonl"):
+        for name in ("result.json", "best", "timings.jsonl", "evaluation.json", "report.html"):
             remove(self.path / name)
         for column in self.cache.glob("*/old_values-*"):
             remove(column)

@@ -40,6 +40,9 @@ class EvalSettings(ComputeSettings, ReturnsSettings, ReadingSettings):
         panel="Judgement",
         metavar="METRIC=VALUE",
     )
+    report: str | None = setting(
+        None, "Also write an HTML page about it. [default: none]", panel="Output", metavar="FILE"
+    )
 
     def faults(self) -> list[str]:
         """See Settings."""

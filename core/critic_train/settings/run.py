@@ -27,6 +27,7 @@ class RunSettings(Settings):
     checkpoint_every: int = setting(200, "Steps between checkpoints; the last step always writes one.", panel="Run")
     keep: int = setting(2, "Newest checkpoints kept, besides the best.", panel="Run")
     log_every: int = setting(10, "Steps between plain progress lines when not on a terminal.", panel="Run")
+    no_report: bool = setting(False, "Write no report.html.", panel="Run")
 
     def faults(self) -> list[str]:
         """See Settings."""

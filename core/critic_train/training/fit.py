@@ -1,7 +1,5 @@
 """`critic-train fit`, from top to bottom: shards, model, plan, trainer, result."""
 
-import importlib.metadata
-import platform
 import time
 import uuid
 from collections.abc import Generator, Iterator
@@ -12,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from critic_train import __version__
 from critic_train.data.shards import SUFFIXES
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
@@ -24,7 +21,9 @@ from critic_train.model.presets import LEARNING_RATES, preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose_packing
 from critic_train.observing.observer import Observer, observed
+from critic_train.observing.report import ReportWriter
 from critic_train.observing.trackers import require_packages, trackers
+from critic_train.reporting.place import PAGE
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model
 from critic_train.run.directory import RunDirectory, refuse_changes
 from critic_train.run.model_digest import model_digest
@@ -37,6 +36,7 @@ from critic_train.training.resuming import require_room_for_cache, require_room_
 from critic_train.training.step import LossRecipe
 from critic_train.training.targets import Targets
 from critic_train.training.trainer import Trainer
+from critic_train.versions import versions
 
 LR_FINE_TUNING = 1e-5
 LR_NEW_HEAD = 1e-3
@@ -94,13 +94,14 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
 def _observers(trainer: Trainer) -> list[Observer]:
     """Those who look on while this run goes."""
     record = trainer.run.read_json("run.json") or {}
-    return trackers(
+    tracking = trackers(
         trainer.settings,
         trainer.run.path,
         run_id=str(record.get("id", "")),
         first_step=trainer.position.step,
         config=record,
     )
+    return tracking if trainer.settings.no_report else [*tracking, ReportWriter(trainer.run.path)]
 
 
 def _warnings(run: RunDirectory) -> Iterator[Event]:
@@ -150,16 +151,6 @@ def _compare_with_before(
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     return run.read_json("result.json")
-
-
-def versions() -> dict[str, str]:
-    """The versions a run was made with."""
-    names = ("torch", "transformers", "pyarrow", "numpy", "safetensors")
-    return {
-        "critic-train": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
 
 
 def _prepare(
@@ -326,4 +317,5 @@ def _places(run: RunDirectory, newest: Path | None) -> dict[str, Any]:
         "out": str(run.path),
         "checkpoint": str(newest) if newest else None,
         "best": str(run.path / "best") if run.best else None,
+        "report": str(run.path / PAGE) if (run.path / PAGE).is_file() else None,
     }

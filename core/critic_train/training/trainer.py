@@ -14,7 +14,9 @@ from critic_train.data.addresses import addresses
 from critic_train.errors import MachineError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
 from critic_train.judging.advantages import AdvantageRecipe
+from critic_train.judging.examples import Examples
 from critic_train.judging.judge import Judge
+from critic_train.judging.words import in_words
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.predicting import predict_values
@@ -251,13 +253,16 @@ class Trainer:
             uids=self.data.uids,
             advantage=AdvantageRecipe.of(self.targets.recipe),
         )
+        examples = Examples(seed=self.settings.seed, uids=self.data.uids)
         done = 0
         yield Progress(stage="evaluating", done=0, total=len(held_out))
         for _, rollouts in held_out.by_group(ROLLOUTS_AT_ONCE):
             try:
-                judge.add(rollouts, {"critic": self._predict(rollouts)})
+                values = {"critic": self._predict(rollouts)}
             except _StoppedError:
                 return
+            judge.add(rollouts, values)
+            examples.add(rollouts, values)
             done += len(rollouts)
             yield Progress(stage="evaluating", done=done, total=len(held_out))
         verdict = judge.verdict()
@@ -278,7 +283,8 @@ class Trainer:
             self.best_evaluation = metrics
         elif position.step > 0:
             position.evaluations_since_best += 1
-        yield EvaluationEnded(step=position.step, metrics=metrics, best=best)
+        told = verdict | {"words": in_words(verdict), "examples": examples.records()}
+        yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=told)
         if self.out_of_patience and position.step < self.plan.total_steps:
             yield Notice(
                 message=f"held-out {self.settings.best_by} has not improved in {position.evaluations_since_best} "

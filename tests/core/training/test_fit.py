@@ -55,6 +55,7 @@ def settings_for(shards: Path, out: Path, **changes: object) -> FitSettings:
         "checkpoint_every": 3,
         "lr": 3e-3,
         "device": "cpu",
+        "no_report": True,
     }
     return FitSettings(**(defaults | changes))  # type: ignore[arg-type]
 
@@ -77,13 +78,15 @@ def final_state(out: Path) -> dict[str, bytes]:
 
 
 def test_a_run_leaves_what_the_design_says(shards, tmp_path):
-    events = run(settings_for(shards, tmp_path))
+    events = run(settings_for(shards, tmp_path, no_report=False))
     assert isinstance(events[-1], RunEnded)
     assert events[-1].status == "finished"
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
         "best",
         "checkpoints",
+        "evaluation.json",
         "metrics.jsonl",
+        "report.html",
         "result.json",
         "run.json",
         "timings.jsonl",

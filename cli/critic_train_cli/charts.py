@@ -1,0 +1,114 @@
+"""The charts of the report in characters, for people on a machine without a browser."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from critic_train.figures import fixed, number, with_interval
+from critic_train_cli.columns import BASELINES
+from critic_train_cli.plot import Line, Marks, marks, on_a_scale, plane
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDEST, TALLEST = 76, 9
+NARROWEST = 34
+"""Columns below which a chart says nothing that the figures do not."""
+
+Metrics = Mapping[str, Any]
+
+
+def draw_charts(console: "Console", verdict: Metrics, evaluations: Sequence[Metrics]) -> None:
+    """Print the charts that there are figures and room for.
+
+    Args:
+        console: where.
+        verdict: eval's result, or what a run keeps of its best evaluation; may be empty.
+        evaluations: of a run, in order; may be empty.
+    """
+    wide = min(console.width, WIDEST)
+    if wide < NARROWEST:
+        return
+    signs = marks(unicode=console.encoding.startswith("utf"))
+    draw_course(console, evaluations, wide, signs)
+    critics = verdict.get("critics") or {}
+    for name, metrics in critics.items():
+        title = f" of {name}" if len(critics) > 1 else ""
+        draw_calibration(console, metrics, title, wide, signs)
+        draw_along(console, metrics, title, wide, signs)
+
+
+def draw_course(console: "Console", evaluations: Sequence[Metrics], wide: int, signs: Marks) -> None:
+    """Held-out explained variance over the steps, with the baselines."""
+    key = "explained_variance"
+    known = [row for row in evaluations if number(row.get(key)) is not None]
+    if len(known) < 2:
+        return
+    steps = [row["step"] for row in known]
+    lines, legend = [], []
+    for name, mark in zip(("group_mean", "stored"), signs.baselines, strict=False):
+        found = [number(((row.get("baselines") or {}).get(name) or {}).get(key)) for row in known]
+        if any(figure is not None for figure in found):
+            lines.append(Line(mark, steps, found))
+            legend.append(f"{mark * 2} {BASELINES[name]}")
+    lines.append(Line(signs.baselines[2], steps, [0.0] * len(steps)))
+    lines.append(Line(signs.critic, steps, [number(row[key]) for row in known]))
+    legend = [f"{signs.critic} this critic", *legend, f"{signs.baselines[2] * 2} {BASELINES['constant']}"]
+    _print(
+        console, "Held-out explained variance by step", plane(lines, width=wide, height=TALLEST, signs=signs), legend
+    )
+
+
+def draw_calibration(console: "Console", metrics: Metrics, of: str, wide: int, signs: Marks) -> None:
+    """A row for each bin of values: the mean return of its tokens beside the value that was predicted."""
+    rows = [row for row in metrics.get("calibration") or [] if number(row.get("mean_value")) is not None]
+    rows = [row for row in rows if number(row.get("mean_return")) is not None]
+    if not rows:
+        return
+    ends = [row[key] for row in rows for key in ("mean_value", "mean_return")]
+    ends += [bound for row in rows for bound in row.get("interval") or ()]
+    texts = [(fixed(row["mean_value"]), with_interval(row["mean_return"], row.get("interval"))) for row in rows]
+    first, second = (max(len(text[i]) for text in texts) for i in (0, 1))
+    if wide - first - second - 6 < 12:
+        texts, second = [(value, fixed(row["mean_return"])) for (value, _), row in zip(texts, rows, strict=True)], 6
+    room = wide - first - second - 6
+    lines = [f"  {'value':<{first}}  {'return':<{second}}".rstrip()]
+    for (value, returned), row in zip(texts, rows, strict=True):
+        drawn = on_a_scale(
+            row["mean_return"],
+            row.get("interval"),
+            row["mean_value"],
+            low=min(ends),
+            high=max(ends),
+            width=room,
+            signs=signs,
+        )
+        lines.append(f"  {value:<{first}}  {returned:<{second}}  {drawn}".rstrip())
+    legend = [f"{signs.critic} mean return", f"{signs.aim} the value predicted", f"{signs.line * 2} 95 % interval"]
+    _print(console, f"Calibration{of}", lines, legend)
+
+
+def draw_along(console: "Console", metrics: Metrics, of: str, wide: int, signs: Marks) -> None:
+    """AUC within prompts along the response: from which part on right rollouts are told from wrong ones."""
+    key = "auc_within_group"
+    rows = [row for row in metrics.get("auc_by_position") or [] if number(row.get(key)) is not None]
+    if not rows:
+        return
+    ends = [0.5, *(bound for row in rows for bound in row.get("interval") or [row[key]]), *(row[key] for row in rows)]
+    lines = []
+    for row in rows:
+        part = f"{100 * row['from']:.0f}-{100 * row['to']:.0f} %"
+        drawn = on_a_scale(
+            row[key], row.get("interval"), 0.5, low=min(ends), high=max(ends), width=wide - 20, signs=signs
+        )
+        lines.append(f"  {part:<9}  {fixed(row[key])}  {drawn}".rstrip())
+    legend = [f"{signs.critic} AUC within prompts", f"{signs.aim} a coin", f"{signs.line * 2} 95 % interval"]
+    _print(console, f"From which part of the response on it tells right from wrong{of}", lines, legend)
+
+
+def _print(console: "Console", title: str, lines: Sequence[str], legend: Sequence[str]) -> None:
+    if not lines:
+        return
+    console.print(f"\n{title}", style="bold")
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    console.print("  " + "   ".join(legend), style="dim")

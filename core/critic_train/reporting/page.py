@@ -1,0 +1,142 @@
+"""The page put together and written: sources -> one HTML text -> one file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from critic_train import __version__
+from critic_train.errors import MachineError
+from critic_train.reporting.curves import curves
+from critic_train.reporting.drawing import Key
+from critic_train.reporting.judged import verdict_charts, where_charts
+from critic_train.reporting.pieces import decoder_of
+from critic_train.reporting.provenance import different_settings, provenance_of
+from critic_train.reporting.records import Cell
+from critic_train.reporting.rollouts import SHADES, TOKENS_ON_A_PAGE, Reading, extreme_of, readings, scale_of
+from critic_train.reporting.sources import Source
+from critic_train.reporting.subjects import Subject, short_names, subjects_of
+from critic_train.reporting.verdict import card, comparison, differences, groups
+from critic_train.run.durable import replace_file
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelf:
+    """A critic's rollouts to read.
+
+    Attributes:
+        subject: the critic.
+        readings: the rollouts.
+        keys: legend of their charts.
+        extreme: the value with the deepest shade.
+        has_text: whether there is a tokenizer; else tokens are numbers.
+    """
+
+    subject: Subject
+    readings: Sequence[Reading]
+    keys: Sequence[Key]
+    extreme: Cell
+    has_text: bool
+
+
+def render(sources: Sequence[Source], *, tokenizer: str | None = None) -> str:
+    """The page as HTML text: complete in itself, no script, no network. The same sources give the same page.
+
+    Args:
+        sources: runs and evaluations, at least one.
+        tokenizer: a directory with a tokenizer.json, where the sources have none of their own.
+    """
+    subjects = subjects_of(sources)
+    shelves = _shelves(subjects, tokenizer)
+    judged = [subject for subject in subjects if subject.metrics]
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            version=__version__,
+            title=", ".join(short_names([source.label for source in sources])),
+            several=len(subjects) > 1,
+            cards=[card(subject) for subject in subjects],
+            verdicts=verdict_charts(judged),
+            comparison=comparison(subjects),
+            differences=differences(subjects),
+            between=_between(sources),
+            curves=curves(subjects),
+            where=where_charts(judged),
+            groups=[(subject, found) for subject in subjects if (found := groups(subject))],
+            shelves=shelves,
+            shades=SHADES,
+            sources=[provenance_of(source) for source in sources],
+            labels=short_names([source.label for source in sources if source.is_run]),
+            different=different_settings(sources),
+        )
+    )
+
+
+def write_page(path: Path, sources: Sequence[Source], *, tokenizer: str | None = None) -> int:
+    """Render the page and put it under its name, whole or not at all.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        MachineError: there is no room or no permission; an older page stands unchanged.
+    """
+    content = render(sources, tokenizer=tokenizer).encode("utf-8", errors="replace")
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise MachineError(
+            f"the page {path} cannot be written: {error.strerror}", hint="free some space, or name another place"
+        ) from error
+    return len(content)
+
+
+def _between(sources: Sequence[Source]) -> list[str]:
+    """Sentences of the verdicts that speak of several critics at once."""
+    found = []
+    for source in sources:
+        names = list(source.evaluation.part("critics").data)
+        if len(names) > 1:
+            words: list[str] = source.evaluation.get("words") or []
+            found += [said for said in words if not said.startswith(tuple(f"{name}: " for name in names))]
+    return found
+
+
+def _shelves(subjects: Sequence[Subject], tokenizer: str | None) -> list[Shelf]:
+    found = []
+    filled = [subject for subject in subjects if subject.examples]
+    for subject in filled:
+        decode = decoder_of(subject.source, tokenizer)
+        mean = subject.verdict.part("returns").get("mean")
+        scale = scale_of(subject.examples, mean)
+        shown = readings(subject, decode, scale, TOKENS_ON_A_PAGE // len(filled))
+        if shown:
+            keys = [Key(text="value", ink=subject.ink), Key(text="return", ink="group-mean")]
+            if any(reading.has_old_values for reading in shown):
+                keys.append(Key(text="old value", ink="stored", mark="stored"))
+            extreme = extreme_of(subject.examples, scale)
+            found.append(
+                Shelf(subject=subject, readings=shown, keys=keys, extreme=extreme, has_text=decode is not None)
+            )
+    return found
+
+
+def _environment() -> "Environment":
+    """Jinja with everything from data escaped; drawings are the only markup that is let through."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("critic_train.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["drawing"] = Markup
+    environment.tests["cell"] = lambda value: hasattr(value, "at")
+    return environment

@@ -1,0 +1,150 @@
+"""What a page is about, as read from disk: a run's directory, or what `eval --json` printed."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from critic_train.errors import ConfigError
+from critic_train.reporting.records import Record
+
+EVALUATION = "evaluation.json"
+"""The file of a run that holds the whole verdict on its best critic, in the form of eval's result."""
+
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+NEITHER = "give a run's directory (--out of fit) or a file that critic-train eval --json wrote"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One run or one evaluation.
+
+    Attributes:
+        path: the run's directory, or the file; None where the result was never a file.
+        label: what it is called on the page.
+        started: run.json.
+        result: result.json; empty while the run goes on.
+        evaluation: the verdict on its best critic so far, in the form of eval's result; empty where none was reached.
+        steps: one record a step, in order.
+        evaluations: one record an evaluation, in order.
+        timings: one record a step of what differs from run to run, in order.
+    """
+
+    path: Path | None
+    label: str
+    evaluation: Record
+    started: Record = field(default_factory=lambda: Record({}, ""))
+    result: Record = field(default_factory=lambda: Record({}, ""))
+    steps: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)
+    timings: list[Record] = field(default_factory=list)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a training run."""
+        return bool(self.started or self.steps)
+
+
+def read_sources(paths: list[str]) -> list[Source]:
+    """Read runs and evaluations.
+
+    Args:
+        paths: run directories and files of eval's JSON.
+
+    Raises:
+        ConfigError: one of them is neither; all such are named.
+    """
+    found, wrong = [], []
+    for number, path in enumerate(dict.fromkeys(paths), start=1):
+        try:
+            found.append(read_source(Path(path), number))
+        except ConfigError as error:
+            wrong.append(error.message)
+    if wrong:
+        raise ConfigError("\n".join(wrong), hint=NEITHER)
+    return found
+
+
+def read_source(path: Path, number: int = 1) -> Source:
+    """Read one run or evaluation; `number` is its place on the page, from 1."""
+    if path.is_dir():
+        return read_run(path, number)
+    if not path.exists():
+        raise ConfigError(f"no run and no file {path}", hint=NEITHER)
+    return read_evaluation(path, number)
+
+
+def read_run(path: Path, number: int = 1) -> Source:
+    """Read a run's directory, finished or not.
+
+    Raises:
+        ConfigError: it holds no run.
+    """
+    if not (path / "run.json").is_file():
+        raise ConfigError(f"{path} holds no run: there is no run.json in it", hint=NEITHER)
+    records = list(_lines(path / METRICS, f"{number}:{METRICS}"))
+    return Source(
+        path=path,
+        label=str(path),
+        started=_object(path, "run.json", number),
+        result=_object(path, "result.json", number),
+        evaluation=_object(path, EVALUATION, number),
+        steps=[record for record in records if record.get("event") == "step"],
+        evaluations=[record for record in records if record.get("event") == "evaluation"],
+        timings=list(_lines(path / TIMINGS, f"{number}:{TIMINGS}")),
+    )
+
+
+def reread_run(path: object) -> Source | None:
+    """A run that has just ended, None where it left nothing to read."""
+    try:
+        return read_run(Path(path)) if isinstance(path, str) else None
+    except ConfigError:
+        return None
+
+
+def read_evaluation(path: Path, number: int = 1) -> Source:
+    """Read what `eval --json` printed.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint=NEITHER) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}", hint=NEITHER) from error
+    if not (isinstance(value, Mapping) and isinstance(value.get("critics"), Mapping)):
+        raise ConfigError(f"{path} is no result of eval: it has no critics", hint=NEITHER)
+    return evaluation_source(value, path, number)
+
+
+def evaluation_source(result: Mapping[str, Any], path: Path | None = None, number: int = 1) -> Source:
+    """eval's result as a source, read from `path` or still in memory."""
+    name = path.name if path else "eval"
+    return Source(path=path, label=str(path or "evaluation"), evaluation=Record(result, f"{number}:{name}#"))
+
+
+def _object(folder: Path, name: str, number: int) -> Record:
+    try:
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None
+    return Record(value if isinstance(value, Mapping) else {}, f"{number}:{name}#")
+
+
+def _lines(path: Path, at: str) -> Iterator[Record]:
+    """The objects of a JSONL file; the line that a running or killed process has half written is left out."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, Mapping):
+            yield Record(value, f"{at}:{number}#")

@@ -1,0 +1,144 @@
+"""The critics that a page speaks of, each with its figures, its colour and the run it comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from critic_train.judging.words import in_words
+from critic_train.reporting.drawing import SERIES
+from critic_train.reporting.records import Record
+from critic_train.reporting.sources import Source
+
+BASELINES = {"constant": "constant mean", "stored": "stored values", "group_mean": "prompt group's mean"}
+INK_OF = {"constant": "constant", "stored": "stored", "group_mean": "group-mean"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A critic on the page.
+
+    Attributes:
+        name: what it is called on the page.
+        key: what it is called in its verdict.
+        number: its place on the page, from 1.
+        source: where it was read.
+        metrics: its metrics; empty where it was never judged.
+        baselines: what it has to beat, name -> metrics.
+        verdict: the whole verdict, for the counts and the returns; empty for runs that never wrote it.
+        words: the verdict in sentences.
+        examples: rollouts to read.
+    """
+
+    name: str
+    key: str
+    number: int
+    source: Source
+    metrics: Record
+    baselines: Record
+    verdict: Record
+    words: Sequence[str] = ()
+    examples: Sequence[Record] = field(default_factory=list)
+
+    @property
+    def ink(self) -> str:
+        """Its colour, one of drawing.INKS."""
+        return f"series-{(self.number - 1) % SERIES + 1}"
+
+    def judged(self) -> "dict[str, Record]":
+        """The baselines that were judged beside it, those that it is itself left out."""
+        names = [name for name in BASELINES if name in self.baselines.data]
+        return {name: self.baselines.part(name) for name in names if name != self.key}
+
+
+def subjects_of(sources: Sequence[Source]) -> list[Subject]:
+    """Every critic of every source, in order."""
+    found: list[Subject] = []
+    for source, label in zip(sources, short_names([source.label for source in sources]), strict=True):
+        if source.is_run:
+            found.append(_of_run(source, label, len(found) + 1))
+        else:
+            found += _of_evaluation(source, len(found) + 1)
+    return found
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of paths, as many of them as it takes to tell them apart."""
+    parts = [PurePath(path).parts or (path,) for path in paths]
+    for count in range(1, max((len(p) for p in parts), default=1) + 1):
+        names = ["/".join(p[-count:]).removeprefix("//") for p in parts]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return list(paths)
+
+
+def _of_run(source: Source, label: str, number: int) -> Subject:
+    verdict, key = source.evaluation, "critic"
+    if verdict:
+        key = next(iter(verdict.part("critics").data), key)
+        metrics, baselines = verdict.part("critics").part(key), verdict.part("baselines")
+        words = verdict.get("words") or []
+    else:
+        metrics = _best(source)
+        baselines, words = metrics.part("baselines"), _words(metrics)
+    return Subject(
+        name=label,
+        key=key,
+        number=number,
+        source=source,
+        metrics=metrics,
+        baselines=baselines,
+        verdict=verdict,
+        words=words,
+        examples=verdict.rows("examples"),
+    )
+
+
+def _of_evaluation(source: Source, first: int) -> list[Subject]:
+    verdict = source.evaluation
+    names = list(verdict.part("critics").parts())
+    every = verdict.get("words") or []
+    shown = short_names(names)
+    found = []
+    for number, (name, short) in enumerate(zip(names, shown, strict=True), start=first):
+        start = f"{name}: "
+        own = [words.removeprefix(start) for words in every if len(names) == 1 or words.startswith(start)]
+        examples = [row for row in verdict.rows("examples") if row.get("critic") in (name, None)]
+        found.append(
+            Subject(
+                name=BASELINES.get(name, short),
+                key=name,
+                number=number,
+                source=source,
+                metrics=verdict.part("critics").part(name),
+                baselines=verdict.part("baselines"),
+                verdict=verdict,
+                words=own,
+                examples=examples,
+            )
+        )
+    return found
+
+
+def _best(source: Source) -> Record:
+    """The evaluation of a run that its result speaks of: the best, else the last."""
+    step = source.result.get("best_step")
+    at_best = [record for record in source.evaluations if record.get("step") == step]
+    return (at_best or source.evaluations or [Record({}, "")])[-1]
+
+
+def _words(metrics: Record) -> list[str]:
+    """The verdict in words from what metrics.jsonl keeps of it."""
+    if not metrics or not metrics.part("baselines"):
+        return []
+    several = metrics.get("explained_variance_interval") is not None
+    stand_in: dict[str, Any] = {
+        "critics": {"critic": dict(metrics.data)},
+        "baselines": dict(metrics.part("baselines").data),
+        "differences": {},
+        # Not recorded there; the sentences only ask whether there are any, and several.
+        "response_tokens": 1,
+        "prompt_groups": 2 if several else 1,
+        "rollouts": -1,
+    }
+    return in_words(stand_in)
