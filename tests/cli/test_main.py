@@ -41,6 +41,13 @@ EVAL_FLAGS = words("""
 --by --cliprange-value --resamples --seed --fail-under
 --report
 """)
+PREDICT_FLAGS = words("""
+--data --column --on-bad-rows --on-bad-file
+--returns --gamma --lam --lam-policy --length-alpha --truncated
+--model
+--device --precision --packing --max-tokens
+--to --write --whiten-advantages --part
+""")
 REPORT_FLAGS = words("runs --tokenizer --to")
 
 
@@ -52,6 +59,7 @@ source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokeniz
 COMMANDS = {
     "fit": FIT_FLAGS,
     "eval": EVAL_FLAGS,
+    "predict": PREDICT_FLAGS,
     "report": REPORT_FLAGS,
     "check": CHECK_FLAGS,
     "convert": CONVERT_FLAGS,

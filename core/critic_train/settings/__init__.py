@@ -10,6 +10,7 @@ from critic_train.settings.eval import EvalSettings
 from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
 from critic_train.settings.fit import FitSettings, Preset
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
+from critic_train.settings.predict import PredictSettings
 from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
 from critic_train.settings.report import ReportSettings
 from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
@@ -31,6 +32,7 @@ __all__ = [
     "OnNonFinite",
     "Packing",
     "Precision",
+    "PredictSettings",
     "Preset",
     "ReadingSettings",
     "ReportSettings",
