@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
 import typer
@@ -93,6 +94,11 @@ def json_asked(arguments: list[str]) -> bool:
     return "--json" in before
 
 
+def spoken_for(environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several ranks (torchrun says so) and not rank 0, which speaks for all."""
+    return environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
+
+
 def refuse_bare_command(arguments: list[str]) -> None:
     """Say what a command lacks that is called without any setting.
 
@@ -111,9 +117,11 @@ def run() -> NoReturn:
     """The entry point of the console script: parse, do the work, and end with the documented exit code."""
     tame_streams()
     die_of_closed_pipes()
+    # torch writes pages to stderr when another rank is gone; a fault of ours says it in a line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:]
     debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
-    output = Output(as_json=json_asked(arguments), debug=debug or "--debug" in arguments)
+    output = Output(as_json=json_asked(arguments), debug=debug or "--debug" in arguments, silent=spoken_for(os.environ))
     try:
         refuse_bare_command(arguments)
         code = app(args=arguments, prog_name="critic-train", standalone_mode=False, obj=output)

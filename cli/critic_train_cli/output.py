@@ -22,17 +22,23 @@ class Output:
         as_json: the result is one JSON object on stdout, an error one JSON object on stderr.
         quiet: no progress and no notices; warnings, errors and the result remain.
         debug: errors come with their traceback.
+        silent: nothing is said at all: this is one of several ranks, and rank 0 speaks for all.
         run_directory: where a crash log belongs, once a run has one.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, debug: bool = False) -> None:
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, debug: bool = False, silent: bool = False
+    ) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self.debug = debug
+        self.silent = silent
         self.run_directory: str | None = None
 
     def result(self, result: dict[str, Any], draw: "Callable[[Console], None]") -> None:
         """Give the result of the command: as JSON, or as `draw` shows it on a console over stdout."""
+        if self.silent:
+            return
         if self.as_json:
             print(as_json_text(result), flush=True)
         else:
@@ -40,7 +46,8 @@ class Output:
 
     def text(self, words: str) -> None:
         """Give a result that is already text."""
-        print(words, flush=True)
+        if not self.silent:
+            print(words, flush=True)
 
     def notice(self, message: str, level: str = "info") -> None:
         """Tell something worth hearing; a warning is told even when quiet."""
@@ -51,13 +58,15 @@ class Output:
 
     def line(self, words: str) -> None:
         """Write one line to stderr. A reader who has gone away is no reason to stop a long job."""
+        if self.silent:
+            return
         with contextlib.suppress(OSError, ValueError):
             print(words, file=sys.stderr, flush=True)
 
     def error(self, error: BaseException) -> int:
         """Say what went wrong and what to do; returns the exit code."""
         fault = explain(error)
-        if fault.is_bug:
+        if fault.is_bug and not self.silent:
             fault = self._with_crash_log(error, fault)
         if self.debug:
             self.line("".join(traceback.format_exception(error)).rstrip())

@@ -24,7 +24,7 @@ def choose_view(output: Output, *, stopping: str) -> View:
     word = os.environ.get(VARIABLE, "").lower()
     if word not in ("", "0", "plain", "live"):
         raise ConfigError(f"{VARIABLE} must be live, plain or 0, not {word!r}")
-    if output.quiet or word == "0":
+    if output.quiet or output.silent or word == "0":
         return View(output, stopping=stopping)
     if word == "live" or (not word and can_redraw(sys.stderr)):
         from critic_train_cli.live import LiveView

@@ -17,3 +17,7 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether somebody has asked the job to stop."""
         return self.signal_number is not None
+
+    def look(self) -> bool:
+        """Whether to stop here. Several ranks look together, at the same places, and get the same answer."""
+        return self.requested

@@ -74,7 +74,8 @@ class ForestPlan:
         self.attend = Attention(all_queries(forest), device)
         self.narrowed: Attention | None = None
         self.kept: Tensor | None = None
-        self.kept_positions = without_short_gaps(forest, read)
+        # Where nothing is read (a rank without work) there is nothing to narrow to.
+        self.kept_positions = without_short_gaps(forest, read) if len(read) else np.arange(len(forest))
         if len(self.kept_positions) < len(forest):
             self.narrowed = Attention(queries_at(forest, self.kept_positions), device)
             self.kept = torch.from_numpy(self.kept_positions).to(device, non_blocking=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.errors import ConfigError, MachineError
 from critic_train.settings import Precision
 
@@ -15,12 +16,16 @@ class Compute:
     Attributes:
         device: where the critic is.
         precision: what the trunk computes in. Weights, head and loss are float32 whatever it is.
-        max_tokens: positions through the model at once.
+        max_tokens: positions through the model at once, on each rank.
+        ranks: the processes that compute together, of which this is one.
+        pair_cost: the work of one (query, key) pair of attention beside a position's, for sharing work out over ranks.
     """
 
     device: torch.device
     precision: Precision
     max_tokens: int
+    ranks: Ranks = ALONE
+    pair_cost: float = 0.0
 
     def autocast(self) -> torch.autocast:
         """The context in which the trunk runs: bf16 matrix products from float32 weights, or nothing."""
@@ -37,15 +42,23 @@ class Compute:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """`auto` -> cuda where there is one, else cpu; any other name as torch reads it.
 
+    Of several ranks each gets a CUDA device of its own.
+
     Raises:
-        ConfigError: torch does not know the name.
+        ConfigError: torch does not know the name, or several ranks are told to share one CUDA device.
         MachineError: this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.size > 1 and name.startswith("cuda:"):
+        raise ConfigError(
+            f"--device {name} cannot be shared by {ranks.size} ranks", hint="--device cuda gives each rank its own"
+        )
+    if ranks.size > 1 and name == "cuda":
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -56,4 +69,6 @@ def resolve_device(name: str) -> torch.device:
         raise MachineError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="--device cpu"
         )
+    if ranks.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device

@@ -4,7 +4,7 @@ Both layouts answer the same question, "which value is paired with each response
 trunk is the same for both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +94,20 @@ def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.devic
         tokens=asked.tokens,
         computed_tokens=len(ids),
     )
+
+
+def nothing_asked(rollouts: Rollouts, device: torch.device, *, forest: bool) -> ModelInput:
+    """One position of which no value is asked: for a rank that must go through the trunk while it has no work."""
+    one = replace(
+        rollouts.take(np.zeros(1, dtype=np.int64)),
+        input_ids=rollouts.input_ids[:1],
+        offsets=np.asarray([0, 1]),
+        response_mask=np.zeros(1, dtype=np.bool_),
+    )
+    index = np.zeros(1, dtype=np.int64)
+    if not forest:
+        return rows_input(one, index, device)
+    return forest_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
 
 
 class _Asked(NamedTuple):

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError
 from critic_train.model.attention import NAME
+from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, ValueHead
 
 HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
@@ -81,7 +82,7 @@ def read_model(path: Path) -> ModelSource:
             hint="--model takes a run, a checkpoint or a Hugging Face directory",
         )
     raw = _raw_config(path)
-    files = _weight_files(path)
+    files = weight_files(path)
     config = prepare_config(_parsed_config(path, raw))
     architecture = str((raw.get("architectures") or [""])[0])
     source = ModelSource(
@@ -100,14 +101,22 @@ def read_model(path: Path) -> ModelSource:
     return source
 
 
-def load_critic(source: ModelSource) -> Critic:
+def load_critic(source: ModelSource, compute: Compute | None = None) -> Critic:
     """The critic of a directory, weights in float32, on the CPU.
 
     A missing head is made at 0; the caller sets where it starts and says so.
 
+    Args:
+        source: from `read_model`.
+        compute: with several ranks in it, each loads its part alone, to its device; all of them call this.
+
     Raises:
         ModelError: weights are missing, damaged or of another shape than the configuration says.
     """
+    if compute is not None and compute.ranks.size > 1:
+        from critic_train.distributed.sharded_loading import load_sharded
+
+        return load_sharded(source, compute)
     try:
         trunk, report = AutoModel.from_pretrained(
             source.path,
@@ -198,7 +207,7 @@ def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index where there is one. No path leaves the directory."""
     index = path / "model.safetensors.index.json"
     # Where both stand, transformers takes the single file.
@@ -248,7 +257,7 @@ def _find_head(path: Path, files: list[Path], prefix: object) -> str | None:
 
 def _fill_head(head: ValueHead, source: ModelSource) -> None:
     with torch.no_grad():
-        for file in _weight_files(source.path):
+        for file in weight_files(source.path):
             with safe_open(file, framework="pt") as tensors:
                 present = set(tensors.keys())
                 for part, target in (("weight", head.weight), ("bias", head.bias)):

@@ -6,26 +6,56 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.distributed.shares import Cost, Pieces, shares
 from critic_train.model.compute import Compute
 from critic_train.model.forest import PrefixOrder, prefix_order
-from critic_train.model.inputs import ModelInput, forest_input, rows_input
+from critic_train.model.inputs import ModelInput, forest_input, nothing_asked, rows_input
 from critic_train.rollouts import Rollouts
 
 
 def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
     """The micro-batches of a mini-batch, laid out one at a time on the device.
 
+    Of several ranks each gets its own share, in as many micro-batches as the others: layers are gathered in step.
+
     Args:
-        rollouts: the mini-batch.
-        compute: device and token budget.
+        rollouts: the mini-batch, the same on all ranks.
+        compute: device, token budget and ranks.
         forest: as a forest, or as padded rows.
     """
-    if forest:
+    if compute.ranks.size > 1:
+        for part in shared_micro_batches(rollouts, compute, forest=forest):
+            if not len(part):
+                yield nothing_asked(rollouts, compute.device, forest=forest)
+            elif forest:
+                yield forest_input(rollouts, part, compute.device)
+            else:
+                yield rows_input(rollouts, part.index, compute.device)
+    elif forest:
         for order in forest_micro_batches(rollouts, compute.max_tokens):
             yield forest_input(rollouts, order, compute.device)
     else:
         for index in row_micro_batches(rollouts, compute.max_tokens):
             yield rows_input(rollouts, index, compute.device)
+
+
+def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> list[PrefixOrder]:
+    """This rank's micro-batches; all ranks have the same number of them, and some may be empty.
+
+    Rows are shared out as trees of one rollout; padding them fills a micro-batch beyond its tokens, so the budget of
+    a row is that of the longest.
+    """
+    order = prefix_order(rollouts) if forest else _alone(rollouts)
+    lengths = rollouts.lengths if forest else np.full(len(rollouts), rollouts.lengths.max(initial=1))
+    pieces = Pieces(order, lengths, Cost(pair=compute.pair_cost))
+    every = shares(pieces, compute.ranks.size, compute.max_tokens)
+    return [_part(order, runs) for runs in every[compute.ranks.rank]]
+
+
+def _alone(rollouts: Rollouts) -> PrefixOrder:
+    """Rollouts by length, none sharing anything."""
+    by_length = np.argsort(-rollouts.lengths, kind="stable")
+    return PrefixOrder(index=by_length, shared=np.zeros(len(by_length), dtype=np.int64))
 
 
 def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrder]:
@@ -91,6 +121,7 @@ def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
 
 def _part(order: PrefixOrder, places: list[tuple[int, int]]) -> PrefixOrder:
     """Some trees of an order; the first rollout of each shares nothing with what stands before it."""
-    index = np.concatenate([order.index[start:stop] for start, stop in places])
-    shared = np.concatenate([np.append(0, order.shared[start + 1 : stop]) for start, stop in places])
+    nothing = np.zeros(0, dtype=np.int64)
+    index = np.concatenate([nothing, *(order.index[start:stop] for start, stop in places)])
+    shared = np.concatenate([nothing, *(np.append(0, order.shared[start + 1 : stop]) for start, stop in places)])
     return PrefixOrder(index=index, shared=shared)

@@ -19,7 +19,7 @@ def predict_values(
     Args:
         critic: on its device.
         rollouts: any number of rollouts; those that stand together should share prompts.
-        compute: device, precision and token budget.
+        compute: device, precision and token budget; of several ranks each computes its share, and all get all values.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: looked at between micro-batches.
 
@@ -29,7 +29,7 @@ def predict_values(
     values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
     with torch.no_grad(), compute.autocast():
         for batch in micro_batches(rollouts, compute, forest=forest):
-            if stop is not None and stop.requested:
+            if stop is not None and stop.look():
                 return None
             values[batch.tokens] = critic(batch).float().cpu().numpy()
-    return values
+    return compute.ranks.total_of(values)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
+from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.model.critic import Critic
 from critic_train.run.storage import copy_file, library_writes
 
@@ -29,12 +30,14 @@ TOKENIZER_FILES = (
 )
 
 MAX_SHARD_SIZE = "5GB"
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def exported_class(critic: Critic) -> str:
     """The class a checkpoint of this critic will name, as in "LlamaForTokenClassification"."""
     kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(critic.trunk.config), None)
-    return type(critic.trunk).__name__ if kind is None else str(kind.__name__)
+    # FSDP2 puts its name before a sharded module's class.
+    return type(critic.trunk).__name__.removeprefix("FSDP") if kind is None else str(kind.__name__)
 
 
 def loads_for_token_classification(critic: Critic) -> bool:
@@ -48,32 +51,45 @@ def checkpoint_bytes(critic: Critic) -> int:
     return 4 * sum(p.numel() for p in critic.parameters()) + 8 * trained + 2**20
 
 
-def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) -> None:
+def save_critic(critic: Critic, directory: Path | None, tokenizer_from: Path | None, ranks: Ranks = ALONE) -> None:
     """Write weights (safetensors, sharded when large), config.json and the tokenizer's files.
 
     Args:
         critic: what to write.
-        directory: an existing, empty directory.
+        directory: an existing, empty directory; None on ranks that do not lead.
         tokenizer_from: the model directory whose tokenizer files are copied, if any.
+        ranks: over which the critic is spread; all of them call this.
 
     Raises:
         OSError: the disk is full or not writable.
     """
+    if ranks.size > 1:
+        from critic_train.distributed.sharded_saving import save_sharded
+
+        save_sharded(critic, directory, tokenizer_from)
+        return
+    assert directory is not None
     critic.trunk.config.value_head_prefix = "score"
     with library_writes(directory):
         if loads_for_token_classification(critic):
-            _as_token_classifier(critic).save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
+            as_token_classifier(critic).save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
         else:
             tensors = dict(critic.trunk.state_dict())
             tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
             critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
-    if tokenizer_from is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_from / name).is_file():
-                copy_file(tokenizer_from / name, directory / name)
+    copy_tokenizer(tokenizer_from, directory)
 
 
-def _as_token_classifier(critic: Critic) -> PreTrainedModel:
+def copy_tokenizer(tokenizer_from: Path | None, directory: Path) -> None:
+    """Copy a model directory's tokenizer files, where there are any."""
+    if tokenizer_from is None:
+        return
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            copy_file(tokenizer_from / name, directory / name)
+
+
+def as_token_classifier(critic: Critic) -> PreTrainedModel:
     """transformers' own class around this critic's tensors, so that its own writer names and converts them."""
     kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(critic.trunk.config)]
     with torch.device("meta"):

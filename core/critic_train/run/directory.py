@@ -24,6 +24,7 @@ RESUMABLE = frozenset(
         "log_project",
         "patience",
         "no_report",
+        "nproc",
     }
 )
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
@@ -186,8 +187,12 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> li
     for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts"), ("model", "base model")):
         if before.get(name) != now[name]:
             refused.append(f"the {what} changed since the run began")
-    for name, what in (("versions", "library versions"), ("threads", "number of threads")):
-        if before.get(name) != now[name]:
+    for name, what in (
+        ("versions", "library versions"),
+        ("threads", "number of threads"),
+        ("ranks", "number of ranks"),
+    ):
+        if before.get(name, now[name]) != now[name]:
             notices.append(f"the {what} changed since the run began: the result may differ by rounding")
     if refused:
         raise ConfigError(

@@ -11,6 +11,7 @@ from critic_train.settings.fields import Settings, as_dict, flag_of, setting, se
 from critic_train.settings.fit import FitSettings, Preset
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
 from critic_train.settings.predict import PredictSettings
+from critic_train.settings.ranks import RanksSettings
 from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
 from critic_train.settings.report import ReportSettings
 from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
@@ -34,6 +35,7 @@ __all__ = [
     "Precision",
     "PredictSettings",
     "Preset",
+    "RanksSettings",
     "ReadingSettings",
     "ReportSettings",
     "Returns",

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from critic_train.settings.compute import ComputeSettings
 from critic_train.settings.fields import setting
 from critic_train.settings.loss import LossSettings
+from critic_train.settings.ranks import RanksSettings
 from critic_train.settings.reading import ReadingSettings
 from critic_train.settings.returns import ReturnsSettings
 from critic_train.settings.run import RunSettings
@@ -17,7 +18,14 @@ Preset = Literal["tiny", "small", "base"]
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(
-    TrackingSettings, RunSettings, ComputeSettings, TrainingSettings, LossSettings, ReturnsSettings, ReadingSettings
+    TrackingSettings,
+    RunSettings,
+    RanksSettings,
+    ComputeSettings,
+    TrainingSettings,
+    LossSettings,
+    ReturnsSettings,
+    ReadingSettings,
 ):
     """Settings of `critic-train fit`."""
 

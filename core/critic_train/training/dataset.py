@@ -16,7 +16,7 @@ from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.spool import Spool, SpoolDamaged
 from critic_train.data.spool_writing import SpoolWriter
 from critic_train.data.uids import UidLookup
-from critic_train.errors import DataError
+from critic_train.errors import DataError, MachineError
 from critic_train.events import Event, Notice, Progress
 from critic_train.model.loading import ModelSource
 from critic_train.rollouts import Rollouts
@@ -100,6 +100,12 @@ class RunData:
     uids: UidLookup
 
     @property
+    def names(self) -> list[str]:
+        """The sets that stand in the cache: "train", and "val" where there is --val-data."""
+        sets = (self.train, self.held_out) if self.held_out is not None else (self.train,)
+        return sorted({rollouts.spool.directory.name for rollouts in sets})
+
+    @property
     def max_token_id(self) -> int:
         """The largest token id of all rollouts."""
         sets = (self.train, self.held_out) if self.held_out is not None else (self.train,)
@@ -174,7 +180,6 @@ def open_data(
     Raises:
         DataError: rows cannot be used, or nothing is left to train on.
     """
-    targets = Targets.of(settings)
     left_out: dict[str, Any] = {}
     files_left_out: dict[str, Any] = {}
     files_read: dict[str, list[tuple[str, int]]] = {}
@@ -193,29 +198,59 @@ def open_data(
         kept = json.loads((cache / name / "reading.json").read_text(encoding="utf-8"))
         left_out[name], files_left_out[name] = kept["rows_left_out"], kept["files_left_out"]
         files_read[name] = [(file, rows) for file, rows in kept["files_read"]]
-    everything = np.arange(spools["train"].num_rollouts, dtype=np.int64)
-    held_out: RolloutSet | None = None
-    if "val" in spools:
-        train = RolloutSet(spool=spools["train"], index=everything, files=files_read["train"])
-        every_val = np.arange(spools["val"].num_rollouts, dtype=np.int64)
-        held_out = RolloutSet(spool=spools["val"], index=every_val, files=files_read["val"])
+    train, held_out = _sets(settings, spools, files_read)
+    if held_out is not None and "val" in spools:
         yield from _leak_notice(train, held_out)
-    else:
-        together = kept_together(spools["train"].groups, spools["train"].prompts)
-        kept, held = split_groups(together, settings.val_fraction, settings.seed)
-        train = RolloutSet(spool=spools["train"], index=kept, files=files_read["train"])
-        if len(held):
-            held_out = replace(train, index=held)
-    if held_out is not None and targets.moving and targets.recipe.bootstraps:
-        # What would have followed a cut rollout nobody knows, and what this critic makes of it is no yardstick.
-        whole = held_out.index[~held_out.spool.truncated[held_out.index]]
-        held_out = replace(held_out, index=whole) if len(whole) else None
     if not len(train):
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
     judged = "val" if "val" in spools else "train"
     lost = {file["file"] for file in files_left_out[judged]["files"]}
     uids = UidLookup(shards.val_data or shards.data, column_renames(settings.column), lost)
     return RunData(train=train, held_out=held_out, left_out=left_out, files_left_out=files_left_out, uids=uids)
+
+
+def data_read_by_rank_0(settings: FitSettings, cache: Path, names: list[str]) -> RunData:
+    """The rollouts that rank 0 has read into the run's cache, as another rank opens them.
+
+    Args:
+        settings: of the run.
+        cache: the run's cache directory, on a file system that all ranks see.
+        names: the sets of `RunData.names` on rank 0.
+
+    Raises:
+        MachineError: the cache is not to be seen from here.
+    """
+    try:
+        spools = {name: Spool.open(cache / name) for name in names}
+    except SpoolDamaged as fault:
+        raise MachineError(
+            f"the rollouts that rank 0 has read are not to be seen from here: {fault}",
+            hint="--out must be on a file system that all machines share",
+        ) from fault
+    train, held_out = _sets(settings, spools, {name: [] for name in names})
+    return RunData(train=train, held_out=held_out, left_out={}, files_left_out={}, uids=UidLookup([], {}, set()))
+
+
+def _sets(
+    settings: FitSettings, spools: dict[str, Spool], files_read: dict[str, list[tuple[str, int]]]
+) -> tuple[RolloutSet, RolloutSet | None]:
+    """What to train on and what is held out: --val-data, or a share of the prompt groups."""
+    everything = {
+        name: RolloutSet(spool=spool, index=np.arange(spool.num_rollouts, dtype=np.int64), files=files_read[name])
+        for name, spool in spools.items()
+    }
+    train, held_out = everything["train"], everything.get("val")
+    if held_out is None:
+        together = kept_together(train.groups, train.prompts)
+        kept, held = split_groups(together, settings.val_fraction, settings.seed)
+        held_out = replace(train, index=held) if len(held) else None
+        train = replace(train, index=kept)
+    targets = Targets.of(settings)
+    if held_out is not None and targets.moving and targets.recipe.bootstraps:
+        # What would have followed a cut rollout nobody knows, and what this critic makes of it is no yardstick.
+        whole = held_out.index[~held_out.spool.truncated[held_out.index]]
+        held_out = replace(held_out, index=whole) if len(whole) else None
+    return train, held_out
 
 
 def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:

@@ -53,7 +53,7 @@ def find_suspects(
     weights = mini_batch_weights(rollouts, recipe)
     parts = _parts(critic, rollouts, weights, recipe, compute, forest)
     bad = [places for places, finite in parts if not finite]
-    sound_weights = all(bool(torch.isfinite(p).all()) for p in critic.parameters())
+    sound_weights = _weights_are_finite(critic, compute)
     if not sound_weights:
         what = "the weights themselves are no longer finite: an earlier step ruined them"
     elif bad:
@@ -127,6 +127,13 @@ def diverged(what: str) -> DivergedError:
     )
 
 
+def _weights_are_finite(critic: Critic, compute: Compute) -> bool:
+    """Whether all weights are, each rank looking at its own part."""
+    own = (p.to_local() if hasattr(p, "to_local") else p for p in critic.parameters())
+    bad = sum(int((~torch.isfinite(p)).sum()) for p in own)
+    return float(compute.ranks.total(torch.tensor([float(bad)]))) == 0.0
+
+
 def _parts(
     critic: Critic, rollouts: Rollouts, weights: NDArray[np.float32], recipe: LossRecipe, compute: Compute, forest: bool
 ) -> list[tuple[NDArray[np.int64], bool]]:
@@ -135,8 +142,12 @@ def _parts(
     found: list[tuple[NDArray[np.int64], bool]] = []
 
     def look(tokens: NDArray[np.int64], loss: torch.Tensor) -> None:
-        finite = math.isfinite(float(loss)) and math.isfinite(gradient_norm(critic))
-        found.append((np.unique(owners[tokens]), finite))
+        # Of several ranks each has its own rollouts at this moment; what they find is found by all.
+        mine = np.zeros(len(rollouts), dtype=np.float32)
+        mine[owners[tokens]] = 1.0
+        losses = compute.ranks.total(loss.reshape(1).cpu())
+        finite = math.isfinite(float(losses)) and math.isfinite(gradient_norm(critic))
+        found.append((np.flatnonzero(compute.ranks.total_of(mine)), finite))
         critic.zero_grad(set_to_none=True)
 
     critic.zero_grad(set_to_none=True)

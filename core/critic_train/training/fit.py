@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from critic_train.data.shards import SUFFIXES
+from critic_train.distributed.ranks import Ranks, joined
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.judging.verdict import without_tables
@@ -26,10 +28,18 @@ from critic_train.observing.trackers import require_packages, trackers
 from critic_train.reporting.place import PAGE
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, resolve_model
 from critic_train.run.directory import RunDirectory, refuse_changes
+from critic_train.run.followed import FollowedRun
 from critic_train.run.model_digest import model_digest
 from critic_train.settings import FitSettings, as_dict
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import RunData, RunShards, find_run_shards, limits_of, open_data
+from critic_train.training.dataset import (
+    RunData,
+    RunShards,
+    data_read_by_rank_0,
+    find_run_shards,
+    limits_of,
+    open_data,
+)
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.resuming import require_room_for_cache, require_room_for_checkpoints, take_up
@@ -55,11 +65,20 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend; the run directory stays usable.
     """
-    began = time.monotonic()
     require_packages(settings)
-    compute = Compute(
-        device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
-    )
+    with joined(settings, nproc=settings.nproc, device=settings.device) as ranks:
+        compute = Compute(
+            device=resolve_device(settings.device, ranks),
+            precision=settings.precision,
+            max_tokens=settings.max_tokens,
+            ranks=ranks,
+        )
+        yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
+
+
+def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
+    """The run as rank 0 goes through it, or the only process: all that is read, decided, judged and written."""
+    began, ranks = time.monotonic(), compute.ranks
     shards = find_run_shards(settings)
     if settings.model and Path(settings.model).resolve() == run_path(settings).resolve():
         raise ConfigError(f"--model and --out are both {settings.model}", hint="give the new run an --out of its own")
@@ -67,8 +86,9 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     with RunDirectory(run_path(settings)) as run:
         if run.left_by:
             yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
-        finished = yield from _compare_with_before(settings, run, shards, source)
+        finished = yield from _compare_with_before(settings, run, shards, source, ranks)
         if finished is not None:
+            ranks.tell(None)
             newest, _ = newest_checkpoint(run.checkpoints)
             places = _places(run, newest)
             run.drop_cache()  # a kill may have come between the result and this
@@ -78,9 +98,20 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         require_room_for_cache(run, shards.data + shards.val_data)
         data = yield from open_data(settings, shards, limits_of(source), run.cache, stop)
         if data is None:
+            ranks.tell(None)
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
-        trainer = yield from _prepare(settings, run, data, source, compute, stop)
+        checkpoint = yield from take_up(run)
+        ranks.tell(
+            {
+                "out": str(run.path),
+                "sets": data.names,
+                "model": str(source.path) if source else None,
+                "checkpoint": str(checkpoint) if checkpoint else None,
+            }
+        )
+        stop = ranks.agreeing(stop)
+        trainer = yield from _prepare(settings, run, data, source, checkpoint, compute, stop)
         yield from observed(trainer.train(), _observers(trainer))
         stopped = stop.requested  # looked at once: a signal may come at any moment
         result = _result(trainer, began, "interrupted" if stopped else "finished")
@@ -89,6 +120,23 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
             run.drop_cache()
         yield from _warnings(run)
         yield RunEnded(status=result["status"], result=result, signal_number=stop.signal_number)
+
+
+def _follow(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
+    """The run as the other ranks go through it: what rank 0 has read and decided, and the same steps."""
+    told = compute.ranks.hear()
+    if told is None:
+        yield RunEnded(status="already finished")
+        return
+    with FollowedRun(Path(told["out"])) as run:
+        data = data_read_by_rank_0(settings, run.cache, told["sets"])
+        source = read_model(Path(told["model"])) if told["model"] else None
+        checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
+        stop = compute.ranks.agreeing(stop)
+        trainer = yield from _prepare(settings, run, data, source, checkpoint, compute, stop)
+        yield from trainer.train()
+        status = "interrupted" if stop.requested else "finished"
+        yield RunEnded(status=status, signal_number=stop.signal_number)
 
 
 def _observers(trainer: Trainer) -> list[Observer]:
@@ -121,7 +169,7 @@ def run_path(settings: FitSettings) -> Path:
 
 
 def _compare_with_before(
-    settings: FitSettings, run: RunDirectory, shards: RunShards, source: ModelSource | None
+    settings: FitSettings, run: RunDirectory, shards: RunShards, source: ModelSource | None, ranks: Ranks
 ) -> Generator[Event, None, dict[str, Any] | None]:
     """Write run.json, or hold this command against the one the run was started with.
 
@@ -137,6 +185,7 @@ def _compare_with_before(
         "model": model_digest(source.path) if source else None,
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size,
     }
     before = run.read_json("run.json")
     if not checkpoints(run.checkpoints):
@@ -158,15 +207,14 @@ def _prepare(
     run: RunDirectory,
     data: RunData,
     source: ModelSource | None,
+    checkpoint: Path | None,
     compute: Compute,
     stop: StopRequest,
 ) -> Generator[Event, None, Trainer]:
-    """Model, plan, optimizer, and the checkpoint to go on from; yields notices and RunStarted."""
-    checkpoint = yield from take_up(run)
+    """Model, plan and optimizer, at the checkpoint to go on from; yields notices and RunStarted."""
     new_head = source is None or source.head is None
     yield from _head_notices(source, data, checkpoint)
-    critic = _critic(settings, data, source, checkpoint)
-    critic.to(compute.device).train()
+    critic, compute = _spread(_critic(settings, data, source, checkpoint, compute), compute)
     if not loads_for_token_classification(critic):
         yield Notice(
             message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
@@ -199,7 +247,8 @@ def _prepare(
     if checkpoint is not None:
         trainer.resume(checkpoint)
         yield Notice(message=f"resuming from {checkpoint.name}")
-    require_room_for_checkpoints(trainer)
+    if compute.ranks.leads:
+        require_room_for_checkpoints(trainer)
     run.open_logs(trainer.position.metrics_bytes)
     if data.held_out is None:
         yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")
@@ -248,11 +297,24 @@ def _head_notices(source: ModelSource | None, data: RunData, checkpoint: Path | 
         yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
 
 
-def _critic(settings: FitSettings, data: RunData, source: ModelSource | None, checkpoint: Path | None) -> Critic:
+def _spread(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:
+    """The critic on its device, over all ranks where there are several, and how to share out its work."""
+    critic.to(compute.device).train()
+    if compute.ranks.size > 1:
+        from critic_train.distributed.sharding import cost_of, shard
+
+        compute = replace(compute, pair_cost=cost_of(critic).pair)
+        shard(critic, compute)
+    return critic, compute
+
+
+def _critic(
+    settings: FitSettings, data: RunData, source: ModelSource | None, checkpoint: Path | None, compute: Compute
+) -> Critic:
     if checkpoint is not None:
-        return load_critic(read_model(checkpoint))
+        return load_critic(read_model(checkpoint), compute)
     if source is not None:
-        critic = load_critic(source)
+        critic = load_critic(source, compute)
         if source.head is None:
             critic.head.start_at(data.train.mean_return)
         return critic

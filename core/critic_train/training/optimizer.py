@@ -4,10 +4,13 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.errors import ModelError
 from critic_train.model.critic import Critic
+from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.settings import Schedule
 
@@ -59,31 +62,51 @@ def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_s
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
-    """Write both moments of every parameter, and the step count, as safetensors."""
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, critic: Critic, directory: Path | None, ranks: Ranks = ALONE
+) -> None:
+    """Write both moments of every parameter, and the step count, as safetensors.
+
+    Args:
+        optimizer: of `critic`.
+        critic: whose names the moments bear.
+        directory: where the file goes; None on ranks that do not lead.
+        ranks: over which the moments are spread; all of them call this.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in critic.named_parameters():
         state = optimizer.state.get(parameter)
         if state:
             tensors |= {f"{moment}.{name}": state[moment].contiguous() for moment in MOMENTS}
             tensors[f"step.{name}"] = state["step"].reshape(1)
-    with library_writes(directory / STATE_FILE):
-        save_file(tensors, directory / STATE_FILE)
+    file = None if directory is None else directory / STATE_FILE
+    if ranks.size > 1:
+        from critic_train.distributed.sharded_saving import whole
+
+        write_tensors(file, tensors, whole)
+        return
+    assert file is not None
+    with library_writes(file):
+        save_file(tensors, file)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
-    """Put back what `save_optimizer` wrote.
+    """Put back what `save_optimizer` wrote, on any number of ranks; each reads its part alone.
 
     Raises:
         ModelError: the file belongs to another model.
     """
-    tensors = load_file(directory / STATE_FILE)
+    file = directory / STATE_FILE
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
     for name, parameter in critic.named_parameters():
-        if f"step.{name}" not in tensors:
-            if tensors:
-                raise ModelError(f"{directory / STATE_FILE} holds no state of {name}: it belongs to another model")
+        if f"step.{name}" not in names:
+            if names:
+                raise ModelError(f"{file} holds no state of {name}: it belongs to another model")
             continue
-        state = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS}
         # Fused AdamW keeps its step count beside the parameter, as a 0-d float32 tensor.
-        state["step"] = tensors[f"step.{name}"].reshape(()).to(parameter.device)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
+        state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+        for key, tensor in state.items():
+            read_rows(file, f"{key}.{name}", tensor)
         optimizer.state[parameter] = state

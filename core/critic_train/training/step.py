@@ -1,7 +1,7 @@
 """One optimizer step: a mini-batch's gradient, gathered over its micro-batches."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
+from critic_train.model.inputs import ModelInput
 from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts
 from critic_train.settings import LossAggMode
@@ -78,9 +79,10 @@ def accumulate_gradient(
         weights = mini_batch_weights(rollouts, recipe)
     totals = torch.zeros(4, dtype=torch.float64)
     computed_tokens = 0
-    for batch in micro_batches(rollouts, compute, forest=forest):
-        if stop.requested:
+    for batch, last in marked(micro_batches(rollouts, compute, forest=forest)):
+        if stop.look():
             return None
+        compute.ranks.sum_gradients((critic.trunk, critic.head), now=last or after_each is not None)
         with compute.autocast():
             values = critic(batch)
         part = value_loss(
@@ -96,8 +98,11 @@ def accumulate_gradient(
         computed_tokens += batch.computed_tokens
         if after_each is not None:
             after_each(batch.tokens, part.loss.detach())
+    # Of several ranks each has gone through its share; the figures are the whole mini-batch's.
     response_tokens = int(rollouts.response_mask.sum())
-    loss, clipped, saturated, summed = totals.tolist()
+    loss, clipped, saturated, summed, computed = compute.ranks.total(
+        torch.cat([totals, torch.tensor([computed_tokens], dtype=torch.float64)])
+    ).tolist()
     return StepResult(
         value_loss=loss,
         clipfrac=share_of_tokens(clipped, response_tokens),
@@ -105,7 +110,7 @@ def accumulate_gradient(
         vpred_mean=summed / response_tokens,
         response_tokens=response_tokens,
         rollout_tokens=len(rollouts.input_ids),
-        computed_tokens=computed_tokens,
+        computed_tokens=int(computed),
     )
 
 
@@ -146,7 +151,23 @@ def apply_gradient(critic: Critic, optimizer: torch.optim.Optimizer, grad_clip: 
 def gradient_norm(critic: Critic, largest: float = math.inf) -> float:
     """The norm of the critic's gradient, which is scaled down to `largest` where it is above it."""
     parameters = [p for p in critic.parameters() if p.grad is not None]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+    return whole_number(torch.nn.utils.clip_grad_norm_(parameters, largest))
+
+
+def marked(batches: Iterable[ModelInput]) -> Iterator[tuple[ModelInput, bool]]:
+    """Each micro-batch, and whether it is the last."""
+    before: ModelInput | None = None
+    for batch in batches:
+        if before is not None:
+            yield before, False
+        before = batch
+    if before is not None:
+        yield before, True
+
+
+def whole_number(number: torch.Tensor) -> float:
+    """A number of which, after sharding, every rank holds a part."""
+    return float(number.full_tensor() if hasattr(number, "full_tensor") else number)
 
 
 def _column(array: np.ndarray[tuple[int], np.dtype[np.float32]], compute: Compute) -> torch.Tensor:

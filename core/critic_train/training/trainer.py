@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,9 @@ class Trainer:
         while True:
             if self._evaluation_is_due():
                 yield from self._evaluate()
-            if self.stop.requested or self._checkpoint_is_due():
+            if self.stop.look() or self._checkpoint_is_due():
                 yield from self._checkpoint()
-            if self.stop.requested or self._is_done():
+            if self.stop.look() or self._is_done():
                 return
             yield from self._step()
 
@@ -182,9 +183,12 @@ class Trainer:
         """No step was taken: keep the rollouts behind it, then end the run or go on as --on-non-finite says."""
         step, settings, train = self.position.step + 1, self.settings, self.data.train
         suspects = find_suspects(self.critic, rollouts, self.recipe, self.compute, forest=self.forest)
-        found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.column))
-        path = self.run.path / f"diverged-step-{step:08d}.parquet"
-        told = f"at step {step} {fault}; {keep_suspects(path, rollouts, suspects, found_at, step)}"
+        told = ""
+        if self.compute.ranks.leads:
+            found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.column))
+            path = self.run.path / f"diverged-step-{step:08d}.parquet"
+            told = f"at step {step} {fault}; {keep_suspects(path, rollouts, suspects, found_at, step)}"
+        told = self.compute.ranks.told(told)
         if settings.on_non_finite == "stop":
             raise diverged(told)
         if self.position.skips == settings.max_skips:
@@ -222,8 +226,8 @@ class Trainer:
 
     def _old_values(self, column: str, *, begun: bool) -> Iterator[Event]:
         """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
-        spool = self.data.train.spool
-        if spool.has_column(column):
+        spool, ranks = self.data.train.spool, self.compute.ranks
+        if ranks.told(spool.has_column(column)):
             return
         if begun:
             raise MachineError(
@@ -234,13 +238,16 @@ class Trainer:
         yield Progress(stage="old values", done=0, total=len(self.data.train))
         done = 0
         try:
-            with spool.new_column(column) as writer:
+            with spool.new_column(column) if ranks.leads else nullcontext() as writer:
                 for places, rollouts in self.data.train.by_group(ROLLOUTS_AT_ONCE):
-                    writer.write(self.data.train.index[places], self._predict(rollouts))
+                    values = self._predict(rollouts)
+                    if writer is not None:
+                        writer.write(self.data.train.index[places], values)
                     done += len(places)
                     yield Progress(stage="old values", done=done, total=len(self.data.train))
         except _StoppedError:
             return
+        ranks.told(True)  # the column stands from here on
 
     def _evaluate(self) -> Iterator[Event]:
         """Judge the critic on the held-out rollouts; nothing is recorded when asked to stop before the end."""
@@ -256,21 +263,19 @@ class Trainer:
         examples = Examples(seed=self.settings.seed, uids=self.data.uids)
         done = 0
         yield Progress(stage="evaluating", done=0, total=len(held_out))
+        ranks = self.compute.ranks
         for _, rollouts in held_out.by_group(ROLLOUTS_AT_ONCE):
             try:
                 values = {"critic": self._predict(rollouts)}
             except _StoppedError:
                 return
-            judge.add(rollouts, values)
-            examples.add(rollouts, values)
+            if ranks.leads:
+                judge.add(rollouts, values)
+                examples.add(rollouts, values)
             done += len(rollouts)
             yield Progress(stage="evaluating", done=done, total=len(held_out))
-        verdict = judge.verdict()
-        metrics = {
-            **verdict["critics"]["critic"],
-            "return_histogram": verdict["return_histogram"],
-            "baselines": verdict["baselines"],
-        }
+        verdict = judge.verdict() if ranks.leads else {}
+        metrics = ranks.told(_metrics_of(verdict) if ranks.leads else None)
         position = self.position
         epoch, _ = self.plan.locate(position.step)
         self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})
@@ -283,7 +288,7 @@ class Trainer:
             self.best_evaluation = metrics
         elif position.step > 0:
             position.evaluations_since_best += 1
-        told = verdict | {"words": in_words(verdict), "examples": examples.records()}
+        told = verdict | {"words": in_words(verdict), "examples": examples.records()} if ranks.leads else verdict
         yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=told)
         if self.out_of_patience and position.step < self.plan.total_steps:
             yield Notice(
@@ -312,8 +317,14 @@ class Trainer:
         """Write the checkpoint of this step, unless it stands; then point `best` and remove what is too old."""
         if self.position.step == 0:
             return
+        ranks = self.compute.ranks
+        if not ranks.leads:
+            while ranks.hear():  # rank 0 writes; where the disk is full, it may try again
+                self._write_weights(None)
+            return
         needed = checkpoint_bytes(self.critic)
         path = self.keeper.write(self.position.step, self._fill, bytes_needed=needed, best=self.run.best)
+        ranks.tell(False)
         self.checkpoint = path
         if self.position.best_step == self.position.step:
             self.run.point_best_at(path)
@@ -326,8 +337,8 @@ class Trainer:
         yield CheckpointSaved(step=self.position.step, path=str(path), size_bytes=size)
 
     def _fill(self, directory: Path) -> None:
-        save_critic(self.critic, directory, self.tokenizer_from)
-        save_optimizer(self.optimizer, self.critic, directory)
+        self.compute.ranks.tell(True)
+        self._write_weights(directory)
         self.position.metrics_bytes = self.run.synced_metrics_bytes()
         epoch, number = self.plan.locate(self.position.step)
         write_json(
@@ -343,11 +354,31 @@ class Trainer:
             },
         )
 
+    def _write_weights(self, directory: Path | None) -> None:
+        """Weights and moments; ranks that do not lead give their parts and have no directory."""
+        ranks = self.compute.ranks
+        try:
+            save_critic(self.critic, directory, self.tokenizer_from, ranks)
+        except OSError:
+            if ranks.size > 1:  # the others go on to the moments, and wait for this rank there
+                save_optimizer(self.optimizer, self.critic, None, ranks)
+            raise
+        save_optimizer(self.optimizer, self.critic, directory, ranks)
+
     def _drop_old_values(self, epochs: set[int]) -> None:
         """Remove old values of epochs before any that a standing checkpoint could resume in."""
         if self.settings.old_values == "epoch":
             for epoch in range(min(epochs, default=0)):
                 self.data.train.spool.drop_column(f"old_values-epoch-{epoch}")
+
+
+def _metrics_of(verdict: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation records of a verdict."""
+    return {
+        **verdict["critics"]["critic"],
+        "return_histogram": verdict["return_histogram"],
+        "baselines": verdict["baselines"],
+    }
 
 
 class _StoppedError(Exception):

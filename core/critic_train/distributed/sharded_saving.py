@@ -1,0 +1,127 @@
+"""Write a sharded critic and its moments as one process writes them, holding one whole tensor at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
+from critic_train.model.critic import Critic
+from critic_train.model.saving import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_SIZE,
+    as_token_classifier,
+    copy_tokenizer,
+    loads_for_token_classification,
+)
+from critic_train.model.tensor_file import write_tensors
+from critic_train.run.storage import library_writes, write_file
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which every rank holds a part; all ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_sharded(critic: Critic, directory: Path | None, tokenizer_from: Path | None) -> None:
+    """What `save_critic` does, for a sharded critic. All ranks call it; rank 0 writes.
+
+    Args:
+        critic: sharded.
+        directory: an existing, empty directory; None on all ranks but 0.
+        tokenizer_from: the model directory whose tokenizer files are copied, if any.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    classifies = loads_for_token_classification(critic)
+    model = as_token_classifier(critic) if classifies else critic.trunk
+    if not classifies:
+        model.config.value_head_prefix = "score"
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    if not classifies:
+        tensors |= {f"score.{name}": value for name, value in critic.head.state_dict().items()}
+    if _is_stored_otherwise(model):
+        _save_gathered(critic, directory, classifies=classifies)
+    else:
+        files = split(tensors)
+        fault: OSError | None = None
+        for name, members in files.items():
+            path = None if directory is None or fault is not None else directory / name
+            try:
+                write_tensors(path, {key: tensors[key] for key in members}, whole, {"format": "pt"})
+            except OSError as error:
+                fault = error  # the other ranks go through the remaining files, and so must this one
+        if fault is not None:
+            raise fault
+        if directory is not None:
+            _write_config(model, directory)
+            _write_index(files, tensors, model, directory)
+    if directory is not None:
+        copy_tokenizer(tokenizer_from, directory)
+
+
+def split(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
+    """File name -> tensors, in their order, none above MAX_SHARD_BYTES; named as transformers names them."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_of_it = tensor.numel() * tensor.dtype.itemsize
+        if groups[-1] and size + bytes_of_it > MAX_SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += bytes_of_it
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, start=1)}
+
+
+def _is_stored_otherwise(model: Any) -> bool:
+    """Whether transformers keeps this architecture's weights in another form in files than in memory."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return any(not isinstance(conversion, PrefixChange) for conversion in conversions)
+
+
+def _save_gathered(critic: Critic, directory: Path | None, *, classifies: bool) -> None:
+    """Gather all in rank 0's host memory and let transformers convert and write it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = get_model_state_dict(critic, options=options)
+    if directory is None:
+        return
+    model = as_token_classifier(critic) if classifies else critic.trunk
+    names = list(model.state_dict())
+    trunk = {name.removeprefix("trunk."): value for name, value in tensors.items() if name.startswith("trunk.")}
+    prefix = f"{model.base_model_prefix}." if classifies else ""
+    given = {f"{prefix}{name}": value for name, value in trunk.items()}
+    head = next((name.rpartition(".")[0] for name in names if name not in given), "score")
+    given |= {f"{head}.{part}": tensors[f"head.{part}"] for part in ("weight", "bias")}
+    with library_writes(directory):
+        model.save_pretrained(directory, state_dict=given, max_shard_size=MAX_SHARD_SIZE)
+
+
+def _write_config(model: Any, directory: Path) -> None:
+    """config.json as `save_pretrained` leaves it."""
+    model.config.dtype = "float32"
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    with library_writes(directory):
+        model.config.save_pretrained(directory)
+
+
+def _write_index(files: dict[str, list[str]], tensors: dict[str, Tensor], model: Any, directory: Path) -> None:
+    """Where each tensor is, where there are several files."""
+    if len(files) == 1:
+        return
+    index = {
+        "metadata": {
+            "total_parameters": model.num_parameters(),
+            "total_size": sum(t.numel() * t.dtype.itemsize for t in tensors.values()),
+        },
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    write_file(directory / "model.safetensors.index.json", text.encode())

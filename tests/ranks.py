@@ -1,0 +1,111 @@
+"""Run a function on several ranks, as torchrun would: processes with RANK, WORLD_SIZE and a port in their environment.
+
+They are forked from a server that has imported torch once, so that a rank costs a tenth of a second and not five.
+"""
+
+import multiprocessing
+import os
+import queue
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from critic_train.errors import CriticTrainError
+from critic_train.events import Event, RunEnded, StepEnded
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+
+PATIENCE_SECONDS = 120.0
+SIGTERM = 15
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["critic_train.training.fit", "critic_train.distributed.sharding", "support"])
+
+
+def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` gives on each of the ranks; a typed fault as {"fault", "message"}."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers = _context.Queue()
+    processes = [
+        _context.Process(target=_rank, args=(answers, rank, size, port, work, arguments), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(_answer(answers) for _ in range(size))
+    finally:
+        for process in processes:
+            process.join(5.0)
+            process.kill()
+    return [found[rank] for rank in range(size)]
+
+
+def _answer(answers: Any) -> tuple[int, Any]:
+    try:
+        rank, answer = answers.get(timeout=PATIENCE_SECONDS)
+    except queue.Empty:
+        raise AssertionError("a rank hangs") from None
+    return rank, answer
+
+
+def _rank(answers: Any, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        answer = work(*arguments)
+    except CriticTrainError as error:
+        answer = {"fault": type(error).__name__, "message": error.message}
+    except BaseException as error:
+        answer = {"fault": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
+    answers.put((rank, answer))
+
+
+def fit_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> dict[str, Any]:
+    """A run; `stop_at` (rank, step) sends that rank a SIGTERM after that step. Says how it ended and where."""
+    from critic_train.training.fit import fit
+
+    stop = StopRequest()
+    steps = 0
+    last: Event | None = None
+    for event in fit(settings, stop):
+        last = event
+        if isinstance(event, StepEnded):
+            steps = event.step
+            if stop_at == (int(os.environ["RANK"]), event.step):
+                stop.signal_number = SIGTERM
+    assert isinstance(last, RunEnded)
+    return {"status": last.status, "signal": last.signal_number, "step": steps}
+
+
+def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[str, Any]:
+    """A run in which one rank fails within a step."""
+    from critic_train import errors
+    from critic_train.training import trainer
+
+    faults: dict[str, BaseException] = {
+        "DataError": errors.DataError("no such thing", hint="mend it"),
+        "OSError": OSError(28, "No space left on device", "/somewhere"),
+        "ValueError": ValueError("nobody foresaw this"),
+    }
+    real = trainer.apply_gradient
+    taken = 0
+
+    def apply_gradient(*arguments: Any) -> float:
+        nonlocal taken
+        taken += 1
+        if taken == step and int(os.environ["RANK"]) == rank:
+            if kind == "SIGKILL":
+                os.kill(os.getpid(), 9)
+            raise faults[kind]
+        return real(*arguments)
+
+    trainer.apply_gradient = apply_gradient
+    return fit_run(settings)
