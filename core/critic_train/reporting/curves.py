@@ -16,6 +16,9 @@ Rows = Callable[[Subject], Sequence[Record]]
 WIDE_RANGE = 50.0
 """A positive curve whose greatest value is this many times its median is drawn on a logarithmic scale."""
 
+FLOOR = -1.0
+"""Explained variance below which a chart does not go: twice the variance of having no critic."""
+
 HELD_OUT = (
     ("explained_variance", "Held-out explained variance", "ev"),
     ("explained_variance_within_group", "Explained variance within prompts", "ev-within"),
@@ -124,6 +127,12 @@ def _held_out(runs: Sequence[Subject], key: str, title: str, name: str) -> Chart
         return None
     alone = len(found) == 1
     levels = _levels(found[0][1], key) if alone else {}
+    figures = [row.get(key) for _, rows in found for row in rows]
+    # A critic may begin far below zero; what it came to would then be a flat line at the top.
+    below = sum(figure < FLOOR for figure in figures) if max(figures) > FLOOR else 0
+    note = "Band: 95 % interval over prompt groups."
+    if below:
+        note += f" Evaluations below {FLOOR:g} are off the chart; the figures have them."
 
     def draw(axes: "Axes") -> None:
         for baseline, (along, up) in levels.items():
@@ -144,13 +153,15 @@ def _held_out(runs: Sequence[Subject], key: str, title: str, name: str) -> Chart
                 markersize=3.5 if len(rows) <= 60 else 0,
             )
         axes.axhline(0, color=ink("faint"), linewidth=0.8)
+        if below:
+            axes.set_ylim(FLOOR, 1.05)
 
     keys = [Key(text=run.name if not alone else "this critic", ink=run.ink) for run, _ in found]
     keys += [Key(text=BASELINES[b], ink=INK_OF[b], mark=INK_OF[b]) for b in levels]
     return Chart(
         title=title,
         svg=svg(draw, name=name, described=f"{title} over training steps", x_label="step", whole_steps=True),
-        note="Band: 95 % interval over prompt groups.",
+        note=note,
         keys=keys,
         table=_evaluation_table(found, key),
     )

@@ -18,7 +18,16 @@ CHARACTER = 6.4  # the width of a digit at FONT pixels, on the wide side
 FONT = 11
 SERIES = 6
 NAME_LENGTH = 46
-INKS = ("ink", "faint", "grid", "constant", "stored", "group-mean", *(f"series-{i}" for i in range(1, SERIES + 1)))
+INKS = (
+    "page",
+    "ink",
+    "faint",
+    "grid",
+    "constant",
+    "stored",
+    "group-mean",
+    *(f"series-{i}" for i in range(1, SERIES + 1)),
+)
 """The page's colours. Its style sheet gives each a value for light and one for dark."""
 
 # Matplotlib knows no CSS variable: each colour is drawn as a marker that the SVG text then trades for its variable.
@@ -163,6 +172,13 @@ def in_chart(text: str, *, from_end: bool = False) -> str:
     if len(printable) <= NAME_LENGTH:
         return printable
     return "..." + printable[3 - NAME_LENGTH :] if from_end else printable[: NAME_LENGTH - 3] + "..."
+
+
+def name_row(axes: "Axes", place: float, name: str) -> None:
+    """Write a row's name just above it, at the left end; no line shows through it."""
+    behind = {"facecolor": ink("page"), "edgecolor": "none", "pad": 1.5}
+    where = axes.get_yaxis_transform()
+    axes.text(0, place - 0.2, name, transform=where, color=ink("ink"), va="bottom", bbox=behind, zorder=4)
 
 
 def _bare(axes: "Axes") -> None:

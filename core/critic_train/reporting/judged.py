@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.figures import count, fixed, signed, three
-from critic_train.reporting.drawing import Chart, Key, dash, in_chart, ink, svg
+from critic_train.reporting.drawing import Chart, Key, dash, in_chart, ink, name_row, svg
 from critic_train.reporting.records import Record
 from critic_train.reporting.subjects import BASELINES, INK_OF, Subject
 
@@ -39,8 +39,7 @@ def _whiskers(subjects: Sequence[Subject], key: str, title: str, name: str) -> C
             if bounds:
                 axes.plot(bounds, [place, place], color=ink(colour), linewidth=2.4, solid_capstyle="butt")
             axes.plot([metrics.get(key)], [place], color=ink(colour), marker="o", markersize=7)
-            shown = in_chart(label, from_end=True)
-            axes.text(0, place - 0.17, shown, transform=axes.get_yaxis_transform(), color=ink("ink"), va="bottom")
+            name_row(axes, place, in_chart(label, from_end=True))
         axes.axvline(0, color=ink("faint"), linewidth=1)
         axes.set_ylim(len(rows) - 0.6, -0.65)
         axes.margins(x=0.08)
@@ -280,8 +279,7 @@ def by_column(subjects: Sequence[Subject], column: str) -> Chart | None:
                 if figure is not None:
                     axes.plot([0, figure], [place, place], color=ink(subject.ink), linewidth=1.2, alpha=0.5)
                     axes.plot([figure], [place], color=ink(subject.ink), marker="o", markersize=6)
-            text = in_chart(label)
-            axes.text(0, place - 0.17, text, transform=axes.get_yaxis_transform(), color=ink("ink"), va="bottom")
+            name_row(axes, place, in_chart(label))
         axes.axvline(0, color=ink("faint"), linewidth=1)
         axes.set_ylim(len(shown) - 0.6, -0.65)
         axes.margins(x=0.08)

@@ -109,7 +109,7 @@ def tiles(metrics: Record) -> list[Tile]:
     found = [
         Tile(name, record.cell(key), record.bounds(f"{key}_interval"), about)
         for name, record, key, about in candidates
-        if record.get(key) is not None
+        if record.get(key) is not None and (record is not monte_carlo or record.get(key) != metrics.get(key))
     ]
     for other, about in (("group_mean", "over GRPO's baseline"), ("stored", "over the stored values")):
         part = minus.part(other)
@@ -146,6 +146,9 @@ FIGURES = (
     ("MSE", "mse", three),
     ("MAE", "mae", three),
     ("bias", "bias", signed),
+    ("AUC", "auc", None),
+    ("AUC within", "auc_within_group", None),
+    ("advantage variance", "advantage_variance", three),
     ("value loss", "value_loss", three),
     ("clipfrac", "clipfrac", share),
     ("saturation", "saturation", share),

@@ -27,6 +27,9 @@ MakeRun = Callable[..., Path]
 def verdict_of(names: list[str], *, seed: int = 0, noise: float = 0.5, uid: str = "prompt") -> dict[str, Any]:
     """A verdict on critics that see the return through noise, with rollouts to read."""
     rollouts = readable_rollouts(12, seed=seed)
+    draw = np.random.default_rng(seed)
+    right = draw.random(len(rollouts)) < np.where(rollouts.group % 2 == 1, 0.7, 0.3)
+    rollouts = replace(rollouts, returns=np.repeat(right.astype(np.float32), rollouts.lengths))
     task = np.array(["sum" if group % 3 else "word" for group in rollouts.group.tolist()])
     rollouts = replace(rollouts, labels={"task": task})
 
@@ -35,7 +38,6 @@ def verdict_of(names: list[str], *, seed: int = 0, noise: float = 0.5, uid: str 
 
     judge = Judge(names, by=["task"], resamples=200, uids=uids)
     examples = Examples(seed=seed, uids=uids)
-    draw = np.random.default_rng(seed)
     values = {
         name: rollouts.returns + draw.normal(0, noise, len(rollouts.returns)).astype(np.float32) for name in names
     }
