@@ -34,12 +34,14 @@ def batches(shard: Shard, names: list[str], dictionaries: list[str]) -> Iterator
         DataError: pages are damaged, or the file claims what no rollouts are.
     """
     try:
+        with pq.ParquetFile(shard.path) as file:
+            kept = [name for name in dictionaries if _is_read_as_dictionary(file.metadata, name)]
         with pq.ParquetFile(
             shard.path,
             page_checksum_verification=True,
             pre_buffer=False,
             buffer_size=BUFFER_BYTES,
-            read_dictionary=dictionaries,
+            read_dictionary=kept,
         ) as file:
             for row_group in range(file.metadata.num_row_groups):
                 first_row = 0
@@ -54,8 +56,15 @@ def batches(shard: Shard, names: list[str], dictionaries: list[str]) -> Iterator
                         f"{footer.num_rows:,}",
                         hint=COPY_AGAIN,
                     )
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(shard, error) from error
+
+
+def _is_read_as_dictionary(footer: pq.FileMetaData, name: str) -> bool:
+    """Whether Arrow can read a flat column so: it cannot where delta encodings were used."""
+    at = footer.schema.names.index(name)
+    chunks = (footer.row_group(i).column(at) for i in range(footer.num_row_groups))
+    return not any(encoding.startswith("DELTA") for chunk in chunks for encoding in chunk.encodings)
 
 
 def _rows_at_once(footer: pq.RowGroupMetaData, row_group: int, names: list[str], shard: Shard) -> int:

@@ -197,7 +197,7 @@ class RolloutReader:
                 schema, footer = file.schema_arrow, file.metadata
                 columns = understand(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
                 nullable = frozenset(name for name in self._labels if _may_be_null(footer, name))
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise damaged(shard, error) from error
         self._said.update(dict.fromkeys(columns.notices()))
         kinds = {name: label_kind(schema.field(name).type) for name in self._labels}

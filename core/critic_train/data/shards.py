@@ -70,7 +70,7 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
     for name in sorted(found.values(), key=os.path.abspath):
         try:
             shards.append(_shard(name))
-        except (_NotParquetError, pa.ArrowException, OSError) as fault:
+        except (_NotParquetError, pa.ArrowException, UnicodeDecodeError, OSError) as fault:
             bad = BadFile(file=name, fault=_reason(fault))
             if bad_files is None:
                 faults.append(f"{bad.file}: {bad.fault}")
