@@ -57,7 +57,12 @@ HOW: dict[str, tuple[dict[str, pa.DataType], dict[str, Any]]] = {
     "dictionary": (NARROW, {"compression": "snappy"}),
     "canonical": (
         NARROW,
-        {"compression": "zstd", "use_dictionary": ["uid"], "use_byte_stream_split": FLOATS, "write_page_checksum": True},
+        {
+            "compression": "zstd",
+            "use_dictionary": ["uid"],
+            "use_byte_stream_split": FLOATS,
+            "write_page_checksum": True,
+        },
     ),
     "wide": (WIDE, {"compression": "gzip", "data_page_version": "2.0", "row_group_size": 5}),
     "pages": (WIDE, {"compression": "lz4", "data_page_size": 64, "write_batch_size": 2, "write_page_index": True}),

@@ -34,9 +34,14 @@ def _harm(found: bytearray, draw: random.Random, others: list[bytes]) -> None:
         found[at] = draw.choice(ODD)
     elif kind == "number":
         width = draw.choice(SIZES)
-        found[at : at + width] = draw.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)).to_bytes(8, "little")[:width]
+        found[at : at + width] = draw.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)).to_bytes(8, "little")[
+            :width
+        ]
     elif kind == "varint":  # Thrift's compact integers, which say lengths, counts and places
-        value, coded = draw.choice((2**7, 2**14, 2**21, 2**30, 2**31, 2**32, 2**40, 2**63)) - draw.randrange(3), bytearray()
+        value, coded = (
+            draw.choice((2**7, 2**14, 2**21, 2**30, 2**31, 2**32, 2**40, 2**63)) - draw.randrange(3),
+            bytearray(),
+        )
         while value > 127:
             coded.append(value & 127 | 128)
             value >>= 7

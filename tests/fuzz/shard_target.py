@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from critic_train.data.columns import Needs
 from critic_train.data.reading import RolloutReader, RowLimits
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
@@ -47,7 +48,7 @@ def one_file(content: bytes, folder: str) -> str:
     path = os.path.join(folder, "a.parquet")
     Path(path).write_bytes(content)
     try:
-        reader = RolloutReader(find_shards([path]), on_bad_rows="skip", limits=LIMITS, need_values=False)
+        reader = RolloutReader(find_shards([path]), on_bad_rows="skip", limits=LIMITS, needs=Needs(values=False))
         found = {}
         for batch in reader:
             _check(batch)

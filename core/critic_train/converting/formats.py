@@ -14,7 +14,7 @@ from critic_train.converting.pickles.budget import RefusedError
 from critic_train.converting.records import Records, Rows
 from critic_train.converting.sources import Source
 from critic_train.data.columns import ALIASES
-from critic_train.data.decoding import batches, damaged
+from critic_train.data.decoding import damaged, pieces, refuse_giants
 from critic_train.data.shards import Shard, find_shards
 from critic_train.errors import ConfigError, DataError
 
@@ -144,7 +144,9 @@ def _rows(
 ) -> Iterator[tuple[Records, int]]:
     """A Parquet file's rows, as they are or through a reader of single records; numbered over the whole file."""
     done = 0
-    for _, _, batch in batches(shard, names, []):
+    for piece in pieces(shard, names):
+        refuse_giants(shard, piece)
+        batch = piece.rows
         rows = np.arange(done, done + batch.num_rows)
         done += batch.num_rows
         if read is None:

@@ -64,7 +64,13 @@ class CheckedBatch:
 
 
 def check_batch(
-    batch: pa.RecordBatch, columns: Columns, limits: RowLimits, rewards: Need = "no", *, drop_truncated: bool = False
+    batch: pa.RecordBatch,
+    columns: Columns,
+    limits: RowLimits,
+    rewards: Need = "no",
+    *,
+    drop_truncated: bool = False,
+    faults: Faults | None = None,
 ) -> CheckedBatch:
     """Align every column to the tokens and check it.
 
@@ -73,9 +79,10 @@ def check_batch(
         columns: how the shard is understood.
         limits: what the model can take.
         rewards: whether unsound rewards make a row bad ("yes"), or are passed over.
+        faults: rows that are known to be bad.
         drop_truncated: whether cut rollouts will be left out, so that nothing is wrong with them.
     """
-    faults = Faults(batch.num_rows)
+    faults = Faults(batch.num_rows) if faults is None else faults
     truncated = None
     if columns.truncated is not None:
         truncated = truths_of(batch.column(columns.truncated), columns.truncated, faults)

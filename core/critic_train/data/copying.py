@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from critic_train.data.decoding import batches, damaged
+from critic_train.data.decoding import damaged, pieces, refuse_giants
 from critic_train.data.shards import Shard
 from critic_train.data.writing import ShardFile
 from critic_train.errors import ConfigError
@@ -53,15 +53,16 @@ def copied(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: 
                 file.write_row_group(pa.Table.from_batches(pending, schema=schema))
                 pending.clear()
 
-        for group, _, batch in batches(shard, list(schema_of(shard).names), []):
+        for piece in pieces(shard, list(schema_of(shard).names)):
             if stop.requested:
                 raise CopyStoppedError
-            if group != row_group or weight > ROW_GROUP_BYTES:
+            refuse_giants(shard, piece)
+            if piece.row_group != row_group or weight > ROW_GROUP_BYTES:
                 write()
-                row_group, weight = group, 0
-            pending.append(change(row, batch))
+                row_group, weight = piece.row_group, 0
+            pending.append(change(row, piece.rows))
             weight += pending[-1].nbytes
-            row += batch.num_rows
+            row += piece.rows.num_rows
             yield row
         write()
 

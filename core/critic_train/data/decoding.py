@@ -1,14 +1,32 @@
-"""Decode a shard's columns piece by piece, in bounded memory, page checksums verified."""
+"""Decode a shard's columns piece by piece, in bounded memory, page checksums verified.
 
-from collections.abc import Iterator
+A file of a few hundred bytes can decode to gigabytes. So what the footer and the page headers claim is held against
+limits before Arrow acts on it; what they cannot tell (one row that is giant among many) meets a ceiling on memory while
+it is decoded, and is cut out before anything else is made of it.
+"""
 
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from critic_train.data.footer import (
+    COPY_AGAIN,
+    NO_ROLLOUTS,
+    FooterError,
+    RowGroup,
+    check_pages,
+    read_footer,
+    read_row_groups,
+)
+from critic_train.data.memory_guard import at_most
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
 
-COPY_AGAIN = "copy the file again, or take it out of --data"
 FIRST_ROWS = 64
 """Rows decoded at once, at most: one look at a batch's weight comes after so many."""
 MOST_ROWS = 8192
@@ -17,25 +35,51 @@ BATCH_BYTES = 16 * 2**20
 BUFFER_BYTES = 2**18
 """What is read of a column's pages ahead of decoding; without it a whole column of a row group is."""
 ELEMENT_BYTES = 8
-MOST_ELEMENTS = 2**26
-"""Elements of one list on average above which a row group is refused: no context is as long, and a file of a few
-hundred bytes can claim it."""
+MOST_TOKENS = 2**21
+"""Elements of one list above which a row is cut out unseen: no context is as long."""
+FEW_ELEMENTS = 2**22
+"""Up to so many elements a column of a row group may hold at any density."""
+ELEMENTS_A_BYTE = 64
+"""Token ids to a byte of decompressed pages; above it they are no rollouts', which take a bit an id at the least."""
+DECODED_BYTES = 24
+"""What Arrow needs for an element while it decodes: the number, its levels, and a copy as buffers grow."""
+MOST_BYTES = 2**29
+"""Memory that decoding a piece may take."""
 
 
-def batches(shard: Shard, names: list[str], dictionaries: list[str]) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-    """(row group, first row within it, rows) of a shard, from its first row to its last.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Some rows of a row group.
+
+    Attributes:
+        row_group: its number.
+        first_row: the first row's place within it.
+        rows: the rows; those that are giant are null in every column.
+        giants: row of the piece -> (column, elements) of those.
+    """
+
+    row_group: int
+    first_row: int
+    rows: pa.RecordBatch
+    giants: dict[int, tuple[str, int]]
+
+
+def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: Sequence[str] = ()) -> Iterator[Piece]:
+    """A shard from its first row to its last.
 
     Args:
         shard: the file.
         names: columns to decode.
-        dictionaries: text columns to keep as dictionaries: what repeats is held once, however long it is.
+        ids: those of them that hold token ids; None where nobody knows, and nothing is held against their number.
+        texts: those that hold one text a row. They are kept as dictionaries where Arrow can: what repeats is held
+            once, however long it is.
 
     Raises:
         DataError: pages are damaged, or the file claims what no rollouts are.
     """
     try:
-        with pq.ParquetFile(shard.path) as file:
-            kept = [name for name in dictionaries if _is_read_as_dictionary(file.metadata, name)]
+        groups = _checked_row_groups(shard, names, ids)
+        kept = [name for name in texts if not any(c.delta for group in groups for c in group.chunks if c.path == name)]
         with pq.ParquetFile(
             shard.path,
             page_checksum_verification=True,
@@ -43,59 +87,142 @@ def batches(shard: Shard, names: list[str], dictionaries: list[str]) -> Iterator
             buffer_size=BUFFER_BYTES,
             read_dictionary=kept,
         ) as file:
-            for row_group in range(file.metadata.num_row_groups):
-                first_row = 0
-                footer = file.metadata.row_group(row_group)
-                rows = _rows_at_once(footer, row_group, names, shard)
-                for batch in _filled(file.iter_batches(batch_size=rows, row_groups=[row_group], columns=names)):
-                    yield row_group, first_row, batch
-                    first_row += batch.num_rows
-                if first_row != footer.num_rows:
-                    raise DataError(
-                        f"{shard.name} is damaged: row group {row_group} holds {first_row:,} rows, its footer says "
-                        f"{footer.num_rows:,}",
-                        hint=COPY_AGAIN,
-                    )
+            if file.num_row_groups != len(groups):
+                raise FooterError(
+                    f"is damaged: Arrow finds {file.num_row_groups} row groups, and there are {len(groups)}"
+                )
+            for number, group in enumerate(groups):
+                yield from _row_group(file, number, group, names, heavy=_is_heavy(group, names, kept))
+    except FooterError as error:
+        raise error.of(shard.name) from error
+    except MemoryError as error:
+        raise DataError(
+            f"{shard.name} holds a row that takes more than {MOST_BYTES // 2**20} MiB to decode", hint=NO_ROLLOUTS
+        ) from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise damaged(shard, error) from error
 
 
-def _is_read_as_dictionary(footer: pq.FileMetaData, name: str) -> bool:
-    """Whether Arrow can read a flat column so: it cannot where delta encodings were used."""
-    at = footer.schema.names.index(name)
-    chunks = (footer.row_group(i).column(at) for i in range(footer.num_row_groups))
-    return not any(encoding.startswith("DELTA") for chunk in chunks for encoding in chunk.encodings)
+def _checked_row_groups(shard: Shard, names: list[str], ids: list[str] | None) -> list[RowGroup]:
+    """The row groups by the footer, of the columns that are read, with every page header looked at."""
+    with open(shard.path, "rb") as file:
+        size, footer = read_footer(file)
+        groups = []
+        for number, group in enumerate(read_row_groups(footer, size)):
+            chunks = [chunk for chunk in group.chunks if chunk.column in names]
+            page_bytes = {chunk.path: check_pages(file, chunk) for chunk in chunks}
+            if ids is not None:
+                _check_density(number, RowGroup(rows=group.rows, chunks=chunks), ids, page_bytes)
+            groups.append(RowGroup(rows=group.rows, chunks=chunks))
+        return groups
 
 
-def _rows_at_once(footer: pq.RowGroupMetaData, row_group: int, names: list[str], shard: Shard) -> int:
+def _check_density(number: int, group: RowGroup, ids: list[str], page_bytes: dict[str, int]) -> None:
+    """Raise where there are more token ids than bytes to hold them, or more of anything than of them."""
+    tokens = sum(chunk.elements for chunk in group.chunks if chunk.column in ids)
+    packed = sum(page_bytes[chunk.path] for chunk in group.chunks if chunk.column in ids)
+    if tokens > max(FEW_ELEMENTS, ELEMENTS_A_BYTE * packed):
+        raise FooterError(f"found {tokens:,} token ids in {packed:,} bytes of row group {number}", NO_ROLLOUTS)
+    most = max((chunk.elements for chunk in group.chunks), default=0)
+    if most > max(FEW_ELEMENTS, 2 * (tokens + group.rows)):
+        raise FooterError(f"found {most:,} elements beside {tokens:,} token ids in row group {number}", NO_ROLLOUTS)
+
+
+def _is_heavy(group: RowGroup, names: list[str], dictionaries: list[str]) -> bool:
+    """Whether decoding a piece of a row group could take more than MOST_BYTES, for all that is known."""
+    texts = [c for c in group.chunks if not c.is_nested and c.is_text and c.path not in dictionaries]
+    rows = min(FIRST_ROWS, group.rows)
+    known = sum(DECODED_BYTES * chunk.elements + 2 * chunk.page_bytes for chunk in group.chunks)
+    return known + sum(rows * chunk.page_bytes for chunk in texts) > MOST_BYTES
+
+
+def _row_group(file: pq.ParquetFile, number: int, group: RowGroup, names: list[str], *, heavy: bool) -> Iterator[Piece]:
+    """The rows of one row group; where a piece is too heavy, from there on row by row."""
+    rows_at_once, done = _rows_at_once(group), 0
+    while True:
+        decoded = file.iter_batches(batch_size=rows_at_once, row_groups=[number], columns=names)
+        try:
+            for piece in _filled(_after(decoded, done, heavy), number, done):
+                yield piece
+                done += piece.rows.num_rows
+            break
+        except MemoryError:
+            if rows_at_once == 1:
+                raise
+            rows_at_once = 1
+    if done != group.rows:
+        raise FooterError(f"is damaged: row group {number} holds {done:,} rows, its footer says {group.rows:,}")
+
+
+def _after(decoded: Iterator[pa.RecordBatch], skip: int, heavy: bool) -> Iterator[pa.RecordBatch]:
+    """What is decoded, without the first `skip` rows, under the ceiling where it is heavy."""
+    while True:
+        with at_most(MOST_BYTES) if heavy else nullcontext():
+            batch = next(decoded, None)
+        if batch is None:
+            return
+        batch.validate(full=True)  # Arrow trusts offsets and texts otherwise
+        if skip < batch.num_rows:
+            yield batch.slice(skip)
+        skip = max(0, skip - batch.num_rows)
+
+
+def _rows_at_once(group: RowGroup) -> int:
     """How many rows of a row group are decoded at once, by what its footer says of its size."""
-    columns = [footer.column(i) for i in range(footer.num_columns)]
-    read = [column for column in columns if column.path_in_schema.split(".", 1)[0] in names]
-    rows = max(1, footer.num_rows)
-    longest = max((column.num_values // rows for column in read), default=0)
-    if longest > MOST_ELEMENTS:
-        raise DataError(
-            f"{shard.name}, row group {row_group}: found lists of {longest:,} elements on average, "
-            f"expected at most {MOST_ELEMENTS:,}",
-            hint="no rollout is as long; check the file, or take it out of --data",
-        )
-    weight = max(1, sum(column.num_values for column in read) * ELEMENT_BYTES // rows)
+    weight = max(1, sum(chunk.elements for chunk in group.chunks) * ELEMENT_BYTES // max(1, group.rows))
     return int(min(FIRST_ROWS, max(1, BATCH_BYTES // weight)))
 
 
-def _filled(pieces: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Pieces put together until they weigh BATCH_BYTES or are MOST_ROWS rows."""
+def _filled(decoded: Iterator[pa.RecordBatch], row_group: int, first_row: int) -> Iterator[Piece]:
+    """What is decoded put together until it weighs BATCH_BYTES or is MOST_ROWS rows, giant rows cut out."""
     pending: list[pa.RecordBatch] = []
+    giants: dict[int, tuple[str, int]] = {}
     weight = rows = 0
-    for piece in pieces:
-        pending.append(piece)
-        weight += piece.nbytes
-        rows += piece.num_rows
+
+    def piece() -> Piece:
+        return Piece(row_group=row_group, first_row=first_row, rows=pa.concat_batches(pending), giants=giants)
+
+    for batch in decoded:
+        batch, found = _without_giants(batch)
+        giants |= {rows + row: what for row, what in found.items()}
+        pending.append(batch)
+        weight += batch.nbytes
+        rows += batch.num_rows
         if weight >= BATCH_BYTES or rows >= MOST_ROWS:
-            yield pa.concat_batches(pending)
-            pending, weight, rows = [], 0, 0
+            yield piece()
+            first_row += rows
+            pending, giants, weight, rows = [], {}, 0, 0
     if pending:
-        yield pa.concat_batches(pending)
+        yield piece()
+
+
+def _without_giants(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, tuple[str, int]]]:
+    """The rows, null where they are giant; and which those are."""
+    giants: dict[int, tuple[str, int]] = {}
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if _is_list(field.type) and batch.num_rows:
+            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            for row in np.flatnonzero(lengths > MOST_TOKENS).tolist():
+                giants.setdefault(row, (field.name, int(lengths[row])))
+    if giants:
+        kept = pa.array([None if row in giants else row for row in range(batch.num_rows)], type=pa.int64())
+        batch = batch.take(kept)
+    return batch, giants
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    are = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(is_kind(kind) for is_kind in are)
+
+
+def refuse_giants(shard: Shard, piece: Piece) -> None:
+    """Raise where a piece has giant rows, for work that must not lose any."""
+    for row, (column, elements) in piece.giants.items():
+        raise DataError(
+            f"{shard.name}, row group {piece.row_group}, row {piece.first_row + row}, column {column}: "
+            f"found {elements:,} elements, expected at most {MOST_TOKENS:,}",
+            hint=NO_ROLLOUTS,
+        )
 
 
 def damaged(shard: Shard, error: BaseException) -> DataError:

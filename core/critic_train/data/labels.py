@@ -13,6 +13,9 @@ from critic_train.rollouts import Rollouts
 MISSING = "(none)"
 """The label of a rollout whose column is null."""
 
+LONGEST_LABEL = 200
+"""Characters."""
+
 
 def uid_keys(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Keys of a uid column: equal where the uids read the same, in whatever file or type they stand.
@@ -62,9 +65,22 @@ def label_column(column: pa.Array, *, as_text: bool) -> NDArray[Any]:
             depend on the batch: 3 and "3" would be two slices.
     """
     if as_text or label_kind(column.type) == "text" or column.null_count:
-        items = (column if _is_plain(column.type) else _as_text(column)).to_pylist()
-        return np.asarray([MISSING if item is None else str(item) for item in items], dtype=np.str_)
+        if not pa.types.is_dictionary(column.type):
+            column = (column if _is_plain(column.type) else _as_text(column)).dictionary_encode()
+        # A long text that stands in many rows is shortened once.
+        items = column.dictionary.to_pylist()
+        distinct = [MISSING if item is None else _short(str(item)) for item in items] + [MISSING]
+        places = pc.fill_null(column.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        return np.asarray(np.asarray(distinct, dtype=np.str_)[places])
     return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _short(text: str) -> str:
+    """The text, or its beginning and a digest of all of it: a label is kept for every rollout, and told in a table."""
+    if len(text) <= LONGEST_LABEL:
+        return text
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{text[: LONGEST_LABEL - 12]}... {digest}"
 
 
 def _is_plain(kind: pa.DataType) -> bool:

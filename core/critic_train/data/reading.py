@@ -12,7 +12,9 @@ from critic_train.data.bad_files import BadFile, BadFiles
 from critic_train.data.bad_rows import SHOWN, BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
 from critic_train.data.columns import Columns, Needs, check_canonical, understand
-from critic_train.data.decoding import batches, damaged
+from critic_train.data.decoding import MOST_TOKENS, Piece, damaged, pieces
+from critic_train.data.faults import Faults
+from critic_train.data.footer import FooterError, RowGroup, row_groups_of
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
@@ -112,10 +114,11 @@ class RolloutReader:
                 continue
             self.files_read.append((plan.shard.name, plan.shard.num_rows))
             try:
-                for row_group, first_row, batch in plan.batches():
-                    checked = self._checked(batch, plan, row_group, first_row)
-                    rollouts = _rollouts(batch, plan.columns, checked, self._usable(checked), row, kept, text_labels)
-                    row += batch.num_rows
+                for piece in plan.pieces():
+                    checked = self._checked(piece, plan)
+                    usable = self._usable(checked)
+                    rollouts = _rollouts(piece.rows, plan.columns, checked, usable, row, kept, text_labels)
+                    row += piece.rows.num_rows
                     if len(rollouts):
                         good += len(rollouts)
                         yield rollouts
@@ -127,10 +130,16 @@ class RolloutReader:
         if not self._stop.requested:
             self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
 
-    def _checked(self, batch: pa.RecordBatch, plan: "_Plan", row_group: int, first_row: int) -> CheckedBatch:
-        drop = self._drop_truncated
-        checked = check_batch(batch, plan.columns, self._limits, self._needs.rewards, drop_truncated=drop)
-        self._record(plan.shard, row_group, first_row, checked)
+    def _checked(self, piece: Piece, plan: "_Plan") -> CheckedBatch:
+        checked = check_batch(
+            piece.rows,
+            plan.columns,
+            self._limits,
+            self._needs.rewards,
+            drop_truncated=self._drop_truncated,
+            faults=_giants(piece),
+        )
+        self._record(plan.shard, piece.row_group, piece.first_row, checked)
         return checked
 
     def _usable(self, checked: CheckedBatch) -> NDArray[np.bool_]:
@@ -179,7 +188,7 @@ class RolloutReader:
         if self._on_bad_file == "fail" or plan.shard.name in self._tried:
             return not self._stop.requested
         try:
-            for _ in plan.batches():
+            for _ in plan.pieces():
                 if self._stop.requested:
                     return False
         except DataError as error:
@@ -194,9 +203,12 @@ class RolloutReader:
     def _understand(self, shard: Shard) -> "_Plan":
         try:
             with pq.ParquetFile(shard.path) as file:
-                schema, footer = file.schema_arrow, file.metadata
+                schema = file.schema_arrow
                 columns = understand(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
-                nullable = frozenset(name for name in self._labels if _may_be_null(footer, name))
+            groups = row_groups_of(shard.path) if self._labels else []
+            nullable = frozenset(name for name in self._labels if _may_be_null(groups, name))
+        except FooterError as error:
+            raise error.of(shard.name) from error
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise damaged(shard, error) from error
         self._said.update(dict.fromkeys(columns.notices()))
@@ -250,10 +262,23 @@ class _Plan:
     label_kinds: dict[str, str]
     nullable_labels: frozenset[str]
 
-    def batches(self) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-        """(row group, first row within it, rows)."""
-        uids = [self.columns.uid] if self.columns.uid is not None and self.text_uid else []
-        return batches(self.shard, self.columns.names(), uids)
+    def pieces(self) -> Iterator[Piece]:
+        """The rows, decoded."""
+        columns = self.columns
+        ids = [name for name in (columns.input_ids, columns.prompts, columns.responses) if name is not None]
+        texts = [name for name, kind in self.label_kinds.items() if kind == "text"]
+        texts += [columns.uid] if columns.uid is not None and self.text_uid else []
+        return pieces(self.shard, columns.names(), ids, texts)
+
+
+def _giants(piece: Piece) -> Faults:
+    """The rows that were cut out of a piece."""
+    faults = Faults(piece.rows.num_rows)
+    for row, (column, elements) in piece.giants.items():
+        reason, expected = "lists of absurd length", f"at most {MOST_TOKENS:,}"
+        faults.bad[row] = True
+        faults.found[row] = (reason, column, f"{elements:,} elements", expected)
+    return faults
 
 
 def _text_labels(plans: list[_Plan]) -> frozenset[str]:
@@ -266,14 +291,10 @@ def _text_labels(plans: list[_Plan]) -> frozenset[str]:
     )
 
 
-def _may_be_null(footer: pq.FileMetaData, name: str) -> bool:
+def _may_be_null(groups: list[RowGroup], name: str) -> bool:
     """Whether a flat column may hold nulls, by the footer's statistics."""
-    at = footer.schema.names.index(name) if name in footer.schema.names else -1
-    for row_group in range(footer.num_row_groups):
-        statistics = footer.row_group(row_group).column(at).statistics if at >= 0 else None
-        if statistics is None or not statistics.has_null_count or statistics.null_count:
-            return True
-    return False
+    chunks = [chunk for group in groups for chunk in group.chunks if chunk.path == name]
+    return not chunks or any(chunk.nulls is None or chunk.nulls for chunk in chunks)
 
 
 def _rollouts(

@@ -12,12 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from critic_train.data.bad_files import BadFile, BadFiles
+from critic_train.data.footer import MAGIC, FooterError, check_head, read_footer
 from critic_train.errors import DataError
 
 SUFFIXES = (".parquet", ".parq")
-MAGIC = b"PAR1"
-# A footer ends in its length (4 bytes, little-endian) and the magic; a file begins with the magic too.
-TAIL_BYTES = 8
 SHOWN = 20
 SAMPLES = 256
 SAMPLE_BYTES = 64 * 2**10
@@ -70,7 +68,7 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
     for name in sorted(found.values(), key=os.path.abspath):
         try:
             shards.append(_shard(name))
-        except (_NotParquetError, pa.ArrowException, UnicodeDecodeError, OSError) as fault:
+        except (FooterError, pa.ArrowException, UnicodeDecodeError, OSError) as fault:
             bad = BadFile(file=name, fault=_reason(fault))
             if bad_files is None:
                 faults.append(f"{bad.file}: {bad.fault}")
@@ -113,10 +111,6 @@ def fingerprint(shards: list[Shard]) -> dict[str, Any]:
     ]
     text = json.dumps(files, sort_keys=True, separators=(",", ":"))
     return {"files": files, "digest": hashlib.sha256(text.encode()).hexdigest()}
-
-
-class _NotParquetError(Exception):
-    """The file's tail says that it is no (whole) Parquet file."""
 
 
 def _names(source: str, faults: list[str]) -> Iterator[str]:
@@ -166,7 +160,9 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _shard(name: str) -> Shard:
-    size, digest = _footer(name)
+    with open(name, "rb") as file:
+        size, footer = read_footer(file)
+    check_head(footer, size)
     metadata = pq.read_metadata(name)
     return Shard(
         path=os.path.abspath(name),
@@ -174,30 +170,8 @@ def _shard(name: str) -> Shard:
         num_rows=metadata.num_rows,
         num_row_groups=metadata.num_row_groups,
         size_bytes=size,
-        footer_digest=digest,
+        footer_digest=hashlib.sha256(footer + len(footer).to_bytes(4, "little") + MAGIC).hexdigest(),
     )
-
-
-def _footer(name: str) -> tuple[int, str]:
-    """Size of the file and SHA-256 of its footer; raises _NotParquetError saying what is wrong."""
-    with open(name, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise _NotParquetError("the file is empty (0 bytes)")
-        head = file.read(len(MAGIC))
-        file.seek(max(size - TAIL_BYTES, 0))
-        tail = file.read(TAIL_BYTES)
-        if tail[-4:] != MAGIC:
-            if head == b"PARE" or tail[-4:] == b"PARE":
-                raise _NotParquetError("the file is encrypted, which is not supported")
-            if head == MAGIC:
-                raise _NotParquetError(f"the Parquet file is truncated ({size:,} bytes and no footer)")
-            raise _NotParquetError("this is no Parquet file")
-        footer_bytes = int.from_bytes(tail[:4], "little") + TAIL_BYTES
-        if head != MAGIC or footer_bytes + len(MAGIC) > size:
-            raise _NotParquetError(f"the Parquet footer is damaged (it claims {footer_bytes:,} bytes)")
-        file.seek(size - footer_bytes)
-        return size, hashlib.sha256(file.read(footer_bytes)).hexdigest()
 
 
 def _content(shard: Shard) -> str:

@@ -3,9 +3,7 @@
 from collections.abc import Generator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from critic_train.data.footer import FooterError, row_groups_of
 from critic_train.data.shards import Shard
 from critic_train.errors import ModelError
 from critic_train.events import Event, Notice
@@ -63,15 +61,10 @@ def require_room_for_cache(run: RunDirectory, shards: list[Shard]) -> None:
 def _tokens(shard: Shard) -> int:
     """At least how many tokens a shard holds: the longest column of whole numbers, by the footer."""
     try:
-        footer = pq.read_metadata(shard.path)
-    except (pa.ArrowException, OSError):
+        groups = row_groups_of(shard.path)
+    except (FooterError, OSError):
         return 0  # the reader will say what is wrong with it
-    longest = 0
-    for number in range(footer.num_row_groups):
-        group = footer.row_group(number)
-        columns = (group.column(column) for column in range(group.num_columns))
-        longest += max((c.num_values for c in columns if c.physical_type in ("INT32", "INT64")), default=0)
-    return longest
+    return sum(max((chunk.elements for chunk in group.chunks if chunk.is_integer), default=0) for group in groups)
 
 
 def require_room_for_checkpoints(trainer: Trainer) -> None:

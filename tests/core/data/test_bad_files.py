@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from critic_train.data import decoding
 from critic_train.data.bad_files import BadFiles
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards
@@ -140,11 +141,9 @@ def test_a_typing_error_is_no_bad_file(folder: Path) -> None:
 def test_fewer_rows_than_the_footer_says_are_no_whole_file(
     shards: Any, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from critic_train.data import decoding
-
     shards.write(good)
-    filled: Callable[..., Any] = decoding._filled
-    monkeypatch.setattr(decoding, "_filled", lambda pieces: (batch.slice(0, 2) for batch in filled(pieces)))
+    after: Callable[..., Any] = decoding._after
+    monkeypatch.setattr(decoding, "_after", lambda *how: (batch.slice(0, 2) for batch in after(*how)))
     with pytest.raises(DataError, match="row group 0 holds 2 rows, its footer says 3"):
         list(shards.reader())
 

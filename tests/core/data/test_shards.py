@@ -80,7 +80,7 @@ def test_all_that_cannot_be_read_is_named_at_once(folder: Path) -> None:
         "empty.parquet": "the file is empty (0 bytes)",
         "text.parquet": "this is no Parquet file",
         "short.parquet": said["short.parquet"],
-        "lying.parquet": "the Parquet footer is damaged (it claims 2,147,483,656 bytes)",
+        "lying.parquet": "the Parquet footer is damaged (it claims 2,147,483,648 bytes)",
         "missing": "there is no such file or folder",
         "*.orc": "no Parquet file matches",
         "nothing": "the folder holds no .parquet file",

@@ -1,0 +1,35 @@
+"""A few hundred damaged shards, the same each time; `python tests/fuzz/run.py` reads ten thousand."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FUZZ = Path(__file__).parents[2] / "fuzz"
+MUTANTS = 400
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_mutants_are_read_or_refused_and_nothing_else() -> None:
+    command = [sys.executable, str(FUZZ / "run.py"), "--mutants", str(MUTANTS)]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stdout
+    counts = shown.stdout.splitlines()[1]
+    assert counts.startswith(f"{MUTANTS} mutants: ")
+    assert "refused" in counts
+    assert "read" in counts
+
+
+def test_the_same_number_is_the_same_mutant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FUZZ))
+    from corpus import seeds
+    from mutate import mutant
+
+    files = [content for _, content in seeds()]
+    random.seed(1)
+    first = [mutant(files[0], number, files) for number in range(50)]
+    random.seed(2)
+    assert [mutant(files[0], number, files) for number in range(50)] == first
+    assert len(set(first)) > 45
