@@ -25,7 +25,7 @@ OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
---model --preset
+--model --preset --train --lora-rank --lora-alpha
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
@@ -100,7 +100,7 @@ def test_command_page_gives_choices_defaults_and_their_meaning(program):
     page = program("fit", "-h").stdout
     assert "--preset tiny|small|base" in page
     assert "[default: 64]" in page
-    assert "[default: 1e-5 with --model;\n" in page
+    assert "[default: 1e-5 with --model, 1e-4 with --train lora;" in " ".join(page.split())
     assert "CRITIC_TRAIN_BATCH_SIZE is --batch-size" in page
 
 

@@ -144,9 +144,23 @@ class Spool:
             truncated=self.truncated[index] if "rewards" in columns else None,
         )
 
-    def new_column(self, name: str) -> "ColumnWriter":
-        """Write one more float32 column, in any order; it stands when the `with` block ends without an error."""
-        return ColumnWriter(self, name)
+    def read_column(self, name: str, kind: type[np.generic], index: NDArray[np.int64]) -> NDArray[Any]:
+        """An extra column of some rollouts, end to end in the order given.
+
+        Args:
+            name: the column.
+            kind: its dtype, as it was written.
+            index: int64 [m], places in the spool.
+        """
+        return self._read_column(name, kind, index, offsets_of(self.lengths[index]))
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [m], where the rollouts with these rows in the data set stand in the spool."""
+        return np.searchsorted(self.rows, rows)
+
+    def new_column(self, name: str, kind: type[np.generic] = np.float32) -> "ColumnWriter":
+        """Write one more column, in any order; it stands when the `with` block ends without an error."""
+        return ColumnWriter(self, name, kind)
 
     def has_column(self, name: str) -> bool:
         """Whether an extra column stands."""
@@ -178,25 +192,27 @@ class Spool:
 
 
 class ColumnWriter:
-    """One extra float32 column of a spool while it is being written."""
+    """One extra column of a spool while it is being written."""
 
-    def __init__(self, spool: Spool, name: str) -> None:
+    def __init__(self, spool: Spool, name: str, kind: type[np.generic]) -> None:
         self._spool = spool
+        self._kind = kind
+        self._width = np.dtype(kind).itemsize
         self._target = spool.directory / name
         self._temporary = spool.directory / f".{name}.tmp"
         self._file: File | None = None
 
     def __enter__(self) -> "ColumnWriter":
         self._file = File(self._temporary, "create")
-        self._file.truncate(self._spool.num_tokens * 4)
+        self._file.truncate(self._spool.num_tokens * self._width)
         return self
 
-    def write(self, index: NDArray[np.int64], column: NDArray[np.float32]) -> None:
+    def write(self, index: NDArray[np.int64], column: NDArray[Any]) -> None:
         """Write the tokens of some rollouts.
 
         Args:
             index: int64 [m], places in the spool.
-            column: float32, the tokens of those rollouts end to end.
+            column: of the column's dtype, the tokens of those rollouts end to end.
 
         Raises:
             ValueError: the column has more or fewer numbers than the rollouts have tokens.
@@ -206,11 +222,11 @@ class ColumnWriter:
         if len(column) != tokens:
             raise ValueError(f"{len(column)} numbers for rollouts of {tokens} tokens")
         assert self._file is not None
-        data = bytes_of(np.ascontiguousarray(column, dtype=np.float32))
+        data = bytes_of(np.ascontiguousarray(column, dtype=self._kind))
         begin = 0
         for first, last in _neighbours(index):
-            place = int(self._spool.offsets[index[first]]) * 4
-            end = begin + int(self._spool.offsets[index[last] + 1]) * 4 - place
+            place = int(self._spool.offsets[index[first]]) * self._width
+            end = begin + int(self._spool.offsets[index[last] + 1]) * self._width - place
             self._file.write_at(data[begin:end], place)
             begin = end
 

@@ -6,6 +6,7 @@ import torch
 
 from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.errors import ConfigError, MachineError
+from critic_train.model.inputs import StateSource
 from critic_train.settings import Precision
 
 
@@ -19,6 +20,7 @@ class Compute:
         max_tokens: positions through the model at once, on each rank.
         ranks: the processes that compute together, of which this is one.
         pair_cost: the work of one (query, key) pair of attention beside a position's, for sharing work out over ranks.
+        states: hidden states of a frozen trunk that are given in place of tokens; None where the trunk computes.
     """
 
     device: torch.device
@@ -26,6 +28,7 @@ class Compute:
     max_tokens: int
     ranks: Ranks = ALONE
     pair_cost: float = 0.0
+    states: StateSource | None = None
 
     def autocast(self) -> torch.autocast:
         """The context in which the trunk runs: bf16 matrix products from float32 weights, or nothing."""

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from critic_train.model.freezing import UpperPart
 from critic_train.model.inputs import ModelInput
 
 
@@ -46,6 +47,22 @@ class Critic(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.head = head
+        # In a list, so that the layers it shares with the trunk are not registered twice.
+        self._upper: list[UpperPart] = []
+
+    @property
+    def upper(self) -> UpperPart | None:
+        """The layers that kept states are given to; None where they are given to the head."""
+        return self._upper[0] if self._upper else None
+
+    def give_states_to_last(self, layers: int) -> None:
+        """Take kept states, where a micro-batch has them, as what enters the last layers, or (0 layers) the head."""
+        if layers:
+            self._upper.append(UpperPart(self.trunk, layers))
+
+    def states_below(self, batch: ModelInput) -> Tensor:
+        """What `give_states_to_last` takes: [P, hidden_size] at every position, or [R, hidden_size] that are read."""
+        return self.hidden(batch) if self.upper is None else self.upper.states_below(batch)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """float32 [M]: the value paired with each of the M response tokens of the batch, in the batch's order.
@@ -57,8 +74,13 @@ class Critic(nn.Module):
 
     def hidden(self, batch: ModelInput) -> Tensor:
         """[R, hidden_size]: the trunk's last hidden state at each of the R positions that are read."""
-        output = self.trunk(use_cache=False, **batch.trunk_arguments)
-        states: Tensor = output.last_hidden_state.flatten(0, 1)
+        if batch.states is None:
+            states: Tensor = self.trunk(use_cache=False, **batch.trunk_arguments).last_hidden_state
+        elif self.upper is None:
+            return batch.states
+        else:
+            states = self.upper.last_states(batch, batch.states)
+        states = states.flatten(0, 1)
         if len(states) == batch.computed_tokens:
             return states[batch.read]
         assert batch.read_of_kept is not None, "only a narrowed last layer leaves positions out"

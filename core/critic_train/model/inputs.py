@@ -5,7 +5,7 @@ trunk is the same for both.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ class ModelInput:
         pair: int64 [M], for every response token the entry of `read` that holds its value.
         tokens: int64 numpy [M], the place of those response tokens in the mini-batch's token arrays.
         computed_tokens: positions that go through the trunk, padding included.
+        all_tokens: int64 numpy [A], the place of every token of the micro-batch in the mini-batch's token arrays.
+        where: int64 numpy [A], the position of each.
+        states: float32 [P, hidden_size], kept states below the layers that are trained, at every position; or, where
+            only the head is, [R, hidden_size] states that are read. None where the trunk computes them.
     """
 
     trunk_arguments: dict[str, Any]
@@ -36,6 +40,16 @@ class ModelInput:
     pair: Tensor
     tokens: NDArray[np.int64]
     computed_tokens: int
+    all_tokens: NDArray[np.int64]
+    where: NDArray[np.int64]
+    states: Tensor | None = None
+
+
+class StateSource(Protocol):
+    """Where hidden states of a frozen trunk come from."""
+
+    def given_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
+        """A micro-batch with its `states`; `rollouts` is the mini-batch it is a part of."""
 
 
 def forest_input(rollouts: Rollouts, order: PrefixOrder, device: torch.device) -> ModelInput:
@@ -60,6 +74,8 @@ def forest_input(rollouts: Rollouts, order: PrefixOrder, device: torch.device) -
         pair=_on(device, asked.pair),
         tokens=asked.tokens,
         computed_tokens=len(forest),
+        all_tokens=asked.all_tokens,
+        where=forest.where,
     )
 
 
@@ -93,6 +109,8 @@ def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.devic
         pair=_on(device, asked.pair),
         tokens=asked.tokens,
         computed_tokens=len(ids),
+        all_tokens=asked.all_tokens,
+        where=where,
     )
 
 
@@ -116,6 +134,7 @@ class _Asked(NamedTuple):
     tokens: NDArray[np.int64]
     read: NDArray[np.int64]
     pair: NDArray[np.int64]
+    all_tokens: NDArray[np.int64]
 
 
 def _asked(rollouts: Rollouts, index: NDArray[np.int64], where: NDArray[np.int64], computed_tokens: int) -> _Asked:
@@ -125,7 +144,7 @@ def _asked(rollouts: Rollouts, index: NDArray[np.int64], where: NDArray[np.int64
     states = where[answered - 1]
     asked = np.zeros(computed_tokens, dtype=np.bool_)
     asked[states] = True
-    return _Asked(tokens[answered], np.flatnonzero(asked), (np.cumsum(asked) - 1)[states])
+    return _Asked(tokens[answered], np.flatnonzero(asked), (np.cumsum(asked) - 1)[states], tokens)
 
 
 def _on(device: torch.device, array: NDArray[np.int64]) -> Tensor:

@@ -33,10 +33,14 @@ def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iter
                 yield rows_input(rollouts, part.index, compute.device)
     elif forest:
         for order in forest_micro_batches(rollouts, compute.max_tokens):
-            yield forest_input(rollouts, order, compute.device)
+            yield _with_states(forest_input(rollouts, order, compute.device), rollouts, compute)
     else:
         for index in row_micro_batches(rollouts, compute.max_tokens):
-            yield rows_input(rollouts, index, compute.device)
+            yield _with_states(rows_input(rollouts, index, compute.device), rollouts, compute)
+
+
+def _with_states(batch: ModelInput, rollouts: Rollouts, compute: Compute) -> ModelInput:
+    return batch if compute.states is None else compute.states.given_to(batch, rollouts)
 
 
 def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> list[PrefixOrder]:

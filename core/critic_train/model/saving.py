@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 
 from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.model.critic import Critic
+from critic_train.model.lora import folded, is_adapted, save_adapters
 from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
@@ -72,11 +73,15 @@ def save_critic(critic: Critic, directory: Path | None, tokenizer_from: Path | N
     critic.trunk.config.value_head_prefix = "score"
     with library_writes(directory):
         if loads_for_token_classification(critic):
-            as_token_classifier(critic).save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
+            model = as_token_classifier(critic)
+            whole = folded(model) if is_adapted(model) else None
+            model.save_pretrained(directory, state_dict=whole, max_shard_size=MAX_SHARD_SIZE)
         else:
-            tensors = dict(critic.trunk.state_dict())
+            tensors = folded(critic.trunk)
             tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
             critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
+    if is_adapted(critic.trunk):
+        save_adapters(critic, directory)
     copy_tokenizer(tokenizer_from, directory)
 
 

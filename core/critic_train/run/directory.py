@@ -114,7 +114,7 @@ class RunDirectory:
         """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
         for name in ("result.json", "best", "timings.jsonl", "evaluation.json", "report.html"):
             remove(self.path / name)
-        for column in self.cache.glob("*/old_values-*"):
+        for column in (*self.cache.glob("*/old_values-*"), *self.cache.glob("*/state-rows")):
             remove(column)
 
     def drop_cache(self) -> None:

@@ -8,8 +8,9 @@ from critic_train.settings.compute import ComputeSettings, Packing, Precision
 from critic_train.settings.convert import ConvertSettings, DumpFormat
 from critic_train.settings.eval import EvalSettings
 from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
-from critic_train.settings.fit import FitSettings, Preset
+from critic_train.settings.fit import FitSettings
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
+from critic_train.settings.model import ModelSettings, Preset
 from critic_train.settings.predict import PredictSettings
 from critic_train.settings.ranks import RanksSettings
 from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
@@ -27,6 +28,7 @@ __all__ = [
     "FitSettings",
     "LossAggMode",
     "LossSettings",
+    "ModelSettings",
     "OldValues",
     "OnBadFile",
     "OnBadRows",

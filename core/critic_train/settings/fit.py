@@ -1,11 +1,12 @@
 """Settings of `critic-train fit`."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from critic_train.settings.compute import ComputeSettings
 from critic_train.settings.fields import setting
 from critic_train.settings.loss import LossSettings
+from critic_train.settings.model import ModelSettings
 from critic_train.settings.ranks import RanksSettings
 from critic_train.settings.reading import ReadingSettings
 from critic_train.settings.returns import ReturnsSettings
@@ -13,11 +14,10 @@ from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import TrainingSettings
 
-Preset = Literal["tiny", "small", "base"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(
+    ModelSettings,
     TrackingSettings,
     RunSettings,
     RanksSettings,
@@ -39,13 +39,6 @@ class FitSettings(
         "Share of the prompt groups held out when there is no --val-data; 0 holds out none.",
         panel="Data",
     )
-    model: str | None = setting(
-        None,
-        "Model to start from: a Hugging Face directory, a checkpoint or a run. Without it, --preset.",
-        panel="Model",
-        metavar="DIR",
-    )
-    preset: Preset = setting("small", "Size of the transformer trained from scratch without --model.", panel="Model")
 
     def faults(self) -> list[str]:
         """See Settings."""
@@ -54,4 +47,6 @@ class FitSettings(
             wrong.append(f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
         if self.patience is not None and not self.val_data and self.val_fraction == 0:
             wrong.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
+        if self.train == "lora" and self.nproc > 1:
+            wrong.append("--train lora runs in one process: leave --nproc at 1")
         return wrong

@@ -20,7 +20,8 @@ class TrainingSettings(Settings):
     batch_size: int = setting(64, "Rollouts a step; prompt groups stay together.", panel="Training")
     lr: float | None = setting(
         None,
-        "Peak learning rate of the transformer. [default: 1e-5 with --model; 2e-3, 1e-3, 3e-4 for tiny, small, base]",
+        "Peak learning rate of the transformer. "
+        "[default: 1e-5 with --model, 1e-4 with --train lora; 2e-3, 1e-3, 3e-4 for tiny, small, base]",
         panel="Training",
     )
     head_lr: float | None = setting(

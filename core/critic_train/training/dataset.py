@@ -26,6 +26,9 @@ from critic_train.settings import FitSettings, column_renames
 from critic_train.stopping import StopRequest
 from critic_train.training.targets import Targets
 
+ROLLOUTS_AT_ONCE = 512
+"""Rollouts read together for a pass without gradients; prompt groups stand together in it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutSet:
@@ -104,6 +107,14 @@ class RunData:
         """The sets that stand in the cache: "train", and "val" where there is --val-data."""
         sets = (self.train, self.held_out) if self.held_out is not None else (self.train,)
         return sorted({rollouts.spool.directory.name for rollouts in sets})
+
+    def by_spool(self) -> list[RolloutSet]:
+        """All rollouts of the run, those of one spool as one set."""
+        if self.held_out is None:
+            return [self.train]
+        if self.held_out.spool is not self.train.spool:
+            return [self.train, self.held_out]
+        return [replace(self.train, index=np.concatenate([self.train.index, self.held_out.index]))]
 
     @property
     def max_token_id(self) -> int:

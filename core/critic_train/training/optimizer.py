@@ -35,7 +35,7 @@ def build_optimizer(critic: Critic, *, lr: float, head_lr: float, weight_decay: 
     ]
     for group in groups:
         group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -100,6 +100,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
     for name, parameter in critic.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if f"step.{name}" not in names:
             if names:
                 raise ModelError(f"{file} holds no state of {name}: it belongs to another model")

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,13 @@ from critic_train.run.keeping import Keeper
 from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import RunData
+from critic_train.training.dataset import ROLLOUTS_AT_ONCE, RunData
 from critic_train.training.divergence import diverged, find_suspects, keep_suspects
+from critic_train.training.kept_states import keep_states
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.plan import TrainingPlan
 from critic_train.training.step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
 from critic_train.training.targets import Targets
-
-ROLLOUTS_AT_ONCE = 512
-"""Rollouts read together for a pass without gradients; prompt groups stand together in it."""
 
 SATURATION_WORTH_A_WARNING = 0.2
 
@@ -73,7 +71,9 @@ class Position:
 class Trainer:
     """A critic, its optimizer and everything they need, at some position of a run.
 
-    `checkpoint` is the newest one that this process has written or read whole.
+    `checkpoint` is the newest one that this process has written or read whole. `keeps_states` says that what a frozen
+    part of the trunk computes is kept on disk. `judging` is how held-out rollouts are computed: as those of training
+    are, with kept states of their own.
     """
 
     settings: FitSettings
@@ -95,10 +95,13 @@ class Trainer:
     last_metrics: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     warned_of_saturation: bool = False
+    keeps_states: bool = False
+    judging: Compute = field(init=False)
     keeper: Keeper = field(init=False)
 
     def __post_init__(self) -> None:
         self.keeper = Keeper(self.run.checkpoints, self.settings.keep)
+        self.judging = self.compute
 
     def resume(self, checkpoint: Path) -> None:
         """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
@@ -116,6 +119,8 @@ class Trainer:
 
     def train(self) -> Iterator[Event]:
         """Run to the end of the plan, or until asked to stop; a checkpoint stands at either."""
+        if self.keeps_states and not self._is_done():
+            yield from self._keep_states()
         while True:
             if self._evaluation_is_due():
                 yield from self._evaluate()
@@ -224,6 +229,18 @@ class Trainer:
                 level="warning",
             )
 
+    def _keep_states(self) -> Iterator[Event]:
+        """Compute once what the frozen part of the trunk gives, for all rollouts of the run."""
+        for rollouts in self.data.by_spool():
+            states = yield from keep_states(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
+            if states is None:
+                return
+            if rollouts.spool is self.data.train.spool:
+                training = replace(self.compute, states=states)
+            if self.data.held_out is not None and rollouts.spool is self.data.held_out.spool:
+                self.judging = replace(self.compute, states=states)
+        self.compute = training
+
     def _old_values(self, column: str, *, begun: bool) -> Iterator[Event]:
         """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
         spool, ranks = self.data.train.spool, self.compute.ranks
@@ -240,7 +257,7 @@ class Trainer:
         try:
             with spool.new_column(column) if ranks.leads else nullcontext() as writer:
                 for places, rollouts in self.data.train.by_group(ROLLOUTS_AT_ONCE):
-                    values = self._predict(rollouts)
+                    values = self._predict(rollouts, self.compute)
                     if writer is not None:
                         writer.write(self.data.train.index[places], values)
                     done += len(places)
@@ -266,7 +283,7 @@ class Trainer:
         ranks = self.compute.ranks
         for _, rollouts in held_out.by_group(ROLLOUTS_AT_ONCE):
             try:
-                values = {"critic": self._predict(rollouts)}
+                values = {"critic": self._predict(rollouts, self.judging)}
             except _StoppedError:
                 return
             if ranks.leads:
@@ -305,8 +322,8 @@ class Trainer:
             return True
         return figure < before if self.settings.best_by in LOWER_IS_BETTER else figure > before
 
-    def _predict(self, rollouts: Rollouts) -> np.ndarray[Any, np.dtype[np.float32]]:
-        values = predict_values(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
+    def _predict(self, rollouts: Rollouts, compute: Compute) -> np.ndarray[Any, np.dtype[np.float32]]:
+        values = predict_values(self.critic, rollouts, compute, forest=self.forest, stop=self.stop)
         if values is None:
             raise _StoppedError
         if not np.isfinite(values).all():

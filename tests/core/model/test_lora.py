@@ -1,0 +1,88 @@
+"""Adapters start at nothing, fold into plain weights, and are put back as they were."""
+
+import numpy as np
+import pytest
+import torch
+from support import branching_rollouts, small_config
+from transformers import AutoModelForTokenClassification
+
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.loading import build_critic, load_critic, read_model
+from critic_train.model.lora import ADAPTER_FILE, add_adapters, folded, load_adapters
+from critic_train.model.predicting import predict_values
+from critic_train.model.saving import save_critic
+
+pytest.importorskip("peft")
+COMPUTE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
+
+
+def critic_of(family: str) -> Critic:
+    critic = build_critic(small_config(family), seed=0)
+    with torch.no_grad():
+        critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    return critic.eval()
+
+
+def values_of(critic: Critic) -> np.ndarray:
+    values = predict_values(critic, branching_rollouts(), COMPUTE, forest=True)
+    assert values is not None
+    return values
+
+
+def moved(critic: Critic) -> Critic:
+    """The critic with adapters that do something."""
+    add_adapters(critic, rank=4, alpha=6.0, seed=3)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in critic.trunk.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(std=0.05, generator=draw)
+    return critic
+
+
+def test_new_adapters_change_no_value_and_leave_the_global_generator_alone():
+    critic = critic_of("Llama")
+    before, state = values_of(critic), torch.random.get_rng_state()
+    add_adapters(critic, rank=4, alpha=6.0, seed=3)
+    assert np.array_equal(values_of(critic), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    trained = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert {name for name in trained if ".lora_" not in name} == {"head.weight", "head.bias"}
+
+
+def test_folding_adds_the_scaled_product_of_both_matrices():
+    critic = critic_of("Llama")
+    before = {name: tensor.clone() for name, tensor in critic.trunk.state_dict().items()}
+    tensors = folded(moved(critic).trunk)
+    assert set(tensors) == set(before)
+    parts = dict(critic.trunk.named_parameters())
+    for name, tensor in tensors.items():
+        place = name.removesuffix(".weight")
+        a, b = (parts.get(f"{place}.lora_{letter}.default.weight") for letter in "AB")
+        expected = before[name] if a is None or b is None else before[name] + (6.0 / 4) * (b @ a)
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+    assert any(not torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPTNeoX", "Gemma3Text"])
+def test_a_checkpoint_holds_the_folded_weights(family, tmp_path):
+    critic = moved(critic_of(family))
+    save_critic(critic, tmp_path, None)
+    expected = values_of(critic)
+    np.testing.assert_allclose(
+        values_of(load_critic(read_model(tmp_path)).eval()), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+    )
+    if family != "Gemma3Text":
+        _, report = AutoModelForTokenClassification.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_adapters_are_put_back_to_the_bit(tmp_path):
+    critic = moved(critic_of("Llama"))
+    save_critic(critic, tmp_path, None)
+    assert (tmp_path / ADAPTER_FILE).is_file()
+    again = critic_of("Llama")
+    add_adapters(again, rank=4, alpha=6.0, seed=9)
+    load_adapters(again, tmp_path)
+    assert np.array_equal(values_of(again), values_of(critic))
