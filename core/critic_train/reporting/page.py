@@ -111,8 +111,7 @@ def _shelves(subjects: Sequence[Subject], tokenizer: str | None) -> list[Shelf]:
     filled = [subject for subject in subjects if subject.examples]
     for subject in filled:
         decode = decoder_of(subject.source, tokenizer)
-        mean = subject.verdict.part("returns").get("mean")
-        scale = scale_of(subject.examples, mean)
+        scale = scale_of(subject.examples, _mean_value(subject))
         shown = readings(subject, decode, scale, TOKENS_ON_A_PAGE // len(filled))
         if shown:
             keys = [Key(text="value", ink=subject.ink), Key(text="return", ink="group-mean")]
@@ -123,6 +122,12 @@ def _shelves(subjects: Sequence[Subject], tokenizer: str | None) -> list[Shelf]:
                 Shelf(subject=subject, readings=shown, keys=keys, extreme=extreme, has_text=decode is not None)
             )
     return found
+
+
+def _mean_value(subject: Subject) -> float | None:
+    """Of all tokens it was judged on."""
+    mean_return, bias = subject.verdict.part("returns").get("mean"), subject.metrics.get("bias")
+    return None if mean_return is None or bias is None else float(mean_return + bias)
 
 
 def _environment() -> "Environment":

@@ -82,13 +82,13 @@ def extreme_of(examples: Sequence[Record], scale: Scale) -> Cell:
     return Cell(fixed(None))
 
 
-def scale_of(examples: Sequence[Record], mean_return: float | None) -> Scale:
-    """A scale about the mean return, which is what a critic that knows nothing says of every token."""
+def scale_of(examples: Sequence[Record], mean_value: float | None) -> Scale:
+    """A scale about the critic's mean value: what moves it, not how far off it is on the whole, is to be seen."""
     shown = [v for row in examples for v, m in zip(row.get("values"), row.get("response_mask"), strict=True) if m]
     shown = [value for value in shown if value is not None]
     if not shown:
         return Scale(0.0, 0.0)
-    middle = sum(shown) / len(shown) if mean_return is None else mean_return
+    middle = sum(shown) / len(shown) if mean_value is None else mean_value
     return Scale(middle, max(abs(value - middle) for value in shown))
 
 

@@ -1,10 +1,10 @@
 """The top of the page: one answer to each critic, its tiles of figures, and the table that compares."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from critic_train.figures import count, share, short, signed, three
+from critic_train.figures import count, fixed, interval, share, short, signed, three
 from critic_train.reporting.records import Cell, Record
 from critic_train.reporting.subjects import BASELINES, Subject
 
@@ -139,15 +139,19 @@ def counts(verdict: Record) -> list[tuple[str, Cell]]:
     return found
 
 
-FIGURES = (
-    ("within prompts", "explained_variance_within_group", None),
-    ("Pearson", "pearson", None),
-    ("Spearman", "spearman", None),
+FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("explained variance", "explained_variance", fixed),
+    ("95 % interval", "explained_variance_interval", interval),
+    ("within prompts", "explained_variance_within_group", fixed),
+    ("95 % interval", "explained_variance_within_group_interval", interval),
+    ("AUC", "auc", fixed),
+    ("AUC within prompts", "auc_within_group", fixed),
+    ("Pearson", "pearson", fixed),
+    ("Spearman", "spearman", fixed),
     ("MSE", "mse", three),
     ("MAE", "mae", three),
     ("bias", "bias", signed),
-    ("AUC", "auc", None),
-    ("AUC within", "auc_within_group", None),
+    ("calibration error", "expected_calibration_error", three),
     ("advantage variance", "advantage_variance", three),
     ("value loss", "value_loss", three),
     ("clipfrac", "clipfrac", share),
@@ -156,17 +160,16 @@ FIGURES = (
 
 
 def comparison(subjects: Sequence[Subject]) -> list[list[Any]]:
-    """One row a critic and a baseline; headings first. Columns that nobody has a figure for are left out."""
-    rows = [(subject.name, subject.metrics) for subject in subjects if subject.metrics]
-    if not rows:
+    """One column a critic and a baseline; headings first. Figures that nobody has are left out."""
+    columns = [(subject.name, subject.metrics) for subject in subjects if subject.metrics]
+    if not columns:
         return []
-    rows += [(BASELINES[name], metrics) for name, metrics in subjects[0].judged().items()]
-    figures = [f for f in FIGURES if any(metrics.get(f[1]) is not None for _, metrics in rows)]
-    table: list[list[Any]] = [["", "explained variance", "95 % interval", *(name for name, _, _ in figures)]]
-    for name, metrics in rows:
-        cells = [metrics.cell(key, how) if how else metrics.cell(key) for _, key, how in figures]
-        table.append([name, metrics.cell("explained_variance"), metrics.bounds("explained_variance_interval"), *cells])
-    return table
+    columns += [(BASELINES[name], metrics) for name, metrics in subjects[0].judged().items()]
+    rows: list[list[Any]] = [["", *(name for name, _ in columns)]]
+    for name, key, how in FIGURES:
+        if any(metrics.get(key) is not None for _, metrics in columns):
+            rows.append([name, *(metrics.cell(key, how) for _, metrics in columns)])
+    return rows
 
 
 def differences(subjects: Sequence[Subject]) -> list[list[Any]]:
@@ -202,8 +205,8 @@ def groups(subject: Subject) -> list[tuple[str, list[list[Any]]]]:
     return found
 
 
-def _sign(interval: Any) -> int | None:
+def _sign(bounds: Any) -> int | None:
     """1 where the whole interval is above 0, -1 where it is below, 0 across it; None where there is none."""
-    if not interval:
+    if not bounds:
         return None
-    return int(interval[0] > 0) - int(interval[1] < 0)
+    return int(bounds[0] > 0) - int(bounds[1] < 0)
