@@ -178,8 +178,8 @@ def test_without_room_the_old_page_stands(make_run, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("old")
 
-    def full(operation, path, data, place):
-        if operation == "write":
+    def full(operation):
+        if operation.kind == "write":
             raise OSError(28, "No space left on device")
 
     with watched(full), pytest.raises(MachineError, match="cannot be written: No space"):
