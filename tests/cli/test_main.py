@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
 
 OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --val-data --val-fraction
+--data --column --on-bad-rows --on-bad-file --max-length --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model --preset --train --lora-rank --lora-alpha
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
@@ -34,7 +34,7 @@ FIT_FLAGS = words("""
 --log-to --log-project
 """)
 EVAL_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file
+--data --column --on-bad-rows --on-bad-file --max-length
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --max-tokens
@@ -42,7 +42,7 @@ EVAL_FLAGS = words("""
 --report
 """)
 PREDICT_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file
+--data --column --on-bad-rows --on-bad-file --max-length
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --max-tokens

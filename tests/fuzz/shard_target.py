@@ -21,7 +21,7 @@ from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
 
 LIMITS = RowLimits(vocab_size=60, max_length=4096)
-LARGEST_FLOAT32 = 3.4028234663852886e38
+LARGEST = math.sqrt(3.4028234663852886e38)
 ORACLE_ROWS = 5000
 READ = ("input_ids", "response_mask", "returns", "values")
 
@@ -105,7 +105,7 @@ def _plain(path: str) -> list[dict[str, Any]] | None:
 def reference(row: dict[str, Any]) -> dict[str, Any] | None:
     """One row in plain Python; None where it cannot be used."""
     ids, mask = row["input_ids"], row["response_mask"]
-    if any(row[name] is None or None in row[name] for name in READ):
+    if any(row[name] is None for name in READ) or None in ids or None in mask:
         return None
     if not ids or not all(0 <= token < 60 for token in ids) or len(ids) > 4096:
         return None
@@ -123,8 +123,8 @@ def reference(row: dict[str, Any]) -> dict[str, Any] | None:
             column = [0.0] * start + column
         elif len(column) != len(ids):
             return None
-        column = [float(x) if entry else 0.0 for x, entry in zip(column, mask, strict=True)]
-        if any(not math.isfinite(x) or abs(x) > LARGEST_FLOAT32 for x in column):
+        column = [x if entry else 0.0 for x, entry in zip(column, mask, strict=True)]
+        if any(x is None or not abs(x) <= LARGEST for x in column):
             return None
         result[name] = column
     return result

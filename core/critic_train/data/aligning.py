@@ -1,6 +1,6 @@
 """Put a shard's columns under the tokens they pair with."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,17 +94,33 @@ class Aligner:
         full = column.lengths == self.lengths
         return self._ones(self._spread(name, column, full, np.zeros_like(full)), name)
 
-    def numbers(self, name: str, response_start: NDArray[np.int64]) -> NDArray[Any]:
-        """[T], a column as long as the rollout or its response; 0 where it says nothing."""
-        column = self._read(name)
+    def numbers(
+        self, name: str, response_start: NDArray[np.int64], mask: NDArray[np.bool_] | None = None
+    ) -> NDArray[Any]:
+        """[T], a column as long as the rollout or its response; 0 where it says nothing.
+
+        Args:
+            name: the column.
+            response_start: int64 [n], the place where each row's response starts.
+            mask: bool [T], outside of which nulls are passed over, as NaN is; None where none are allowed.
+        """
+        column = self._read(name, null_items=mask is not None)
         full = column.lengths == self.lengths
         short = ~full & (column.lengths == self.lengths - response_start)
-        return self._spread(name, column, full, short)
+        numbers = self._spread(name, column, full, short)
+        if mask is not None and column.null_items is not None:
+            nulls = self._spread(name, replace(column, flat=column.null_items), full, short)
+            self._mark_nulls(rows_with(nulls & mask, self.lengths), name)
+        return numbers
 
-    def _read(self, name: str) -> Ragged:
+    def _read(self, name: str, *, null_items: bool = False) -> Ragged:
+        """A column; marks null rows, and those with null elements unless they are allowed here."""
         column = ragged(self.batch.column(name))
-        self.faults.mark(column.null_rows, name, NULLS, lambda _: "null", "a number for every token")
+        self._mark_nulls(column.null_lists if null_items else column.null_rows, name)
         return column
+
+    def _mark_nulls(self, rows: NDArray[np.bool_], name: str) -> None:
+        self.faults.mark(rows, name, NULLS, lambda _: "null", "a number for every token")
 
     def _spread(self, name: str, column: Ragged, full: NDArray[np.bool_], short: NDArray[np.bool_]) -> NDArray[Any]:
         """A column over all tokens: from the first one where `full`, up to the last one where `short`."""

@@ -17,7 +17,8 @@ from critic_train.data.ragged import counts_of, first_of, rows_with
 from critic_train.data.rewards import carried_back, numbers_of, on_last_token, truths_of
 from critic_train.rollouts import offsets_of, spread
 
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+"""Numbers may be so large: float32 holds their squares, of which the loss is made."""
 INT32_END = 2**31
 
 
@@ -28,10 +29,25 @@ class RowLimits:
     Attributes:
         vocab_size: ids must be below it.
         max_length: tokens a rollout may have.
+        vocab_size_of, max_length_of: whose limit it is, in words.
     """
 
     vocab_size: int | None = None
     max_length: int | None = None
+    vocab_size_of: str = "the model's vocabulary"
+    max_length_of: str = "the model's context"
+
+    def at_most(self, max_length: int | None) -> "RowLimits":
+        """These limits, with that of --max-length where it is set and the lower one."""
+        if max_length is None or (self.max_length is not None and self.max_length <= max_length):
+            return self
+        return replace(self, max_length=max_length, max_length_of="--max-length")
+
+
+FROM_SCRATCH = RowLimits(
+    vocab_size=2**20, max_length=2**17, vocab_size_of="a model from scratch", max_length_of="a model from scratch"
+)
+"""Where the model is made for the data, and nothing else would keep one odd row from making it, or a step, absurd."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +118,7 @@ def check_batch(
     _check_mask(mask, seen, tokens.lengths, columns, faults)
 
     def finite(name: str) -> NDArray[np.float32]:
-        return _finite(aligner.numbers(name, response_start), mask, tokens.lengths, name, faults)
+        return _finite(aligner.numbers(name, response_start, mask), mask, tokens.lengths, name, faults)
 
     returns = np.zeros(len(mask), np.float32) if columns.returns is None else finite(columns.returns)
     values = None if columns.values is None else finite(columns.values)
@@ -160,7 +176,7 @@ def _check_ids(
     if seen is not None:
         outside &= seen
     first = offsets_of(tokens.lengths)[:-1] + first_of(outside, tokens.lengths)
-    expected = f"ids from 0 to {end - 1}" + ("" if limits.vocab_size is None else " (the model's vocabulary)")
+    expected = f"ids from 0 to {end - 1}" + ("" if limits.vocab_size is None else f" ({limits.vocab_size_of})")
 
     def mark(where: NDArray[np.bool_], name: str | None) -> None:
         rows = rows_with(where, tokens.lengths)
@@ -183,9 +199,9 @@ def _check_lengths(lengths: NDArray[np.int64], columns: Columns, limits: RowLimi
         faults.mark(
             lengths > limits.max_length,
             columns.input_ids or columns.responses or "",
-            "more tokens than the model's context",
+            f"more tokens than {limits.max_length_of}",
             lambda row: f"{lengths[row]} tokens",
-            f"at most {limits.max_length} (the model's context)",
+            f"at most {limits.max_length} ({limits.max_length_of})",
         )
 
 
@@ -213,22 +229,23 @@ def _check_mask(
 def _finite(
     column: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], name: str, faults: Faults
 ) -> NDArray[np.float32]:
-    """float32 [T], 0 off the mask. Marks rows with NaN, infinities and what float32 cannot hold, on the mask."""
+    """float32 [T], 0 off the mask. Marks rows with NaN, infinities and absurdly large numbers, on the mask."""
     wide = column.dtype == np.float64
     numbers = column if wide else column.astype(np.float32, copy=False)
     # What stands off the mask means nothing, and many dumps pad it with NaN.
     numbers = np.where(mask, numbers, numbers.dtype.type(0))
     # NaN compares false.
-    finite = np.abs(numbers) <= FLOAT32_MAX if wide else np.isfinite(numbers)
-    if not finite.all():
-        odd = ~finite
+    sound = np.abs(numbers) <= LARGEST
+    if not sound.all():
+        odd = ~sound
         first = offsets_of(lengths)[:-1] + first_of(odd, lengths)
-        faults.mark(
-            rows_with(odd, lengths),
-            name,
-            "NaN or infinite numbers",
-            lambda row: f"{column[first[row]]} on a response token",
-            "a finite float32 number",
-        )
+        endless = rows_with(odd & ~np.isfinite(numbers), lengths)
+
+        def found(row: int) -> str:
+            return f"{column[first[row]]} on a response token"
+
+        faults.mark(endless, name, "NaN or infinite numbers", found, "a finite number")
+        expected = f"at most {LARGEST:.3g}, of which float32 holds the square"
+        faults.mark(rows_with(odd, lengths), name, "numbers too large", found, expected)
         numbers[odd] = 0.0
     return numbers.astype(np.float32, copy=False)

@@ -1,6 +1,6 @@
 """List columns of Arrow as flat numpy arrays and lengths."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,15 @@ class Ragged:
         flat: [T], the elements end to end; 0 where they are null. May be a read-only view of Arrow memory.
         lengths: int64 [n]; 0 for a null row.
         null_rows: bool [n], the row is null or one of its elements is.
+        null_lists: bool [n], the row is null.
+        null_items: bool [T], the element is null; None where none is.
     """
 
     flat: NDArray[Any]
     lengths: NDArray[np.int64]
     null_rows: NDArray[np.bool_]
+    null_lists: NDArray[np.bool_]
+    null_items: NDArray[np.bool_] | None = None
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -34,12 +38,15 @@ class Ragged:
 def ragged(column: pa.Array) -> Ragged:
     """Any kind of Arrow list (list, large_list, fixed_size_list, list views; sliced or not) as a Ragged."""
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    null_rows = column.is_null().to_numpy(zero_copy_only=False)
+    null_rows = null_lists = column.is_null().to_numpy(zero_copy_only=False)
     items = column.flatten()
+    null_items = None
     if items.null_count:
-        null_rows = null_rows | rows_with(items.is_null().to_numpy(zero_copy_only=False), lengths)
+        null_items = items.is_null().to_numpy(zero_copy_only=False)
+        null_rows = null_lists | rows_with(null_items, lengths)
         items = pc.fill_null(items, pa.scalar(0).cast(items.type))
-    return Ragged(flat=items.to_numpy(zero_copy_only=False), lengths=lengths, null_rows=null_rows)
+    flat = items.to_numpy(zero_copy_only=False)
+    return Ragged(flat=flat, lengths=lengths, null_rows=null_rows, null_lists=null_lists, null_items=null_items)
 
 
 def side_by_side(left: Ragged, right: Ragged) -> Ragged:
@@ -52,7 +59,12 @@ def side_by_side(left: Ragged, right: Ragged) -> Ragged:
     flat = np.empty(int(lengths.sum()), dtype=kind)
     flat[spread(starts, left.lengths)] = left.flat
     flat[spread(starts + left.lengths, right.lengths)] = right.flat
-    return Ragged(flat=flat, lengths=lengths, null_rows=left.null_rows | right.null_rows)
+    return Ragged(
+        flat=flat,
+        lengths=lengths,
+        null_rows=left.null_rows | right.null_rows,
+        null_lists=left.null_lists | right.null_lists,
+    )
 
 
 def rows_with(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -82,4 +94,4 @@ def first_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np
 def _signed(column: Ragged) -> Ragged:
     """As int64; what lies beyond stays beyond any vocabulary."""
     flat = np.minimum(column.flat, np.iinfo(np.int64).max).astype(np.int64)
-    return Ragged(flat=flat, lengths=column.lengths, null_rows=column.null_rows)
+    return replace(column, flat=flat)

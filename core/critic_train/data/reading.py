@@ -13,6 +13,7 @@ from critic_train.data.bad_rows import SHOWN, BadRow, BadRows
 from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
 from critic_train.data.columns import Columns, Needs, check_canonical, understand
 from critic_train.data.decoding import MOST_TOKENS, Piece, damaged, pieces
+from critic_train.data.duplicates import Copies
 from critic_train.data.faults import Faults
 from critic_train.data.footer import FooterError, RowGroup, row_groups_of
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
@@ -45,7 +46,7 @@ class RolloutReader:
             shard has them.
         drop_truncated: leave out rollouts that were cut; nothing in them makes a row bad.
         bad_rows_kept: how many bad rows are kept to be named.
-        stop: looked at while a file is tried; iteration then ends early.
+        stop: looked at while a file is tried with "skip"; iteration then ends early.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
@@ -92,6 +93,7 @@ class RolloutReader:
         self._stop = stop or StopRequest()
         self.files_read: list[tuple[str, int]] = []
         self._tried: set[str] = set()
+        self._copies, self._read_once = Copies(), False
         self._said: dict[str, None] = {}
 
     @property
@@ -121,12 +123,17 @@ class RolloutReader:
                     row += piece.rows.num_rows
                     if len(rollouts):
                         good += len(rollouts)
+                        if not self._read_once:
+                            self._copies.add(rollouts)
                         yield rollouts
             except DataError as error:
                 self._set_aside(plan.shard, error)
                 # With "skip" it had been read to its end: it has changed since, and part of it is already given.
                 if self._on_bad_file == "skip":
                     raise self.bad_files.error() from error
+        if not self._read_once:
+            self._read_once = True
+            self._said.update(dict.fromkeys(filter(None, [self._copies.sentence()])))
         if not self._stop.requested:
             self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
 
@@ -186,7 +193,7 @@ class RolloutReader:
     def _is_worth_reading(self, plan: "_Plan") -> bool:
         """Whether a file may be given; with "skip", not before all of it was decoded once."""
         if self._on_bad_file == "fail" or plan.shard.name in self._tried:
-            return not self._stop.requested
+            return True
         try:
             for _ in plan.pieces():
                 if self._stop.requested:

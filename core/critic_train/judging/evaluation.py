@@ -121,7 +121,7 @@ def _reader(
         limits=RowLimits(
             vocab_size=min((source.vocab_size for source in sources), default=None),
             max_length=min(lengths, default=None),
-        ),
+        ).at_most(settings.max_length),
         labels=settings.by or None,
         needs=Needs(
             returns=not recipe.from_rewards,

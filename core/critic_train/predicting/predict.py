@@ -141,7 +141,9 @@ class _Job:
             on_bad_rows=on_bad_rows,
             on_bad_file=self.settings.on_bad_file,
             bad_files=self.bad_files,
-            limits=RowLimits(vocab_size=self.source.vocab_size, max_length=self.source.max_length),
+            limits=RowLimits(vocab_size=self.source.vocab_size, max_length=self.source.max_length).at_most(
+                self.settings.max_length
+            ),
             needs=Needs(
                 returns=False,
                 values=False,

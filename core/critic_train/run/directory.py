@@ -192,7 +192,7 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> li
         ("threads", "number of threads"),
         ("ranks", "number of ranks"),
     ):
-        if before.get(name, now[name]) != now[name]:
+        if name in now and before.get(name, now[name]) != now[name]:
             notices.append(f"the {what} changed since the run began: the result may differ by rounding")
     if refused:
         raise ConfigError(

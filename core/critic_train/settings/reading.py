@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from critic_train.settings.fields import Settings, setting, shown_as
+from critic_train.settings.fields import Settings, setting, shown_as, too_small
 
 OnBadRows = Literal["fail", "skip"]
 OnBadFile = Literal["fail", "skip"]
@@ -38,6 +38,15 @@ class ReadingSettings(SourceSettings):
 
     on_bad_rows: OnBadRows = setting("fail", "Stop at rows that cannot be used, or leave them out.", panel="Data")
     on_bad_file: OnBadFile = setting("fail", "Stop at files that cannot be used, or leave them out.", panel="Data")
+    max_length: int | None = setting(
+        None,
+        "Longest rollout in tokens; a longer one is a bad row. [default: the model's context; 131072 from scratch]",
+        panel="Data",
+    )
+
+    def faults(self) -> list[str]:
+        """See Settings."""
+        return too_small(self, 2, "max_length")
 
 
 def column_faults(pairs: list[str]) -> list[str]:

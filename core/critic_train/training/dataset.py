@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.data.bad_files import BadFiles
+from critic_train.data.checking import FROM_SCRATCH, RowLimits
 from critic_train.data.order import kept_together, split_groups
-from critic_train.data.reading import RolloutReader, RowLimits
+from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.spool import Spool, SpoolDamaged
 from critic_train.data.spool_writing import SpoolWriter
@@ -163,11 +164,13 @@ def find_run_shards(settings: FitSettings) -> RunShards:
     )
 
 
-def limits_of(source: ModelSource | None) -> RowLimits:
-    """What the model can take; anything where it is made for the data."""
-    if source is None:
-        return RowLimits()
-    return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length)
+def limits_of(settings: FitSettings, source: ModelSource | None) -> RowLimits:
+    """What the model can take, or what one made for the data may be asked to."""
+    if source is not None:
+        return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length).at_most(settings.max_length)
+    if settings.max_length is None:
+        return FROM_SCRATCH
+    return replace(FROM_SCRATCH, max_length=None).at_most(settings.max_length)
 
 
 def open_data(

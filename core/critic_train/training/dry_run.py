@@ -141,7 +141,7 @@ def _surveyed(
         renames=column_renames(settings.column),
         on_bad_rows=settings.on_bad_rows,
         on_bad_file=settings.on_bad_file,
-        limits=limits_of(source),
+        limits=limits_of(settings, source),
         needs=targets.needs,
         stop=stop,
     )

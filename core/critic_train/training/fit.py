@@ -102,7 +102,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
             yield RunEnded(status="already finished", result=finished | places | {"status": "already finished"})
             return
         require_room_for_cache(run, shards.data + shards.val_data)
-        data = yield from open_data(settings, shards, limits_of(source), run.cache, stop)
+        data = yield from open_data(settings, shards, limits_of(settings, source), run.cache, stop)
         if data is None:
             ranks.tell(None)
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)

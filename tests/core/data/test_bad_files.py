@@ -152,4 +152,3 @@ def test_a_stop_is_heard_while_files_are_tried(shards: Any, good: dict[str, Any]
     shards.write(good)
     stop = StopRequest(signal_number=15)
     assert list(shards.reader(on_bad_file="skip", stop=stop)) == []
-    assert list(shards.reader(stop=stop)) == []

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from critic_train.data import decoding
+from critic_train.data import checking, decoding
+from critic_train.data.checking import FROM_SCRATCH
 from critic_train.data.reading import Needs, RowLimits
 from critic_train.errors import DataError
 
@@ -127,6 +128,51 @@ def test_what_pads_a_row_may_be_anything(shards: Any) -> None:
     assert found.input_ids.tolist() == [5, 6, 11, 12, 13]
 
 
+def test_nulls_off_the_mask_are_passed_over_as_nan_is(shards: Any) -> None:
+    found = one(shards, returns=[None, None, 1.0, None, 2.0], values=[None, None, 3.0, None, 4.0])
+    assert found.returns.tolist() == [0.0, 0.0, 1.0, 0.0, 2.0]
+    assert found.values.tolist() == [0.0, 0.0, 3.0, 0.0, 4.0]
+    found = one(shards, response_mask=[1, 0, 1], returns=[1.0, None, 2.0])
+    assert found.returns.tolist() == [0.0, 0.0, 1.0, 0.0, 2.0]
+    with pytest.raises(DataError, match="column returns: found null, expected a number for every token"):
+        one(shards, response_mask=[1, 0, 1], returns=[1.0, 5.0, None])
+    with pytest.raises(DataError, match="column response_mask: found null"):
+        one(shards, response_mask=[None, 0, 1, 0, 1])
+
+
+def test_the_largest_number_has_a_square(shards: Any) -> None:
+    largest = checking.LARGEST
+    assert np.isfinite(np.float32(largest) * np.float32(largest))
+    assert one(shards, returns=[0.0, 0.0, -largest, 0.0, largest]).returns[-1] == np.float32(largest)
+
+
+def test_a_limit_is_told_by_its_name(shards: Any) -> None:
+    context = RowLimits(max_length=6)
+    assert context.at_most(None) is context.at_most(6) is context.at_most(9) is context
+    with pytest.raises(DataError, match=r"1 with more tokens than --max-length[^$]*at most 4 \(--max-length\)"):
+        shards.read({name: [row] for name, row in SOUND.items()}, limits=context.at_most(4))
+    with pytest.raises(DataError, match=r"at most 131072 \(a model from scratch\)"):
+        shards.read(
+            {"input_ids": [[1] * 131073], "response_mask": [[1]], "returns": [[0.5]], "values": [[0.5]]},
+            limits=FROM_SCRATCH,
+        )
+    with pytest.raises(DataError, match=r"token id 1048576, expected ids from 0 to 1048575 \(a model from scratch\)"):
+        shards.read(
+            {**{name: [row] for name, row in SOUND.items()}, "input_ids": [[5, 6, 7, 8, 2**20]]}, limits=FROM_SCRATCH
+        )
+
+
+def test_exact_copies_are_counted_and_said_once(shards: Any) -> None:
+    other = {"returns": [0.0, 0.0, 1.0, 2.0, 3.5]}
+    for name in ("a", "b"):
+        shards.write(table([{}, other, {}, {"values": [9.0] * 5}]), f"{name}.parquet")
+    reader = shards.reader()
+    for _ in range(2):
+        assert sum(len(batch) for batch in reader) == 8
+        (said,) = reader.notices
+        assert said.startswith("6 rollouts are exact copies of others")
+
+
 def test_what_stands_off_the_mask_may_be_anything(shards: Any) -> None:
     found = one(shards, returns=[NAN, INF, 1.0, 1e300, 2.0], values=[NAN, -INF, 1.0, NAN, 2.0])
     assert found.returns.tolist() == found.values.tolist() == [0.0, 0.0, 1.0, 0.0, 2.0]
@@ -134,7 +180,8 @@ def test_what_stands_off_the_mask_may_be_anything(shards: Any) -> None:
 
 LIMITS = RowLimits(vocab_size=100, max_length=6)
 OUTSIDE = ("token ids outside the vocabulary", "ids from 0 to 99 (the model's vocabulary)")
-FINITE = ("NaN or infinite numbers", "a finite float32 number")
+FINITE = ("NaN or infinite numbers", "a finite number")
+SMALLER = ("numbers too large", "at most 1.84e+19, of which float32 holds the square")
 ONES = ("mask entries other than 0 and 1", "0 or 1")
 NO_ID = ("nulls", "a token id for every token")
 NO_NUMBER = ("nulls", "a number for every token")
@@ -158,7 +205,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "empty values": ({"values": []}, "values", "0 elements beside 5 tokens", *FIT),
     "NaN": ({"returns": [0, 0, 1.0, 0, NAN]}, "returns", "nan on a response token", *FINITE),
     "Inf": ({"values": [0, 0, -INF, 0, NAN]}, "values", "-inf on a response token", *FINITE),
-    "huge": ({"returns": [0, 0, 1.0, 0, 1e39]}, "returns", "1e+39 on a response token", *FINITE),
+    "huge": ({"returns": [0, 0, 1.0, 0, 1e39]}, "returns", "1e+39 on a response token", *SMALLER),
+    "large": ({"values": [0, 0, 1.0, 0, -1.9e19]}, "values", "-1.900000073262039e+19 on a response token", *SMALLER),
     "negative id": ({"input_ids": [5, 6, -7, 8, -9]}, "input_ids", "token id -7", *OUTSIDE),
     "large id": ({"input_ids": [5, 6, 7, 100, 9]}, "input_ids", "token id 100", *OUTSIDE),
     "huge id": ({"input_ids": [5, 6, 7, 2**40, 9]}, "input_ids", "token id 1099511627776", *OUTSIDE),

@@ -61,7 +61,9 @@ def reference(row: dict[str, Any], paired: bool, has_mask: bool) -> dict[str, An
     """One row in plain Python; None where it is bad."""
     used = ["prompts", "responses"] if paired else ["input_ids"]
     used += ["response_mask"] * has_mask + ["returns", "values"]
-    if any(row[name] is None or None in row[name] for name in used):
+    if any(row[name] is None for name in used):
+        return None
+    if any(None in row[name] for name in used if name not in ("returns", "values")):
         return None
     ids = row["prompts"] + row["responses"] if paired else row["input_ids"]
     n = len(ids)
@@ -85,7 +87,7 @@ def reference(row: dict[str, Any], paired: bool, has_mask: bool) -> dict[str, An
         elif len(column) != n:
             return None
         kept = [x if m else 0.0 for x, m in zip(column, mask, strict=True)]
-        if any(not math.isfinite(x) or abs(x) > 1e38 for x in kept):
+        if any(x is None or not abs(x) <= 1e19 for x in kept):
             return None
         result[name] = kept
     return result

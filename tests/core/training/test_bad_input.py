@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from support import readable_rollouts, write_shard
+from support import readable_rollouts, small_config, write_shard
 
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, RunEnded
 from critic_train.judging.evaluation import evaluate
+from critic_train.model.critic import Critic
+from critic_train.model.loading import build_critic
+from critic_train.model.saving import save_critic
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
@@ -71,3 +74,49 @@ def test_a_judgement_without_its_bad_files_says_and_records_them(folder: Path) -
     assert ended.result["rollouts"] == 32
     assert ended.result["files_left_out"]["count"] == 2
     assert any(isinstance(event, Notice) and "2 files are left out" in event.message for event in events)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ({"input_ids": 128}, "found token id 128, expected ids from 0 to 127 (the model's vocabulary)"),
+        ({"input_ids": -1}, "found token id -1, expected ids from 0 to 127 (the model's vocabulary)"),
+        ({"returns": float("nan")}, "found nan on a response token"),
+        ({"values": float("inf")}, "found inf on a response token"),
+    ],
+)
+def test_no_model_runs_on_a_bad_row(
+    harm: dict[str, float], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = readable_rollouts(6, seed=3)
+    for name, number in harm.items():
+        getattr(rollouts, name)[rollouts.offsets[9] - 1] = number
+    folder = tmp_path / "data"
+    write_shard(folder / "a.parquet", rollouts)
+    model = tmp_path / "model"
+    model.mkdir()
+    save_critic(build_critic(small_config("Llama"), seed=0), model, None)
+
+    def never(*_: object) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(Critic, "forward", never)
+    for job in (
+        fit(settings_for(folder, tmp_path / "out", model=str(model)), StopRequest()),
+        evaluate(EvalSettings(data=[str(folder)], model=[str(model)]), StopRequest()),
+    ):
+        with pytest.raises(DataError) as caught:
+            list(job)
+        assert said in caught.value.message
+        assert "row group 0, row 8" in caught.value.message
+
+
+def test_a_run_from_scratch_has_limits_of_its_own(tmp_path: Path) -> None:
+    rollouts = readable_rollouts(6, seed=3)
+    rollouts.input_ids[3] = 2**31 - 1
+    write_shard(tmp_path / "data" / "a.parquet", rollouts)
+    with pytest.raises(DataError, match="expected ids from 0 to 1048575"):
+        run(settings_for(tmp_path / "data", tmp_path / "out"))
+    longest = int(rollouts.lengths.max())
+    with pytest.raises(DataError, match="more tokens than --max-length"):
+        run(settings_for(tmp_path / "data", tmp_path / "out", max_length=longest - 1))

@@ -1,0 +1,42 @@
+"""Exact copies among rollouts: counted, for a dump written twice weighs twice; no fault, for a policy may do so."""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.rollouts import Rollouts
+
+
+class Copies:
+    """Counts rollouts whose tokens, mask and returns are those of an earlier one. Keeps 8 bytes a rollout."""
+
+    def __init__(self) -> None:
+        self._keys: list[NDArray[np.uint64]] = []
+
+    def add(self, rollouts: Rollouts) -> None:
+        """Take in some more rollouts."""
+        columns = (rollouts.input_ids, rollouts.response_mask, rollouts.returns)
+        content = [(memoryview(np.ascontiguousarray(c).view(np.uint8)), c.itemsize) for c in columns]  # type: ignore[arg-type]
+        bounds = rollouts.offsets.tolist()
+        keys = np.empty(len(rollouts), dtype=np.uint64)
+        for row in range(len(rollouts)):
+            digest = hashlib.blake2b(digest_size=8)
+            for view, width in content:
+                digest.update(view[bounds[row] * width : bounds[row + 1] * width])
+            keys[row] = int.from_bytes(digest.digest(), "little")
+        self._keys.append(keys)
+
+    @property
+    def count(self) -> int:
+        """Rollouts that are copies of one before them."""
+        keys = np.concatenate([np.zeros(0, dtype=np.uint64), *self._keys])
+        return len(keys) - len(np.unique(keys))
+
+    def sentence(self) -> str:
+        """What is said of them; an empty string where there are none."""
+        count = self.count
+        if not count:
+            return ""
+        rollouts = "1 rollout is an exact copy" if count == 1 else f"{count:,} rollouts are exact copies"
+        return f"{rollouts} of others (tokens, mask and returns): each counts as often as it stands there"
