@@ -63,6 +63,7 @@ COMMANDS = {
     "report": REPORT_FLAGS,
     "check": CHECK_FLAGS,
     "convert": CONVERT_FLAGS,
+    "verify": words("target --column"),
 }
 
 

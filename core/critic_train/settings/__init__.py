@@ -19,6 +19,7 @@ from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettings
+from critic_train.settings.verify import VerifySettings
 
 __all__ = [
     "ComputeSettings",
@@ -48,6 +49,7 @@ __all__ = [
     "TrackingSettings",
     "TrainingSettings",
     "Truncated",
+    "VerifySettings",
     "as_dict",
     "column_renames",
     "flag_of",

@@ -1,0 +1,1 @@
+"""Whether runs, checkpoints and data are what was written: digests, loading, reading."""
