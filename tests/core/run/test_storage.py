@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -40,7 +41,7 @@ def calls_around_the_door(source: str) -> list[str]:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         said = ast.unparse(call)
         opens = name == "open" and any(
-            isinstance(a, ast.Constant) and isinstance(a.value, str) and set(a.value) & set("wax+")
+            isinstance(a, ast.Constant) and re.fullmatch(r"[rbt+]*[wax+][bt+]*", str(a.value))
             for a in [*call.args, *(k.value for k in call.keywords)]
         )
         held = said.startswith("np.save(held,")
