@@ -57,10 +57,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape("prompt 256, 8 responses of 128", 2.1, 256, 128, 128),
-    Shape("prompt 1024, 8 responses of 256", 2.5, 1024, 256, 256),
-    Shape("prompt 256, 8 responses of 32 to 128", 3.4, 256, 32, 128),
-    Shape("no sharing, lengths 32 to 512", 1.5, 4, 28, 508, responses=1, groups=24),
+    Shape("prompt 256, 8 responses of 128", 2.3, 256, 128, 128),
+    Shape("prompt 1024, 8 responses of 256", 2.9, 1024, 256, 256),
+    Shape("prompt 256, 8 responses of 32 to 128", 3.7, 256, 32, 128),
+    Shape("no sharing, lengths 32 to 512", 1.7, 4, 28, 508, responses=1, groups=24),
 )
 
 

@@ -29,7 +29,7 @@ FIT_FLAGS = words("""
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --weight-decay --warmup-steps --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
---device --precision --packing --max-tokens --nproc
+--device --precision --packing --attention --max-tokens --activation-checkpointing --compile --nproc
 --out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
 --log-to --log-project
 """)
@@ -37,7 +37,7 @@ EVAL_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
---device --precision --packing --max-tokens
+--device --precision --packing --attention --max-tokens
 --by --cliprange-value --resamples --seed --fail-under
 --report
 """)
@@ -45,7 +45,7 @@ PREDICT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
---device --precision --packing --max-tokens
+--device --precision --packing --attention --max-tokens
 --to --write --whiten-advantages --part
 """)
 REPORT_FLAGS = words("runs --tokenizer --to")

@@ -17,11 +17,11 @@ from critic_train.judging.gates import judge_gates, refuse_unknown
 from critic_train.judging.judge import Judge
 from critic_train.judging.verdict import without_tables
 from critic_train.judging.words import in_words
-from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.predicting import predict_values
-from critic_train.model.selfcheck import choose_packing
+from critic_train.model.selfcheck import settle
 from critic_train.predicting.first_pass import critic_source, first_pass
 from critic_train.returns.recipe import ReturnRecipe
 from critic_train.rollouts import Rollouts
@@ -50,9 +50,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
-    compute = Compute(
-        device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
-    )
+    compute = resolve_compute(settings)
     bad_files = BadFiles()
     shards = find_shards(settings.data, bad_files)
     sources = {name: critic_source(Path(name)) for name in dict.fromkeys(settings.model)}
@@ -87,10 +85,10 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
     forest: dict[str, bool] = {}
     for name, critic in critics.items():
-        choice = choose_packing(critic, found.sample, settings.packing)
+        choice, said = settle(critic, found.sample, settings, compute)
         forest[name] = choice.forest
-        if choice.reason:
-            yield Notice(message=choice.reason, level="warning")
+        for sentence in said:
+            yield Notice(message=sentence, level="warning")
     for read in blocks(reader):
         batch = recipe.with_returns(read, read.values) if recipe.from_rewards else read
         values = _values(critics, batch, compute, forest, stop)
@@ -100,6 +98,8 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         judge.add(batch, values)
         if examples is not None:
             examples.add(batch, values)
+        if sentence := compute.lowered():
+            yield Notice(message=sentence, level="warning")
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
     result = _result(settings, shards, names, judge, reader)
     if examples is not None:

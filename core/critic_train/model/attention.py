@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from critic_train.model.forest import Forest
-from critic_train.model.kernels import pieces
+from critic_train.model.kernels.choosing import kernel_of
 from critic_train.model.kernels.queries import Kernel, Queries, all_queries, queries_at, without_short_gaps
-from critic_train.model.kernels.segments import Segments
+from critic_train.settings import Attention
 
 NAME = "critic_train_forest"
 
@@ -28,17 +28,19 @@ class ForestUnsupportedError(Exception):
     """The architecture asks of attention something that the forest path cannot give."""
 
 
-class Attention:
+class ForestAttention:
     """Attention of some positions of a forest to their ancestors and themselves, prepared once for all layers.
 
     Args:
         queries: who asks.
         device: where the trunk is.
+        kernel: sdpa, flex or varlen.
     """
 
-    def __init__(self, queries: Queries, device: torch.device) -> None:
+    def __init__(self, queries: Queries, device: torch.device, kernel: Attention) -> None:
         self._queries = queries
         self._device = device
+        self._name = kernel
         self._longest = int(queries.forest.depth.max()) + 1
         self._kernels: dict[bool, Kernel] = {}
 
@@ -46,13 +48,8 @@ class Attention:
         """See `queries.Kernel`."""
         windowed = window is not None and window < self._longest
         if windowed not in self._kernels:
-            self._kernels[windowed] = self._kernel(windowed)
+            self._kernels[windowed] = kernel_of(self._name, self._queries, self._device, windowed=windowed)
         return self._kernels[windowed](query, key, value, window if windowed else None, scale)
-
-    def _kernel(self, windowed: bool) -> Kernel:
-        if pieces.available(self._device) and not windowed:
-            return pieces.Pieces(self._queries)
-        return Segments(self._queries, self._device)
 
 
 class ForestPlan:
@@ -62,25 +59,30 @@ class ForestPlan:
         forest: the layout.
         read: int64 [R], ascending: the positions whose last state is read.
         device: where the trunk is.
+        kernel: sdpa, flex or varlen: how attention is computed.
 
     Attributes:
         attend: the attention of all positions.
-        narrowed: the attention of the positions that the last layer needs to compute; None where those are all.
+        narrowed: the attention of the positions that the last layer needs to compute; None where those are all,
+            or none is read.
         kept_positions: int64 [Q], those positions, ascending.
         kept: the same on the device; None where they are all.
     """
 
-    def __init__(self, forest: Forest, read: NDArray[np.int64], device: torch.device) -> None:
-        self.attend = Attention(all_queries(forest), device)
-        self.narrowed: Attention | None = None
+    def __init__(
+        self, forest: Forest, read: NDArray[np.int64], device: torch.device, kernel: Attention = "sdpa"
+    ) -> None:
+        self.attend = ForestAttention(all_queries(forest), device, kernel)
+        self.narrowed: ForestAttention | None = None
         self.kept: Tensor | None = None
         # Where nothing is read (a rank without work) there is nothing to narrow to.
         self.kept_positions = without_short_gaps(forest, read) if len(read) else np.arange(len(forest))
-        if len(self.kept_positions) < len(forest):
-            self.narrowed = Attention(queries_at(forest, self.kept_positions), device)
+        if 0 < len(self.kept_positions) < len(forest):
+            self.narrowed = ForestAttention(queries_at(forest, self.kept_positions), device, kernel)
             self.kept = torch.from_numpy(self.kept_positions).to(device, non_blocking=True)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def forest_attention(
     module: torch.nn.Module,
     query: Tensor,

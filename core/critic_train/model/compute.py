@@ -1,26 +1,28 @@
 """Where and how the model computes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.errors import ConfigError, MachineError
 from critic_train.model.inputs import StateSource
-from critic_train.settings import Precision
+from critic_train.model.kernels.choosing import candidates
+from critic_train.settings import Attention, ComputeSettings, Precision
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Compute:
     """Device, precision and token budget of a job.
 
     Attributes:
         device: where the critic is.
         precision: what the trunk computes in. Weights, head and loss are float32 whatever it is.
-        max_tokens: positions through the model at once, on each rank.
+        max_tokens: positions through the model at once, on each rank; lowered where memory runs out.
         ranks: the processes that compute together, of which this is one.
         pair_cost: the work of one (query, key) pair of attention beside a position's, for sharing work out over ranks.
         states: hidden states of a frozen trunk that are given in place of tokens; None where the trunk computes.
+        attention: the kernel that computes attention on a forest, resolved: not auto.
     """
 
     device: torch.device
@@ -29,6 +31,21 @@ class Compute:
     ranks: Ranks = ALONE
     pair_cost: float = 0.0
     states: StateSource | None = None
+    attention: Attention = "sdpa"
+    _told: int | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._told = self.max_tokens
+
+    def lowered(self) -> str:
+        """What to tell the user where `max_tokens` is lower than when this was last asked; else nothing."""
+        if self._told == self.max_tokens:
+            return ""
+        self._told, before = self.max_tokens, self._told
+        return (
+            f"memory ran out with {before:,} tokens at once: from now on {self.max_tokens:,}; the result is the same. "
+            f"--max-tokens {self.max_tokens} starts there"
+        )
 
     def autocast(self) -> torch.autocast:
         """The context in which the trunk runs: bf16 matrix products from float32 weights, or nothing."""
@@ -43,6 +60,18 @@ class Compute:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resolve_compute(settings: ComputeSettings, ranks: Ranks = ALONE) -> Compute:
+    """What a command's settings ask for; attention is settled once the model and some rollouts are at hand.
+
+    Raises:
+        ConfigError: torch does not know the device, or the attention does not exist for it.
+        MachineError: this machine has no such device.
+    """
+    device = resolve_device(settings.device, ranks)
+    candidates(settings.attention, device, settings.precision)
+    return Compute(device=device, precision=settings.precision, max_tokens=settings.max_tokens, ranks=ranks)
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:

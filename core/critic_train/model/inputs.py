@@ -15,6 +15,7 @@ from torch import Tensor
 from critic_train.model.attention import ForestPlan
 from critic_train.model.forest import PrefixOrder, lay_out
 from critic_train.rollouts import Rollouts, ragged_take
+from critic_train.settings import Attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +53,20 @@ class StateSource(Protocol):
         """A micro-batch with its `states`; `rollouts` is the mini-batch it is a part of."""
 
 
-def forest_input(rollouts: Rollouts, order: PrefixOrder, device: torch.device) -> ModelInput:
+def forest_input(
+    rollouts: Rollouts, order: PrefixOrder, device: torch.device, attention: Attention = "sdpa"
+) -> ModelInput:
     """Lay out a part of a mini-batch as a forest.
 
     Args:
         rollouts: the whole mini-batch.
         order: the rollouts of this micro-batch.
         device: where the trunk is.
+        attention: the kernel, resolved.
     """
     forest = lay_out(rollouts, order)
     asked = _asked(rollouts, np.sort(order.index), forest.where, len(forest))
-    plan = ForestPlan(forest, asked.read, device)
+    plan = ForestPlan(forest, asked.read, device, attention)
     return ModelInput(
         trunk_arguments={
             "input_ids": _on(device, forest.input_ids)[None],

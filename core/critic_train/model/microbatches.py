@@ -28,12 +28,12 @@ def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iter
             if not len(part):
                 yield nothing_asked(rollouts, compute.device, forest=forest)
             elif forest:
-                yield forest_input(rollouts, part, compute.device)
+                yield forest_input(rollouts, part, compute.device, compute.attention)
             else:
                 yield rows_input(rollouts, part.index, compute.device)
     elif forest:
         for order in forest_micro_batches(rollouts, compute.max_tokens):
-            yield _with_states(forest_input(rollouts, order, compute.device), rollouts, compute)
+            yield _with_states(forest_input(rollouts, order, compute.device, compute.attention), rollouts, compute)
     else:
         for index in row_micro_batches(rollouts, compute.max_tokens):
             yield _with_states(rows_input(rollouts, index, compute.device), rollouts, compute)

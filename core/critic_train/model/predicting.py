@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
+from critic_train.model.memory import in_memory
 from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
@@ -19,17 +20,22 @@ def predict_values(
     Args:
         critic: on its device.
         rollouts: any number of rollouts; those that stand together should share prompts.
-        compute: device, precision and token budget; of several ranks each computes its share, and all get all values.
+        compute: device, precision and token budget, which is lowered where memory runs out; of several ranks each
+            computes its share, and all get all values.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: looked at between micro-batches.
 
     Returns:
         float32 [T], 0 where response_mask is false; None when asked to stop.
     """
-    values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
-    with torch.no_grad(), compute.autocast():
-        for batch in micro_batches(rollouts, compute, forest=forest):
-            if stop is not None and stop.look():
-                return None
-            values[batch.tokens] = critic(batch).float().cpu().numpy()
-    return compute.ranks.total_of(values)
+
+    def attempt() -> NDArray[np.float32] | None:
+        values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
+        with torch.no_grad(), compute.autocast():
+            for batch in micro_batches(rollouts, compute, forest=forest):
+                if stop is not None and stop.look():
+                    return None
+                values[batch.tokens] = critic(batch).float().cpu().numpy()
+        return compute.ranks.total_of(values)
+
+    return in_memory(attempt, rollouts, compute, critic)

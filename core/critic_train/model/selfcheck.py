@@ -13,12 +13,14 @@ import torch
 
 from critic_train.errors import ModelError
 from critic_train.model.attention import NAME, ForestUnsupportedError
+from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.forest import prefix_order
+from critic_train.model.forest import lay_out, prefix_order
 from critic_train.model.inputs import forest_input
+from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.last_layer import narrow_last_layer, widen_last_layer
 from critic_train.rollouts import Rollouts
-from critic_train.settings import Packing
+from critic_train.settings import ComputeSettings, Packing
 
 STOCK_ATTENTION = ("sdpa", "eager")
 """Tried in this order."""
@@ -42,6 +44,33 @@ class PackingChoice:
     forest: bool
     difference: float | None = None
     reason: str = ""
+
+
+def settle(
+    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute
+) -> tuple[PackingChoice, list[str]]:
+    """Choose packing and attention for a critic, by trying them, and set the trunk's and `compute`'s attention.
+
+    Args:
+        critic: on its device.
+        rollouts: see `choose_packing`.
+        settings: what the user asked for.
+        compute: of the job; its `attention` is set.
+
+    Returns:
+        (the choice, what to tell the user, in sentences).
+
+    Raises:
+        ModelError: see `choose_packing`.
+        MachineError: see `choose_attention`.
+    """
+    choice = choose_packing(critic, rollouts, settings.packing)
+    said = [choice.reason] if choice.reason else []
+    if choice.forest:
+        forest = lay_out(rollouts, prefix_order(rollouts))
+        compute.attention, passed = choose_attention(settings.attention, forest, compute.device, compute.precision)
+        said += passed
+    return choice, said
 
 
 def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> PackingChoice:

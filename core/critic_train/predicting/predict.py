@@ -19,7 +19,7 @@ from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.predicting import predict_values
-from critic_train.model.selfcheck import choose_packing
+from critic_train.model.selfcheck import settle
 from critic_train.predicting.columns import Filled
 from critic_train.predicting.first_pass import critic_source, first_pass
 from critic_train.predicting.output import OutputDirectory
@@ -116,9 +116,9 @@ class _Job:
         if left:
             assert found.sample is not None, "the reader raises where no row is good"
             critic = load_critic(self.source).to(self.compute.device).eval()
-            choice = choose_packing(critic, found.sample, self.settings.packing)
-            if choice.reason:
-                yield Notice(message=choice.reason, level="warning")
+            choice, said = settle(critic, found.sample, self.settings, self.compute)
+            for sentence in said:
+                yield Notice(message=sentence, level="warning")
             # What has no row that can be used is written with nothing filled in.
             usable = [shard for shard in sound if shard.name in found.rollouts]
             whitening: Whitening | None = None

@@ -4,12 +4,13 @@ The flags, the configuration file, the environment variables, `run.json` and the
 these dataclasses. Nothing heavy is imported here, so that `--help` stays instant.
 """
 
-from critic_train.settings.compute import ComputeSettings, Packing, Precision
+from critic_train.settings.compute import Attention, ComputeSettings, Packing, Precision
 from critic_train.settings.convert import ConvertSettings, DumpFormat
 from critic_train.settings.eval import EvalSettings
 from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
 from critic_train.settings.fit import FitSettings
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
+from critic_train.settings.memory import ActivationCheckpointing, MemorySettings
 from critic_train.settings.model import ModelSettings, Preset
 from critic_train.settings.predict import PredictSettings
 from critic_train.settings.ranks import RanksSettings
@@ -22,6 +23,8 @@ from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettin
 from critic_train.settings.verify import VerifySettings
 
 __all__ = [
+    "ActivationCheckpointing",
+    "Attention",
     "ComputeSettings",
     "ConvertSettings",
     "DumpFormat",
@@ -29,6 +32,7 @@ __all__ = [
     "FitSettings",
     "LossAggMode",
     "LossSettings",
+    "MemorySettings",
     "ModelSettings",
     "OldValues",
     "OnBadFile",

@@ -6,6 +6,7 @@ from typing import Literal
 from critic_train.settings.fields import Settings, setting, too_small
 
 Packing = Literal["auto", "forest", "rows"]
+Attention = Literal["auto", "sdpa", "flex", "varlen"]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -19,6 +20,12 @@ class ComputeSettings(Settings):
     )
     packing: Packing = setting(
         "auto", "Lay rollouts out as a forest of shared prefixes, or as padded rows.", panel="Compute"
+    )
+    attention: Attention = setting(
+        "auto",
+        "How attention is computed on a forest: torch's scaled-dot-product attention, FlexAttention or "
+        "variable-length attention (both CUDA); auto takes the best that is right on the device.",
+        panel="Compute",
     )
     max_tokens: int = setting(
         4096, "Tokens through the model at once; bounds memory, never changes the result.", panel="Compute"

@@ -6,6 +6,7 @@ from typing import ClassVar
 from critic_train.settings.compute import ComputeSettings
 from critic_train.settings.fields import setting
 from critic_train.settings.loss import LossSettings
+from critic_train.settings.memory import MemorySettings
 from critic_train.settings.model import ModelSettings
 from critic_train.settings.ranks import RanksSettings
 from critic_train.settings.reading import ReadingSettings
@@ -21,6 +22,7 @@ class FitSettings(
     TrackingSettings,
     RunSettings,
     RanksSettings,
+    MemorySettings,
     ComputeSettings,
     TrainingSettings,
     LossSettings,

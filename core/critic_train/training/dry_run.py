@@ -13,13 +13,14 @@ from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader
 from critic_train.doctor.survey import Survey, sharing
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
+from critic_train.model.memory import trade_memory
 from critic_train.model.predicting import predict_values
 from critic_train.model.presets import preset_config
 from critic_train.model.saving import checkpoint_bytes
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, choose_packing
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, settle
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
 from critic_train.run.room import free_bytes
@@ -71,9 +72,7 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     Raises:
         CriticTrainError: what would stop the run before its first step.
     """
-    compute = Compute(
-        device=resolve_device(settings.device), precision=settings.precision, max_tokens=settings.max_tokens
-    )
+    compute = resolve_compute(settings)
     shards = find_run_shards(settings)
     source = read_model(resolve_model(Path(settings.model))) if settings.model else None
     targets = Targets.of(settings)
@@ -91,9 +90,11 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     sample = train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
     critic = _critic(settings, source, train).to(compute.device)
-    choice = choose_packing(critic, sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample)))), settings.packing)
-    if choice.reason:
-        yield Notice(message=choice.reason, level="warning")
+    few = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
+    choice, said = settle(critic.train(), few, settings, compute)
+    for sentence in said:
+        yield Notice(message=sentence, level="warning")
+    trade_memory(critic, settings)
     yield Progress(stage="timing steps", done=0, total=TIMED_STEPS, unit="steps")
     batch = targets.in_epoch(targets.on_reading(_few(sample, TIMED_TOKENS * compute.max_tokens)))
     pace = _timed(critic, batch, settings, compute, forest=choice.forest, stop=stop)

@@ -16,14 +16,15 @@ from critic_train.distributed.ranks import Ranks, joined
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.judging.verdict import without_tables
-from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
 from critic_train.model.freezing import freeze
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
+from critic_train.model.memory import trade_memory
 from critic_train.model.presets import LEARNING_RATES, preset_config
 from critic_train.model.saving import exported_class, loads_for_token_classification
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, choose_packing
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, PackingChoice, settle
 from critic_train.observing.observer import Observer, observed
 from critic_train.observing.report import ReportWriter
 from critic_train.observing.trackers import require_packages, trackers
@@ -73,12 +74,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     """
     require_packages(settings)
     with joined(settings, nproc=settings.nproc, device=settings.device) as ranks:
-        compute = Compute(
-            device=resolve_device(settings.device, ranks),
-            precision=settings.precision,
-            max_tokens=settings.max_tokens,
-            ranks=ranks,
-        )
+        compute = resolve_compute(settings, ranks)
         yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
 
 
@@ -234,10 +230,11 @@ def _prepare(
         )
     plan = make_plan(settings, data.train.groups)
     sample = data.train.read(_sample(data, plan))
-    choice = choose_packing(critic, sample, settings.packing)
+    choice, said = settle(critic, sample, settings, compute)
     yield from _rope_notice(critic, data.max_length)
-    if choice.reason:
-        yield Notice(message=choice.reason, level="warning")
+    for sentence in said:
+        yield Notice(message=sentence, level="warning")
+    trade_memory(critic, settings)
     fine_tuning = LR_ADAPTERS if settings.train == "lora" else LR_FINE_TUNING
     lr = settings.lr if settings.lr is not None else (fine_tuning if source else LEARNING_RATES[settings.preset])
     head_lr = settings.head_lr if settings.head_lr is not None else (max(lr, LR_NEW_HEAD) if new_head else lr)
@@ -365,6 +362,7 @@ def _summary(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
         "architecture": exported_class(trainer.critic),
         "parameters": sum(p.numel() for p in trainer.critic.parameters()),
         "packing": "forest" if choice.forest else "rows",
+        "attention": trainer.compute.attention if choice.forest else "as transformers has it",
         "device": str(trainer.compute.device),
         "precision": trainer.compute.precision,
         "lr": trainer.optimizer.param_groups[0]["peak_lr"],

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.inputs import ModelInput
+from critic_train.model.memory import in_memory
 from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts
 from critic_train.settings import LossAggMode
@@ -66,7 +67,8 @@ def accumulate_gradient(
         critic: on its device, gradients cleared.
         rollouts: the mini-batch; its `values` are V_old.
         recipe: the loss.
-        compute: device, precision and token budget.
+        compute: device, precision and token budget, which is halved where memory runs out: the mini-batch then starts
+            again, and its gradient is the same.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: looked at before every micro-batch.
         weights: float32 [T], the weight of each token's loss, where these rollouts are only a part of a mini-batch.
@@ -77,6 +79,26 @@ def accumulate_gradient(
     """
     if weights is None:
         weights = mini_batch_weights(rollouts, recipe)
+    return in_memory(
+        lambda: _pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop, after_each=after_each),
+        rollouts,
+        compute,
+        critic,
+    )
+
+
+def _pass(
+    critic: Critic,
+    rollouts: Rollouts,
+    recipe: LossRecipe,
+    compute: Compute,
+    weights: NDArray[np.float32],
+    *,
+    forest: bool,
+    stop: StopRequest,
+    after_each: Callable[[NDArray[np.int64], torch.Tensor], None] | None,
+) -> StepResult | None:
+    """Forward and backward of every micro-batch; see `accumulate_gradient`."""
     totals = torch.zeros(4, dtype=torch.float64)
     computed_tokens = 0
     for batch, last in marked(micro_batches(rollouts, compute, forest=forest)):

@@ -172,6 +172,7 @@ class Trainer:
         result = accumulate_gradient(
             self.critic, rollouts, self.recipe, self.compute, forest=self.forest, stop=self.stop
         )
+        yield from self._memory_notice()
         if result is None:
             self.optimizer.zero_grad(set_to_none=True)
             return
@@ -219,6 +220,10 @@ class Trainer:
         self.run.log_timing({"step": step, **timing})
         self.last_metrics = metrics
         return StepEnded(step=step, epoch=epoch, metrics=metrics, timing=timing)
+
+    def _memory_notice(self) -> Iterator[Event]:
+        if sentence := self.compute.lowered():
+            yield Notice(message=sentence, level="warning")
 
     def _saturation_notice(self, result: StepResult) -> Iterator[Event]:
         if result.saturation > SATURATION_WORTH_A_WARNING and not self.warned_of_saturation:

@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support import branching_rollouts, rollouts_of
 
+from critic_train.errors import ConfigError, MachineError
 from critic_train.model.attention import ForestPlan
 from critic_train.model.forest import Forest, attention_mask, lay_out, prefix_order
+from critic_train.model.kernels.choosing import candidates, choose_attention, fault_of
+from critic_train.model.kernels.flex import BLOCK, Flex
 from critic_train.model.kernels.pieces import Pieces
 from critic_train.model.kernels.queries import Queries, all_queries, queries_at, without_short_gaps
 from critic_train.model.kernels.segments import Segments
+from critic_train.model.kernels.varlen import Varlen
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -125,7 +130,139 @@ def test_a_plan_takes_pieces_where_no_window_cuts_and_segments_where_one_does():
     forest = forest_of(0)
     plan = ForestPlan(forest, np.arange(len(forest)), CPU)
     assert plan.kept is None
+    assert ForestPlan(forest, np.zeros(0, dtype=np.int64), CPU).kept is None
     tensors = drawn(forest, len(forest))
     for window in (None, 10_000, 5):
         expected = plain(forest, np.arange(len(forest)), window, tensors)
         assert float((plan.attend(*tensors, window, None) - expected).detach().abs().max()) <= 2e-6
+
+
+def varlen_by_hand(query, key, value, query_offsets, key_offsets, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of varlen_attn: [Q, heads, head_dim] sequences, causal aligned at the lower right."""
+    outputs = []
+    bounds = zip(query_offsets[:-1], query_offsets[1:], key_offsets[:-1], key_offsets[1:], strict=True)
+    for q0, q1, k0, k1 in bounds:
+        assert q1 - q0 <= max_q
+        assert k1 - k0 <= max_k
+        back = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)[None, :]
+        left, right = window_size
+        seen = (back >= -right) & ((back <= left) | (left < 0))
+        q, k, v = (part.transpose(0, 1)[None] for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("asking", ["all", "some"])
+@pytest.mark.parametrize("seed", [0, 2])
+def test_variable_length_segments_are_plain_attention(seed, asking, window):
+    forest = forest_of(seed)
+    queries, positions = queries_of(forest, seed, asking)
+    check(Varlen(queries, CPU, attend=varlen_by_hand), forest, positions, window)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("asking", ["all", "some"])
+def test_flex_attention_is_plain_attention(asking, window):
+    """Forward only: FlexAttention has no backward pass on a CPU."""
+    forest = forest_of(0)
+    queries, positions = queries_of(forest, 0, asking)
+    tensors = [tensor.detach() for tensor in drawn(forest, len(positions))]
+    expected = plain(forest, positions, window, tensors)
+    assert float((Flex(queries, CPU)(*tensors, window, None) - expected).abs().max()) <= 2e-6
+
+
+def large_forest() -> Forest:
+    """Three prompts with eight responses each, long enough for whole blocks, and a branch in mid-response."""
+    draw = np.random.default_rng(0)
+    sequences = []
+    for length in (300, 40, 700):
+        prompt = draw.integers(1, 128, length)
+        family = [np.concatenate([prompt, draw.integers(1, 128, int(draw.integers(20, 400)))]) for _ in range(8)]
+        sequences += [*family, np.concatenate([family[0][: length + 15], draw.integers(1, 128, 200)])]
+    rollouts = rollouts_of([s.astype(np.int32) for s in sequences], [1] * len(sequences))
+    return lay_out(rollouts, prefix_order(rollouts))
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("asking", ["all", "some"])
+def test_the_block_mask_is_the_one_that_trying_every_pair_gives(asking, window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    forest = large_forest()
+    queries, positions = queries_of(forest, 0, asking)
+    ours = Flex(queries, CPU).block_mask(window)
+    theirs = create_block_mask(ours.mask_mod, 1, 1, len(positions), len(forest), device="cpu", BLOCK_SIZE=BLOCK)
+    seen = attention_mask(forest)[positions]
+    if window is not None:
+        seen &= (forest.depth[positions][:, None] - forest.depth[None, :]) < window
+    assert bool((dense(ours, whole=True) <= dense(theirs, whole=True)).all())
+    visited, needed = dense(ours, whole=False), dense(theirs, whole=False)
+    assert bool((visited >= needed).all())
+    if asking == "all" and window is None:
+        assert torch.equal(visited, needed)
+        assert torch.equal(dense(ours, whole=True), dense(theirs, whole=True))
+        assert 0 < int(dense(ours, whole=True).sum()) < int(visited.sum()) < visited.numel() / 2
+    # No pair is lost, and none is added: a block seen whole holds nothing that is hidden.
+    blocks = np.zeros((visited.shape[0] * BLOCK, visited.shape[1] * BLOCK), dtype=bool)
+    blocks[: seen.shape[0], : seen.shape[1]] = seen
+    blocks = blocks.reshape(visited.shape[0], BLOCK, visited.shape[1], BLOCK)
+    assert not (blocks.any((1, 3)) & ~visited.numpy()).any()
+    assert blocks.all((1, 3))[dense(ours, whole=True).numpy()].all()
+
+
+def dense(mask, *, whole: bool) -> torch.Tensor:
+    """bool [blocks of queries, blocks of keys]: the blocks seen whole, or all that are visited."""
+    shape = mask.kv_indices.shape[2:]
+    found = torch.zeros(shape, dtype=torch.bool)
+    lists = [(mask.full_kv_num_blocks, mask.full_kv_indices)]
+    if not whole:
+        lists.append((mask.kv_num_blocks, mask.kv_indices))
+    for counts, indices in lists:
+        for row, count in enumerate(counts[0, 0].tolist()):
+            found[row, indices[0, 0, row, :count].long()] = True
+    return found
+
+
+def test_a_cpu_takes_scaled_dot_product_attention_and_refuses_the_others():
+    assert choose_attention("auto", forest_of(0), CPU, "fp32") == ("sdpa", [])
+    assert choose_attention("auto", forest_of(0), CPU, "bf16") == ("sdpa", [])
+    with pytest.raises(ConfigError, match="flex needs a CUDA device"):
+        candidates("flex", CPU, "fp32")
+    with pytest.raises(ConfigError, match="varlen needs --precision bf16 and a CUDA device"):
+        candidates("varlen", CPU, "bf16")
+
+
+def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkeypatch):
+    from critic_train.model.kernels import varlen
+
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(varlen, "available", lambda device: True)
+    assert candidates("auto", cuda, "bf16") == ["varlen", "flex", "sdpa"]
+    assert candidates("auto", cuda, "fp32") == ["flex", "sdpa"]
+    with pytest.raises(ConfigError, match="not fp32"):
+        candidates("varlen", cuda, "fp32")
+    monkeypatch.setattr(varlen, "available", lambda device: False)
+    assert candidates("auto", cuda, "bf16") == ["flex", "sdpa"]
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
+    from critic_train.model.kernels import choosing
+
+    forest = forest_of(0)
+    right = lambda queries: Varlen(queries, CPU, attend=varlen_by_hand)  # noqa: E731
+    assert fault_of(right, forest, CPU, torch.float32) == ""
+
+    def without_mask(*arguments, window_size, **more):
+        return varlen_by_hand(*arguments, window_size=(-1, 10**6), **more)
+
+    wrong = lambda queries: Varlen(queries, CPU, attend=without_mask)  # noqa: E731
+    assert "differs from scaled-dot-product attention" in fault_of(wrong, forest, CPU, torch.float32)
+    monkeypatch.setattr(choosing, "candidates", lambda *_: ["flex", "sdpa"])
+    chosen, passed = choose_attention("auto", forest, CPU, "fp32")
+    assert chosen == "sdpa"
+    assert "--attention flex is not used: it fails on cpu" in passed[0]
+    monkeypatch.setattr(choosing, "candidates", lambda *_: ["flex"])
+    with pytest.raises(MachineError, match="flex is not used"):
+        choose_attention("flex", forest, CPU, "fp32")

@@ -7,6 +7,8 @@ from support import branching_rollouts, readable_rollouts, small_config, write_s
 
 from critic_train.events import RunEnded
 from critic_train.model.compute import Compute
+from critic_train.model.forest import lay_out, prefix_order
+from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.loading import build_critic
 from critic_train.model.predicting import predict_values
 from critic_train.model.selfcheck import choose_packing
@@ -62,3 +64,52 @@ def test_a_run_trains_and_resumes(precision, packing, tmp_path):
     *_, last = fit(settings, StopRequest())
     assert isinstance(last, RunEnded)
     assert last.result["explained_variance"] > 0.5
+
+
+@pytest.mark.parametrize(("kernel", "precision"), [("flex", "fp32"), ("flex", "bf16"), ("varlen", "bf16")])
+def test_every_kernel_agrees_with_scaled_dot_product_attention(kernel, precision):
+    rollouts = branching_rollouts()
+    forest = lay_out(rollouts, prefix_order(rollouts))
+    chosen, passed = choose_attention(kernel, forest, torch.device("cuda"), precision)
+    assert (chosen, passed) == (kernel, [])
+
+
+@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+def test_gradients_by_any_kernel_are_those_of_scaled_dot_product_attention(kernel):
+    """A whole critic, its last layer narrowed, in bf16."""
+    rollouts = branching_rollouts()
+    recipe = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
+    gradients = []
+    for attention in ("sdpa", kernel):
+        critic = build_critic(small_config("Llama", head_dim=32), seed=0).cuda()
+        choose_packing(critic, rollouts, "forest")
+        with torch.no_grad():
+            critic.head.weight.normal_(generator=torch.Generator(device="cuda").manual_seed(1))
+        compute = compute_on("cuda", "bf16")
+        compute.attention = attention
+        accumulate_gradient(critic, rollouts, recipe, compute, forest=True, stop=StopRequest())
+        gradients.append(torch.cat([p.grad.flatten().double() for p in critic.parameters()]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) <= 0.05
+
+
+def test_memory_that_runs_out_is_gone_on_with_in_halves():
+    rollouts = branching_rollouts()
+    recipe = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
+    critic = build_critic(small_config("Llama"), seed=0).cuda()
+    choose_packing(critic, rollouts, "forest")
+    compute = compute_on("cuda")
+    hog = []
+    whole = type(critic).hidden
+
+    def hidden(self, batch):
+        if batch.computed_tokens > 120:
+            hog.append(torch.empty(2**45, dtype=torch.uint8, device="cuda"))
+        return whole(self, batch)
+
+    type(critic).hidden = hidden
+    try:
+        accumulate_gradient(critic, rollouts, recipe, compute, forest=True, stop=StopRequest())
+    finally:
+        type(critic).hidden = whole
+    assert compute.max_tokens < 10_000
+    assert not hog

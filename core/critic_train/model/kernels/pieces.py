@@ -105,9 +105,8 @@ class _Pieces(torch.autograd.Function):
                 continue
             before = log_sums[:, :, asked]
             after = torch.logaddexp(before, log_sum)
-            merged[:, :, asked].mul_((before - after).exp_()[..., None]).add_(
-                output.mul_((log_sum - after).exp_()[..., None])
-            )
+            kept, added = ((part - after).exp()[..., None].to(output.dtype) for part in (before, log_sum))
+            merged[:, :, asked].mul_(kept).addcmul_(output, added)
             log_sums[:, :, asked] = after
         ctx.save_for_backward(query, key, value, merged, log_sums)
         ctx.pieces, ctx.scale = pieces, scale

@@ -1,0 +1,163 @@
+"""What to do about memory: compute activations again instead of keeping them, and go on when it runs out."""
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from critic_train.errors import MachineError, ModelError
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.rollouts import Rollouts
+from critic_train.settings import ActivationCheckpointing, MemorySettings
+
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm")
+ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+    "_varlen_attn",
+    "flex_attention",
+)
+
+T = TypeVar("T")
+
+
+def trade_memory(critic: Critic, settings: MemorySettings) -> None:
+    """Set a critic up for training as the settings say, once its packing is chosen.
+
+    Raises:
+        ModelError: see `checkpoint_activations`.
+    """
+    checkpoint_activations(critic, settings.activation_checkpointing)
+    if settings.compile:
+        compile_layers(critic)
+
+
+def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing) -> None:
+    """Have the trunk's layers keep less for the backward pass; the gradient is the same.
+
+    Args:
+        critic: in training mode.
+        kind: `layer` keeps the input of each layer; `selective` also attention and every other matrix product, as
+            torchtitan does.
+
+    Raises:
+        ModelError: the architecture cannot.
+    """
+    if kind == "none":
+        return
+    keep = {"context_fn": _keeping_half} if kind == "selective" else {}
+    enable: Any = getattr(critic.trunk, "activation_checkpointing_enable", critic.trunk.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False, **keep})
+    except ValueError as error:
+        raise ModelError(
+            f"{critic.trunk.config.model_type} has no activation checkpointing",
+            hint="--activation-checkpointing none, and a lower --max-tokens where memory is short",
+        ) from error
+
+
+def compile_layers(critic: Critic) -> None:
+    """Compile every layer for any number of tokens; attention stays outside.
+
+    A last layer whose forward was replaced stays as it is.
+    """
+    for module in critic.trunk.modules():
+        if isinstance(module, GradientCheckpointingLayer) and "forward" not in vars(module):
+            module.compile(dynamic=True)
+
+
+def _keeping_half() -> Any:
+    seen: Counter[bool] = Counter()
+
+    def policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        name = getattr(operator, "__name__", str(operator)).split(".")[0]
+        if name in MATRIX_PRODUCTS:
+            seen[context.is_recompute] += 1
+            if seen[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        elif name in ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def in_memory(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, critic: Critic) -> T:
+    """Do something micro-batch by micro-batch; where memory runs out, do it again from the start with half of them.
+
+    Args:
+        attempt: what to do, by `compute.max_tokens`. It may leave gradients behind when it fails.
+        rollouts: what it goes through.
+        compute: its `max_tokens` is halved for good, down to the longest rollout.
+        critic: its gradients are cleared before another attempt.
+
+    Raises:
+        MachineError: a single rollout is too much.
+    """
+    while True:
+        try:
+            return attempt()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fault = str(error)
+        if compute.ranks.size > 1:
+            # The others wait inside a layer that this rank has left.
+            raise MachineError(
+                f"memory ran out on rank {compute.ranks.rank} with {compute.max_tokens:,} tokens at once: {fault[:99]}",
+                hint=f"--max-tokens {max(1, compute.max_tokens // 2)} never changes the result; the checkpoint stands",
+            )
+        # Outside of `except`, the traceback no longer holds what was allocated.
+        critic.zero_grad(set_to_none=True)
+        longest = int(rollouts.lengths.max())
+        held = min(compute.max_tokens, len(rollouts.input_ids))
+        if held <= longest:
+            raise _too_long(longest, critic, compute, fault)
+        compute.max_tokens = max(longest, held // 2)
+        gc.collect()
+        if compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute) -> int:
+    """About what the backward pass of a gated decoder keeps of some tokens, without activation checkpointing.
+
+    A layer keeps its residual stream twice in float32; and in the compute precision both normed states, queries, keys,
+    values and the attention's output (about 6 hidden_size), and gate, up, activation and product of the MLP.
+    """
+    config: Any = trunk.config
+    width = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", 4 * width))
+    size = 2 if compute.precision == "bf16" else 4
+    return tokens * int(config.num_hidden_layers) * (2 * 4 * width + size * (6 * width + 4 * inner))
+
+
+def _too_long(tokens: int, critic: Critic, compute: Compute, fault: str) -> MachineError:
+    parameters = sum(p.numel() for p in critic.parameters())
+    static, activations = 16 * parameters, activation_bytes(critic.trunk, tokens, compute)
+    room = ""
+    if compute.device.type == "cuda":
+        room = f"; {compute.device} has {_gib(torch.cuda.mem_get_info(compute.device)[1])}"
+    return MachineError(
+        f"memory ran out on a single rollout of {tokens:,} tokens: weights, gradients and moments take about "
+        f"{_gib(static)} and its activations {_gib(activations)}{room}\n{fault.strip()[:200]}".rstrip(),
+        hint="--activation-checkpointing layer, --precision bf16, a smaller model, or leave such rollouts out",
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

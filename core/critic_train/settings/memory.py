@@ -1,0 +1,23 @@
+"""How memory and speed are traded while training."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from critic_train.settings.fields import Settings, setting
+
+ActivationCheckpointing = Literal["none", "layer", "selective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings(Settings):
+    """Part of `fit`."""
+
+    activation_checkpointing: ActivationCheckpointing = setting(
+        "none",
+        "Keep only each layer's input and compute the rest again (layer), or all but half of the matrix products and "
+        "attention (selective): less memory, more time.",
+        panel="Compute",
+    )
+    compile: bool = setting(
+        False, "Compile the layers with torch.compile: slow to start, faster on a GPU.", panel="Compute"
+    )
