@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from critic_train.stopping import StopRequest
 PATIENCE_SECONDS = 120.0
 SIGTERM = 15
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["critic_train.training.fit", "critic_train.distributed.sharding", "support"])
+_context.set_forkserver_preload(["critic_train.training.fit", "critic_train.distributed.sharded_loading", "rank_work"])
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -34,7 +35,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     for process in processes:
         process.start()
     try:
-        found = dict(_answer(answers) for _ in range(size))
+        found = dict(_answer(answers, processes) for _ in range(size))
     finally:
         for process in processes:
             process.join(5.0)
@@ -42,12 +43,34 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     return [found[rank] for rank in range(size)]
 
 
-def _answer(answers: Any) -> tuple[int, Any]:
-    try:
-        rank, answer = answers.get(timeout=PATIENCE_SECONDS)
-    except queue.Empty:
-        raise AssertionError("a rank hangs") from None
-    return rank, answer
+def _answer(answers: Any, processes: list[Any]) -> tuple[int, Any]:
+    """(rank, answer) of the next to answer; a rank that was killed answers with how."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        try:
+            rank, answer = answers.get(timeout=0.5)
+        except queue.Empty:
+            for rank, process in enumerate(processes):
+                if process.exitcode not in (None, 0):
+                    processes[rank] = _Gone
+                    return rank, {"fault": "gone", "message": str(process.exitcode)}
+        else:
+            return rank, answer
+    raise AssertionError("a rank hangs")
+
+
+class _Gone:
+    """A process whose end has been told."""
+
+    exitcode = 0
+
+    @staticmethod
+    def join(_: float) -> None:
+        """It has ended."""
+
+    @staticmethod
+    def kill() -> None:
+        """It has ended."""
 
 
 def _rank(answers: Any, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -2,16 +2,21 @@
 
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ranks
 from ranks import on_ranks
 from safetensors.numpy import load_file
 from support import readable_rollouts, write_shard
 
+from critic_train.distributed import workers
+from critic_train.errors import MachineError
+from critic_train.events import RunEnded, StepEnded
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -126,4 +131,41 @@ def test_old_values_of_each_epoch_are_taken_by_all_ranks_together(settings, tmp_
     assert [end["status"] for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
     assert furthest(ours.out, alone.out, "value_loss") <= 1e-4
     assert furthest(ours.out, alone.out, "saturation") <= 1e-6
-    assert os.listdir(ours.out) == os.listdir(alone.out) or set(os.listdir(ours.out)) == set(os.listdir(alone.out))
+    assert set(os.listdir(ours.out)) == set(os.listdir(alone.out))
+
+
+def test_rollouts_that_are_not_finite_are_found_by_all_ranks_together(settings, tmp_path):
+    rollouts = readable_rollouts(6, seed=2)
+    rollouts.returns[rollouts.offsets[6] : rollouts.offsets[7]] = 3e19  # float32 cannot hold its square
+    shard = write_shard(tmp_path / "data" / "a.parquet", rollouts)
+    changes = {"data": [str(shard)], "out": str(tmp_path / "out"), "batch_size": 8, "val_fraction": 0.0}
+    ended = on_ranks(2, ranks.fit_run, replace(settings, **changes, max_steps=3, on_non_finite="skip"))
+    assert [end.get("status", end) for end in ended] == ["finished"] * 2
+    (skip,) = records(str(tmp_path / "out"), "skip")
+    (kept,) = (tmp_path / "out").glob("diverged-step-*.parquet")
+    rows = pq.read_table(kept).to_pylist()
+    assert (rows[0]["row"], rows[0]["step"]) == (6, skip["step"])
+    assert [row["finite"] for row in rows] == [False] + [True] * (len(rows) - 1)
+
+
+def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings, tmp_path, monkeypatch):
+    """Real processes: two finish nothing else than one would; then one is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments: object, **more: object) -> None:
+            super().__init__(*arguments, **more)
+            started.append(self)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Popen)
+    ours = replace(settings, out=str(tmp_path / "out"), nproc=2)
+    events = fit(ours, StopRequest())
+    while not (isinstance(event := next(events), StepEnded) and event.step == 3):
+        assert not isinstance(event, RunEnded)
+    started[0].kill()
+    with pytest.raises(MachineError, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
+        list(events)
+    assert started[0].poll() == -9
+    losses = [record["value_loss"] for record in records(ours.out, "step")]
+    expected = [record["value_loss"] for record in records(settings.out, "step")]
+    assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)

@@ -1,0 +1,121 @@
+"""What single ranks do in the tests: functions that a forked process can find by name."""
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from support import branching_rollouts, small_config
+
+from critic_train.distributed.ranks import joined
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.loading import build_critic, load_critic, read_model
+from critic_train.model.predicting import predict_values
+from critic_train.model.saving import save_critic
+from critic_train.model.selfcheck import use_stock_attention
+from critic_train.run import storage
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
+from critic_train.training.step import LossRecipe, accumulate_gradient, gradient_norm
+
+SETTINGS = FitSettings(data=["none"])
+ONE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=70)
+FAMILIES = {"Llama": {}, "Qwen2": {}, "GPTNeoX": {}, "Olmo2": {}, "Mixtral": {"num_local_experts": 4}}
+
+
+def critic_of(family: str) -> Critic:
+    critic = build_critic(small_config(family, **FAMILIES[family]), seed=3)
+    with torch.no_grad():  # a head at 0 would make every value equal
+        critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        critic.head.bias.fill_(0.25)
+    return critic
+
+
+def gradients(critic: Critic, compute: Compute, *, rollouts: int, forest: bool, mode: str) -> dict[str, torch.Tensor]:
+    """Whole gradients of a mini-batch by name, and the whole loss and norm."""
+    critic.zero_grad(set_to_none=True)
+    (critic.trunk.set_attn_implementation("critic_train_forest") if forest else use_stock_attention(critic))
+    batch = branching_rollouts().take(np.arange(rollouts))
+    recipe = LossRecipe(cliprange_value=0.5, mode=mode, scale_factor=7.0)
+    result = accumulate_gradient(critic, batch, recipe, compute, forest=forest, stop=StopRequest())
+    found = {name: whole(p.grad).clone() for name, p in critic.named_parameters()}
+    figures = [result.value_loss, result.clipfrac, result.saturation, result.vpred_mean, gradient_norm(critic)]
+    return found | {"figures": torch.tensor(figures, dtype=torch.float64)}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+CASES = [
+    {"rollouts": 21, "forest": True, "mode": "token-mean"},
+    {"rollouts": 21, "forest": False, "mode": "seq-mean-token-mean"},
+    {"rollouts": 5, "forest": True, "mode": "seq-mean-token-sum-norm"},
+    {"rollouts": 1, "forest": True, "mode": "seq-mean-token-sum"},
+]
+
+
+def compare_gradients() -> list[float]:
+    """On each rank: the largest relative difference between the sharded critic's gradients and its own, whole."""
+    from critic_train.distributed.sharding import cost_of, shard
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        alone = critic_of("Llama")
+        spread = critic_of("Llama")
+        compute = replace(ONE, ranks=ranks, pair_cost=cost_of(spread).pair)
+        shard(spread, compute)
+        worst = []
+        for case in CASES:
+            ours, theirs = gradients(spread, compute, **case), gradients(alone, ONE, **case)
+            worst.append(max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs))
+        assert sum(p.to_local().numel() for p in spread.parameters()) < 0.6 * sum(p.numel() for p in alone.parameters())
+        rollouts = branching_rollouts()
+        ours = predict_values(spread, rollouts, compute, forest=True)
+        theirs = predict_values(alone, rollouts, ONE, forest=True)
+        worst.append(float(np.abs(ours - theirs).max()))
+        return worst
+
+
+def load_and_save(source: str, target: str) -> None:
+    """Every rank loads its part of a directory, and together they write it anew, with moments."""
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        compute = replace(ONE, ranks=ranks)
+        critic = load_critic(read_model(Path(source)), compute)
+        optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
+        load_optimizer(optimizer, critic, Path(source))
+        directory = Path(target) if ranks.leads else None
+        save_critic(critic, directory, Path(source), ranks)
+        save_optimizer(optimizer, critic, directory, ranks)
+
+
+def fill_the_disk(target: str) -> str:
+    """Rank 0's disk is full at the first tensor; all ranks must still come to the end together."""
+    from critic_train.distributed.sharding import shard
+
+    def full(operation: storage.Operation) -> None:
+        if operation.kind == "write":
+            raise OSError(28, "No space left on device", str(operation.path))
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = critic_of("Llama")
+        shard(critic, replace(ONE, ranks=ranks))
+        said = ""
+        try:
+            with storage.watched(full):
+                save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+        except OSError as error:
+            said = error.strerror
+        return ranks.told(said)
+
+
+def load_and_measure(source: str) -> tuple[int, int]:
+    """(bytes of this rank's parts, most bytes of tensors newly resident while loading)."""
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        read = read_model(Path(source))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        critic = load_critic(read, replace(ONE, ranks=ranks))
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return sum(p.to_local().numel() * 4 for p in critic.parameters()), 1024 * (after - before)
