@@ -169,3 +169,22 @@ def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings,
     losses = [record["value_loss"] for record in records(ours.out, "step")]
     expected = [record["value_loss"] for record in records(settings.out, "step")]
     assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)
+
+
+@pytest.mark.parametrize("train", ["head", "last-1"])
+def test_a_frozen_trunk_on_two_ranks(settings, tmp_path, train):
+    changes = {"model": settings.out, "train": train, "max_steps": 6, "lr": 1e-3}
+    alone, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("alone", "two"))
+    list(fit(alone, StopRequest()))
+    assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
+    assert furthest(ours.out, alone.out, "value_loss") <= 1e-5
+    (mine, _), (theirs, _) = (newest_checkpoint(Path(run.out) / "checkpoints") for run in (ours, alone))
+    files = [load_file(path / "optimizer.safetensors") for path in (mine, theirs)]
+    assert files[0].keys() == files[1].keys()
+
+
+def test_adapters_are_for_one_process(settings, tmp_path):
+    ours = replace(settings, out=str(tmp_path / "lora"), model=settings.out, train="lora")
+    for ended in on_ranks(2, ranks.fit_run, ours):
+        assert ended["fault"] == "ConfigError"
+        assert "--train lora runs on one process" in ended["message"]
