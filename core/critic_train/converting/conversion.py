@@ -76,8 +76,9 @@ class _Work:
             entry = self.folder.recorded(source.name, stamp)
             if entry is None:
                 self.all_were_there = False
-                opened = open_source(source, self.options)
-                entry = yield from self._write(source, opened, stop)
+                with source.here() as fetched:
+                    opened = open_source(fetched, self.options)
+                    entry = yield from self._write(fetched, opened, stop)
         except DataError as error:
             self.bad_files.add(BadFile.of(source.name, error, None))
             return
@@ -169,8 +170,10 @@ class _Work:
                 level="warning",
             )
         if "returns" not in result["columns"]:
-            paid = [name for name in ("rewards", "reward") if name in result["columns"]]
-            yield Notice(message=f"there are no returns; `fit --returns mc` or `gae` makes them of `{paid[0]}`")
+            there = {name for entry in self.entries for name in entry["columns"]}
+            paid = " and ".join(f"`{name}`" for name in ("rewards", "reward") if name in there)
+            whose = "there are no returns" if "returns" not in there else "some sources have no returns"
+            yield Notice(message=f"{whose}; `fit --returns mc` or `gae` makes them of {paid}")
 
     def _rollouts(self) -> int:
         return sum(entry["rollouts"] for entry in self.entries)

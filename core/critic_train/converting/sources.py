@@ -3,10 +3,15 @@
 import glob
 import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from critic_train.data.places import RemoteFile, is_remote, open_file, remote_files
 from critic_train.errors import DataError
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".jsonl", ".ndjson", ".json", ".parquet", ".parq")
@@ -15,16 +20,42 @@ SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One file of a dump, known by its name as the user gave it."""
+    """One file of a dump, known by its name as the user gave it.
+
+    Attributes:
+        path: where it is; for a file of a store, its name alone until it is fetched.
+        name: as the user gave it, or its address in a store.
+        remote: the file in its store, None where it is here.
+    """
 
     path: Path
     name: str
+    remote: RemoteFile | None = None
 
     @property
     def stamp(self) -> dict[str, Any]:
         """What tells this file from a changed one, JSON-able."""
+        if self.remote is not None:
+            return {"bytes": self.remote.size_bytes, "modified_ns": self.remote.modified_ns}
         state = self.path.stat()
         return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
+    @contextmanager
+    def here(self) -> Iterator["Source"]:
+        """The source as a file of this machine; one of a store is fetched, and removed when the block ends.
+
+        Raises:
+            MachineError: the store does not answer.
+            OSError: the disk is full.
+        """
+        if self.remote is None:
+            yield self
+            return
+        with tempfile.TemporaryDirectory(prefix="critic-train-") as folder:
+            path = Path(folder) / self.path.name
+            with open_file(self.remote.address) as given, path.open("wb") as kept:
+                shutil.copyfileobj(given, kept, 2**20)
+            yield replace(self, path=path, remote=None)
 
 
 def find_sources(names: list[str]) -> list[Source]:
@@ -39,6 +70,9 @@ def find_sources(names: list[str]) -> list[Source]:
     faults: list[str] = []
     found: dict[str, Source] = {}
     for name in names:
+        if is_remote(name):
+            found |= {source.name: source for source in _of_store(name, faults) if source.name not in found}
+            continue
         expanded = os.path.expanduser(name)
         files = _files(expanded)
         if not files:
@@ -52,6 +86,17 @@ def find_sources(names: list[str]) -> list[Source]:
             hint=f"a source is a file, a glob, or a folder that holds {', '.join(SUFFIXES)} files",
         )
     return sorted(found.values(), key=lambda source: _natural(source.name))
+
+
+def _of_store(address: str, faults: list[str]) -> list[Source]:
+    try:
+        files = remote_files(address, SUFFIXES)
+    except DataError as error:
+        faults.append(f"{error.message} ({error.hint})" if error.hint else error.message)
+        return []
+    if not files:
+        faults.append(f"{address}: the store has no such file")
+    return [Source(path=Path(PurePosixPath(file.address).name), name=file.address, remote=file) for file in files]
 
 
 def _files(name: str) -> list[str]:

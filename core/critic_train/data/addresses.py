@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from critic_train.data.columns import Needs, understand
+from critic_train.data.places import parquet_file
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
 
@@ -55,7 +56,7 @@ def addresses(rows: NDArray[np.int64], files: list[tuple[str, int]], renames: di
 def _in_file(name: str, rows: NDArray[np.int64], renames: dict[str, str]) -> list[Address]:
     """Addresses of rows of one file, ascending."""
     try:
-        with pq.ParquetFile(name) as file:
+        with parquet_file(name) as file:
             footer = file.metadata
             ends = np.cumsum([footer.row_group(i).num_rows for i in range(footer.num_row_groups)])
             groups = np.searchsorted(ends, rows, side="right")

@@ -24,6 +24,7 @@ from critic_train.data.footer import (
     read_row_groups,
 )
 from critic_train.data.memory_guard import at_most
+from critic_train.data.places import open_file, parquet_file
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
 
@@ -80,7 +81,7 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
     try:
         groups = _checked_row_groups(shard, names, ids)
         kept = [name for name in texts if not any(c.delta for group in groups for c in group.chunks if c.path == name)]
-        with pq.ParquetFile(
+        with parquet_file(
             shard.path,
             page_checksum_verification=True,
             pre_buffer=False,
@@ -105,7 +106,7 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
 
 def _checked_row_groups(shard: Shard, names: list[str], ids: list[str] | None) -> list[RowGroup]:
     """The row groups by the footer, of the columns that are read, with every page header looked at."""
-    with open(shard.path, "rb") as file:
+    with open_file(shard.path) as file:
         size, footer = read_footer(file)
         groups = []
         for number, group in enumerate(read_row_groups(footer, size)):

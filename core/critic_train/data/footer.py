@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from critic_train.data.places import open_file
 from critic_train.data.thrift import Struct, ThriftError, read_struct, size_of_list
 from critic_train.errors import DataError
 
@@ -145,7 +146,7 @@ def check_head(footer: bytes, file_bytes: int) -> None:
 
 def row_groups_of(path: str) -> list[RowGroup]:
     """The row groups of the file at a path. Raises FooterError and OSError."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         size, footer = read_footer(file)
     return read_row_groups(footer, size)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from critic_train.data.bad_files import BadFile, BadFiles
@@ -17,6 +16,7 @@ from critic_train.data.duplicates import Copies
 from critic_train.data.faults import Faults
 from critic_train.data.footer import FooterError, RowGroup, row_groups_of
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
+from critic_train.data.places import parquet_file
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
 from critic_train.rollouts import Rollouts, offsets_of
@@ -209,7 +209,7 @@ class RolloutReader:
 
     def _understand(self, shard: Shard) -> "_Plan":
         try:
-            with pq.ParquetFile(shard.path) as file:
+            with parquet_file(shard.path) as file:
                 schema = file.schema_arrow
                 columns = understand(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
             groups = row_groups_of(shard.path) if self._labels else []

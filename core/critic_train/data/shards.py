@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from critic_train.data.bad_files import BadFile, BadFiles
 from critic_train.data.footer import MAGIC, FooterError, check_head, read_footer
+from critic_train.data.places import is_remote, open_file, parquet_file, remote_files
 from critic_train.errors import DataError
 
 SUFFIXES = (".parquet", ".parq")
@@ -26,7 +26,7 @@ class Shard:
     """One Parquet file of rollouts, known by its footer alone.
 
     Attributes:
-        path: absolute path, as opened.
+        path: absolute path, or the address in a store, as opened.
         name: the path as the user gave it, for messages.
         num_rows: rows in the file.
         num_row_groups: row groups in the file.
@@ -61,11 +61,11 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
     faults: list[str] = []
     found: dict[str, str] = {}
     for source in sources:
-        names = list(_names(os.path.expanduser(source), faults))
+        names = list(_remote_names(source, faults) if is_remote(source) else _names(os.path.expanduser(source), faults))
         for name in names:
-            found.setdefault(os.path.realpath(name), name)
+            found.setdefault(name if is_remote(name) else os.path.realpath(name), name)
     shards: list[Shard] = []
-    for name in sorted(found.values(), key=os.path.abspath):
+    for name in sorted(found.values(), key=_place):
         try:
             shards.append(_shard(name))
         except (FooterError, pa.ArrowException, UnicodeDecodeError, OSError) as fault:
@@ -98,16 +98,17 @@ def fingerprint(shards: list[Shard]) -> dict[str, Any]:
         {"files": [{"name", "bytes", "rows", "footer", "content"}, ...], "digest": SHA-256 hex over all of them}, names
         relative to the folder that all files share.
     """
-    folder = os.path.commonpath([os.path.dirname(shard.path) for shard in shards]) if shards else ""
+    places = [_place(shard.path) for shard in shards]
+    folder = os.path.commonpath([os.path.dirname(place) for place in places]) if places else ""
     files = [
         {
-            "name": os.path.relpath(shard.path, folder).replace(os.sep, "/"),
+            "name": os.path.relpath(place, folder).replace(os.sep, "/"),
             "bytes": shard.size_bytes,
             "rows": shard.num_rows,
             "footer": shard.footer_digest,
             "content": _content(shard),
         }
-        for shard in shards
+        for shard, place in zip(shards, places, strict=True)
     ]
     text = json.dumps(files, sort_keys=True, separators=(",", ":"))
     return {"files": files, "digest": hashlib.sha256(text.encode()).hexdigest()}
@@ -128,6 +129,23 @@ def _names(source: str, faults: list[str]) -> Iterator[str]:
         yield from _matches(source, faults)
     else:
         faults.append(f"{source}: there is no such file or folder")
+
+
+def _remote_names(source: str, faults: list[str]) -> Iterator[str]:
+    """Files behind an address of a store."""
+    try:
+        names = [file.address for file in remote_files(source, SUFFIXES)]
+    except DataError as error:
+        faults.append(f"{error.message} ({error.hint})" if error.hint else error.message)
+        return
+    if not names:
+        faults.append(f"{source}: the store has no Parquet file there")
+    yield from names
+
+
+def _place(path: str) -> str:
+    """An absolute path, also of an address: what shards are sorted and told apart by."""
+    return "/" + path.replace("://", "/", 1) if is_remote(path) else os.path.abspath(path)
 
 
 def _matches(pattern: str, faults: list[str]) -> Iterator[str]:
@@ -160,12 +178,13 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _shard(name: str) -> Shard:
-    with open(name, "rb") as file:
+    with open_file(name) as file:
         size, footer = read_footer(file)
     check_head(footer, size)
-    metadata = pq.read_metadata(name)
+    with parquet_file(name) as parquet:
+        metadata = parquet.metadata
     return Shard(
-        path=os.path.abspath(name),
+        path=name if is_remote(name) else os.path.abspath(name),
         name=name,
         num_rows=metadata.num_rows,
         num_row_groups=metadata.num_row_groups,
@@ -179,7 +198,7 @@ def _content(shard: Shard) -> str:
     digest = hashlib.sha256()
     step = max(SAMPLE_BYTES, shard.size_bytes // SAMPLES)
     try:
-        with open(shard.path, "rb") as file:
+        with open_file(shard.path) as file:
             for place in range(0, shard.size_bytes, step):
                 file.seek(place)
                 digest.update(file.read(SAMPLE_BYTES))

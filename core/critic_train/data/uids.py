@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Container, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from critic_train.data.columns import Needs, understand
 from critic_train.data.labels import uid_texts
+from critic_train.data.places import parquet_file
 from critic_train.data.shards import Shard
 from critic_train.errors import DataError
 
@@ -49,7 +49,7 @@ class UidLookup:
 
     def _read(self, shard: Shard, first: int, rows: list[int]) -> dict[int, str | None]:
         found: dict[int, str | None] = {}
-        with pq.ParquetFile(shard.path) as file:
+        with parquet_file(shard.path) as file:
             columns = understand(
                 file.schema_arrow, shard, renames=self._renames, labels=(), needs=Needs(returns=False, values=False)
             )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from critic_train.settings.fields import setting
-from critic_train.settings.reading import SourceSettings
+from critic_train.settings.reading import SourceSettings, address_faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +27,7 @@ class CheckSettings(SourceSettings):
         metavar="PATH",
     )
     show: int = setting(10, "Bad rows shown; --json lists up to ten thousand.", panel="Output", metavar="N")
+
+    def faults(self) -> list[str]:
+        """See Settings."""
+        return address_faults("--against", self.against)

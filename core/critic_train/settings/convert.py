@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from critic_train.settings.fields import Settings, setting
-from critic_train.settings.reading import OnBadFile, OnBadRows, column_faults
+from critic_train.settings.reading import OnBadFile, OnBadRows, address_faults, column_faults
 
 DumpFormat = Literal["slime", "verl", "nemo-rl", "openrlhf", "trl", "text", "tokens"]
 
@@ -17,7 +17,7 @@ class ConvertSettings(Settings):
 
     source: list[str] = setting(
         [],
-        "Rollout dumps: files, folders or globs, of one format or several.",
+        "Rollout dumps: files, folders or globs, here or at s3://, gs:// or hf://, of one format or several.",
         panel="Data",
         metavar="SOURCE",
         positional=True,
@@ -49,4 +49,4 @@ class ConvertSettings(Settings):
         wrong += [] if self.to else ["--to is needed: the folder for the shards"]
         if self.allow_retokenize and not self.tokenizer:
             wrong.append("--allow-retokenize needs --tokenizer DIR")
-        return wrong + column_faults(self.column)
+        return wrong + address_faults("SOURCE", self.source) + column_faults(self.column)

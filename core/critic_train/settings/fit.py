@@ -9,7 +9,7 @@ from critic_train.settings.loss import LossSettings
 from critic_train.settings.memory import MemorySettings
 from critic_train.settings.model import ModelSettings
 from critic_train.settings.ranks import RanksSettings
-from critic_train.settings.reading import ReadingSettings
+from critic_train.settings.reading import ReadingSettings, address_faults
 from critic_train.settings.returns import ReturnsSettings
 from critic_train.settings.run import RunSettings
 from critic_train.settings.tracking import TrackingSettings
@@ -44,7 +44,7 @@ class FitSettings(
 
     def faults(self) -> list[str]:
         """See Settings."""
-        wrong = []
+        wrong = address_faults("--val-data", self.val_data)
         if not 0.0 <= self.val_fraction < 1.0:
             wrong.append(f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
         if self.patience is not None and not self.val_data and self.val_fraction == 0:

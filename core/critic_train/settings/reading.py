@@ -1,9 +1,13 @@
 """Which rollouts are read, and how."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from critic_train.settings.fields import Settings, setting, shown_as, too_small
+
+CREDENTIALS = re.compile(r"[\w+.-]{2,}://([^/]*@|[^@]*:[^@]*@|.*[?&][\w-]+=)", re.DOTALL)
+"""An address with a user or a key in it, or with options; `hf://datasets/a/b@main` has none."""
 
 OnBadRows = Literal["fail", "skip"]
 OnBadFile = Literal["fail", "skip"]
@@ -15,7 +19,7 @@ class SourceSettings(Settings):
 
     data: list[str] = setting(
         [],
-        "Rollouts: a folder, a Parquet file or a glob; repeatable.",
+        "Rollouts: a folder, a Parquet file or a glob, here or at s3://, gs:// or hf://; repeatable.",
         panel="Data",
         metavar="PATH",
     )
@@ -29,7 +33,7 @@ class SourceSettings(Settings):
     def faults(self) -> list[str]:
         """See Settings."""
         wrong = [] if self.data else [f"{shown_as(self, 'data')} is needed: a folder, a Parquet file or a glob"]
-        return wrong + column_faults(self.column)
+        return wrong + address_faults(shown_as(self, "data"), self.data) + column_faults(self.column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,19 @@ class ReadingSettings(SourceSettings):
     def faults(self) -> list[str]:
         """See Settings."""
         return too_small(self, 2, "max_length")
+
+
+def address_faults(flag: str, names: list[str]) -> list[str]:
+    """What is wrong with addresses of stores, one line each; it never shows the address.
+
+    Addresses are kept in run.json and in logs, so they may hold no secret.
+    """
+    odd = [name.partition("://")[0] for name in names if re.match(CREDENTIALS, name)]
+    return [
+        f"{flag} takes {scheme}:// addresses without credentials or options, since addresses are recorded; "
+        "those belong in the environment"
+        for scheme in odd
+    ]
 
 
 def column_faults(pairs: list[str]) -> list[str]:
