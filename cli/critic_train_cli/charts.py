@@ -17,13 +17,16 @@ NARROWEST = 34
 Metrics = Mapping[str, Any]
 
 
-def draw_charts(console: "Console", verdict: Metrics, evaluations: Sequence[Metrics]) -> None:
+def draw_charts(
+    console: "Console", verdict: Metrics, evaluations: Sequence[Metrics], *, beside_tables: bool = False
+) -> None:
     """Print the charts that there are figures and room for.
 
     Args:
         console: where.
         verdict: eval's result, or what a run keeps of its best evaluation; may be empty.
         evaluations: of a run, in order; may be empty.
+        beside_tables: leave out what eval's tables tell already: explained variance along the response.
     """
     wide = min(console.width, WIDEST)
     if wide < NARROWEST:
@@ -34,7 +37,10 @@ def draw_charts(console: "Console", verdict: Metrics, evaluations: Sequence[Metr
     for name, metrics in critics.items():
         title = f" of {name}" if len(critics) > 1 else ""
         draw_calibration(console, metrics, title, wide, signs)
-        draw_along(console, metrics, title, wide, signs)
+        if not beside_tables:
+            others = (verdict.get("baselines") or {}).get("group_mean") or {}
+            draw_explained(console, metrics, others, title, wide, signs)
+        draw_right_from_wrong(console, metrics, title, wide, signs)
 
 
 def draw_course(console: "Console", evaluations: Sequence[Metrics], wide: int, signs: Marks) -> None:
@@ -87,22 +93,48 @@ def draw_calibration(console: "Console", metrics: Metrics, of: str, wide: int, s
     _print(console, f"Calibration{of}", lines, legend)
 
 
-def draw_along(console: "Console", metrics: Metrics, of: str, wide: int, signs: Marks) -> None:
+def draw_explained(console: "Console", metrics: Metrics, group_mean: Metrics, of: str, wide: int, signs: Marks) -> None:
+    """Explained variance along the response, beside that of the prompt group's mean."""
+    key = "explained_variance"
+    aims = [number(row.get(key)) for row in group_mean.get("by_position") or []]
+    rows = metrics.get("by_position") or []
+    if len(aims) != len(rows) or None in aims:
+        aims = [None] * len(rows)
+    legend = [f"{signs.critic} explained variance"]
+    legend += [f"{signs.aim} the prompt group's mean's"] if any(aim is not None for aim in aims) else []
+    _along(console, f"Explained variance along the response{of}", rows, key, aims, legend, wide, signs)
+
+
+def draw_right_from_wrong(console: "Console", metrics: Metrics, of: str, wide: int, signs: Marks) -> None:
     """AUC within prompts along the response: from which part on right rollouts are told from wrong ones."""
-    key = "auc_within_group"
-    rows = [row for row in metrics.get("auc_by_position") or [] if number(row.get(key)) is not None]
-    if not rows:
-        return
-    ends = [0.5, *(bound for row in rows for bound in row.get("interval") or [row[key]]), *(row[key] for row in rows)]
-    lines = []
-    for row in rows:
-        part = f"{100 * row['from']:.0f}-{100 * row['to']:.0f} %"
-        drawn = on_a_scale(
-            row[key], row.get("interval"), 0.5, low=min(ends), high=max(ends), width=wide - 20, signs=signs
-        )
-        lines.append(f"  {part:<9}  {fixed(row[key])}  {drawn}".rstrip())
+    rows = metrics.get("auc_by_position") or []
     legend = [f"{signs.critic} AUC within prompts", f"{signs.aim} a coin", f"{signs.line * 2} 95 % interval"]
-    _print(console, f"From which part of the response on it tells right from wrong{of}", lines, legend)
+    title = f"From which part of the response on it tells right from wrong{of}"
+    _along(console, title, rows, "auc_within_group", [0.5] * len(rows), legend, wide, signs)
+
+
+def _along(
+    console: "Console",
+    title: str,
+    rows: Sequence[Metrics],
+    key: str,
+    aims: Sequence[float | None],
+    legend: Sequence[str],
+    wide: int,
+    signs: Marks,
+) -> None:
+    """A row for each part of the response: its figure and interval on one scale, beside what it is compared with."""
+    known = [(row, aim) for row, aim in zip(rows, aims, strict=True) if number(row.get(key)) is not None]
+    if not known:
+        return
+    ends = [end for row, aim in known for end in (row[key], aim, *(row.get("interval") or ())) if end is not None]
+    lines = []
+    for row, aim in known:
+        part = f"{100 * row['from']:.0f}-{100 * row['to']:.0f} %"
+        scale = {"low": min(ends), "high": max(ends), "width": wide - 21, "signs": signs}
+        drawn = on_a_scale(row[key], row.get("interval"), aim, **scale)
+        lines.append(f"  {part:<9}  {fixed(row[key]):>6}  {drawn}".rstrip())
+    _print(console, title, lines, legend)
 
 
 def _print(console: "Console", title: str, lines: Sequence[str], legend: Sequence[str]) -> None:
@@ -111,4 +143,10 @@ def _print(console: "Console", title: str, lines: Sequence[str], legend: Sequenc
     console.print(f"\n{title}", style="bold")
     for line in lines:
         console.print(line, soft_wrap=True)
-    console.print("  " + "   ".join(legend), style="dim")
+    line = ""
+    for entry in legend:
+        if line and len(line) + 3 + len(entry) > console.width - 2:
+            console.print(f"  {line}", style="dim")
+            line = ""
+        line += ("   " if line else "") + entry
+    console.print(f"  {line}", style="dim")

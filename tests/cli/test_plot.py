@@ -81,6 +81,10 @@ VERDICT = {
                 BIN | {"mean_value": 0.1, "mean_return": 0.2, "interval": [0.1, 0.3]},
                 BIN | {"mean_value": 0.8, "mean_return": 0.7, "interval": None},
             ],
+            "by_position": [
+                {"from": 0.0, "to": 0.5, "explained_variance": 0.1},
+                {"from": 0.5, "to": 1.0, "explained_variance": 0.3},
+            ],
             "auc_by_position": [
                 {"from": 0.0, "to": 0.5, "pairs": 4, "auc_within_group": 0.5, "interval": [0.4, 0.6]},
                 {"from": 0.5, "to": 1.0, "pairs": 4, "auc_within_group": 0.9, "interval": None},
@@ -108,6 +112,7 @@ def drawn(width, encoding="utf-8", verdict=VERDICT, evaluations=EVALUATIONS):
 def test_charts_fit_any_width(width, encoding):
     lines = drawn(width, encoding)
     titles = ["Held-out explained variance by step", "Calibration", "From which part of the response on"]
+    titles += ["Explained variance along the response"]
     text = "\n".join(lines)
     assert all(title in " ".join(text.split()) for title in titles)
     assert max(map(len, lines)) <= min(width, WIDEST)
@@ -128,4 +133,12 @@ def test_figures_stand_beside_the_charts():
     lines = drawn(80)
     assert any(line.split()[:4] == ["0.100", "0.200", "[0.100,", "0.300]"] for line in lines)
     assert any(line.split()[:3] == ["50-100", "%", "0.900"] for line in lines)
-    assert sum("50-100 %" in line for line in lines) == 1
+    assert sum("50-100 %" in line for line in lines) == 2
+    assert any(line.split()[:3] == ["50-100", "%", "0.300"] for line in lines)
+
+
+def test_eval_has_its_tables_for_what_varies_along_the_response():
+    stream = io.StringIO()
+    draw_charts(Console(file=stream, width=80), VERDICT, [], beside_tables=True)
+    assert "Explained variance along" not in stream.getvalue()
+    assert "tells right from wrong" in stream.getvalue()

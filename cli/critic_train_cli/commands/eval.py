@@ -40,7 +40,7 @@ def work(settings: EvalSettings, output: Output) -> int:
 
     def draw(console: "Console") -> None:
         draw_verdict(console, ended.result)
-        draw_charts(console, ended.result, [])
+        draw_charts(console, ended.result, [], beside_tables=True)
 
     output.result(ended.result or {"status": ended.status}, draw)
     if settings.report is not None and ended.result:
