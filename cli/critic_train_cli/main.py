@@ -15,6 +15,7 @@ from critic_train_cli.commands.eval import EVAL
 from critic_train_cli.commands.fit import FIT
 from critic_train_cli.commands.predict import PREDICT
 from critic_train_cli.commands.report import REPORT
+from critic_train_cli.commands.split import SPLIT
 from critic_train_cli.commands.verify import VERIFY
 from critic_train_cli.faults import DONE, USAGE
 from critic_train_cli.help_page import program_page
@@ -24,7 +25,7 @@ from critic_train_cli.signals import die_of_closed_pipes
 from critic_train_cli.terminal import tame_streams
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
-COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, CONVERT, VERIFY)
+COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, SPLIT, CONVERT, VERIFY)
 BARE_FLAGS = {"--json", "--quiet", "-q", "--debug"}
 """Flags that say nothing of the settings."""
 COMPLETION = (

@@ -51,6 +51,7 @@ PREDICT_FLAGS = words("""
 REPORT_FLAGS = words("runs --tokenizer --to")
 
 
+SPLIT_FLAGS = words("data --column --on-bad-rows --on-bad-file --max-length --val-fraction --seed --to")
 CHECK_FLAGS = words("data --column --against --show")
 CONVERT_FLAGS = words("""
 source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokenize
@@ -62,6 +63,7 @@ COMMANDS = {
     "predict": PREDICT_FLAGS,
     "report": REPORT_FLAGS,
     "check": CHECK_FLAGS,
+    "split": SPLIT_FLAGS,
     "convert": CONVERT_FLAGS,
     "verify": words("target --column"),
 }

@@ -11,6 +11,7 @@ import torch
 from critic_train.data.bad_files import BadFiles
 from critic_train.data.blocks import blocks
 from critic_train.data.copying import CopyStoppedError, places
+from critic_train.data.output import OutputDirectory
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import ModelError
@@ -22,7 +23,6 @@ from critic_train.model.predicting import predict_values
 from critic_train.model.selfcheck import settle
 from critic_train.predicting.columns import Filled
 from critic_train.predicting.first_pass import critic_source, first_pass
-from critic_train.predicting.output import OutputDirectory
 from critic_train.predicting.parts import device_of, part_of_this_process
 from critic_train.predicting.value_log import LoggedValues, ValueLog
 from critic_train.predicting.whitening import Whitening
@@ -30,6 +30,7 @@ from critic_train.predicting.writing import NewColumns, written_again
 from critic_train.returns.recipe import ReturnRecipe
 from critic_train.rollouts import Rollouts
 from critic_train.run.model_digest import model_digest
+from critic_train.run.storage import remove
 from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames
 from critic_train.stopping import StopRequest
 from critic_train.versions import versions
@@ -61,12 +62,20 @@ def predict(settings: PredictSettings, stop: StopRequest) -> Iterator[Event]:
     shards = find_shards(settings.data, bad_files)
     target = places(shards, settings.data, Path(settings.to or ""))
     source = critic_source(Path(settings.model or ""))
-    with OutputDirectory(Path(settings.to or ""), part, target) as output:
+    with OutputDirectory(Path(settings.to or ""), "predict", target, part) as output:
         for message in output.compare(_record(settings, shards, source)):
             yield Notice(message=message, level="warning")
         mine = shards[part[0] - 1 :: part[1]]
-        job = _Job(settings=settings, source=source, compute=compute, output=output, bad_files=bad_files, stop=stop)
-        if all(output.is_written(shard) for shard in mine):
+        job = _Job(
+            settings=settings,
+            source=source,
+            compute=compute,
+            output=output,
+            places=target,
+            bad_files=bad_files,
+            stop=stop,
+        )
+        if all(output.is_written(shard.name) for shard in mine):
             output.clear()
             yield RunEnded(status="already finished", result=job.result("already finished", mine, part))
             return
@@ -95,6 +104,7 @@ class _Job:
     source: ModelSource
     compute: Compute
     output: OutputDirectory
+    places: dict[str, Path]
     bad_files: BadFiles
     stop: StopRequest
     rows_left_out: dict[str, Any] | None = None
@@ -112,7 +122,7 @@ class _Job:
             raise _StoppedError
         self.rows_left_out = reader.bad_rows.summary()
         sound = [shard for shard in shards if shard.name not in self.bad_files]
-        left = [shard for shard in sound if not self.output.is_written(shard)]
+        left = [shard for shard in sound if not self.output.is_written(shard.name)]
         if left:
             assert found.sample is not None, "the reader raises where no row is good"
             critic = load_critic(self.source).to(self.compute.device).eval()
@@ -131,7 +141,7 @@ class _Job:
                     yield from self._predict(critic, shard, forest=choice.forest)
                 yield from self._write(shard, whitening, empty=shard not in usable)
         for shard in sound:
-            self.output.forget(shard)
+            remove(self._log(shard))
 
     def _reader(self, shards: list[Shard], on_bad_rows: OnBadRows = "skip") -> RolloutReader:
         recipe, columns = ReturnRecipe.of(self.settings), self.columns
@@ -163,7 +173,7 @@ class _Job:
 
     def _predict(self, critic: Critic, shard: Shard, *, forest: bool) -> Iterator[Event]:
         """Have all values of a file in its log."""
-        with ValueLog(self.output.log(shard)) as log:
+        with ValueLog(self._log(shard)) as log:
             for block in blocks(self._reader([shard])):
                 if self.stop.requested:
                     raise _StoppedError
@@ -181,11 +191,15 @@ class _Job:
         if self.stop.requested:
             raise _StoppedError
 
+    def _log(self, shard: Shard) -> Path:
+        """Where a file's values are kept until it stands."""
+        return self.output.work / self.places[shard.name].relative_to(self.output.path).with_suffix(".values")
+
     def _moments(self, shards: list[Shard]) -> Generator[Event, None, Whitening]:
         """Mean and variance of all advantages."""
         whitening = Whitening()
         for done, shard in enumerate(shards):
-            with LoggedValues(self.output.log(shard)) as log:
+            with LoggedValues(self._log(shard)) as log:
                 for batch in self._batches(shard):
                     whitening.add(self.columns.advantages(batch, log.over(batch.response_mask)))
             yield Progress(stage="whitening", done=done + 1, total=len(shards), unit="files")
@@ -194,20 +208,20 @@ class _Job:
     def _write(self, shard: Shard, whitening: Whitening | None, *, empty: bool) -> Iterator[Event]:
         """Write a file from its log."""
         filled = iter(()) if empty else self._filled(shard, whitening)
-        renames, place = column_renames(self.settings.column), self.output.place(shard)
+        renames, place = column_renames(self.settings.column), self.places[shard.name]
         for row in written_again(shard, place, self.columns, renames, filled, self.stop):
             yield Progress(stage=f"writing {place}", done=row, total=shard.num_rows)
         if whitening is None:
-            self.output.forget(shard)
+            remove(self._log(shard))
 
     def _filled(self, shard: Shard, whitening: Whitening | None) -> Iterator[Filled]:
-        with LoggedValues(self.output.log(shard)) as log:
+        with LoggedValues(self._log(shard)) as log:
             for batch in self._batches(shard):
                 yield self.columns.of(batch, log.over(batch.response_mask), whitening)
 
     def result(self, status: str, shards: list[Shard], part: tuple[int, int]) -> dict[str, Any]:
         """What `--json` prints."""
-        done = [shard for shard in shards if self.output.is_written(shard)]
+        done = [shard for shard in shards if self.output.is_written(shard.name)]
         return {
             "status": status,
             "to": str(self.output.path),
@@ -228,7 +242,6 @@ def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource)
     return {
         "settings": told,
         "data": fingerprint(shards),
-        "val_data": None,
         "model": model_digest(source.path),
         "versions": versions(),
         "threads": torch.get_num_threads(),

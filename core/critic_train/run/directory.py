@@ -159,13 +159,14 @@ class RunDirectory:
         return target if target is not None and target.is_dir() else None
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> list[str]:
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag: str = "--out") -> list[str]:
     """Compare what a run was started with and what it is asked to go on with.
 
     Args:
         before: run.json.
-        now: the same of this command.
+        now: the same of this command; what it does not name is not compared.
         out: the run directory, for the message.
+        flag: how another one is given.
 
     Returns:
         Notices about changes that are allowed.
@@ -185,7 +186,7 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> li
         else:
             refused.append(line)
     for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts"), ("model", "base model")):
-        if before.get(name) != now[name]:
+        if name in now and before.get(name) != now[name]:
             refused.append(f"the {what} changed since the run began")
     for name, what in (
         ("versions", "library versions"),
@@ -197,7 +198,7 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> li
     if refused:
         raise ConfigError(
             f"{out} holds a run that was started differently:\n" + "\n".join(f"  {line}" for line in refused),
-            hint="run the same command to resume it, or give this one another --out",
+            hint=f"run the same command to resume it, or give this one another {flag}",
         )
     return notices
 

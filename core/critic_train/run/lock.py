@@ -26,6 +26,7 @@ class Lock:
 
     Args:
         path: the lock's file; its directory stands.
+        flag: how another directory is given.
 
     Attributes:
         left_by: who held it last and ended without letting go (killed, or crashed); empty where nobody did.
@@ -35,8 +36,9 @@ class Lock:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flag: str = "--out") -> None:
         self._path = path
+        self._flag = flag
         self._file: File | None = None
         self.left_by = ""
 
@@ -63,7 +65,7 @@ class Lock:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self._refusal("wait for it, or give this run another --out") from None
+            raise self._refusal(f"wait for it, or give another {self._flag}") from None
         except OSError as fault:
             if fault.errno not in NO_LOCKS:
                 raise

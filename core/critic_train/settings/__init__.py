@@ -18,6 +18,7 @@ from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings,
 from critic_train.settings.report import ReportSettings
 from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
 from critic_train.settings.run import RunSettings
+from critic_train.settings.split import SplitSettings
 from critic_train.settings.tracking import TrackingSettings
 from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettings
 from critic_train.settings.verify import VerifySettings
@@ -50,6 +51,7 @@ __all__ = [
     "RunSettings",
     "Schedule",
     "Settings",
+    "SplitSettings",
     "TrackingSettings",
     "TrainingSettings",
     "Truncated",

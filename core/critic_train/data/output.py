@@ -1,19 +1,14 @@
-"""The folder that `predict` writes to: who writes which part, with what it was begun, what is done."""
+"""A folder that shards are written to: who writes which part, with what it was begun, what is done."""
 
 import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from critic_train.data.shards import Shard
 from critic_train.errors import ConfigError, MachineError
 from critic_train.run.directory import refuse_changes
 from critic_train.run.lock import Lock
-from critic_train.run.storage import make_directory, remove, remove_tree, rename, sync_directory, write_file
-
-RECORD = "predict.json"
-WORK = ".predict"
-"""Values of files that are not written yet, and locks; nothing is read from it when a folder is taken for rollouts."""
+from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, write_file
 
 
 class OutputDirectory:
@@ -21,23 +16,31 @@ class OutputDirectory:
 
     Args:
         path: the folder; created where it is missing.
-        part: (K, N).
-        places: shard name -> where it is written.
+        command: the command that writes it, as in "predict": PATH/predict.json says how it was begun, and PATH/.predict
+            holds locks and whatever is kept until the files stand. Neither is taken for rollouts.
+        places: key -> a file that will be written, of all parts.
+        part: (K, N), of which this process is the K-th.
+
+    Attributes:
+        path: the folder.
+        work: where to keep what is needed until the files stand.
 
     Raises:
         MachineError: it cannot be written, or another process writes the same part.
     """
 
-    def __init__(self, path: Path, part: tuple[int, int], places: dict[str, Path]) -> None:
+    def __init__(self, path: Path, command: str, places: dict[str, Path], part: tuple[int, int] = (1, 1)) -> None:
         self.path = path
         self._places = places
-        self._work = path / WORK
+        self._alone = part[1] == 1
+        self._record = path / f"{command}.json"
+        self.work = path / f".{command}"
         self._name = f"part-{part[0]}-of-{part[1]}"
-        self._lock = Lock(self._work / f"{self._name}.lock")
+        self._lock = Lock(self.work / f"{self._name}.lock", "--to")
 
     def __enter__(self) -> "OutputDirectory":
         try:
-            make_directory(self._work, exist_ok=True)
+            make_directory(self.work, exist_ok=True)
             self._lock.__enter__()
         except OSError as error:
             raise MachineError(f"{self.path} cannot be written: {error.strerror}", hint="give another --to") from error
@@ -62,40 +65,28 @@ class OutputDirectory:
         """
         before = self._begun_with()
         if before is not None:
-            return refuse_changes(before, record, self.path)
+            return refuse_changes(before, record, self.path, "--to")
         strange = [place for place in self._places.values() if place.exists()]
         if strange:
             raise ConfigError(f"{strange[0]} stands there already", hint="give a folder of its own with --to")
         # Under a name of its own first: other parts may begin at the same moment, with the same record.
-        temporary = self._work / f"{self._name}.json"
+        temporary = self.work / f"{self._name}.json"
         write_file(temporary, json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
-        rename(temporary, self.path / RECORD)
+        rename(temporary, self._record)
         sync_directory(self.path)
         return []
 
     def _begun_with(self) -> dict[str, Any] | None:
         try:
-            return dict(json.loads((self.path / RECORD).read_text(encoding="utf-8")))
+            return dict(json.loads((self._record).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
 
-    def place(self, shard: Shard) -> Path:
-        """Where a shard is written."""
-        return self._places[shard.name]
-
-    def is_written(self, shard: Shard) -> bool:
-        """Whether it stands there: files stand whole or not at all."""
-        return self.place(shard).is_file()
-
-    def log(self, shard: Shard) -> Path:
-        """Where a shard's values are kept meanwhile."""
-        return self._work / self.place(shard).relative_to(self.path).with_suffix(".values")
-
-    def forget(self, shard: Shard) -> None:
-        """Remove what was kept of a shard."""
-        remove(self.log(shard))
+    def is_written(self, key: str) -> bool:
+        """Whether a file stands: files stand whole or not at all."""
+        return self._places[key].is_file()
 
     def clear(self) -> None:
-        """Remove what is no longer needed once all parts are done."""
-        if all(place.is_file() for place in self._places.values()):
-            remove_tree(self._work)
+        """Remove what this process no longer needs; with several parts, once the files of all of them stand."""
+        if self._alone or all(place.is_file() for place in self._places.values()):
+            remove_tree(self.work)
