@@ -49,7 +49,8 @@ def naive_intervals(rollouts, predictions):
             e = g - v[mask].astype(float)
             mean_e = {k: e[key == k].mean() for k in keys}
             inside_e = np.array([e[t] - mean_e[key[t]] for t in index])
-            found[name].append((1 - np.var(e[index]) / np.var(g[index]), 1 - (inside_e**2).sum() / (inside**2).sum()))
+            overall, within = 1 - np.var(e[index]) / np.var(g[index]), 1 - (inside_e**2).sum() / (inside**2).sum()
+            found[name].append((overall, within, (e[index] ** 2).mean()))
     return {name: np.array(figures) for name, figures in found.items()}
 
 
@@ -73,7 +74,12 @@ def test_intervals_equal_a_resampling_by_hand(world, offset):
         stored = verdict["baselines"]["stored"]["explained_variance"]
         assert versus["difference"] == found["explained_variance"] - stored
     pair = verdict["differences"]["a - b"]
-    assert pair["interval"] == interval(by_hand["a"][:, 0] - by_hand["b"][:, 0])
+    apart = by_hand["a"] - by_hand["b"]
+    a, b = (verdict["critics"][name] for name in "ab")
+    assert pair["interval"] == interval(apart[:, 0])
+    for k, key in ((1, "explained_variance_within_group"), (2, "mse")):
+        assert pair[key]["interval"] == interval(apart[:, k])
+        assert pair[key]["difference"] == a[key] - b[key]
 
 
 def test_resamples_without_variance_are_left_out():

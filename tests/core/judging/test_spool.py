@@ -9,6 +9,7 @@ import pytest
 from critic_train.errors import MachineError
 from critic_train.judging import evidence, spool
 from critic_train.judging.judge import Judge
+from critic_train.judging.ranks import RankCorrelation
 from critic_train.judging.spool import Spool, block_slices
 from critic_train.rollouts import Rollouts
 
@@ -79,3 +80,37 @@ def test_memory_grows_with_rollouts_not_with_tokens(monkeypatch):
 
     assert growth(10) / 1000 < 150  # bytes a rollout
     assert growth(1000) < 1.5 * growth(10)  # a hundred times the tokens
+
+
+def test_memory_of_a_verdict_does_not_grow_with_tokens(monkeypatch):
+    monkeypatch.setattr(evidence, "Spool", partial(Spool, memory_bytes=1000))
+    monkeypatch.setattr(evidence, "RankCorrelation", partial(RankCorrelation, exact_tokens=0, bins=2**12))
+    monkeypatch.setattr(spool, "BLOCK_TOKENS", 2**12)
+
+    def peak(tokens):
+        """Most bytes that a verdict on 400 rollouts takes."""
+        offsets = np.arange(401, dtype=np.int64) * (tokens + 1)
+        draw = np.random.default_rng(0)
+        returns = np.repeat(draw.integers(0, 2, 400), tokens + 1).astype(np.float32)
+        mask = np.ones(len(returns), dtype=bool)
+        mask[offsets[:-1]] = False
+        batch = Rollouts(
+            input_ids=np.zeros(len(returns), dtype=np.int32),
+            offsets=offsets,
+            response_mask=mask,
+            returns=returns,
+            values=draw.random(len(returns), dtype=np.float32),
+            group=np.arange(400) // 8,
+            row=np.arange(400),
+            rewards=np.where(np.roll(mask, -1), 0, returns).astype(np.float32),
+        )
+        judge = Judge(["c"], resamples=20)
+        judge.add(batch, {"c": draw.random(len(returns), dtype=np.float32)})
+        del batch, returns, mask
+        tracemalloc.start()
+        judge.verdict()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(2000) < 1.1 * peak(20)  # a hundred times the tokens
