@@ -20,7 +20,7 @@ from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
 from critic_train.settings.run import RunSettings
 from critic_train.settings.split import SplitSettings
 from critic_train.settings.tracking import TrackingSettings
-from critic_train.settings.training import OnNonFinite, Schedule, TrainingSettings
+from critic_train.settings.training import OnNonFinite, OptimizerKind, Schedule, TrainingSettings
 from critic_train.settings.verify import VerifySettings
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "OnBadFile",
     "OnBadRows",
     "OnNonFinite",
+    "OptimizerKind",
     "Packing",
     "Precision",
     "PredictSettings",

@@ -49,6 +49,8 @@ class FitSettings(
             wrong.append(f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
         if self.patience is not None and not self.val_data and self.val_fraction == 0:
             wrong.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
+        if self.optimizer != "adamw" and self.nproc > 1:
+            wrong.append(f"--optimizer {self.optimizer} runs in one process: leave --nproc at 1")
         if self.train == "lora" and self.nproc > 1:
             wrong.append("--train lora runs in one process: leave --nproc at 1")
         return wrong

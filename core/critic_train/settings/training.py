@@ -5,6 +5,7 @@ from typing import Literal
 
 from critic_train.settings.fields import Settings, seed_faults, setting, too_small
 
+OptimizerKind = Literal["adamw", "adamw-8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 OnNonFinite = Literal["stop", "skip"]
 
@@ -28,6 +29,9 @@ class TrainingSettings(Settings):
         None,
         "Peak learning rate of the value head. [default: --lr, and at least 1e-3 for a new head]",
         panel="Training",
+    )
+    optimizer: OptimizerKind = setting(
+        "adamw", "AdamW with float32 moments, or with 8-bit ones (bitsandbytes).", panel="Training"
     )
     weight_decay: float = setting(0.01, "AdamW weight decay, on matrices only.", panel="Training")
     warmup_steps: int | None = setting(

@@ -175,7 +175,7 @@ def _timed(
 ) -> Pace | None:
     """Take steps on a copy of the run's critic that is thrown away; None when asked to stop."""
     recipe = LossRecipe(cliprange_value=None, mode="token-mean", scale_factor=None)
-    optimizer = build_optimizer(critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0)
+    optimizer = build_optimizer(critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer)
     rows: list[tuple[float, float, float, int]] = []
     for _ in range(1 + TIMED_STEPS):
         began = _now(compute)

@@ -250,7 +250,9 @@ def _prepare(
         data=data,
         plan=plan,
         critic=critic,
-        optimizer=build_optimizer(critic, lr=lr, head_lr=head_lr, weight_decay=settings.weight_decay),
+        optimizer=build_optimizer(
+            critic, lr=lr, head_lr=head_lr, weight_decay=settings.weight_decay, kind=settings.optimizer
+        ),
         compute=compute,
         recipe=LossRecipe(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor),
         targets=Targets.of(settings),

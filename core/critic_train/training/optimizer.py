@@ -1,24 +1,30 @@
 """Fused AdamW on float32 master weights, and learning rates that depend on the step alone."""
 
+import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from critic_train.distributed.ranks import ALONE, Ranks
-from critic_train.errors import ModelError
+from critic_train.errors import ConfigError, ModelError
 from critic_train.model.critic import Critic
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
-from critic_train.settings import Schedule
+from critic_train.settings import OptimizerKind, Schedule
 
 STATE_FILE = "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CODES = ("qmap1", "qmap2")
+"""What the 256 codes of bitsandbytes' moments stand for."""
 
 
-def build_optimizer(critic: Critic, *, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(
+    critic: Critic, *, lr: float, head_lr: float, weight_decay: float, kind: OptimizerKind = "adamw"
+) -> torch.optim.Optimizer:
     """AdamW over trunk and head; matrices of the trunk decay, vectors and the head do not.
 
     Args:
@@ -26,16 +32,35 @@ def build_optimizer(critic: Critic, *, lr: float, head_lr: float, weight_decay: 
         lr: peak learning rate of the trunk.
         head_lr: peak learning rate of the head.
         weight_decay: decoupled decay of the trunk's matrices (Loshchilov & Hutter 2019).
+        kind: moments in float32, or in 8 bits a number (Dettmers et al. 2022, arXiv 2110.02861) by bitsandbytes.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
     """
     trunk = [p for p in critic.trunk.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trunk if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in trunk if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
         {"params": list(critic.head.parameters()), "lr": head_lr, "weight_decay": 0.0},
     ]
     for group in groups:
         group["peak_lr"] = group["lr"]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, fused=True) if kind == "adamw" else _in_8_bits(groups)
+
+
+def _in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    # The package greets its importer with what it lacks on this machine, which is nobody's concern here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "--optimizer adamw-8bit: the package bitsandbytes is not installed",
+            hint="pip install 'critic-train[8bit]'",
+        ) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups)
+    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -65,7 +90,7 @@ def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_s
 def save_optimizer(
     optimizer: torch.optim.Optimizer, critic: Critic, directory: Path | None, ranks: Ranks = ALONE
 ) -> None:
-    """Write both moments of every parameter, and the step count, as safetensors.
+    """Write both moments of every parameter, and the step count, as safetensors; in 8 bits, their scales as well.
 
     Args:
         optimizer: of `critic`.
@@ -75,10 +100,11 @@ def save_optimizer(
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in critic.named_parameters():
-        state = optimizer.state.get(parameter)
-        if state:
-            tensors |= {f"{moment}.{name}": state[moment].contiguous() for moment in MOMENTS}
-            tensors[f"step.{name}"] = state["step"].reshape(1)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            if key in CODES:
+                tensor = tensor.clone()  # one for all parameters, which the format does not know
+            tensors[f"{key}.{name}"] = tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous()
     file = None if directory is None else directory / STATE_FILE
     if ranks.size > 1:
         from critic_train.distributed.sharded_saving import whole
@@ -106,9 +132,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
             if names:
                 raise ModelError(f"{file} holds no state of {name}: it belongs to another model")
             continue
+        if not isinstance(optimizer, torch.optim.AdamW):
+            optimizer.state[parameter] = _stored_state(file, name, names, parameter)
+            continue
         # Fused AdamW keeps its step count beside the parameter, as a 0-d float32 tensor.
         state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
         state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
         for key, tensor in state.items():
             read_rows(file, f"{key}.{name}", tensor)
         optimizer.state[parameter] = state
+
+
+def _stored_state(file: Path, name: str, names: set[str], parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """All that the file holds for one parameter, of an optimizer of bitsandbytes."""
+    state: dict[str, Any] = {}
+    with safe_open(file, framework="pt") as stored:
+        for key in sorted(names):
+            kind, _, owner = key.partition(".")
+            if owner == name:
+                tensor = stored.get_tensor(key)
+                state[kind] = int(tensor) if kind == "step" else tensor.to(parameter.device)
+    return state

@@ -81,7 +81,7 @@ class Trainer:
     data: RunData
     plan: TrainingPlan
     critic: Critic
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     compute: Compute
     recipe: LossRecipe
     targets: Targets
