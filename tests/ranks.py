@@ -13,13 +13,20 @@ from typing import Any
 
 from critic_train.errors import CriticTrainError
 from critic_train.events import Event, RunEnded, StepEnded
-from critic_train.settings import FitSettings
+from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
 
 PATIENCE_SECONDS = 120.0
 SIGTERM = 15
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["critic_train.training.fit", "critic_train.distributed.sharded_loading", "rank_work"])
+_context.set_forkserver_preload(
+    [
+        "critic_train.training.fit",
+        "critic_train.distributed.sharded_loading",
+        "critic_train.judging.evaluation",
+        "rank_work",
+    ]
+)
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -106,6 +113,20 @@ def fit_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> di
                 stop.signal_number = SIGTERM
     assert isinstance(last, RunEnded)
     return {"status": last.status, "signal": last.signal_number, "step": steps}
+
+
+def eval_run(settings: EvalSettings, stop_at: int | None = None) -> dict[str, Any]:
+    """A judgement, on rank 0 with its verdict; `stop_at` sends rank 1 a SIGTERM at that event."""
+    from critic_train.judging.evaluation import evaluate
+
+    stop = StopRequest()
+    last: Event | None = None
+    for number, event in enumerate(evaluate(settings, stop)):
+        last = event
+        if number == stop_at and os.environ["RANK"] == "1":
+            stop.signal_number = SIGTERM
+    assert isinstance(last, RunEnded)
+    return {"status": last.status, "signal": last.signal_number, "result": last.result}
 
 
 def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[str, Any]:

@@ -96,9 +96,13 @@ def json_asked(arguments: list[str]) -> bool:
     return "--json" in before
 
 
-def spoken_for(environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several ranks (torchrun says so) and not rank 0, which speaks for all."""
-    return environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
+def spoken_for(arguments: list[str], environment: Mapping[str, str]) -> bool:
+    """Whether this is one of several ranks (torchrun says so) that work together, and not rank 0, which speaks for all.
+
+    The ranks of `predict` each do a part by themselves, and each speaks.
+    """
+    together = any(hasattr(each.settings, "nproc") for each in COMMANDS if each.name in arguments[:1])
+    return together and environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
 
 
 def refuse_bare_command(arguments: list[str]) -> None:
@@ -123,7 +127,9 @@ def run() -> NoReturn:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:]
     debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
-    output = Output(as_json=json_asked(arguments), debug=debug or "--debug" in arguments, silent=spoken_for(os.environ))
+    output = Output(
+        as_json=json_asked(arguments), debug=debug or "--debug" in arguments, silent=spoken_for(arguments, os.environ)
+    )
     try:
         refuse_bare_command(arguments)
         code = app(args=arguments, prog_name="critic-train", standalone_mode=False, obj=output)

@@ -37,7 +37,7 @@ EVAL_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
---device --precision --packing --attention --max-tokens
+--device --precision --packing --attention --max-tokens --nproc
 --by --cliprange-value --resamples --seed --fail-under
 --report
 """)

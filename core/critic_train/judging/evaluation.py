@@ -9,6 +9,7 @@ from critic_train.data.blocks import blocks
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.uids import UidLookup
+from critic_train.distributed.ranks import joined
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.judging.advantages import AdvantageRecipe
@@ -36,7 +37,8 @@ STORED = "stored"
 def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     """Judge critics, or the stored values, on rollouts. Streams: memory does not grow with the data.
 
-    All rows are read and checked before any model runs, so that a bad row is reported at once.
+    All rows are read and checked before any model runs, so that a bad row is reported at once. Several ranks read the
+    same rows and share out what the models compute; rank 0 judges.
 
     Args:
         settings: what to judge and on what.
@@ -50,7 +52,11 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
-    compute = resolve_compute(settings)
+    with joined(settings, nproc=settings.nproc, device=settings.device) as ranks:
+        yield from _evaluate(settings, resolve_compute(settings, ranks), ranks.agreeing(stop))
+
+
+def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     bad_files = BadFiles()
     shards = find_shards(settings.data, bad_files)
     sources = {name: critic_source(Path(name)) for name in dict.fromkeys(settings.model)}
@@ -82,7 +88,11 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         advantage=AdvantageRecipe.of(recipe),
     )
     examples = Examples(seed=settings.seed, uids=uids) if settings.report else None
-    critics = {name: load_critic(source).to(compute.device).eval() for name, source in sources.items()}
+    critics = {name: load_critic(source, compute).to(compute.device).eval() for name, source in sources.items()}
+    if compute.ranks.size > 1 and critics:
+        from critic_train.distributed.sharding import cost_of
+
+        compute.pair_cost = cost_of(next(iter(critics.values()))).pair
     forest: dict[str, bool] = {}
     for name, critic in critics.items():
         choice, said = settle(critic, found.sample, settings, compute)
@@ -95,12 +105,16 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         if values is None or stop.requested:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
-        judge.add(batch, values)
-        if examples is not None:
+        if compute.ranks.leads:
+            judge.add(batch, values)
+        if examples is not None and compute.ranks.leads:
             examples.add(batch, values)
         if sentence := compute.lowered():
             yield Notice(message=sentence, level="warning")
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
+    if not compute.ranks.leads:
+        yield RunEnded(status="finished")
+        return
     result = _result(settings, shards, names, judge, reader)
     if examples is not None:
         result["examples"] = examples.records()

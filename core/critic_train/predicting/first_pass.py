@@ -47,7 +47,7 @@ def first_pass(reader: RolloutReader, total: int, stop: StopRequest) -> Generato
     """
     found = FirstPass()
     for batch in reader:
-        if stop.requested:
+        if stop.look():
             return found
         found.has_values = found.has_values and batch.values is not None
         file, _ = reader.files_read[-1]

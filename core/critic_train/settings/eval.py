@@ -7,12 +7,13 @@ from typing import ClassVar
 from critic_train.settings.compute import ComputeSettings
 from critic_train.settings.fields import seed_faults, setting, too_small
 from critic_train.settings.loss import cliprange_faults
+from critic_train.settings.ranks import RanksSettings
 from critic_train.settings.reading import ReadingSettings
 from critic_train.settings.returns import ReturnsSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(ComputeSettings, ReturnsSettings, ReadingSettings):
+class EvalSettings(RanksSettings, ComputeSettings, ReturnsSettings, ReadingSettings):
     """Settings of `critic-train eval`."""
 
     command: ClassVar[str] = "eval"

@@ -17,8 +17,9 @@ from support import readable_rollouts, write_shard
 from critic_train.distributed import workers
 from critic_train.errors import MachineError
 from critic_train.events import RunEnded, StepEnded
+from critic_train.judging.evaluation import evaluate
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint
-from critic_train.settings import FitSettings
+from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 
@@ -188,3 +189,14 @@ def test_adapters_are_for_one_process(settings, tmp_path):
     for ended in on_ranks(2, ranks.fit_run, ours):
         assert ended["fault"] == "ConfigError"
         assert "--train lora runs on one process" in ended["message"]
+
+
+def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
+    judged = EvalSettings(data=settings.data, model=[settings.out], max_tokens=200, device="cpu")
+    alone = list(evaluate(judged, StopRequest()))[-1].result
+    ours, theirs = on_ranks(2, ranks.eval_run, judged)
+    assert (ours["status"], theirs["status"], theirs["result"]) == ("finished", "finished", {})
+    for name in ("explained_variance", "mse", "clipfrac"):
+        assert ours["result"][name] == pytest.approx(alone[name], abs=1e-5), name
+    stopped = on_ranks(2, ranks.eval_run, judged, 0)
+    assert {(end["status"], end["signal"]) for end in stopped} == {("interrupted", ranks.SIGTERM)}
