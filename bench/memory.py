@@ -1,9 +1,10 @@
-"""Host memory of `fit` and `eval` against the size of the data: it should not grow.
+"""Host memory of `fit`, `eval` and `predict` against the size of the data: it should not grow.
 
     python bench/memory.py --megabytes 10 100 1000
 
-Random shards of each size are written to a temporary folder; `critic-train fit --preset tiny --max-steps 3` and
-`critic-train eval` run on them as processes of their own, and the most resident memory each held is printed.
+Random shards of each size are written to a temporary folder; `critic-train fit --preset tiny --max-steps 3`,
+`critic-train eval` and `critic-train predict` with that critic run on them as processes of their own, and the most
+resident memory each held is printed. --only chooses among them: predict computes every token and takes the longest.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 VOCABULARY = 1000
 PROMPT, RESPONSE, RESPONSES = 100, 300, 8
 ROWS_A_GROUP = 1000
+COMMANDS = ("fit", "eval", "predict")
 
 
 def write_shards(folder: Path, megabytes: int) -> tuple[int, int]:
@@ -56,23 +58,36 @@ def peak_of(command: list[str]) -> float:
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024) / 10**6
 
 
+def commands(data: Path, folder: Path) -> dict[str, list[str]]:
+    """Name -> arguments of each command, in the order in which they can run."""
+    run, read = str(folder / "run"), ["--data", str(data)]
+    fit = ["--out", run, "--preset", "tiny", "--max-steps", "3", "--val-fraction", "0", "--device", "cpu"]
+    predict = ["--model", run, "--to", str(folder / "next"), "--device", "cpu"]
+    return {"fit": ["fit", *read, *fit], "eval": ["eval", *read], "predict": ["predict", *read, *predict]}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=COMMANDS)
     chosen = parser.parse_args()
     program = [sys.executable, "-m", "critic_train_cli"]
-    print(f"{'shards':>10} {'rollouts':>9} {'fit peak':>10} {'eval peak':>10}")
+    print(f"{'shards':>10} {'rollouts':>9} " + " ".join(f"{f'{name} peak':>12}" for name in chosen.only))
     for megabytes in chosen.megabytes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             data = folder / "rollouts"
             data.mkdir()
             written, rollouts = write_shards(data, megabytes)
-            fit = ["fit", "--data", str(data), "--out", str(folder / "run"), "--preset", "tiny", "--max-steps", "3"]
-            fit_peak = peak_of([*program, *fit, "--val-fraction", "0", "--device", "cpu", "--quiet"])
-            eval_peak = peak_of([*program, "eval", "--data", str(data), "--quiet"])
-            print(f"{written / 10**6:7.0f} MB {rollouts:9} {fit_peak:7.0f} MB {eval_peak:7.0f} MB", flush=True)
+            needed = {*chosen.only, "fit"} if "predict" in chosen.only else set(chosen.only)
+            peaks = {
+                name: peak_of([*program, *words, "--quiet"])
+                for name, words in commands(data, folder).items()
+                if name in needed
+            }
+            shown = " ".join(f"{peaks[name]:9.0f} MB" for name in chosen.only)
+            print(f"{written / 10**6:7.0f} MB {rollouts:9} {shown}", flush=True)
 
 
 if __name__ == "__main__":

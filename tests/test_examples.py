@@ -1,13 +1,16 @@
 """The scripts in docs/examples do what they say."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +71,33 @@ def test_a_sweep_compares_its_runs(programs, tmp_path):
     shown = run("sweep.sh", programs, "--preset", "tiny", "--max-steps", "8", **more)
     assert shown.returncode == 0, shown.stderr
     assert {"lr-1e-3", "lr-4e-3"} <= set(re.findall(r"lr-\de-3", shown.stdout))
+
+
+@pytest.mark.slow
+def test_the_loop_closes_on_real_rollouts(programs, tmp_path):
+    """fit, predict, fit on the output, eval; and what was written is judged as the critic that wrote it."""
+    data, out = tmp_path / "data", tmp_path / "loop"
+    data.mkdir()
+    shutil.copy(ROOT / "sample_data" / "train" / "part-00000.parquet", data)
+    more = {"DATA": str(data), "OUT": str(out)}
+    shown = run("loop.sh", programs, "--preset", "tiny", "--max-steps", "4", **more)
+    assert shown.returncode == 0, shown.stderr
+    again = run("loop.sh", programs, "--preset", "tiny", "--max-steps", "4", **more)
+    assert again.returncode == 0
+    assert again.stdout.count("Already finished") == 3
+
+    def verdict(*arguments: str) -> dict:
+        command = ["critic-train", "eval", *arguments, "--json", "--quiet"]
+        return json.loads(subprocess.run(command, env=environment(programs), capture_output=True, cwd=ROOT).stdout)
+
+    before, after = (pq.read_table(folder) for folder in (data, out / "rollouts"))
+    others = [name for name in before.column_names if name not in ("values", "returns")]
+    assert after.select(others) == before.select(others)
+    assert after.column_names == [*before.column_names, "advantages"]
+    stored = verdict("--data", str(out / "rollouts"), "--returns", "mc")
+    critic = verdict("--data", str(data), "--returns", "mc", "--model", str(out / "first"))
+    for figure in ("explained_variance", "mse", "bias", "pearson"):
+        assert stored[figure] == critic[figure]
 
 
 @pytest.mark.parametrize(("code", "requeued", "judged"), [(0, False, True), (143, True, False), (3, False, False)])

@@ -1,24 +1,21 @@
 #!/usr/bin/env bash
-# The loop: train a critic, have it write fresh values and returns into the rollouts, train the next one on those, judge.
+# The loop: train a critic, have it write fresh values, returns and advantages into the rollouts, train the next critic on those,
+# judge both. Run it again after a preemption: each command goes on where it was, or says that it is done.
 #
-#   docs/examples/loop.sh TRAIN HELD_OUT OUT [FLAGS OF fit]
-#
-# as in docs/examples/loop.sh sample_data/train sample_data/val runs/loop --preset tiny
-# Run again after an interruption, it goes on: every command finds what it has done.
+#   DATA=rollouts/train VAL=rollouts/val OUT=runs/loop docs/examples/loop.sh --model Qwen2.5-0.5B/ --precision bf16
 set -euo pipefail
-train=$1 held_out=$2 out=$3
-shift 3
+DATA="${DATA:-sample_data/train}" VAL="${VAL:-sample_data/val}" OUT="${OUT:-runs/loop}"
+[[ $# -gt 0 ]] || set -- --preset tiny
 
-# A first critic, towards the rewards themselves: no values are needed.
-critic-train fit --data "$train" --val-data "$held_out" --returns mc --old-values none --out "$out/first" "$@"
+# Towards what was earned: no values are needed, nor returns.
+critic-train fit --data "$DATA" --val-data "$VAL" --out "$OUT/first" --returns mc --old-values none "$@"
 
-# Its values, and lambda-returns and the policy's advantages made of them, in the place of the old ones.
-critic-train predict --model "$out/first" --data "$train" --to "$out/rollouts/train" \
-    --returns gae --lam 0.95 --write values --write returns --write advantages
+# Its values, lambda-returns made of them, and the advantages a policy would be trained with.
+critic-train predict --model "$OUT/first" --data "$DATA" --to "$OUT/rollouts" --returns gae --lam 0.95 \
+    --write values --write returns --write advantages
 
-# The next critic, from the first one, clipped around its values, towards its lambda-returns.
-critic-train fit --model "$out/first" --data "$out/rollouts/train" --val-data "$held_out" --out "$out/second" \
-    --epochs 1 --lr 3e-4
+# The next iteration: from the first critic, clipped around its values, towards its lambda-returns.
+critic-train fit --model "$OUT/first" --data "$OUT/rollouts" --val-data "$VAL" --out "$OUT/second" --epochs 1 --lr 3e-4
 
-# Both beside the stored values, against what was earned.
-critic-train eval --model "$out/first" --model "$out/second" --data "$held_out" --returns mc
+# Both beside the values that came with the rollouts, against what was earned.
+critic-train eval --model "$OUT/first" --model "$OUT/second" --data "$VAL" --returns mc

@@ -16,8 +16,9 @@ class OutputDirectory:
 
     Args:
         path: the folder; created where it is missing.
-        command: the command that writes it, as in "predict": PATH/predict.json says how it was begun, and PATH/.predict
-            holds locks and whatever is kept until the files stand. Neither is taken for rollouts.
+        command: the command that writes it, as in "predict": PATH/_predict.json says how it was begun, and
+            PATH/.predict holds locks and whatever is kept until the files stand. Names that begin so are passed over
+            by whoever reads the folder as Parquet: Arrow, Spark and critic-train.
         places: key -> a file that will be written, of all parts.
         part: (K, N), of which this process is the K-th.
 
@@ -33,7 +34,7 @@ class OutputDirectory:
         self.path = path
         self._places = places
         self._alone = part[1] == 1
-        self._record = path / f"{command}.json"
+        self._record = path / f"_{command}.json"
         self.work = path / f".{command}"
         self._name = f"part-{part[0]}-of-{part[1]}"
         self._lock = Lock(self.work / f"{self._name}.lock", "--to")

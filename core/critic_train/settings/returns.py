@@ -26,8 +26,8 @@ class ReturnsSettings(Settings):
     lam: float = setting(1.0, "GAE's lambda for returns; at 1 they are Monte-Carlo's.", panel="Returns")
     lam_policy: str | None = setting(
         None,
-        "GAE's lambda for the advantages that predict writes: a number, or auto: 1 - 1/(alpha * response length). "
-        "[default: --lam]",
+        "GAE's lambda for the advantages that predict writes and eval judges: a number, or auto: "
+        "1 - 1/(alpha * response length). [default: --lam]",
         panel="Returns",
         metavar="X|auto",
     )

@@ -74,7 +74,7 @@ def test_the_rows_held_out_are_those_that_fit_holds_out(fraction, seed, shards, 
         found = pa.concat_tables(tables(tmp_path / "to" / side).values())
         assert found == everything.take(np.sort(chosen.spool.rows[chosen.index]))
         assert result[side] == {"rollouts": len(chosen), "prompt_groups": len(set(chosen.groups.tolist()))}
-    assert {p.name for p in (tmp_path / "to").iterdir()} == {"train", "val", "split.json"}
+    assert {p.name for p in (tmp_path / "to").iterdir()} == {"train", "val", "_split.json"}
 
 
 def test_row_groups_keep_their_bounds(shards, tmp_path):

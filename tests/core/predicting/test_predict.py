@@ -111,7 +111,7 @@ def test_everything_else_is_as_it_was(shards, critic, tmp_path):
     ended = predict(shards, critic, tmp_path / "to", **GAE)
     assert (ended.status, ended.result["files"], ended.result["rows"]) == ("finished", 2, 42)
     written = sorted(p.relative_to(tmp_path / "to").as_posix() for p in (tmp_path / "to").rglob("*") if p.is_file())
-    assert written == sorted([*FILES, "predict.json"])
+    assert written == sorted([*FILES, "_predict.json"])
     for name in FILES:
         before, after = read(shards / name), read(tmp_path / "to" / name)
         assert after.column_names == [*before.column_names, "advantages"]
@@ -390,3 +390,9 @@ def test_settings(settings, complaint):
     with pytest.raises(ConfigError) as refused:
         PredictSettings(**({"data": ["x"], "model": "m", "to": "y"} | settings))
     assert refused.value.message.startswith(complaint)
+
+
+def test_the_folder_reads_as_one_table(shards, critic, tmp_path):
+    """By whoever reads folders of Parquet files: what else stands there begins with an underscore."""
+    predict(shards, critic, tmp_path / "to")
+    assert pq.read_table(tmp_path / "to").num_rows == 42
