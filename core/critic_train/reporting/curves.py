@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from critic_train.reporting.drawing import Chart, Key, dash, ink, svg
 from critic_train.reporting.records import Record
 from critic_train.reporting.subjects import BASELINES, INK_OF, Subject
-from critic_train.reporting.thinning import thinned
+from critic_train.reporting.thinning import POINTS, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,8 +121,8 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
 
 def _held_out(runs: Sequence[Subject], key: str, title: str, name: str) -> Chart | None:
     """Explained variance at each evaluation with its interval, beside the baselines'."""
-    found = [(run, [row for row in run.source.evaluations if row.get(key) is not None]) for run in runs]
-    found = [(run, rows) for run, rows in found if rows]
+    known = [(run, [row for row in run.source.evaluations if row.get(key) is not None]) for run in runs]
+    found = [(run, _some(rows, POINTS)) for run, rows in known if rows]
     if not found:
         return None
     alone = len(found) == 1
@@ -185,10 +185,15 @@ def _evaluation_table(found: Sequence[tuple[Subject, Sequence[Record]]], key: st
     for run, evaluations in found:
         if len(found) > 1:
             rows.append([run.name, "", ""])
-        every = -(-len(evaluations) // 100)
-        shown = [row for i, row in enumerate(evaluations) if i % every == 0 or row is evaluations[-1]]
+        shown = _some(evaluations, 100)
         rows += [[row.cell("step", str), row.cell(key), row.bounds(f"{key}_interval")] for row in shown]
     return rows
+
+
+def _some(evaluations: Sequence[Record], most: int) -> list[Record]:
+    """Every so manieth evaluation, so that they are about `most`, and the last."""
+    every = -(-len(evaluations) // most)
+    return [row for i, row in enumerate(evaluations) if i % every == 0 or i == len(evaluations) - 1]
 
 
 def _distinct(runs: Sequence[Subject]) -> list[Subject]:

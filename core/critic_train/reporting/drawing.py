@@ -93,12 +93,12 @@ class Chart:
 @contextmanager
 def quiet_style() -> "Iterator[None]":
     """Draw in the page's style, and let matplotlib keep its thoughts on fonts and caches to itself."""
-    import matplotlib
-
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
+        import matplotlib
+
         with matplotlib.rc_context(_STYLE):
             yield
     finally:
@@ -127,11 +127,11 @@ def svg(
         whole_steps: the x axis counts something, so it has no ticks between whole numbers.
         y_labels: whether the y axis has ticks.
     """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
-
     with quiet_style():
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
         figure = Figure(figsize=(width / 72, height / 72))
         axes = figure.add_axes((0, 0, 1, 1))
         _bare(axes)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from critic_train.figures import count, fixed, signed, three
 from critic_train.reporting.drawing import Chart, Key, dash, in_chart, ink, name_row, svg
 from critic_train.reporting.records import Record
-from critic_train.reporting.subjects import BASELINES, INK_OF, Subject
+from critic_train.reporting.subjects import BASELINES, INK_OF, Subject, baselines_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +26,7 @@ def verdict_charts(subjects: Sequence[Subject]) -> list[Chart]:
 def _whiskers(subjects: Sequence[Subject], key: str, title: str, name: str) -> Chart | None:
     """A row for each critic and baseline: the figure as a point, its interval as a line."""
     rows = [(subject.name, subject.ink, subject.metrics) for subject in subjects]
-    # Baselines belong to the held-out rollouts: those of one source stand for all that were judged on the same.
-    for baseline, metrics in (subjects[0].judged() if subjects else {}).items():
-        rows.append((BASELINES[baseline], INK_OF[baseline], metrics))
+    rows += [(label, INK_OF[baseline], metrics) for label, baseline, metrics in baselines_of(subjects)]
     rows = [row for row in rows if row[2].get(key) is not None]
     if not rows or not any(subject.metrics.get(key) is not None for subject in subjects):
         return None

@@ -14,8 +14,8 @@ from critic_train.reporting.pieces import decoder_of
 from critic_train.reporting.provenance import different_settings, provenance_of
 from critic_train.reporting.records import Cell
 from critic_train.reporting.rollouts import SHADES, TOKENS_ON_A_PAGE, Reading, extreme_of, readings, scale_of
-from critic_train.reporting.sources import Source
-from critic_train.reporting.subjects import Subject, short_names, subjects_of
+from critic_train.reporting.sources import Source, titles
+from critic_train.reporting.subjects import Subject, data_sets, subjects_of
 from critic_train.reporting.verdict import card, comparison, differences, groups
 from critic_train.run.durable import replace_file
 
@@ -57,20 +57,21 @@ def render(sources: Sequence[Source], *, tokenizer: str | None = None) -> str:
         .get_template("page.html.jinja")
         .render(
             version=__version__,
-            title=", ".join(short_names([source.label for source in sources])),
+            title=", ".join(titles(sources)),
             several=len(subjects) > 1,
             cards=[card(subject) for subject in subjects],
             verdicts=verdict_charts(judged),
             comparison=comparison(subjects),
             differences=differences(subjects),
             between=_between(sources),
+            mixed=len(data_sets(subjects)) > 1,
             curves=curves(subjects),
             where=where_charts(judged),
             groups=[(subject, found) for subject in subjects if (found := groups(subject))],
             shelves=shelves,
             shades=SHADES,
             sources=[provenance_of(source) for source in sources],
-            labels=short_names([source.label for source in sources if source.is_run]),
+            labels=titles([source for source in sources if source.is_run]),
             different=different_settings(sources),
         )
     )

@@ -41,7 +41,13 @@ def report(settings: ReportSettings) -> Report:
     sources = read_sources(settings.runs)
     path = Path(settings.to) if settings.to else default_place(sources)
     refuse_place(path, "--to")
-    size = write_page(path, sources, tokenizer=settings.tokenizer)
+    try:
+        size = write_page(path, sources, tokenizer=settings.tokenizer)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"{', '.join(settings.runs)}: not as fit and eval write it ({type(error).__name__}: {error})",
+            hint="report what fit or eval --json wrote, unchanged; --debug shows where it stopped",
+        ) from error
     return Report(path=path, size_bytes=size, sources=sources)
 
 

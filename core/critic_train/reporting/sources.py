@@ -1,12 +1,13 @@
 """What a page is about, as read from disk: a run's directory, or what `eval --json` printed."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from critic_train.errors import ConfigError
+from critic_train.reporting.names import short_names
 from critic_train.reporting.records import Record
 
 EVALUATION = "evaluation.json"
@@ -111,7 +112,7 @@ def read_evaluation(path: Path, number: int = 1) -> Source:
         ConfigError: the file holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", hint=NEITHER) from error
     except ValueError as error:
@@ -124,12 +125,26 @@ def read_evaluation(path: Path, number: int = 1) -> Source:
 def evaluation_source(result: Mapping[str, Any], path: Path | None = None, number: int = 1) -> Source:
     """eval's result as a source, read from `path` or still in memory."""
     name = path.name if path else "eval"
-    return Source(path=path, label=str(path or "evaluation"), evaluation=Record(result, f"{number}:{name}#"))
+    critics = ", ".join(short_names(list(result.get("models") or []))) or "stored values"
+    return Source(
+        path=path, label=str(path or f"evaluation of {critics}"), evaluation=Record(result, f"{number}:{name}#")
+    )
+
+
+def titles(sources: Sequence[Source]) -> list[str]:
+    """What sources are called where there is little room."""
+    short = iter(short_names([source.label for source in sources if source.path is not None]))
+    return [source.label if source.path is None else next(short) for source in sources]
+
+
+def _loads(text: str | bytes) -> Any:
+    """JSON; NaN and infinities, which are none but which some write, become None."""
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _object(folder: Path, name: str, number: int) -> Record:
     try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
+        value = _loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         value = None
     return Record(value if isinstance(value, Mapping) else {}, f"{number}:{name}#")
@@ -143,7 +158,7 @@ def _lines(path: Path, at: str) -> Iterator[Record]:
         return
     for number, line in enumerate(lines, start=1):
         try:
-            value = json.loads(line)
+            value = _loads(line)
         except ValueError:
             continue
         if isinstance(value, Mapping):

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 from critic_train.judging.words import in_words
 from critic_train.reporting.drawing import SERIES
+from critic_train.reporting.names import short_names
 from critic_train.reporting.records import Record
-from critic_train.reporting.sources import Source
+from critic_train.reporting.sources import Source, titles
 
 BASELINES = {"constant": "constant mean", "stored": "stored values", "group_mean": "prompt group's mean"}
 INK_OF = {"constant": "constant", "stored": "stored", "group_mean": "group-mean"}
@@ -54,7 +54,7 @@ class Subject:
 def subjects_of(sources: Sequence[Source]) -> list[Subject]:
     """Every critic of every source, in order."""
     found: list[Subject] = []
-    for source, label in zip(sources, short_names([source.label for source in sources]), strict=True):
+    for source, label in zip(sources, titles(sources), strict=True):
         if source.is_run:
             found.append(_of_run(source, label, len(found) + 1))
         else:
@@ -62,14 +62,26 @@ def subjects_of(sources: Sequence[Source]) -> list[Subject]:
     return found
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many of them as it takes to tell them apart."""
-    parts = [PurePath(path).parts or (path,) for path in paths]
-    for count in range(1, max((len(p) for p in parts), default=1) + 1):
-        names = ["/".join(p[-count:]).removeprefix("//") for p in parts]
-        if len(set(names)) == len(set(paths)):
-            return names
-    return list(paths)
+def data_sets(subjects: Sequence[Subject]) -> list[list[Subject]]:
+    """The subjects that were judged on the same rollouts, together: those whose returns have the same figures."""
+    found: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        if subject.metrics:
+            verdict = subject.verdict
+            told = [verdict.get("rollouts"), verdict.get("response_tokens"), dict(verdict.part("returns").data)]
+            constant = subject.baselines.part("constant").get("mse")
+            found.setdefault(repr([*told, constant]), []).append(subject)
+    return list(found.values())
+
+
+def baselines_of(subjects: Sequence[Subject]) -> list[tuple[str, str, Record]]:
+    """What the subjects have to beat, once for each set of rollouts: (name on the page, key, metrics)."""
+    sets = data_sets(subjects)
+    return [
+        (BASELINES[name] + (f" ({among[0].name})" if len(sets) > 1 else ""), name, metrics)
+        for among in sets
+        for name, metrics in among[0].judged().items()
+    ]
 
 
 def _of_run(source: Source, label: str, number: int) -> Subject:

@@ -6,7 +6,7 @@ from typing import Any
 
 from critic_train.figures import count, fixed, interval, share, short, signed, three
 from critic_train.reporting.records import Cell, Record
-from critic_train.reporting.subjects import BASELINES, Subject
+from critic_train.reporting.subjects import Subject, baselines_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def tiles(metrics: Record) -> list[Tile]:
     found = [
         Tile(name, record.cell(key), record.bounds(f"{key}_interval"), about)
         for name, record, key, about in candidates
-        if record.get(key) is not None and (record is not monte_carlo or record.get(key) != metrics.get(key))
+        if record.get(key) is not None and (record is not monte_carlo or _differs(record, metrics, key))
     ]
     for other, about in (("group_mean", "over GRPO's baseline"), ("stored", "over the stored values")):
         part = minus.part(other)
@@ -164,7 +164,7 @@ def comparison(subjects: Sequence[Subject]) -> list[list[Any]]:
     columns = [(subject.name, subject.metrics) for subject in subjects if subject.metrics]
     if not columns:
         return []
-    columns += [(BASELINES[name], metrics) for name, metrics in subjects[0].judged().items()]
+    columns += [(name, metrics) for name, _, metrics in baselines_of(subjects)]
     rows: list[list[Any]] = [["", *(name for name, _ in columns)]]
     for name, key, how in FIGURES:
         if any(metrics.get(key) is not None for _, metrics in columns):
@@ -177,10 +177,11 @@ def differences(subjects: Sequence[Subject]) -> list[list[Any]]:
     found: list[list[Any]] = []
     for verdict in {id(s.verdict.data): s.verdict for s in subjects}.values():
         for pair, part in verdict.part("differences").parts().items():
-            if part.get("difference") is not None:
-                cell = part.cell("difference", lambda value: f"{value:+.3f}")
-                found.append([pair, cell, part.bounds("interval")])
-    return [["explained variance", "difference", "95 % interval"], *found] if found else []
+            for figure, record in {"explained_variance": part, **part.parts()}.items():
+                if record.get("difference") is not None:
+                    cell = record.cell("difference", lambda value: f"{value:+.3f}")
+                    found.append([pair, figure.replace("_", " "), cell, record.bounds("interval")])
+    return [["", "figure", "difference", "95 % interval"], *found] if found else []
 
 
 def groups(subject: Subject) -> list[tuple[str, list[list[Any]]]]:
@@ -203,6 +204,12 @@ def groups(subject: Subject) -> list[tuple[str, list[list[Any]]]]:
             ]
             found.append((title, table))
     return found
+
+
+def _differs(one: Record, other: Record, key: str) -> bool:
+    """Whether two figures differ by more than rounding."""
+    a, b = one.get(key), other.get(key)
+    return b is None or abs(a - b) > 1e-9
 
 
 def _sign(bounds: Any) -> int | None:

@@ -7,8 +7,9 @@ import pytest
 from looking import Page, stands_at
 
 from critic_train.errors import MachineError
+from critic_train.reporting.names import short_names
 from critic_train.reporting.page import render, write_page
-from critic_train.reporting.sources import read_sources
+from critic_train.reporting.sources import evaluation_source, read_sources
 
 MEGABYTE = 1_000_000
 
@@ -159,6 +160,39 @@ def test_runs_are_compared(compared_html):
     assert any(title in page.text for title in titles)
 
 
+def test_critics_judged_on_different_rollouts_are_not_compared(make_run, make_evaluation):
+    page = page_of(make_run("a", steps=4), make_evaluation("x.json", ["m"], seed=1))
+    assert "judged on different rollouts" in page.text
+    assert "constant mean (a)" in page.text
+    assert "constant mean (m)" in page.text
+    alike = page_of(make_run("b", steps=4), make_evaluation("y.json", ["m"]))
+    assert "judged on different rollouts" not in alike.text
+    assert alike.text.count("constant mean (") == 0
+
+
+def test_what_others_write_for_no_number_is_none(make_evaluation):
+    path = make_evaluation("x.json", ["m"])
+    value = json.loads(path.read_text())
+    value["critics"]["m"]["explained_variance"] = float("nan")
+    value["critics"]["m"]["calibration"][0]["mean_value"] = float("inf")
+    path.write_text(json.dumps(value))
+    assert "Cannot tell" in page_of(path).text
+
+
+def test_very_many_evaluations_stay_small(make_run):
+    run = make_run("a", steps=4)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    evaluation = {
+        key: value for key, value in json.loads(lines[0]).items() if not isinstance(value, list) or key[-1] == "l"
+    }
+    more = [json.dumps(evaluation | {"step": n, "explained_variance": n / 1e4}) for n in range(3000)]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, *more]) + "\n")
+    html = render(read_sources([str(run)]))
+    assert len(html) < MEGABYTE
+    assert "#/explained_variance" in html
+    assert ">2999<" in html
+
+
 def test_a_long_run_stays_small(make_run, tmp_path):
     run = make_run("long", steps=8)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -186,3 +220,23 @@ def test_without_room_the_old_page_stands(make_run, tmp_path, monkeypatch):
         write_page(page, sources)
     assert page.read_text() == "old"
     assert list(tmp_path.glob(".page*")) == []
+
+
+@pytest.mark.parametrize(
+    ("paths", "short"),
+    [
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["x/a", "y/a"], ["x/a", "y/a"]),
+        (["/tmp/runs/a"], ["a"]),
+        (["/"], ["/"]),
+        (["a", "a"], ["a", "a"]),
+    ],
+)
+def test_names_are_as_short_as_they_can_be(paths, short):
+    assert short_names(paths) == short
+
+
+def test_an_evaluation_in_memory_is_named_after_its_critics(make_evaluation):
+    result = json.loads(make_evaluation("x.json", ["runs/a", "runs/b"]).read_text())
+    assert "<h1>evaluation of a, b</h1>" in render([evaluation_source(result)])
+    assert "<h1>evaluation of stored values</h1>" in render([evaluation_source(result | {"models": []})])

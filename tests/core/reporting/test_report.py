@@ -1,10 +1,15 @@
 """`critic-train report`: which runs, which place."""
 
 import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import critic_train
 from critic_train.errors import ConfigError, MachineError
 from critic_train.reporting.report import report
 from critic_train.settings import ReportSettings
@@ -67,3 +72,42 @@ def test_an_evaluation_without_critics_has_a_page(here):
     page = report(ReportSettings(runs=["good.json"])).path.read_text()
     assert json.loads(Path("good.json").read_text())["critics"] == {}
     assert "<svg" not in page
+
+
+def changed_somewhere(value, draw):
+    """The same JSON with one value somewhere in it replaced by something else."""
+    if isinstance(value, dict) and value and draw.random() < 0.95:
+        key = draw.choice(sorted(value))
+        return value | {key: changed_somewhere(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.95:
+        place = draw.randrange(len(value))
+        return [*value[:place], changed_somewhere(value[place], draw), *value[place + 1 :]]
+    return draw.choice([None, "words", -1, 1e300, [], {}, [None], {"a": 1}, True, float("nan")])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_file_that_somebody_has_changed_is_no_bug(here, make_evaluation, seed):
+    """It has a page, or is refused in words."""
+    draw = random.Random(seed)
+    value = json.loads(make_evaluation("x.json", ["a", "b"]).read_text())
+    for _ in range(12):
+        value = changed_somewhere(value, draw)
+    Path("x.json").write_text(json.dumps(value))
+    refused = ""
+    try:
+        page = report(ReportSettings(runs=["x.json"])).path.read_text()
+    except ConfigError as error:
+        refused, page = error.message, ""
+    assert refused.startswith("x.json") or (page.startswith("<!doctype html>") and page.endswith("</html>"))
+
+
+def test_the_library_that_draws_keeps_its_thoughts_to_itself(here):
+    """Where its cache cannot be written it warns, in the middle of somebody's run."""
+    script = (
+        "from critic_train.reporting.drawing import svg\n"
+        "print(len(svg(lambda axes: axes.plot([0, 1]), name='a', described='b')) > 100)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    environment |= {"HOME": "/proc", "PYTHONPATH": str(Path(critic_train.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
