@@ -116,7 +116,7 @@ class _SecondLook:
         scores = RolloutScores(len(group), self.evidence.positions)
         advantages = AdvantageMoments(len(group), self.advantage)
         # At lambda 1 an advantage is the Monte-Carlo return less V.
-        shortfall = AdvantageMoments(len(group), self.advantage.at_lambda_1())
+        shortfall = AdvantageMoments(len(group) if self.evidence.has_rewards else 0, self.advantage.at_lambda_1())
         for block in self.evidence.scan(name):
             calibration.add(block)
             advantages.add(block)

@@ -48,6 +48,10 @@ class Population:
     by_position: Moments
     slices: dict[str, tuple[list[object], Integers]]
 
+    def sort(self, moments: Moments) -> Moments:
+        """Moments of each rollout's response tokens, from the order of arrival into this one."""
+        return Moments(self.returns.count, moments.mean[self.order], moments.squares[self.order])
+
     @property
     def arrived_group(self) -> Integers:
         """int64 [m], index of each rollout's prompt group, in order of arrival."""

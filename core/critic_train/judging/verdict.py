@@ -64,10 +64,10 @@ def give_verdict(evidence: Evidence, asked: Asked) -> dict[str, Any]:
     fixed = {CONSTANT: np.full(len(peers), total.mean[0]), GROUP_MEAN: peers}
 
     sums = {**evidence.predictions(), **evidence.replay(fixed)}
-    errors = {name: s.error.moments(arrived.count)[population.order] for name, s in sums.items()}
     deeper = look_deeper(evidence, population, asked.advantage, resamples=asked.resamples, seed=asked.seed)
     advantages = _advantages(evidence, population, deeper)
     monte_carlo = _monte_carlo(population, deeper)
+    errors = {name: population.sort(s.error.moments(arrived.count)) for name, s in sums.items()}
     quantities = {RETURNS: population.returns, **errors, **advantages, **monte_carlo}
     resampled = resample(population.group, population.groups, quantities, asked.resamples, asked.seed)
     samples = {name: samples_of(resampled, name, RETURNS) for name in sums}
@@ -132,7 +132,7 @@ def _advantages(evidence: Evidence, population: Population, deeper: Deeper) -> d
     peers, _ = leave_one_out(outcomes, population.arrived_group, float(outcomes.mean()))
     found = {name: d.advantages for name, d in deeper.predictions.items() if d.advantages is not None}
     found[GROUP_MEAN] = same_for_all_tokens(outcomes - peers, evidence.returns().count)
-    return {ADVANTAGE + name: moments[population.order] for name, moments in found.items()}
+    return {ADVANTAGE + name: population.sort(moments) for name, moments in found.items()}
 
 
 def _advantage_figures(
@@ -157,7 +157,7 @@ def _monte_carlo(population: Population, deeper: Deeper) -> dict[str, Moments]:
     """MONTE_CARLO -> moments of the Monte-Carlo returns, with a name behind it of the errors against them."""
     found = {MONTE_CARLO + name: d.monte_carlo for name, d in deeper.predictions.items()}
     found[MONTE_CARLO] = deeper.monte_carlo
-    return {name: moments[population.order] for name, moments in found.items() if moments is not None}
+    return {name: population.sort(moments) for name, moments in found.items() if moments is not None}
 
 
 def _monte_carlo_figures(
