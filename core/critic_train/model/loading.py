@@ -5,7 +5,6 @@ that does not exist is made by `fit` alone, and said aloud.
 """
 
 import contextlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError
+from critic_train.json_files import read_object
 from critic_train.model.attention import NAME
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, ValueHead
+from critic_train.model.trust import hold_against_weights, refuse_claims, without_kernels
 
 HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
 """Where frameworks keep a value head: Hugging Face, OpenRLHF, verl; xtuner; TRL; DeepSpeed-Chat; GPT-2's class."""
@@ -84,12 +85,15 @@ def read_model(path: Path) -> ModelSource:
     raw = _raw_config(path)
     files = weight_files(path)
     config = prepare_config(_parsed_config(path, raw))
-    architecture = str((raw.get("architectures") or [""])[0])
+    shapes = _shapes(files)
+    hold_against_weights(path, config, shapes)
+    named = raw.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
     source = ModelSource(
         path=path,
         config=config,
         architecture=architecture,
-        head=_find_head(path, files, raw.get("value_head_prefix")),
+        head=_find_head(path, shapes, raw.get("value_head_prefix")),
     )
     claims_head = architecture.endswith(("ForTokenClassification", "ForSequenceClassification", "CriticModel"))
     if source.head is None and claims_head:
@@ -127,7 +131,7 @@ def load_critic(source: ModelSource, compute: Compute | None = None) -> Critic:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # transformers raises many kinds for weights it cannot place
         raise ModelError(f"{source.path}: the weights cannot be loaded: {_first_line(error)}") from error
     wrong = [f"{name}: missing" for name in sorted(report["missing_keys"])]
     wrong += [
@@ -178,7 +182,7 @@ def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def _raw_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         raise ModelError(
             f"{path} has no config.json",
@@ -186,14 +190,12 @@ def _raw_config(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{file} holds no JSON object")
-    return raw
 
 
 def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        without_kernels(config)
     except Exception as error:  # transformers raises many kinds for a configuration it does not know
         reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else _first_line(error)
         raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
@@ -204,6 +206,7 @@ def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         )
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
+    refuse_claims(path, raw, config)
     return config
 
 
@@ -213,12 +216,13 @@ def weight_files(path: Path) -> list[Path]:
     # Where both stand, transformers takes the single file.
     if index.exists() and not (path / "model.safetensors").exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            named = set(read_object(index)["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} cannot be read: {_first_line(error)}") from error
-        escaping = [name for name in names if Path(name).name != name]
-        if escaping:
-            raise ModelError(f"{index} names a file outside its directory: {escaping[0]!r}")
+        escaping = [name for name in named if not isinstance(name, str) or Path(name).name != name]
+        if escaping or not named:
+            raise ModelError(f"{index} names a file outside its directory: {(escaping or [''])[0]!r}")
+        names = sorted(named)
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (path / name).is_file()]
@@ -232,23 +236,26 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _find_head(path: Path, files: list[Path], prefix: object) -> str | None:
-    names = (prefix, *HEAD_NAMES) if isinstance(prefix, str) else HEAD_NAMES
+def _shapes(files: list[Path]) -> dict[str, list[int]]:
+    """The shape of every tensor, by the headers of the files."""
     shapes: dict[str, list[int]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                present = set(tensors.keys())
-                for name in names:
-                    if f"{name}.weight" in present:
-                        shapes[name] = tensors.get_slice(f"{name}.weight").get_shape()
+                shapes |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} is damaged or no safetensors file: {_first_line(error)}") from error
+    return shapes
+
+
+def _find_head(path: Path, shapes: dict[str, list[int]], prefix: object) -> str | None:
+    names = (prefix, *HEAD_NAMES) if isinstance(prefix, str) else HEAD_NAMES
     for name in names:
-        if name in shapes:
-            if len(shapes[name]) != 2 or shapes[name][0] != 1:
+        shape = shapes.get(f"{name}.weight")
+        if shape is not None:
+            if len(shape) != 2 or shape[0] != 1:
                 raise ModelError(
-                    f"{path}: {name}.weight has shape {shapes[name]}; a value head has [1, hidden_size]",
+                    f"{path}: {name}.weight has shape {shape}; a value head has [1, hidden_size]",
                     hint="a classifier with several labels is no critic; start from its causal LM instead",
                 )
             return name

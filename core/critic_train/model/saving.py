@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.model.critic import Critic
 from critic_train.model.lora import folded, is_adapted, save_adapters
+from critic_train.model.trust import may_be_copied
 from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
@@ -90,7 +91,7 @@ def copy_tokenizer(tokenizer_from: Path | None, directory: Path) -> None:
     if tokenizer_from is None:
         return
     for name in TOKENIZER_FILES:
-        if (tokenizer_from / name).is_file():
+        if may_be_copied(tokenizer_from / name):
             copy_file(tokenizer_from / name, directory / name)
 
 

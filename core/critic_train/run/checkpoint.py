@@ -5,13 +5,13 @@ directory is synced, renamed into place, and the parent synced. What has no mani
 is no checkpoint; it is never deleted. The order is by step, never by a file's time. Nothing is pickled.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from critic_train.errors import ModelError
+from critic_train.json_files import read_object
 from critic_train.run.manifest import MANIFEST, Condition, condition, recorded_step, write_manifest
 from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, sync_file
 
@@ -158,7 +158,8 @@ def _refusal(path: Path, found: Condition) -> ModelError:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The training state of a whole checkpoint (`trainer.json`)."""
-    state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    assert isinstance(state, dict)
-    return state
+    """The training state of a whole checkpoint (`trainer.json`). Raises ModelError where it cannot be read."""
+    try:
+        return read_object(path / "trainer.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'trainer.json'} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from critic_train.errors import ConfigError, MachineError
+from critic_train.json_files import read_object
 from critic_train.run.durable import write_json
 from critic_train.run.lock import Lock
 from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory
@@ -101,10 +102,9 @@ class RunDirectory:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the run (`run.json`, `result.json`), None where it does not stand or cannot be read."""
         try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+            return read_object(self.path / name)
         except (OSError, ValueError):
             return None
-        return value if isinstance(value, dict) else None
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Put a JSON object under its name, whole or not at all."""

@@ -1,6 +1,5 @@
 """The rollouts of a run: read and checked once, then at hand in any order without growing memory."""
 
-import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from critic_train.data.spool_writing import SpoolWriter
 from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError, MachineError
 from critic_train.events import Event, Notice, Progress
+from critic_train.json_files import read_object
 from critic_train.model.loading import ModelSource
 from critic_train.rollouts import Rollouts
 from critic_train.run.durable import write_json
@@ -29,6 +29,9 @@ from critic_train.training.targets import Targets
 
 ROLLOUTS_AT_ONCE = 512
 """Rollouts read together for a pass without gradients; prompt groups stand together in it."""
+
+READING, READING_KEYS = "reading.json", {"rows_left_out", "files_left_out", "files_read"}
+"""What is kept beside a spool: what of the shards is in it, and what is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +212,7 @@ def open_data(
         if spool is None:
             return None
         spools[name] = spool
-        kept = json.loads((cache / name / "reading.json").read_text(encoding="utf-8"))
+        kept = read_object(cache / name / READING)
         left_out[name], files_left_out[name] = kept["rows_left_out"], kept["files_left_out"]
         files_read[name] = [(file, rows) for file, rows in kept["files_read"]]
     train, held_out = _sets(settings, spools, files_read)
@@ -302,10 +305,11 @@ def _spool(
         "bad_files": list(bad_files.found),
     }
     known = directory / "read_as.json"
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) == read_as:
+    if known.is_file():
         try:
-            return Spool.open(directory)
-        except SpoolDamaged as fault:
+            if read_object(known) == read_as and read_object(directory / READING).keys() == READING_KEYS:
+                return Spool.open(directory)
+        except (OSError, ValueError) as fault:
             yield Notice(message=f"the run's cache is read anew: {fault}", level="warning")
     remove_tree(directory)
     make_directory(cache, exist_ok=True)
@@ -346,6 +350,6 @@ def _spool(
         "files_left_out": bad_files.summary(),
         "files_read": reader.files_read,
     }
-    write_json(directory / "reading.json", record)
+    write_json(directory / READING, record)
     write_json(known, read_as)
     return spool

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from critic_train.data.addresses import addresses
-from critic_train.errors import MachineError
+from critic_train.errors import MachineError, ModelError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
 from critic_train.judging.advantages import AdvantageRecipe
 from critic_train.judging.examples import Examples
@@ -66,6 +66,19 @@ class Position:
     metrics_bytes: int = 0
     skips: int = 0
 
+    @classmethod
+    def of(cls, record: dict[str, Any], total_steps: int) -> "Position":
+        """The position that a checkpoint recorded. Raises TypeError or ValueError where it is none."""
+        position = cls(**record)
+        counts = (position.step, position.metrics_bytes, position.skips, position.evaluations_since_best)
+        if not all(type(count) is int and count >= 0 for count in counts) or type(position.evaluated_step) is not int:
+            raise ValueError("a count that is no whole number")
+        if position.step > total_steps:
+            raise ValueError(f"step {position.step} of a run of {total_steps}")
+        if not isinstance(position.best_step, int | None) or not isinstance(position.best_figure, float | int | None):
+            raise ValueError("a best step or figure that is no number")
+        return position
+
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
@@ -109,10 +122,13 @@ class Trainer:
         self.keeper.found_whole(checkpoint)
         load_optimizer(self.optimizer, self.critic, checkpoint)
         state = read_state(checkpoint)
-        self.position = Position(**state["position"])
-        self.last_evaluation = state["last_evaluation"]
-        self.best_evaluation = state["best_evaluation"]
-        self.last_metrics = state["last_metrics"]
+        try:
+            self.position = Position.of(state["position"], self.plan.total_steps)
+            self.last_evaluation = state["last_evaluation"]
+            self.best_evaluation = state["best_evaluation"]
+            self.last_metrics = dict(state["last_metrics"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{checkpoint / 'trainer.json'} is not as critic-train writes it: {error}") from error
         best = self.run.checkpoints / checkpoint_name(self.position.best_step or 0)
         if self.run.best is None and best.is_dir():  # `best` led to a newer checkpoint, since found damaged
             self.run.point_best_at(best)
