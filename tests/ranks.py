@@ -9,6 +9,7 @@ import queue
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from critic_train.errors import CriticTrainError
@@ -29,8 +30,11 @@ _context.set_forkserver_preload(
 )
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(*arguments)` gives on each of the ranks; a typed fault as {"fault", "message"}."""
+def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, rank_0_is_enough: bool = False) -> list[Any]:
+    """What `work(*arguments)` gives on each of the ranks; a typed fault as {"fault", "message"}.
+
+    With `rank_0_is_enough`, ranks that hang when rank 0 has ended are killed, and have no answer.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,12 +46,15 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     for process in processes:
         process.start()
     try:
-        found = dict(_answer(answers, processes) for _ in range(size))
+        found: dict[int, Any] = {}
+        while len(found) < size and not (rank_0_is_enough and 0 in found):
+            rank, answer = _answer(answers, processes)
+            found[rank] = answer
     finally:
         for process in processes:
             process.join(5.0)
             process.kill()
-    return [found[rank] for rank in range(size)]
+    return [found.get(rank) for rank in range(size)]
 
 
 def _answer(answers: Any, processes: list[Any]) -> tuple[int, Any]:
@@ -139,6 +146,10 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
         "OSError": OSError(28, "No space left on device", "/somewhere"),
         "ValueError": ValueError("nobody foresaw this"),
     }
+    if kind == "hang":
+        from critic_train.distributed import group
+
+        group.TIMEOUT = timedelta(seconds=4)
     real = trainer.apply_gradient
     taken = 0
 
@@ -148,6 +159,8 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
         if taken == step and int(os.environ["RANK"]) == rank:
             if kind == "SIGKILL":
                 os.kill(os.getpid(), 9)
+            if kind == "hang":
+                time.sleep(60)
             raise faults[kind]
         return real(*arguments)
 

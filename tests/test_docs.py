@@ -21,6 +21,21 @@ OF_OTHER_PROGRAMS = {
     "--strict",
     "--megabytes",
     "--logdir",
+    "--cpus-per-task",
+    "--gpus-per-node",
+    "--master-addr",
+    "--master-port",
+    "--max-restarts",
+    "--nnodes",
+    "--node-rank",
+    "--nodes",
+    "--nproc-per-node",
+    "--ntasks-per-node",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+    "--shutdown-timeout",
+    "--signal",
 }
 
 

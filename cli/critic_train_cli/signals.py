@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,8 @@ from critic_train.stopping import StopRequest
 from critic_train_cli.faults import INTERRUPTED
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDED_ON_SECONDS = 5.0
+"""Slurm signals a whole job and torchrun hands on what it got: one signal, which a rank then gets twice."""
 
 
 @contextmanager
@@ -31,8 +34,17 @@ def stop_on_signals(stop: StopRequest, tell: Callable[[], None], leave: Callable
         yield
         return
 
+    launched = os.environ.get("WORLD_SIZE", "1") != "1"
+    first = -HANDED_ON_SECONDS
+
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
+        nonlocal first
+        now, before = time.monotonic(), first
+        if not stop.requested:
+            first = now
+        elif launched and now - before < HANDED_ON_SECONDS:
+            return
+        else:
             leave()
             os._exit(INTERRUPTED + number)
         stop.signal_number = number

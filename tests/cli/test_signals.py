@@ -43,6 +43,17 @@ def test_first_signal_ends_the_job_in_order(fake_command, clean_environment, tmp
     assert ended(process)[0] == code
 
 
+def test_a_signal_that_a_launcher_hands_on_is_no_second_one(fake_command, clean_environment, tmp_path):
+    rank = clean_environment | {"WORLD_SIZE": "2", "RANK": "0"}
+    process = started(fake_command, rank, tmp_path, "deaf")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    process.kill()
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

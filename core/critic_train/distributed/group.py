@@ -83,7 +83,7 @@ class Group(Ranks):
     ) -> None:
         self._over.set()
         if error is None:
-            dist.barrier()
+            self.largest(0)  # nobody leaves before all have come to the end
             dist.destroy_process_group()
             return
         cause = self._cause(error)

@@ -109,6 +109,14 @@ def test_a_fault_of_one_rank_ends_all_and_rank_0_says_it(settings, tmp_path, kin
         assert "Traceback" in leader["notes"][0]
 
 
+@pytest.mark.parametrize("kind", ["SIGKILL", "hang"])
+def test_a_rank_that_dies_or_hangs_is_not_waited_for(settings, tmp_path, kind):
+    ours = replace(settings, out=str(tmp_path / kind))
+    leader, _ = on_ranks(2, ranks.failing_run, ours, 1, 3, kind, rank_0_is_enough=True)
+    assert leader["fault"] == "MachineError"
+    assert leader["message"].startswith("rank 0 of 2 lost contact with another rank")
+
+
 def test_a_fault_of_rank_0_ends_the_others(settings, tmp_path):
     ours = replace(settings, out=str(tmp_path / "leader"))
     leader, other = on_ranks(2, ranks.failing_run, ours, 0, 3, "DataError")
