@@ -1,6 +1,9 @@
 """`evaluate` end to end on small shards: the values it judges are those another program computes."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import branching_rollouts, small_config, write_shard
@@ -13,6 +16,8 @@ from critic_train.model.loading import build_critic
 from critic_train.model.saving import save_critic
 from critic_train.settings import EvalSettings
 from critic_train.stopping import StopRequest
+
+SAMPLE = str(Path(__file__).parents[3] / "sample_data" / "val")
 
 
 def judge(**settings: object) -> dict:
@@ -112,3 +117,27 @@ def test_shards_without_values_are_judged_with_a_model_only(critic_directory, tm
     assert "stored" not in result["baselines"]
     with pytest.raises(DataError, match="nothing to judge"):
         judge(data=[str(shard)])
+
+
+def test_on_real_rollouts_bootstrapped_returns_flatter_the_values_they_were_made_with():
+    stored = judge(data=[SAMPLE])
+    assert stored["monte_carlo"]["explained_variance"] == stored["explained_variance"]  # these returns are the sums
+    assert stored["advantage"] == {"gamma": 1.0, "lam": 1.0}
+    bootstrapped = judge(data=[SAMPLE], returns="gae", lam=0.9)
+    found = bootstrapped["monte_carlo"]
+    assert found["explained_variance"] == pytest.approx(stored["explained_variance"], abs=1e-9)
+    assert bootstrapped["explained_variance"] > found["explained_variance"] + 0.1
+    assert found["explained_variance_excess"]["interval"][0] > 0
+    assert any(sentence.endswith("the returns flatter it") for sentence in bootstrapped["words"])
+    assert not any("flatter" in sentence for sentence in stored["words"])
+    assert bootstrapped["advantage"] == {"gamma": 1.0, "lam": 0.9}
+    automatic = judge(data=[SAMPLE], returns="mc", gamma=0.99, lam_policy="auto")
+    assert automatic["advantage"] == {"gamma": 0.99, "lam": None}
+
+
+def test_groups_are_named_as_in_the_shards():
+    uids = set(pq.read_table(SAMPLE, columns=["uid"])["uid"].to_pylist())
+    groups = judge(data=[SAMPLE])["critics"]["stored"]["groups"]
+    named = [row["uid"] for name in ("best", "worst") for row in groups[name]]
+    assert len(named) == len(set(named)) == 10
+    assert set(named) <= uids
