@@ -1,26 +1,31 @@
 """Host memory of `fit`, `eval` and `predict` against the size of the data: it should not grow.
 
-    python bench/memory.py --megabytes 10 100 1000
-
 Random shards of each size are written to a temporary folder; `critic-train fit --preset tiny --max-steps 3`,
 `critic-train eval` and `critic-train predict` with that critic run on them as processes of their own, and the most
-resident memory each held is printed. --only chooses among them: predict computes every token and takes the longest.
+resident memory each held is shown. predict computes every token, so it is left out above PREDICTED megabytes.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bench.entry import Options, Table
+
+NAME = "memory"
+TITLE = "Host memory against the size of the data, MB"
+DEVICES = ("cpu",)
+
+MEGABYTES = {"quick": (1,), "usual": (10, 100), "full": (10, 100, 1000)}
+PREDICTED = 30
 VOCABULARY = 1000
 PROMPT, RESPONSE, RESPONSES = 100, 300, 8
 ROWS_A_GROUP = 1000
-COMMANDS = ("fit", "eval", "predict")
 
 
 def write_shards(folder: Path, megabytes: int) -> tuple[int, int]:
@@ -66,29 +71,22 @@ def commands(data: Path, folder: Path) -> dict[str, list[str]]:
     return {"fit": ["fit", *read, *fit], "eval": ["eval", *read], "predict": ["predict", *read, *predict]}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100])
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=COMMANDS)
-    chosen = parser.parse_args()
+def run(options: Options) -> Table:
+    """Measure the commands at every size."""
     program = [sys.executable, "-m", "critic_train_cli"]
-    print(f"{'shards':>10} {'rollouts':>9} " + " ".join(f"{f'{name} peak':>12}" for name in chosen.only))
-    for megabytes in chosen.megabytes:
+    table = Table(columns={"shards": ".0f", "rollouts": ",", "fit": ".0f", "eval": ".0f", "predict": ".0f"})
+    for megabytes in MEGABYTES[options.size]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             data = folder / "rollouts"
             data.mkdir()
             written, rollouts = write_shards(data, megabytes)
-            needed = {*chosen.only, "fit"} if "predict" in chosen.only else set(chosen.only)
-            peaks = {
-                name: peak_of([*program, *words, "--quiet"])
-                for name, words in commands(data, folder).items()
-                if name in needed
-            }
-            shown = " ".join(f"{peaks[name]:9.0f} MB" for name in chosen.only)
-            print(f"{written / 10**6:7.0f} MB {rollouts:9} {shown}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            row: dict[str, Any] = {"shards": written / 10**6, "rollouts": rollouts}
+            for name, words in commands(data, folder).items():
+                if name != "predict" or megabytes <= PREDICTED:
+                    row[name] = peak_of([*program, *words, "--quiet"])
+            table.rows.append(row)
+    for name in ("fit", "eval", "predict"):
+        found = [row[name] for row in table.rows if name in row]
+        table.notes.append(f"{name}: {max(found) / min(found) - 1:.1%} between the least and the most")
+    return table

@@ -1,19 +1,14 @@
 """Time `eval` beside the bare model: what reading, checking, laying out and judging cost.
 
-    python bench/evaluation.py                     hidden 256 and 512, 256 and 1024 rollouts
-    python bench/evaluation.py --hidden 256 --rollouts 256 --rounds 5
-
-Both in turn, in one process on one thread; CPU time, medians of several rounds:
+Both in turn, in one process:
 
     eval    what `critic-train eval --model` runs: find and check the shards, read them again, lay out forests, predict,
             judge with 1000 resamples
     bare    the critic's forward pass alone on the very same micro-batches, laid out beforehand
 """
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +18,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import LlamaConfig
 
+from bench.entry import Options, Table
+from bench.measuring import in_turn, ratio
 from critic_train.data.blocks import blocks
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards
@@ -35,6 +32,15 @@ from critic_train.model.saving import save_critic
 from critic_train.settings import EvalSettings
 from critic_train.stopping import StopRequest
 
+NAME = "evaluation"
+TITLE = "eval beside the bare model's forward pass"
+DEVICES = ("cpu",)
+
+SETTINGS = {
+    "quick": [(64, 64)],
+    "usual": [(256, 256)],
+    "full": [(256, 256), (256, 1024), (512, 256), (512, 1024)],
+}
 VOCABULARY, LAYERS, MAX_TOKENS = 4096, 4, 4096
 PROMPT, RESPONSE, RESPONSES = 256, 128, 8
 
@@ -79,11 +85,11 @@ def eval_pass(data: Path, model: Path) -> Callable[[], object]:
     """The command's work, drained."""
     settings = EvalSettings(data=[str(data)], model=[str(model)], device="cpu", max_tokens=MAX_TOKENS)
 
-    def run() -> None:
+    def judge() -> None:
         *_, last = evaluate(settings, StopRequest())
         assert isinstance(last, RunEnded)
 
-    return run
+    return judge
 
 
 def bare_pass(data: Path, model: Path) -> Callable[[], object]:
@@ -93,42 +99,25 @@ def bare_pass(data: Path, model: Path) -> Callable[[], object]:
     rollouts = blocks(RolloutReader(find_shards([str(data)])))
     batches = [batch for block in rollouts for batch in micro_batches(block, compute, forest=True)]
 
-    def run() -> None:
+    def forward() -> None:
         with torch.no_grad():
             for batch in batches:
                 critic(batch)
 
-    return run
+    return forward
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--rollouts", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=3)
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, prompts of {PROMPT}, {RESPONSES} responses of {RESPONSE} each")
-    print(f"{'hidden':>6} {'rollouts':>8} {'eval':>9} {'bare':>9} {'bare/eval':>9}")
-    for hidden in chosen.hidden:
-        for rollouts in chosen.rollouts:
-            with tempfile.TemporaryDirectory() as folder:
-                data, model = Path(folder) / "a.parquet", Path(folder) / "critic"
-                write_shard(data, rollouts)
-                write_critic(model, hidden)
-                passes = {"eval": eval_pass(data, model), "bare": bare_pass(data, model)}
-                seconds: dict[str, list[float]] = {name: [] for name in passes}
-                for number in range(chosen.rounds + 1):
-                    for name, run in passes.items():
-                        began = time.process_time()
-                        run()
-                        if number:
-                            seconds[name].append(time.process_time() - began)
-            ratio = statistics.median(b / e for b, e in zip(seconds["bare"], seconds["eval"], strict=True))
-            medians = {name: statistics.median(found) for name, found in seconds.items()}
-            print(f"{hidden:6} {rollouts:8} {medians['eval']:7.2f} s {medians['bare']:7.2f} s {ratio:9.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: Options) -> Table:
+    """Time both at every width and size."""
+    table = Table(columns={"hidden": "", "rollouts": ",", "eval s": ".2f", "bare s": ".2f", "bare/eval": ".3f"})
+    for hidden, rollouts in SETTINGS[options.size]:
+        with tempfile.TemporaryDirectory() as folder:
+            data, model = Path(folder) / "a.parquet", Path(folder) / "critic"
+            write_shard(data, rollouts)
+            write_critic(model, hidden)
+            seconds = in_turn({"eval": eval_pass(data, model), "bare": bare_pass(data, model)}, min(3, options.rounds))
+            row = {f"{name} s": statistics.median(found) for name, found in seconds.items()}
+            share = ratio(seconds["bare"], seconds["eval"])
+            table.rows.append({"hidden": hidden, "rollouts": rollouts, **row, "bare/eval": share})
+    table.notes = [f"prompts of {PROMPT}, {RESPONSES} responses of {RESPONSE} each"]
+    return table

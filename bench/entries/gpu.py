@@ -1,0 +1,187 @@
+"""What a GPU is made to do: TFLOP/s and MFU of a fit step, beside the flat variable-length step and the padded step.
+
+Qwen2.5-shaped models with random weights, bf16, one prompt with eight responses, half of a sequence each.
+
+FLOP of a step: 6 N for each computed token, N being the parameters of the blocks' matrices (no embedding; a critic has
+no vocabulary head), and 12 * layers * heads * head_dim for each pair of positions that is seen (two products forward,
+twice that backward; a causal sequence of T tokens has T (T + 1) / 2 of them). Work that activation checkpointing does
+again, and what the narrowed last layer leaves out, count for nothing either way.
+MFU is against the data sheet's dense bf16 figure. No figure was printed by this file yet: it has not met a GPU.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config
+
+from bench.drawing import Shape, draw
+from bench.entry import Options, Table
+from bench.measuring import in_turn
+from bench.steps import EPS, GRAD_CLIP, fit_step, padded_step
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.forest import PrefixOrder, lay_out, prefix_order
+from critic_train.model.inputs import forest_input
+from critic_train.model.kernels.choosing import choose_attention
+from critic_train.model.loading import build_critic
+from critic_train.model.memory import checkpoint_activations, in_memory
+from critic_train.model.selfcheck import choose_packing
+from critic_train.rollouts import Rollouts
+from critic_train.training.loss import token_weights, value_loss
+from critic_train.training.optimizer import build_optimizer
+from critic_train.training.step import apply_gradient
+
+NAME = "gpu"
+TITLE = "A fit step on a GPU, beside the flat and the padded step"
+DEVICES = ("cuda",)
+
+VOCABULARY = 32_768
+SHAPES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+MODELS = {"0.5B": (896, 24, 14, 2, 4864), "1.5B": (1536, 28, 12, 2, 8960), "tiny": (64, 2, 2, 1, 128)}
+RUNS = {
+    "quick": [("tiny", 64)],
+    "usual": [("0.5B", 2048), ("1.5B", 2048)],
+    "full": [("0.5B", 2048), ("0.5B", 8192), ("1.5B", 2048), ("1.5B", 8192)],
+}
+MAX_TOKENS = 40_960
+KEPT_BYTES = 40 * 2**30
+"""Activations above which layers are computed again."""
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""Dense bf16, from the data sheets; SXM."""
+
+
+def run(options: Options) -> Table:
+    """Every model at every length."""
+    table = Table(
+        columns={
+            "model": "",
+            "sequence": ",",
+            "step": "",
+            "rollout tok/s": ",.0f",
+            "computed tok/s": ",.0f",
+            "TFLOP/s": ".1f",
+            "MFU": ".1%",
+            "fit/this": ".2f",
+            "activations": "",
+            "peak GB": ".1f",
+        },
+        notes=["rollout tok/s counts every rollout's tokens; fit/this is the ratio of rollout tok/s"],
+    )
+    for model, length in RUNS[options.size]:
+        table.rows += measure(model, length, options)
+    return table
+
+
+def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
+    """The three steps one after another, each with a model of its own: two do not fit beside each other."""
+    config = Qwen2Config(
+        **dict(zip(SHAPES, MODELS[model], strict=True)), vocab_size=VOCABULARY, max_position_embeddings=32_768
+    )
+    rollouts = draw(Shape("", length // 2, length // 2, length // 2), vocabulary=VOCABULARY)
+    compute = Compute(device=options.device, precision="bf16", max_tokens=MAX_TOKENS)
+    forest = lay_out(rollouts, prefix_order(rollouts))
+    compute.attention, passed = choose_attention("auto", forest, options.device, "bf16")
+    rows = []
+    for name in ("fit", "flat", "padded"):
+        row = timed(name, config, rollouts, compute, options)
+        positions = len(forest) if name == "fit" else len(rollouts.input_ids)
+        pairs = pairs_of(forest.depth) if name == "fit" else sum(n * (n + 1) / 2 for n in rollouts.lengths.tolist())
+        flop = row.pop("flop")(positions, pairs)
+        seconds = row["seconds"]
+        rows.append(
+            {
+                "model": model,
+                "sequence": length,
+                **row,
+                "rollout tok/s": len(rollouts.input_ids) / seconds,
+                "computed tok/s": positions / seconds,
+                "TFLOP/s": flop / seconds / 1e12,
+                "MFU": flop / seconds / 1e12 / peak if (peak := peak_tflops(options.device)) else None,
+                "passed over": passed,
+            }
+        )
+    for row in rows:
+        row["fit/this"] = rows[0]["rollout tok/s"] / row["rollout tok/s"]
+    return rows
+
+
+def timed(name: str, config: Qwen2Config, rollouts: Rollouts, compute: Compute, options: Options) -> dict[str, Any]:
+    """Median seconds of one kind of step, and what its figures are made of."""
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(options.device)
+    critic = build_critic(config, seed=0).to(options.device).train()
+    choose_packing(critic, rollouts.take(np.arange(2)), "forest")
+    counted = sum(p.numel() for n, p in critic.trunk.named_parameters() if p.ndim == 2 and "embed" not in n)
+    heads = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    recompute = needs_recomputing(config, compute)
+    checkpoint_activations(critic, "layer" if recompute else "none")
+    step: Callable[[], object]
+    if name == "fit":
+        step = fit_step(critic, rollouts, compute)
+    elif name == "flat":
+        step = flat_step(critic, rollouts, compute)
+    else:
+        del critic
+        step = padded_step(config, rollouts, replace(compute, max_tokens=max(1, compute.max_tokens // 4)))
+    seconds = in_turn({name: step}, options.rounds, options.device)[name]
+    return {
+        "step": f"{name}, {compute.attention if name != 'padded' else 'sdpa'}",
+        "seconds": statistics.median(seconds),
+        "activations": "computed again" if recompute and name != "padded" else "kept",
+        "peak GB": compute.peak_memory_bytes() / 1e9,
+        "flop": lambda positions, pairs: 6 * counted * positions + 12 * config.num_hidden_layers * heads * pairs,
+    }
+
+
+def flat_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[[], object]:
+    """The same step with every rollout whole: packed without padding, nothing shared."""
+    optimizer = build_optimizer(critic, lr=1e-5, head_lr=1e-4, weight_decay=0.01)
+    per_rollout = token_weights(rollouts.response_counts, "token-mean", None)
+    weights = np.repeat(per_rollout, rollouts.lengths).astype(np.float32)
+    values = rollouts.values
+    assert values is not None
+
+    def gradient() -> float:
+        at_once = max(1, compute.max_tokens // int(rollouts.lengths.max()))
+        loss = 0.0
+        for first in range(0, len(rollouts), at_once):
+            index = np.arange(first, min(first + at_once, len(rollouts)))
+            order = PrefixOrder(index=index, shared=np.zeros(len(index), dtype=np.int64))
+            batch = forest_input(rollouts, order, compute.device, compute.attention)
+            columns = (rollouts.returns, values, weights)
+            target, old, weight = (torch.from_numpy(c[batch.tokens]).to(compute.device) for c in columns)
+            with compute.autocast():
+                found = critic(batch)
+            part = value_loss(found, target, old, weight, EPS)
+            part.loss.backward()
+            loss += float(part.loss.detach())
+        return loss
+
+    def step() -> None:
+        apply_gradient(critic, optimizer, GRAD_CLIP, in_memory(gradient, rollouts, compute, critic))
+
+    return step
+
+
+def pairs_of(depth: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    """Pairs of positions that are seen: each position sees its ancestors and itself."""
+    return float((depth + 1).sum())
+
+
+def needs_recomputing(config: Qwen2Config, compute: Compute) -> bool:
+    """Whether a full micro-batch would keep more than KEPT_BYTES."""
+    layer = 8 * config.hidden_size + 2 * (6 * config.hidden_size + 4 * config.intermediate_size)
+    return compute.max_tokens * int(config.num_hidden_layers) * int(layer) > KEPT_BYTES
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """The data sheet's figure; None for a device that is not in the list."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

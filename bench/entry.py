@@ -1,0 +1,93 @@
+"""What a benchmark is: a module of bench.entries with a NAME, a TITLE and a `run`.
+
+    NAME = "planning"                                  # python -m bench planning
+    TITLE = "Planning a million rollouts"
+    DEVICES = ("cpu",)                                 # where it runs; ("cuda",) is passed over without a GPU
+
+    def run(options: Options) -> Table: ...
+
+A new file in bench/entries is a new benchmark; nothing else has to know of it.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+
+import bench.entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was asked for.
+
+    Attributes:
+        device: where to compute.
+        rounds: how often each thing is measured; medians are shown.
+        size: "quick" to try a benchmark out, "usual", or "full" for every setting.
+    """
+
+    device: torch.device
+    rounds: int = 5
+    size: str = "usual"
+
+    @property
+    def quick(self) -> bool:
+        """Whether the smallest sizes are enough."""
+        return self.size == "quick"
+
+
+@dataclass(kw_only=True)
+class Table:
+    """What a benchmark found.
+
+    Attributes:
+        columns: name -> how its cells are shown, as in ".2f"; "" for as they are.
+        rows: one cell for each column; None is shown as a dash.
+        notes: what a reader must know, in sentences.
+    """
+
+    columns: dict[str, str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The table as text, columns aligned."""
+        cells = [list(self.columns)]
+        cells += [[_shown(row.get(name), form) for name, form in self.columns.items()] for row in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        left = [isinstance(row.get(name), str) for row in self.rows[:1] for name in self.columns]
+        shown = [
+            "  ".join(
+                cell.ljust(width) if at < len(left) and left[at] else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in cells
+        ]
+        return shown + self.notes
+
+
+class Entry(Protocol):
+    """A module of bench.entries."""
+
+    NAME: str
+    TITLE: str
+    DEVICES: tuple[str, ...]
+
+    def run(self, options: Options) -> Table:
+        """Measure."""
+
+
+def entries() -> dict[str, Entry]:
+    """All benchmarks by name, in the order of their files."""
+    modules = [
+        cast(Entry, importlib.import_module(f"bench.entries.{found.name}"))
+        for found in pkgutil.iter_modules(bench.entries.__path__)
+    ]
+    return {module.NAME: module for module in modules}
+
+
+def _shown(cell: Any, form: str) -> str:
+    return "-" if cell is None else format(cell, form) if form else str(cell)

@@ -1,0 +1,34 @@
+"""The benchmarks run; what they find is for people to read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_one_command_prints_tables_and_keeps_them(tmp_path):
+    kept = tmp_path / "found.json"
+    done = bench("planning", "attention", "--size", "quick", "--rounds", "1", "--device", "cpu", "--json", str(kept))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(kept.read_text())
+    assert {"machine", "torch", "python", "threads", "rounds"} <= set(found["machine"])
+    assert [part["name"] for part in found["benchmarks"]] == ["planning", "attention"]
+    planning, attention = found["benchmarks"]
+    assert [row["mini-batch"] for row in planning["rows"]] == [64, 256, 1024, 4096]
+    assert all(0 < row["fill"] <= row["of what fits"] <= 1 for row in planning["rows"])
+    assert max(row["relative error"] for row in attention["rows"]) < 1e-5
+    assert "Planning a million rollouts" in done.stdout
+    assert "pieces, forest" in done.stdout
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    done = bench("speed")
+    assert done.returncode == 2
+    assert "no benchmark 'speed'; there are attention, data, evaluation, gpu, memory, planning, step" in done.stderr
