@@ -19,7 +19,7 @@ OF_OTHER_PROGRAMS = {
     "--critic.model_name_or_path",
     "--no-deps",
     "--strict",
-    "--megabytes",
+    "--size",
     "--logdir",
     "--cpus-per-task",
     "--gpus-per-node",

@@ -83,5 +83,4 @@ class Critic(nn.Module):
         states = states.flatten(0, 1)
         if len(states) == batch.computed_tokens:
             return states[batch.read]
-        assert batch.read_of_kept is not None, "only a narrowed last layer leaves positions out"
-        return states if len(states) == len(batch.read_of_kept) else states[batch.read_of_kept]
+        return states if batch.read_of_kept is None else states[batch.read_of_kept]

@@ -25,7 +25,8 @@ class ModelInput:
     Attributes:
         trunk_arguments: keyword arguments of the trunk.
         read: int64 [R], the flattened positions whose hidden state is turned into a value, each once, ascending.
-        read_of_kept: int64 [R], their places among the positions that the last layer computes where it is narrowed.
+        read_of_kept: int64 [R], their places among the positions that the last layer computes where it is narrowed;
+            None where they are just these.
         pair: int64 [M], for every response token the entry of `read` that holds its value.
         tokens: int64 numpy [M], the place of those response tokens in the mini-batch's token arrays.
         computed_tokens: positions that go through the trunk, padding included.
@@ -74,13 +75,18 @@ def forest_input(
             "forest_plan": plan,
         },
         read=_on(device, asked.read),
-        read_of_kept=None if plan.kept is None else _on(device, np.searchsorted(plan.kept_positions, asked.read)),
+        read_of_kept=_read_of_kept(plan, asked.read, device),
         pair=_on(device, asked.pair),
         tokens=asked.tokens,
         computed_tokens=len(forest),
         all_tokens=asked.all_tokens,
         where=forest.where,
     )
+
+
+def _read_of_kept(plan: ForestPlan, read: NDArray[np.int64], device: torch.device) -> Tensor | None:
+    same = plan.kept is None or len(plan.kept_positions) == len(read)
+    return None if same else _on(device, np.searchsorted(plan.kept_positions, read))
 
 
 def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.device) -> ModelInput:

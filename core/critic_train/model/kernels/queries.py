@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,24 +63,32 @@ def queries_at(forest: Forest, positions: NDArray[np.int64]) -> Queries:
         forest: the layout.
         positions: int64 [Q], ascending.
     """
-    segment = np.searchsorted(forest.starts, positions, side="right") - 1
-    breaks = np.flatnonzero((np.diff(positions) != 1) | (np.diff(segment) != 0)) + 1
-    bounds = [0, *breaks.tolist(), len(positions)]
     segments = forest.segments
+    first, last, segment = _runs(forest, positions)
+    ends = np.cumsum(last - first).tolist()
     runs = []
-    for first, last in pairwise(bounds):
-        own = int(positions[first]), int(positions[last - 1]) + 1
-        path = segments[segment[first]].path
+    for start, stop, number, end in zip(first.tolist(), last.tolist(), segment.tolist(), ends, strict=True):
         # What stands after the run in its rollout is not on its path; positions ascend along a path.
-        cut = tuple((start, min(stop, own[1])) for start, stop in path if start < own[1])
-        runs.append(QueryRun(queries=(first, last), own=own, path=cut))
+        path = tuple((a, min(b, stop)) for a, b in segments[number].path if a < stop)
+        runs.append(QueryRun(queries=(end - (stop - start), end), own=(start, stop), path=path))
     return Queries(forest=forest, positions=positions, runs=tuple(runs))
 
 
 def without_short_gaps(forest: Forest, positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """int64, ascending: `positions`, and those in gaps shorter than SHORT_GAP before them in their rollout."""
-    segment = np.searchsorted(forest.starts, positions, side="right") - 1
-    before = np.maximum(np.append(-1, positions[:-1]), forest.starts[segment] - 1)
-    gap = positions - before - 1
-    filled = np.flatnonzero((gap > 0) & (gap < SHORT_GAP))
-    return np.sort(np.concatenate([positions, spread(before[filled] + 1, gap[filled])]))
+    first, last, segment = _runs(forest, positions)
+    before = np.maximum(np.append(0, last[:-1]), forest.starts[segment])
+    first = np.where(first - before < SHORT_GAP, before, first)
+    return spread(first, last - first)
+
+
+def _runs(
+    forest: Forest, positions: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(first, last + 1, segment) of every run of neighbouring positions of one rollout, left to right."""
+    if not len(positions):
+        return positions, positions, positions
+    inside = np.searchsorted(positions, forest.starts[1:-1])
+    bounds = np.unique(np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1, inside, [len(positions)]]))
+    first, last = positions[bounds[:-1]], positions[bounds[1:] - 1] + 1
+    return first, last, np.searchsorted(forest.starts, first, side="right") - 1
