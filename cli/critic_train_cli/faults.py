@@ -18,6 +18,7 @@ from critic_train.errors import (
     MachineError,
     ModelError,
 )
+from critic_train.redaction import without_secrets
 
 DONE, REFUSED, USAGE, DATA, MODEL, DIVERGED, MACHINE, BUG, CLOSED = 0, 1, 2, 3, 4, 5, 6, 70, 141
 INTERRUPTED = 128
@@ -119,7 +120,7 @@ def write_crash_log(error: BaseException, run_directory: str | None) -> str | No
     Returns:
         The path, or None where neither could be written.
     """
-    words = "".join(traceback.format_exception(error))
+    words = without_secrets("".join(traceback.format_exception(error)))
     try:
         if run_directory and os.path.isdir(run_directory):
             path = os.path.join(run_directory, "crash.log")

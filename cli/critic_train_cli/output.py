@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from critic_train.redaction import without_secrets
 from critic_train_cli.faults import Fault, explain, write_crash_log
 from critic_train_cli.terminal import BOLD, CYAN, RED, YELLOW, console_on, paint
 
@@ -47,7 +48,7 @@ class Output:
     def text(self, words: str) -> None:
         """Give a result that is already text."""
         if not self.silent:
-            print(words, flush=True)
+            print(without_secrets(words), flush=True)
 
     def notice(self, message: str, level: str = "info") -> None:
         """Tell something worth hearing; a warning is told even when quiet."""
@@ -61,7 +62,7 @@ class Output:
         if self.silent:
             return
         with contextlib.suppress(OSError, ValueError):
-            print(words, file=sys.stderr, flush=True)
+            print(without_secrets(words), file=sys.stderr, flush=True)
 
     def error(self, error: BaseException) -> int:
         """Say what went wrong and what to do; returns the exit code."""
@@ -92,7 +93,7 @@ class Output:
 
 def as_json_text(value: Any) -> str:
     """One line of strict JSON: a figure that is not finite becomes null, for NaN is no JSON."""
-    return json.dumps(finite(value), allow_nan=False, default=plain)
+    return without_secrets(json.dumps(finite(value), allow_nan=False, default=plain))
 
 
 def finite(value: Any) -> Any:

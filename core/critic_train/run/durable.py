@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from critic_train.redaction import without_secrets
 from critic_train.run.storage import Data, remove, rename, sync_directory, write_file
 
 
@@ -25,12 +26,12 @@ def replace_file(path: Path, data: Data) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put JSON under a name, whole or not at all. NaN is refused, since it is no JSON.
+    """Put JSON under a name, whole or not at all, secrets hidden. NaN is refused, since it is no JSON.
 
     Raises:
         OSError: the disk is full or not writable; the old file stands unchanged.
     """
-    replace_file(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+    replace_file(path, without_secrets(json.dumps(value, indent=2, allow_nan=False)).encode() + b"\n")
 
 
 def sha256(path: Path) -> str:
