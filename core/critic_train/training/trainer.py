@@ -3,24 +3,20 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from critic_train.data.addresses import addresses
-from critic_train.errors import MachineError, ModelError
-from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, StepEnded
+from critic_train.errors import ModelError
+from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, StepEnded
 from critic_train.judging.advantages import AdvantageRecipe
 from critic_train.judging.examples import Examples
 from critic_train.judging.judge import Judge
-from critic_train.judging.words import in_words
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.predicting import predict_values
 from critic_train.model.saving import checkpoint_bytes, save_critic
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoint_name, checkpoint_step, read_state
@@ -30,10 +26,11 @@ from critic_train.run.keeping import Keeper
 from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import ROLLOUTS_AT_ONCE, RunData
+from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_suspects, keep_suspects
 from critic_train.training.kept_states import keep_states
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
+from critic_train.training.passes import Pass, judge_held_out, take_old_values
 from critic_train.training.plan import TrainingPlan
 from critic_train.training.step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
 from critic_train.training.targets import Targets
@@ -173,7 +170,7 @@ class Trainer:
         clipped = self.recipe.cliprange_value is not None
         if self.settings.old_values == "epoch" and (clipped or self.targets.moving):
             column = f"old_values-epoch-{epoch}"
-            yield from self._old_values(column, begun=number > 0)
+            yield from take_old_values(self._pass(), self.data.train, self.compute, column, begun=number > 0)
             if self.stop.requested:
                 return
         kept = self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
@@ -262,35 +259,8 @@ class Trainer:
                 self.judging = replace(self.compute, states=states)
         self.compute = training
 
-    def _old_values(self, column: str, *, begun: bool) -> Iterator[Event]:
-        """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
-        spool, ranks = self.data.train.spool, self.compute.ranks
-        if ranks.told(spool.has_column(column)):
-            return
-        if begun:
-            raise MachineError(
-                f"{spool.directory / column} is gone: the old values were taken when the epoch began, by a critic that "
-                "has moved on since",
-                hint="put the run's cache back, or start again with another --out",
-            )
-        yield Progress(stage="old values", done=0, total=len(self.data.train))
-        done = 0
-        try:
-            with spool.new_column(column) if ranks.leads else nullcontext() as writer:
-                for places, rollouts in self.data.train.by_group(ROLLOUTS_AT_ONCE):
-                    values = self._predict(rollouts, self.compute)
-                    if writer is not None:
-                        writer.write(self.data.train.index[places], values)
-                    done += len(places)
-                    yield Progress(stage="old values", done=done, total=len(self.data.train))
-        except _StoppedError:
-            return
-        ranks.told(True)  # the column stands from here on
-
     def _evaluate(self) -> Iterator[Event]:
         """Judge the critic on the held-out rollouts; nothing is recorded when asked to stop before the end."""
-        held_out = self.data.held_out
-        assert held_out is not None
         judge = Judge(
             ["critic"],
             cliprange_value=self.recipe.cliprange_value,
@@ -299,21 +269,10 @@ class Trainer:
             advantage=AdvantageRecipe.of(self.targets.recipe),
         )
         examples = Examples(seed=self.settings.seed, uids=self.data.uids)
-        done = 0
-        yield Progress(stage="evaluating", done=0, total=len(held_out))
-        ranks = self.compute.ranks
-        for _, rollouts in held_out.by_group(ROLLOUTS_AT_ONCE):
-            try:
-                values = {"critic": self._predict(rollouts, self.judging)}
-            except _StoppedError:
-                return
-            if ranks.leads:
-                judge.add(rollouts, values)
-                examples.add(rollouts, values)
-            done += len(rollouts)
-            yield Progress(stage="evaluating", done=done, total=len(held_out))
-        verdict = judge.verdict() if ranks.leads else {}
-        metrics = ranks.told(_metrics_of(verdict) if ranks.leads else None)
+        found = yield from judge_held_out(self._pass(), self.data, self.judging, judge, examples)
+        if found is None:
+            return
+        metrics, verdict = found
         position = self.position
         epoch, _ = self.plan.locate(position.step)
         self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})
@@ -326,8 +285,7 @@ class Trainer:
             self.best_evaluation = metrics
         elif position.step > 0:
             position.evaluations_since_best += 1
-        told = verdict | {"words": in_words(verdict), "examples": examples.records()} if ranks.leads else verdict
-        yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=told)
+        yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=verdict)
         if self.out_of_patience and position.step < self.plan.total_steps:
             yield Notice(
                 message=f"held-out {self.settings.best_by} has not improved in {position.evaluations_since_best} "
@@ -343,13 +301,8 @@ class Trainer:
             return True
         return figure < before if self.settings.best_by in LOWER_IS_BETTER else figure > before
 
-    def _predict(self, rollouts: Rollouts, compute: Compute) -> np.ndarray[Any, np.dtype[np.float32]]:
-        values = predict_values(self.critic, rollouts, compute, forest=self.forest, stop=self.stop)
-        if values is None:
-            raise _StoppedError
-        if not np.isfinite(values).all():
-            raise diverged(f"the critic predicts NaN or infinite values after step {self.position.step}")
-        return values
+    def _pass(self) -> Pass:
+        return Pass(critic=self.critic, step=self.position.step, forest=self.forest, stop=self.stop)
 
     def _checkpoint(self) -> Iterator[Event]:
         """Write the checkpoint of this step, unless it stands; then point `best` and remove what is too old."""
@@ -408,16 +361,3 @@ class Trainer:
         if self.settings.old_values == "epoch":
             for epoch in range(min(epochs, default=0)):
                 self.data.train.spool.drop_column(f"old_values-epoch-{epoch}")
-
-
-def _metrics_of(verdict: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation records of a verdict."""
-    return {
-        **verdict["critics"]["critic"],
-        "return_histogram": verdict["return_histogram"],
-        "baselines": verdict["baselines"],
-    }
-
-
-class _StoppedError(Exception):
-    """A pass without gradients was asked to stop."""
