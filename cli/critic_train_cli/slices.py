@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from critic_train.figures import DASH, count, fixed, signed, three
+from critic_train.figures import DASH, count, fixed, number, signed, three
 from critic_train_cli.columns import Column, Metrics, figure, first_that_fits, in_short, new_table, shown_name
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def draw_slices(console: "Console", critics: dict[str, Metrics]) -> None:
             Column("MSE", figure("mse", three)),
             Column("bias", figure("bias", signed)),
         ]
+        if any(number(row.get("auc_within_group")) is not None for row in slices.values()):
+            more.insert(1, Column("AUC in\nprompts", figure("auc_within_group")))
         candidates = [
             slices_table(column, shown, critics, about, more if len(critics) == 1 else []),
             slices_table(column, shown, critics, about, []),

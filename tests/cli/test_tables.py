@@ -127,6 +127,14 @@ def test_a_table_for_each_column():
     assert "By length: explained variance" in lines
 
 
+def test_a_column_shows_auc_where_a_value_has_one():
+    row = {"tokens": 900, "rollouts": 20, "explained_variance": 0.1, "mse": 0.1, "bias": 0.0}
+    by = {"task": {"code": row | {"auc_within_group": 0.7}, "chat": row | {"auc_within_group": None}}}
+    rows = [line.split() for line in drawn(verdict(critic=metrics(0.41, by=by)))]
+    assert ["code", "20", "900", "0.100", "-", "0.700", "0.100", "+0.0000"] in rows
+    assert ["chat", "20", "900", "0.100", "-", "-", "0.100", "+0.0000"] in rows
+
+
 def test_a_column_of_many_values_shows_the_largest():
     by = {"uid": {f"u{n:03}": {"tokens": n, "rollouts": 1, "explained_variance": 0.1} for n in range(500)}}
     lines = drawn(verdict(critic=metrics(0.41, by=by)))

@@ -6,11 +6,18 @@ from typing import Any
 import numpy as np
 
 from critic_train.judging.advantages import AdvantageMoments, AdvantageRecipe, negated
-from critic_train.judging.discrimination import Bools, Discrimination, RolloutScores, discrimination, right_or_wrong
+from critic_train.judging.discrimination import (
+    Bools,
+    Discrimination,
+    RolloutScores,
+    auc_within_slices,
+    discrimination,
+    right_or_wrong,
+)
 from critic_train.judging.distributions import CalibrationSums, Histogram, expected_calibration_error
 from critic_train.judging.evidence import RETURNS, Evidence
 from critic_train.judging.metrics import Population, Samples
-from critic_train.judging.moments import Moments
+from critic_train.judging.moments import Integers, Moments
 from critic_train.judging.quantiles import distinct_edges, order_statistics, part_ranks
 from critic_train.judging.spool import Column
 
@@ -29,6 +36,7 @@ class Depth:
         samples: figures in each resample.
         advantages: moments of each rollout's advantages, in order of arrival; None where no token arrived.
         monte_carlo: moments of each rollout's errors against Monte-Carlo returns; None without rewards.
+        auc_by: column -> AUC within prompt groups of the rollouts with each of its values.
     """
 
     figures: dict[str, Any] = field(default_factory=dict)
@@ -36,6 +44,7 @@ class Depth:
     samples: Samples = field(default_factory=dict)
     advantages: Moments | None = None
     monte_carlo: Moments | None = None
+    auc_by: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +132,7 @@ class _SecondLook:
             if block.rewards is not None:
                 shortfall.add(block)
             histogram.add(block.values)
-            if self.right is not None:
+            if self.right is not None or self.population.slices:
                 scores.add(block)
         table = calibration.table((spread.lowest, spread.highest), self.resamples, self.seed)
         told = Discrimination()
@@ -135,7 +144,18 @@ class _SecondLook:
             told.samples,
             advantages.moments(counts),
             negated(shortfall.moments(counts)) if self.evidence.has_rewards else None,
+            self._auc_by(scores, group),
         )
+
+    def _auc_by(self, scores: RolloutScores, group: Integers) -> dict[str, list[float | None]]:
+        """Column -> a figure for each of its values."""
+        outcomes = self.evidence.outcomes()
+        found = {}
+        for column, (labels, index) in self.population.slices.items():
+            arrived = np.empty_like(index)
+            arrived[self.population.order] = index
+            found[column] = auc_within_slices(scores.whole, outcomes, group, arrived, len(labels))
+        return found
 
     def monte_carlo(self) -> Moments | None:
         """Moments of the Monte-Carlo returns: what they exceed a value of 0 by."""

@@ -184,6 +184,35 @@ def discrimination(
     return Discrimination(dict(zip(NAMES, figures, strict=True)), table, samples)
 
 
+def auc_within_slices(
+    scores: Scores, outcomes: Floats, group: Integers, index: Integers, slices: int
+) -> list[float | None]:
+    """AUC within prompt groups of the rollouts with each value of a column, whose own outcomes say what is right.
+
+    So a column that tells tasks apart has AUCs where some tasks end right or wrong and others in a score.
+
+    Args:
+        scores: float32 [m], mean value of each rollout.
+        outcomes: float64 [m].
+        group: int64 [m], prompt group of each.
+        index: int64 [m], each rollout's value among `slices` of them.
+        slices: their number.
+
+    Returns:
+        One figure a value; None where its outcomes are not of two kinds, or no prompt has both.
+    """
+    order = np.argsort(index, kind="stable")
+    found: list[float | None] = []
+    for mine in np.split(order, np.searchsorted(index[order], np.arange(1, slices))):
+        right = right_or_wrong(outcomes[mine])
+        told, pairs = np.zeros(1), np.zeros(1)
+        if right is not None:
+            keys, own = np.unique(group[mine], return_inverse=True)
+            told, pairs = pairs_within(scores[mine], right, own.astype(np.int64), len(keys))
+        found.append(float(told.sum() / pairs.sum()) if pairs.sum() else None)
+    return found
+
+
 def tells_apart_from(table: list[dict[str, Any]]) -> float | None:
     """The share of the response after which the interval of the AUC within groups stays above one half.
 

@@ -43,9 +43,9 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
     groups: "best" and "worst" -> up to five prompt groups by mse: {uid, row, rollouts, tokens, mse, mean_value,
         mean_return}; `row` is the place in the data set of the first rollout.
     by: column -> value -> {tokens, rollouts, explained_variance, explained_variance_within_group, mse,
-        bias}.
-calibration to value_histogram and groups are for critics and stored values only; group_mean has an
-advantage_variance too.
+        bias, auc_within_group}; right and wrong are told by the outcomes of these rollouts alone.
+calibration to value_histogram and groups are for critics and stored values only, as is auc_within_group in by;
+group_mean has an advantage_variance too.
 """
 
 from collections.abc import Mapping, Sequence

@@ -36,7 +36,11 @@ def by_position(errors: Moments, returns: Moments) -> list[dict[str, Any]]:
 
 
 def by_label(
-    errors: Moments, population: Population, labels: list[object], index: Integers
+    errors: Moments,
+    population: Population,
+    labels: list[object],
+    index: Integers,
+    auc: list[float | None] | None,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of the rollouts with each value of a column.
 
@@ -45,6 +49,7 @@ def by_label(
         population: the rollouts, in the same order.
         labels: the column's values.
         index: int64 [m], each rollout's value among them.
+        auc: AUC within prompt groups for each value; None leaves the key out.
     """
     slices = len(labels)
     error, returned = (pool(x, index, slices) for x in (errors, population.returns))
@@ -63,6 +68,7 @@ def by_label(
             "explained_variance_within_group": explained_variance(float(inside[0][k]), float(inside[1][k])),
             "mse": mean_square(error, k),
             "bias": float(error.mean[k]),
+            **({} if auc is None else {"auc_within_group": auc[k]}),
         }
         for k, label in enumerate(labels)
     }

@@ -184,7 +184,8 @@ def _tables(sums: PredictionSums, errors: Moments, population: Population, depth
         "by_length": by_length(errors, population),
         **({"groups": best_and_worst_groups(errors, population)} if depth.tables else {}),
         "by": {
-            column: by_label(errors, population, labels, index) for column, (labels, index) in population.slices.items()
+            column: by_label(errors, population, labels, index, depth.auc_by.get(column))
+            for column, (labels, index) in population.slices.items()
         },
     }
 

@@ -151,6 +151,27 @@ def test_without_two_outcomes_there_is_no_auc(world):
     )
 
 
+def test_by_a_column_each_value_has_its_own_right_and_wrong(world):
+    rollouts, values, outcome = binary(world, 7, rollouts=90, groups=10)
+    # Of task "sum" right is 2 and wrong -1; "word" is scored; "chat" is never wrong.
+    last = np.array([np.flatnonzero(rollouts.response_mask[:stop])[-1] for stop in rollouts.offsets[1:]])
+    task = rollouts.labels["task"]
+    returns = rollouts.returns.copy()
+    returns[last[task == "word"]] = np.random.default_rng(0).random((task == "word").sum())
+    returns[last[task == "chat"]] = 2.0
+    judge = Judge(["a"], resamples=RESAMPLES, by=["task"])
+    judge.add(replace(rollouts, returns=returns), {"a": values["a"]})
+    verdict = judge.verdict()
+    by = verdict["critics"]["a"]["by"]["task"]
+    assert verdict["critics"]["a"]["auc_within_group"] is None
+    mine = np.flatnonzero(task == "sum")
+    scores = np.array(mean_values(rollouts, values["a"]))
+    told, pairs = all_pairs(scores[mine], outcome[mine], rollouts.group[mine])
+    assert by["sum"]["auc_within_group"] == pytest.approx(told / pairs, abs=1e-9)
+    assert (by["word"]["auc_within_group"], by["chat"]["auc_within_group"]) == (None, None)
+    assert "auc_within_group" not in verdict["baselines"]["constant"]["by"]["task"]["sum"]
+
+
 def test_a_constant_tells_nothing_apart(world):
     rollouts, values, _ = binary(world, 6)
     found = judged(rollouts, {"a": np.full_like(values["a"], 0.1)})["critics"]["a"]
