@@ -1,8 +1,9 @@
 """Rollouts and models small enough for a test, made from a seed."""
 
 import itertools
+import signal
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import transformers
 from numpy.typing import NDArray
 
 from critic_train.rollouts import Rollouts
+from critic_train.stopping import StopRequest
 
 VOCABULARY = 128
 GOOD, BAD = 5, 6
@@ -115,3 +117,17 @@ def readable_rollouts(prompts: int, *, seed: int = 0, responses: int = 4) -> Rol
     returns = np.repeat((first == GOOD).astype(np.float32), rollouts.lengths)
     values = np.full_like(returns, 0.5)
     return replace(rollouts, returns=returns, values=values, group=np.repeat(np.arange(prompts), responses))
+
+
+@dataclass(slots=True)
+class StopAfter(StopRequest):
+    """Asks to stop, as SIGTERM does, when it has been looked at so many times: at any batch or micro-batch of a job."""
+
+    looks: int = 0
+
+    @property
+    def requested(self) -> bool:
+        self.looks -= 1
+        if self.looks < 0:
+            self.signal_number = signal.SIGTERM
+        return self.signal_number is not None

@@ -4,34 +4,19 @@ import contextlib
 import json
 import os
 import pickle
-from dataclasses import dataclass
 
 import dumps
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run
+from support import StopAfter
 
 from critic_train.converting.sources import find_sources
 from critic_train.errors import ConfigError, DataError, MachineError, ModelError
 from critic_train.events import Progress
 from critic_train.run.lock import Lock
 from critic_train.settings import ConvertSettings
-from critic_train.stopping import StopRequest
-
-
-@dataclass(slots=True)
-class StopAfter(StopRequest):
-    """Asks to stop at the n-th look."""
-
-    looks: int = 0
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks < 0:
-            self.signal_number = 15
-        return self.signal_number is not None
 
 
 def lines(path, count, *, start=0, bad=()):

@@ -1,13 +1,13 @@
 """`split`: the rows that `fit` would hold out, in files of their own, with everything that was in them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import readable_rollouts, write_shard
+from support import StopAfter, readable_rollouts, write_shard
 
 from critic_train.data import decoding
 from critic_train.data.splitting import split
@@ -16,20 +16,6 @@ from critic_train.events import RunEnded
 from critic_train.settings import FitSettings, SplitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import find_run_shards, limits_of, open_data
-
-
-@dataclass(slots=True)
-class StopAfter(StopRequest):
-    """Asks to stop when it has been looked at so many times."""
-
-    looks: int = 0
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks < 0:
-            self.signal_number = 15
-        return self.signal_number is not None
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support import branching_rollouts, small_config, write_shard
+from support import StopAfter, branching_rollouts, small_config, write_shard
 
 from critic_train.data import blocks, decoding
 from critic_train.data.reading import Needs, RolloutReader
@@ -24,20 +24,6 @@ from critic_train.predicting import predict as predicting
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalSettings, PredictSettings
 from critic_train.stopping import StopRequest
-
-
-@dataclass(slots=True)
-class StopAfter(StopRequest):
-    """Asks to stop when it has been looked at so many times."""
-
-    looks: int = 0
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks < 0:
-            self.signal_number = 15
-        return self.signal_number is not None
 
 
 @pytest.fixture(scope="module")

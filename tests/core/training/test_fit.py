@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import VOCABULARY, readable_rollouts, write_shard
+from support import VOCABULARY, StopAfter, readable_rollouts, write_shard
 
 from critic_train.errors import ConfigError, DataError, DivergedError, MachineError
 from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
@@ -19,20 +19,6 @@ from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit, run_path
 
 SIGTERM = 15
-
-
-@dataclass(slots=True)
-class StopAfter(StopRequest):
-    """Asks to stop when it has been looked at so many times: at any micro-batch or batch of rows of a run."""
-
-    looks: int = 0
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks < 0:
-            self.signal_number = SIGTERM
-        return self.signal_number is not None
 
 
 @pytest.fixture(scope="module")

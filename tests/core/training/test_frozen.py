@@ -1,13 +1,12 @@
 """A frozen trunk: what is kept gives what computing it again gives, whatever stops in between."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import readable_rollouts, small_config, write_shard
+from support import StopAfter, readable_rollouts, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ConfigError, ModelError
@@ -19,20 +18,6 @@ from critic_train.training.fit import fit
 from critic_train.training.trainer import Trainer
 
 FAMILIES = ("Llama", "Qwen3", "Mistral", "GPTNeoX")
-
-
-@dataclass(slots=True)
-class StopAfter(StopRequest):
-    """Asks to stop when it has been looked at so many times."""
-
-    looks: int = 0
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks < 0:
-            self.signal_number = 15
-        return self.signal_number is not None
 
 
 @pytest.fixture(scope="module")

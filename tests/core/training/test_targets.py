@@ -1,14 +1,14 @@
 """`fit --returns`: runs on rewards are those on the returns that they come to, and moving targets resume to the bit."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support import readable_rollouts, write_shard
+from support import StopAfter, readable_rollouts, write_shard
 
 from critic_train.errors import ConfigError, DataError
 from critic_train.events import Notice, RunEnded, RunStarted
@@ -18,20 +18,6 @@ from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
-
-
-@dataclass(slots=True)
-class StopAfter(StopRequest):
-    """Asks to stop when it has been looked at so many times."""
-
-    looks: int = 0
-
-    @property
-    def requested(self) -> bool:
-        self.looks -= 1
-        if self.looks < 0:
-            self.signal_number = 15
-        return self.signal_number is not None
 
 
 def run(shards: Path, out: Path, stop: StopRequest | None = None, **changes: object) -> list:
