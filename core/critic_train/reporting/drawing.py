@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 420, 230
+WIDTH, HEIGHT, LOW = 420, 230, 110
 CHARACTER = 6.4  # the width of a digit at FONT pixels, on the wide side
 FONT = 11
 SERIES = 6
@@ -136,12 +136,12 @@ def svg(
         axes = figure.add_axes((0, 0, 1, 1))
         _bare(axes)
         draw(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole_steps))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if height > LOW else 4, integer=whole_steps))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         left = 8.0
         if y_labels:
             if axes.get_yscale() == "linear":
-                axes.yaxis.set_major_locator(MaxNLocator(5))
+                axes.yaxis.set_major_locator(MaxNLocator(5 if height > LOW else 2))
             axes.yaxis.set_major_formatter(FuncFormatter(_tick))
             axes.yaxis.set_minor_formatter(NullFormatter())
             low, high = sorted(axes.get_ylim())

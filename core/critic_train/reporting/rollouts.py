@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from critic_train.figures import fixed, three
-from critic_train.reporting.drawing import dash, ink, svg
+from critic_train.reporting.drawing import LOW, dash, ink, svg
 from critic_train.reporting.pieces import Decode, pieces
 from critic_train.reporting.records import Cell, Record, pointer
 from critic_train.reporting.subjects import Subject
@@ -165,4 +165,4 @@ def _course(name: str, colour: str, row: Record) -> str:
             axes.plot(range(1, len(up) + 1), up, color=ink(style), linestyle=line, linewidth=1.5, marker=marker)
         axes.margins(y=0.12)
 
-    return svg(draw, name=name, described="Value and return along the response", height=110, whole_steps=True)
+    return svg(draw, name=name, described="Value and return along the response", height=LOW, whole_steps=True)

@@ -185,12 +185,12 @@ def test_very_many_evaluations_stay_small(make_run):
     evaluation = {
         key: value for key, value in json.loads(lines[0]).items() if not isinstance(value, list) or key[-1] == "l"
     }
-    more = [json.dumps(evaluation | {"step": n, "explained_variance": n / 1e4}) for n in range(3000)]
+    more = [json.dumps(evaluation | {"step": n, "explained_variance": n / 1e4}) for n in range(1000)]
     (run / "metrics.jsonl").write_text("\n".join([*lines, *more]) + "\n")
     html = render(read_sources([str(run)]))
     assert len(html) < MEGABYTE
     assert "#/explained_variance" in html
-    assert ">2999<" in html
+    assert ">999<" in html
 
 
 def test_a_long_run_stays_small(make_run, tmp_path):
