@@ -158,4 +158,6 @@ def _asked(rollouts: Rollouts, index: NDArray[np.int64], where: NDArray[np.int64
 
 
 def _on(device: torch.device, array: NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # From pinned memory a copy to the device waits for nothing.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

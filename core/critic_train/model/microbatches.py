@@ -6,15 +6,22 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.ahead import ahead
 from critic_train.distributed.shares import Cost, Pieces, shares
 from critic_train.model.compute import Compute
 from critic_train.model.forest import PrefixOrder, prefix_order
 from critic_train.model.inputs import ModelInput, forest_input, nothing_asked, rows_input
 from critic_train.rollouts import Rollouts
 
+AHEAD = 2
+"""Micro-batches laid out while the device computes."""
+
 
 def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
-    """The micro-batches of a mini-batch, laid out one at a time on the device.
+    """The micro-batches of a mini-batch, laid out on the device.
+
+    A GPU does not wait for them: they are laid out in a thread beside it. On a CPU they are laid out one at a time:
+    the model has every core, and a thread would only take from it.
 
     Of several ranks each gets its own share, in as many micro-batches as the others: layers are gathered in step.
 
@@ -23,6 +30,11 @@ def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iter
         compute: device, token budget and ranks.
         forest: as a forest, or as padded rows.
     """
+    batches = _laid_out(rollouts, compute, forest=forest)
+    return ahead(batches, AHEAD) if compute.device.type == "cuda" else batches
+
+
+def _laid_out(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
     if compute.ranks.size > 1:
         for part in shared_micro_batches(rollouts, compute, forest=forest):
             if not len(part):

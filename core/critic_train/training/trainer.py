@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from critic_train.ahead import ReadAhead
 from critic_train.data.addresses import addresses
 from critic_train.errors import ModelError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, StepEnded
@@ -70,10 +71,12 @@ class Trainer:
     keeps_states: bool = False
     judging: Compute = field(init=False)
     keeper: Keeper = field(init=False)
+    reading: ReadAhead[tuple[int, int, str | None], Rollouts] = field(init=False)
 
     def __post_init__(self) -> None:
         self.keeper = Keeper(self.run.checkpoints, self.settings.keep)
         self.judging = self.compute
+        self.reading = ReadAhead(self._read)
 
     def resume(self, checkpoint: Path) -> None:
         """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
@@ -94,6 +97,12 @@ class Trainer:
 
     def train(self) -> Iterator[Event]:
         """Run to the end of the plan, or until asked to stop; a checkpoint stands at either."""
+        try:
+            yield from self._train()
+        finally:
+            self.reading.close()
+
+    def _train(self) -> Iterator[Event]:
         if self.keeps_states and not self._is_done():
             yield from self._keep_states()
         while True:
@@ -135,7 +144,7 @@ class Trainer:
             yield from take_old_values(self._pass(), self.data.train, self.compute, column, begun=number > 0)
             if self.stop.requested:
                 return
-        kept = self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
+        kept = self.reading.get((epoch, number, column), self._following(epoch, column))
         rollouts = self.targets.in_epoch(kept)
         factor = schedule_factor(
             self.settings.lr_schedule,
@@ -159,6 +168,17 @@ class Trainer:
         self.position.step += 1
         yield self._log_step(epoch, result, {"grad_norm": norm, "lr": lr, "rollouts": len(rollouts)}, began)
         yield from self._saturation_notice(result)
+
+    def _following(self, epoch: int, column: str | None) -> tuple[int, int, str | None] | None:
+        """The mini-batch after this one, where it can be read already: old values of another epoch do not stand yet."""
+        following, number = self.plan.locate(self.position.step + 1)
+        waits = column is not None and following != epoch
+        last = self.position.step + 1 >= self.plan.total_steps
+        return None if last or waits else (following, number, column)
+
+    def _read(self, what: tuple[int, int, str | None]) -> Rollouts:
+        epoch, number, column = what
+        return self.data.train.read(self.plan.mini_batch(epoch, number), values_from=column)
 
     def _not_finite(self, fault: str, epoch: int, rollouts: Rollouts) -> Iterator[Event]:
         """No step was taken: keep the rollouts behind it, then end the run or go on as --on-non-finite says."""
