@@ -22,7 +22,7 @@ from critic_train_cli.help_page import program_page
 from critic_train_cli.options import VARIABLE_PREFIX
 from critic_train_cli.output import Output
 from critic_train_cli.signals import die_of_closed_pipes
-from critic_train_cli.terminal import tame_streams
+from critic_train_cli.terminal import occupy_closed_descriptors, tame_streams
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
 COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, SPLIT, CONVERT, VERIFY)
@@ -121,6 +121,7 @@ def refuse_bare_command(arguments: list[str]) -> None:
 
 def run() -> NoReturn:
     """The entry point of the console script: parse, do the work, and end with the documented exit code."""
+    occupy_closed_descriptors()
     tame_streams()
     die_of_closed_pipes()
     # torch writes pages to stderr when another rank is gone; a fault of ours says it in a line.

@@ -66,6 +66,19 @@ def tame_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
+def occupy_closed_descriptors() -> None:
+    """Put /dev/null where stdin, stdout or stderr was closed.
+
+    The first files that are opened would take their numbers, and what a library writes to "stderr" would go into a
+    checkpoint or a log.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+
+
 def console_on(stream: TextIO | None, *, redraw: bool = False) -> "Console":
     """A rich console that agrees with the answers above.
 

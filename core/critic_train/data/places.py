@@ -6,6 +6,7 @@ kept in records and logs.
 """
 
 import io
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -45,7 +46,16 @@ def open_file(path: str) -> BinaryIO:
 
 def parquet_file(path: str, **options: Any) -> pq.ParquetFile:
     """pyarrow's ParquetFile of a file here or in a store."""
-    return pq.ParquetFile(open_file(path) if is_remote(path) else path, **options)
+    return pq.ParquetFile(open_file(path) if is_remote(path) else _local(path), **options)
+
+
+def _local(path: str) -> str | pa.NativeFile:
+    """A path, or the file open where Arrow cannot take its name: one with bytes that the locale (LC_ALL=C) has not."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return pa.OSFile(os.fsencode(path), "rb")
+    return path
 
 
 def remote_files(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
