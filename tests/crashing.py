@@ -117,3 +117,19 @@ def die(settings: FitSettings, at: int) -> None:
     """Run until the kernel kills this process at an operation; for a process of its own."""
     with watched(Dies(at=at, really=True)):
         list(fit(settings, StopRequest()))
+
+
+def die_of_two_signals(settings: FitSettings, name: str) -> None:
+    """Run under the program's signal handlers; SIGTERM comes twice while something of that name is synced."""
+    from critic_train_cli.job import run_job
+    from critic_train_cli.output import Output
+    from critic_train_cli.views import View
+
+    def watch(operation: Operation) -> None:
+        if operation.kind == "sync" and name in str(operation.path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    output = Output(quiet=True)
+    with watched(watch):
+        run_job(lambda stop: fit(settings, stop), View(output, stopping="stopping"), output)
