@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from critic_train.errors import ConfigError, MachineError
-from critic_train.run.directory import refuse_changes
+from critic_train.run.changes import refuse_changes
 from critic_train.run.lock import Lock
 from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, write_file
 

@@ -5,34 +5,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from critic_train.errors import ConfigError, MachineError
+from critic_train.errors import MachineError
 from critic_train.json_files import read_object
 from critic_train.run.durable import write_json
 from critic_train.run.lock import Lock
 from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory
-from critic_train.settings import flag_of
 
-RESUMABLE = frozenset(
-    {
-        "log_every",
-        "keep",
-        "checkpoint_every",
-        "out",
-        "data",
-        "val_data",
-        "model",
-        "log_to",
-        "log_project",
-        "patience",
-        "no_report",
-        "nproc",
-    }
-)
-"""Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
-what they lead to is held by fingerprints."""
-
-ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile"})
-"""Settings that may differ at the price of bit-identity: sums are taken in another order."""
+LONGEST_LINE = 2**20
+"""No line of a log is longer, in bytes."""
 
 
 class RunDirectory:
@@ -117,6 +97,11 @@ class RunDirectory:
         for column in (*self.cache.glob("*/old_values-*"), *self.cache.glob("*/state-rows")):
             remove(column)
 
+    def reopen(self) -> None:
+        """A finished run is to go on: forget its result."""
+        remove(self.path / "result.json")
+        sync_directory(self.path)
+
     def drop_cache(self) -> None:
         """Remove what can be made again from the shards; whatever cannot be removed stays."""
         self._clear(self.cache)
@@ -127,6 +112,9 @@ class RunDirectory:
         # Never lengthen: a log that somebody has cut would be filled up with NUL bytes.
         self._metrics.truncate(min(metrics_bytes, self._metrics.size))
         self._timings = File(self.path / "timings.jsonl", "append")
+        whole = _whole_lines(self.path / "timings.jsonl")
+        if whole < self._timings.size:  # a kill in the middle of a line
+            self._timings.truncate(whole)
         sync_directory(self.path)
 
     def log_metrics(self, record: dict[str, Any]) -> None:
@@ -159,52 +147,13 @@ class RunDirectory:
         return target if target is not None and target.is_dir() else None
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag: str = "--out") -> list[str]:
-    """Compare what a run was started with and what it is asked to go on with.
-
-    Args:
-        before: run.json.
-        now: the same of this command; what it does not name is not compared.
-        out: the run directory, for the message.
-        flag: how another one is given.
-
-    Returns:
-        Notices about changes that are allowed.
-
-    Raises:
-        ConfigError: something changed that the result depends on; every such thing is named.
-    """
-    refused: list[str] = []
-    notices: list[str] = []
-    old, new = before.get("settings", {}), now["settings"]
-    for name in new:
-        if name in RESUMABLE or old.get(name) == new[name]:
-            continue
-        line = f"{flag_of(name)} was {_shown(old.get(name))}, is now {_shown(new[name])}"
-        if name in ROUNDING_ONLY:
-            notices.append(f"{line}: the result may differ from the undisturbed run's by rounding")
-        else:
-            refused.append(line)
-    for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts"), ("model", "base model")):
-        if name in now and before.get(name) != now[name]:
-            refused.append(f"the {what} changed since the run began")
-    for name, what in (
-        ("versions", "library versions"),
-        ("threads", "number of threads"),
-        ("ranks", "number of ranks"),
-    ):
-        if name in now and before.get(name, now[name]) != now[name]:
-            notices.append(f"the {what} changed since the run began: the result may differ by rounding")
-    if refused:
-        raise ConfigError(
-            f"{out} holds a run that was started differently:\n" + "\n".join(f"  {line}" for line in refused),
-            hint=f"run the same command to resume it, or give this one another {flag}",
-        )
-    return notices
-
-
-def _shown(value: object) -> str:
-    return "not set" if value is None else str(value)
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - LONGEST_LINE))
+        tail = file.read()
+    return size - len(tail) + tail.rfind(b"\n") + 1
 
 
 def _append(file: File | None, record: dict[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """A fingerprint of a base model that is cheap however large the model is."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from critic_train.run.durable import sha256
 
 SAMPLES = 64
 SAMPLE_BYTES = 65_536
@@ -20,6 +23,11 @@ def model_digest(path: Path) -> dict[str, Any]:
     names = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     skipped = "optimizer.safetensors"
     return {"files": {p.name: _sampled(p) for p in names if p.name != skipped}}
+
+
+def tokenizer_digest(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 (hex) of those of the named files that a model directory has."""
+    return {name: sha256(path / name) for name in sorted(names) if (path / name).is_file()}
 
 
 def _sampled(path: Path) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice
 from critic_train.judging.verdict import without_tables
 from critic_train.model.loading import ModelSource
-from critic_train.model.saving import exported_class
+from critic_train.model.saving import TOKENIZER_FILES, exported_class
 from critic_train.model.selfcheck import PackingChoice
 from critic_train.reporting.place import PAGE
+from critic_train.run.changes import is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoints
-from critic_train.run.directory import RunDirectory, refuse_changes
-from critic_train.run.model_digest import model_digest
+from critic_train.run.directory import RunDirectory
+from critic_train.run.model_digest import model_digest, tokenizer_digest
 from critic_train.settings import FitSettings, as_dict
 from critic_train.training.dataset import (
     RunShards,
@@ -42,6 +43,7 @@ def compare_with_before(
         "data": shards.data_fingerprint,
         "val_data": shards.val_fingerprint,
         "model": model_digest(source.path) if source else None,
+        "tokenizer": tokenizer_digest(source.path, TOKENIZER_FILES) if source else None,
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "ranks": ranks.size,
@@ -58,6 +60,9 @@ def compare_with_before(
         )
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
+    if is_longer(before, record):
+        run.reopen()
+        run.write_json("run.json", before | {"settings": record["settings"]})
     return run.read_json("result.json")
 
 

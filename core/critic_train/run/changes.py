@@ -1,0 +1,124 @@
+"""What may differ between the command that began a run and the one that goes on with it."""
+
+from pathlib import Path
+from typing import Any
+
+from critic_train.errors import ConfigError
+from critic_train.settings import flag_of
+
+RESUMABLE = frozenset(
+    {
+        "log_every",
+        "keep",
+        "checkpoint_every",
+        "out",
+        "data",
+        "val_data",
+        "model",
+        "log_to",
+        "log_project",
+        "patience",
+        "no_report",
+        "nproc",
+    }
+)
+"""Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
+what they lead to is held by fingerprints."""
+
+ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile"})
+"""Settings that may differ at the price of bit-identity: sums are taken in another order."""
+
+HORIZON = ("epochs", "max_steps")
+"""Settings that say how long a run is."""
+SHOWN = 5
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag: str = "--out") -> list[str]:
+    """Compare what a run was started with and what it is asked to go on with.
+
+    Args:
+        before: run.json.
+        now: the same of this command; what it does not name is not compared.
+        out: the run directory, for the message.
+        flag: how another one is given.
+
+    Returns:
+        Notices about changes that are allowed.
+
+    Raises:
+        ConfigError: something changed that the result depends on; every such thing is named.
+    """
+    refused: list[str] = []
+    notices: list[str] = []
+    old, new = before.get("settings", {}), now["settings"]
+    longer = is_longer(before, now)
+    for name in new:
+        if name in RESUMABLE or old.get(name) == new[name]:
+            continue
+        line = f"{flag_of(name)} was {_shown(old.get(name))}, is now {_shown(new[name])}"
+        if name in HORIZON and longer:
+            notices.append(f"{line}: the run goes on beyond where it was to end")
+        elif name in ROUNDING_ONLY:
+            notices.append(f"{line}: the result may differ from the undisturbed run's by rounding")
+        elif name in HORIZON:
+            refused.append(
+                f"{line} (a run can be made longer with --lr-schedule constant, --warmup-steps and "
+                "--eval-every given, and without --old-values epoch: nothing else depends on its length then)"
+            )
+        else:
+            refused.append(line)
+    for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts")):
+        if name in now and before.get(name) != now[name]:
+            refused.append(f"the {what} changed since the run began: {changed_files(before.get(name), now[name])}")
+    for name, what in (("model", "base model"), ("tokenizer", "base model's tokenizer")):
+        if name in now and before.get(name, now[name]) != now[name]:
+            refused.append(f"the {what} changed since the run began")
+    for name, what in (
+        ("versions", "library versions"),
+        ("threads", "number of threads"),
+        ("ranks", "number of ranks"),
+    ):
+        if name in now and before.get(name, now[name]) != now[name]:
+            notices.append(f"the {what} changed since the run began: the result may differ by rounding")
+    if refused:
+        raise ConfigError(
+            f"{out} holds a run that was started differently:\n" + "\n".join(f"  {line}" for line in refused),
+            hint=f"run the same command to resume it, or give this one another {flag}",
+        )
+    return notices
+
+
+def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a run is asked to go on further than it was to, and nothing that was done depends on how far that was.
+
+    The learning rate does unless it is constant; the default warm-up and the default distance of evaluations are
+    shares of the run; old values of an epoch cut short went with the cache when the run ended.
+    """
+    old, new = before.get("settings", {}), now["settings"]
+    if all(old.get(name) == new.get(name) for name in HORIZON):
+        return False
+    lengths = [(old.get(name), new.get(name)) for name in HORIZON]
+    grows = all(was == wanted or (was is not None and wanted is not None and wanted > was) for was, wanted in lengths)
+    independent = new.get("lr_schedule") == "constant" and None not in (new.get("warmup_steps"), new.get("eval_every"))
+    return grows and independent and new.get("old_values") != "epoch"
+
+
+def changed_files(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Which files of a data set were added, removed, changed or put in another order, in words."""
+    was = {file["name"]: file for file in (before or {}).get("files", [])}
+    files = {file["name"]: file for file in (now or {}).get("files", [])}
+    found = {
+        "added": [name for name in files if name not in was],
+        "removed": [name for name in was if name not in files],
+        "changed": [name for name in files if name in was and files[name] != was[name]],
+    }
+    told = [
+        f"{what} {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        for what, names in found.items()
+        if names
+    ]
+    return "; ".join(told) or "their order is another"
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else str(value)
