@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from critic_train.data.decoding import damaged, pieces, refuse_giants
-from critic_train.data.shards import Shard
+from critic_train.data.places import parquet_file
+from critic_train.data.shards import Shard, place_of
 from critic_train.data.writing import ShardFile
 from critic_train.errors import ConfigError
 from critic_train.stopping import StopRequest
@@ -70,7 +70,8 @@ def copied(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: 
 def schema_of(shard: Shard) -> pa.Schema:
     """The Arrow schema of a shard."""
     try:
-        return pq.read_schema(shard.path)
+        with parquet_file(shard.path) as file:
+            return file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise damaged(shard, error) from error
 
@@ -89,7 +90,7 @@ def places(shards: list[Shard], sources: list[str], directory: Path) -> dict[str
     Raises:
         ConfigError: a shard would be replaced, or the next command would find old and new ones together.
     """
-    folder = os.path.commonpath([os.path.dirname(shard.path) for shard in shards])
+    folder = os.path.commonpath([os.path.dirname(place_of(shard.path)) for shard in shards])
     target = directory.resolve()
     for source in sources:
         if os.path.isdir(source) and target.is_relative_to(Path(source).resolve()):
@@ -97,7 +98,7 @@ def places(shards: list[Shard], sources: list[str], directory: Path) -> dict[str
                 f"--to {directory} lies in {source}, which is read: the same command would then read its own output",
                 hint="give a folder beside it",
             )
-    found = {shard.name: directory / os.path.relpath(shard.path, folder) for shard in shards}
+    found = {shard.name: directory / os.path.relpath(place_of(shard.path), folder) for shard in shards}
     for shard in shards:
         if os.path.realpath(found[shard.name]) == os.path.realpath(shard.path):
             raise ConfigError(

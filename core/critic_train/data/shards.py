@@ -65,7 +65,7 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
         for name in names:
             found.setdefault(name if is_remote(name) else os.path.realpath(name), name)
     shards: list[Shard] = []
-    for name in sorted(found.values(), key=_place):
+    for name in sorted(found.values(), key=place_of):
         try:
             shards.append(_shard(name))
         except (FooterError, pa.ArrowException, UnicodeDecodeError, OSError) as fault:
@@ -98,7 +98,7 @@ def fingerprint(shards: list[Shard]) -> dict[str, Any]:
         {"files": [{"name", "bytes", "rows", "footer", "content"}, ...], "digest": SHA-256 hex over all of them}, names
         relative to the folder that all files share.
     """
-    places = [_place(shard.path) for shard in shards]
+    places = [place_of(shard.path) for shard in shards]
     folder = os.path.commonpath([os.path.dirname(place) for place in places]) if places else ""
     files = [
         {
@@ -143,7 +143,7 @@ def _remote_names(source: str, faults: list[str]) -> Iterator[str]:
     yield from names
 
 
-def _place(path: str) -> str:
+def place_of(path: str) -> str:
     """An absolute path, also of an address: what shards are sorted and told apart by."""
     return "/" + path.replace("://", "/", 1) if is_remote(path) else os.path.abspath(path)
 

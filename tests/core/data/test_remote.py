@@ -242,6 +242,21 @@ def test_what_is_read_of_a_store_leaves_the_secret_in_no_file_and_no_line(shards
 
 
 @pytest.mark.slow
+def test_predict_reads_a_store(shards, tmp_path):
+    assert program(tmp_path, "fit", "--data", str(shards), "--out", "run", *TRAIN).returncode == 0
+    for data, to in (("s3://bucket/rollouts", "there"), (str(shards), "here")):
+        done = program(tmp_path, "predict", "--data", data, "--model", "run", "--to", to)
+        assert done.returncode == 0, done.stderr
+    names = [
+        sorted(str(p.relative_to(tmp_path / to)) for p in (tmp_path / to).rglob("*.parquet"))
+        for to in ("here", "there")
+    ]
+    assert names[0] == names[1] == ["a.parquet", "deep/b.parquet"]
+    for name in names[0]:
+        assert pq.read_table(tmp_path / "there" / name).equals(pq.read_table(tmp_path / "here" / name))
+
+
+@pytest.mark.slow
 def test_eval_and_check_read_a_store(shards, tmp_path):
     for name in ("eval", "check"):
         where = ["--data"] if name == "eval" else []
