@@ -1,7 +1,9 @@
 """What torch and pickle write is read as it was; what would run, allocate or reach elsewhere is refused, unrun."""
 
 import collections
+import contextlib
 import encodings.cp437  # what zipfile reads names with, imported at its first use  # noqa: F401
+import gc
 import io
 import os
 import pickle
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from critic_train.converting.pickles.archive import load_dump
+from critic_train.converting.pickles.machine import Machine
 from critic_train.errors import DataError
 
 WATCHED = ("import", "os.", "subprocess.", "exec", "compile", "pickle.find_class", "ctypes.", "socket.", "open")
@@ -344,3 +347,19 @@ def test_damage_anywhere_is_refused_or_harmless(tmp_path, kind):
         except DataError:
             refusals += 1
     assert refusals > 30
+
+
+def test_what_was_read_is_freed_without_the_collector(tmp_path):
+    """Or memory would grow from file to file until it runs."""
+    torch.save({"samples": [{"a key of this test": list(range(100))}]}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Call(os.system, "true")))
+    gc.collect()
+    gc.disable()
+    try:
+        load_dump(tmp_path / "a.pt", "a")
+        with contextlib.suppress(DataError):
+            load_dump(tmp_path / "b.pt", "b")
+        assert not [left for left in gc.get_objects() if type(left) is Machine and left._stack]
+        assert not [left for left in gc.get_objects() if type(left) is dict and "a key of this test" in left]
+    finally:
+        gc.enable()

@@ -98,18 +98,25 @@ class Machine:
                 or is damaged.
         """
         try:
-            while True:
-                code = self._take(1)[0]
-                if code == ord("."):
-                    return self._stack.pop()
-                step = self._steps.get(code)
-                if step is None:
-                    raise RefusedError(f"opcode {CODE_OPCODES.get(code, hex(code))} is no part of plain data")
-                step()
+            return self._run()
         except DAMAGE as error:
-            raise RefusedError(
-                f"the pickle is damaged at byte {self._at:,} ({type(error).__name__}: {error})"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise RefusedError(f"the pickle is damaged at byte {self._at:,} ({reason})") from None
+        finally:
+            # The steps are bound to this machine: as long as it has them, only the collector frees what it has read.
+            self._steps.clear()
+            self._memo.clear()
+            self._stack = []
+
+    def _run(self) -> Any:
+        while True:
+            code = self._byte()
+            if code == ord("."):
+                return self._stack.pop()
+            step = self._steps.get(code)
+            if step is None:
+                raise RefusedError(f"opcode {CODE_OPCODES.get(code, hex(code))} is no part of plain data")
+            step()
 
     def _take(self, count: int) -> memoryview:
         end = self._at + count
@@ -120,6 +127,13 @@ class Machine:
         piece = self._data[self._at : end]
         self._at = end
         return piece
+
+    def _byte(self) -> int:
+        at = self._at
+        if at >= len(self._data):
+            raise RefusedError("the pickle ends 1 byte too early")
+        self._at = at + 1
+        return self._data[at]
 
     def _number(self, size: int) -> int:
         return int.from_bytes(self._take(size), "little")
@@ -311,10 +325,10 @@ STEPS: dict[int, Callable[[Machine], None]] = {
     ord("0"): Machine._pop,
     ord("1"): Machine._pop_mark,
     ord("2"): lambda m: m._push(m._stack[-1]),
-    ord("q"): lambda m: m._put(m._number(1)),
+    ord("q"): lambda m: m._put(m._byte()),
     ord("r"): lambda m: m._put(m._number(4)),
     0x94: lambda m: m._put(len(m._memo)),
-    ord("h"): lambda m: m._push(m._memo[m._number(1)], 8),
+    ord("h"): lambda m: m._push(m._memo[m._byte()], 8),
     ord("j"): lambda m: m._push(m._memo[m._number(4)], 8),
     ord("N"): lambda m: m._push(None, 8),
     0x88: lambda m: m._push(True, 8),

@@ -30,9 +30,9 @@ def integers(data: memoryview, at: int) -> tuple[list[Any], int]:
         return list(found.group()[1::2]), found.end()
     found = INTEGERS.match(data, at)
     if found is not None:
-        return [_integer(item) for item in INTEGER.findall(found.group())], found.end()
+        return _mixed(found.group()), found.end()
     end = at + 1 + SIZES[data[at]]
-    return [_integer(bytes(data[at:end]))], end
+    return [int.from_bytes(data[at + 1 : end], "little", signed=data[at] == ord("J"))], end
 
 
 def floats(data: memoryview, at: int) -> tuple[list[Any], int]:
@@ -44,5 +44,14 @@ def floats(data: memoryview, at: int) -> tuple[list[Any], int]:
     return np.frombuffer(content, dtype=FLOAT)["value"].tolist(), at + len(content)
 
 
-def _integer(item: bytes) -> int:
-    return int.from_bytes(item[1:], "little", signed=item[0] == ord("J"))
+def _mixed(run: bytes) -> list[int]:
+    """Numbers of one, two and four bytes, each behind its opcode."""
+    sizes = np.fromiter(map(len, INTEGER.findall(run)), dtype=np.int64)
+    ends = np.cumsum(sizes)
+    content = np.frombuffer(run, dtype=np.uint8).astype(np.uint32)
+    values = content[ends - sizes + 1]
+    for place in (2, 3, 4):
+        longer = np.flatnonzero(sizes > place)
+        values[longer] |= content[ends[longer] - sizes[longer] + place] << np.uint32(8 * (place - 1))
+    found: list[int] = values.view(np.int32).tolist()
+    return found
