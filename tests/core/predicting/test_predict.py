@@ -20,6 +20,7 @@ from critic_train.events import RunEnded
 from critic_train.judging import evaluation
 from critic_train.model.loading import build_critic
 from critic_train.model.saving import save_critic
+from critic_train.predicting import job
 from critic_train.predicting import predict as predicting
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalSettings, PredictSettings
@@ -232,14 +233,14 @@ def test_stopped_anywhere_it_goes_on_and_ends_alike(looks, whiten, shards, criti
     flags = GAE | {"whiten_advantages": whiten}
     predict(shards, critic, tmp_path / "whole", **flags)
     calls: list[int] = []
-    real = predicting.predict_values
+    real = job.predict_values
 
     def counting(critic, rollouts, *args, **more):
         values = real(critic, rollouts, *args, **more)
         calls.append(int(rollouts.row[0]) if values is not None else -1)
         return values
 
-    monkeypatch.setattr(predicting, "predict_values", counting)
+    monkeypatch.setattr(job, "predict_values", counting)
     first = predict(shards, critic, tmp_path / "to", StopAfter(looks=looks), **flags)
     assert (first.status, first.signal_number) == ("interrupted", 15)
     assert predict(shards, critic, tmp_path / "to", **flags).status == "finished"
