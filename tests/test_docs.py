@@ -76,3 +76,17 @@ def test_the_readme_opens_with_the_two_commands():
     block = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert block is not None
     assert [line.split("  ")[0] for line in block.group(1).splitlines()] == ["./dev demo", "./dev test"]
+
+
+def test_every_scenario_on_the_reliability_page_has_a_test_that_exists():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = {int(number): row for number, row in re.findall(r"^\| (\d+) \|(.*)$", page, flags=re.MULTILINE)}
+    assert sorted(rows) == list(range(1, 32))
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", path.read_text())
+    }
+    named = {number: set(re.findall(r"`(test_\w+)`", row)) for number, row in rows.items()}
+    assert all(named.values())
+    assert {number: names - there for number, names in named.items() if names - there} == {}
