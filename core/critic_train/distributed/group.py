@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -131,6 +132,12 @@ class Group(Ranks):
         from critic_train.distributed.sharding import sum_gradients
 
         sum_gradients(modules, now=now)
+
+    def in_float32(self, modules: Sequence[torch.nn.Module]) -> AbstractContextManager[None]:
+        """See Ranks."""
+        from critic_train.distributed.sharding import in_float32
+
+        return in_float32(modules)
 
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers."""

@@ -5,7 +5,7 @@ Nothing of torch.distributed is imported here; `group` is the real thing and is 
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,10 @@ class Ranks:
 
     def sum_gradients(self, modules: Sequence[torch.nn.Module], *, now: bool) -> None:
         """Say whether the next backward pass sums these modules' gradients over ranks, or leaves it to a later one."""
+
+    def in_float32(self, modules: Sequence[torch.nn.Module]) -> AbstractContextManager[None]:
+        """Inside, these modules' weights are float32 where they compute, whatever they are gathered in elsewhere."""
+        return nullcontext()
 
 
 ALONE = Ranks()

@@ -9,7 +9,8 @@ autocast leaves in float32 differs only in the layers' norm weights, which are r
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,38 @@ def shard(critic: Critic, compute: Compute) -> Critic:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return critic
+
+
+@contextmanager
+def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, layers are gathered in float32 whatever they are trained in: the self-check compares to 1e-3.
+
+    FSDP2 has no public way to change its policy; what is set here is what it reads again before each run.
+    """
+    groups = [
+        group
+        for root in modules
+        for module in root.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+    before = [group.mp_policy for group in groups]
+    try:
+        for group in groups:
+            _set_policy(group, MixedPrecisionPolicy(cast_forward_inputs=False))
+        yield
+    finally:
+        for group, policy in zip(groups, before, strict=True):
+            _set_policy(group, policy)
+
+
+def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
+    group.mp_policy = policy
+    group._init_mp_dtypes()
+    for parameter in group.fsdp_params:
+        # Where a layer was put together before, in another dtype; both are made anew when they are missing.
+        parameter.all_gather_outputs = []
+        vars(parameter).pop("_unsharded_param", None)
 
 
 def decoder_layers(trunk: PreTrainedModel) -> list[nn.Module]:

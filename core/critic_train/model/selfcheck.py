@@ -64,7 +64,8 @@ def settle(
         ModelError: see `choose_packing`.
         MachineError: see `choose_attention`.
     """
-    choice = choose_packing(critic, rollouts, settings.packing)
+    with compute.ranks.in_float32((critic.trunk, critic.head)):
+        choice = choose_packing(critic, rollouts, settings.packing)
     said = [choice.reason] if choice.reason else []
     if choice.forest:
         forest = lay_out(rollouts, prefix_order(rollouts))

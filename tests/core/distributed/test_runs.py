@@ -208,3 +208,24 @@ def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
         assert ours["result"][name] == pytest.approx(alone[name], abs=1e-5), name
     stopped = on_ranks(2, ranks.eval_run, judged, 0)
     assert {(end["status"], end["signal"]) for end in stopped} == {("interrupted", ranks.SIGTERM)}
+
+
+def test_a_resumed_run_on_as_many_ranks_is_bit_identical(settings, tmp_path):
+    short = replace(settings, max_steps=8, eval_every=8, no_report=True)
+    undisturbed, stopped = (replace(short, out=str(tmp_path / name)) for name in ("undisturbed", "stopped"))
+    on_ranks(2, ranks.fit_run, undisturbed)
+    on_ranks(2, ranks.fit_run, stopped, (0, 3))
+    assert [path.name for path in checkpoints(Path(stopped.out) / "checkpoints")] == ["step-00000003"]
+    on_ranks(2, ranks.fit_run, stopped)
+    last = "checkpoints/step-00000008"
+    for file in (f"{last}/model.safetensors", f"{last}/optimizer.safetensors", "metrics.jsonl"):
+        assert (Path(stopped.out) / file).read_bytes() == (Path(undisturbed.out) / file).read_bytes(), file
+
+
+def test_bf16_layers_are_checked_in_float32_and_trained_in_bf16(settings, tmp_path):
+    """A layer's norm weights are rounded as well: the losses agree to bf16's rounding, not to float32's."""
+    changes = {"precision": "bf16", "max_steps": 6, "no_report": True}
+    alone, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("alone", "two"))
+    list(fit(alone, StopRequest()))
+    assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
+    assert 0.0 < furthest(ours.out, alone.out, "value_loss") <= 1e-2
