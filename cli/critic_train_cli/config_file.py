@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from critic_train.errors import ConfigError
-from critic_train_cli.options import Chosen, Option, did_you_mean
+from critic_train_cli.options import LARGEST, Chosen, Option, did_you_mean
 
 CANNOT_READ = "a configuration file is TOML; --print-config writes one"
+MOST_BYTES = 2**20
 
 
 def read_config(path: str, command: str, options: Mapping[str, list[Option]]) -> dict[str, Chosen]:
@@ -48,12 +49,17 @@ def load_toml(path: str) -> dict[str, Any]:
 
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path} has more than {MOST_BYTES:,} bytes: it is no configuration", hint=CANNOT_READ)
+        return tomllib.loads(content.decode())
     except FileNotFoundError:
         raise ConfigError(f"--config: no file {path}", hint=CANNOT_READ) from None
     except IsADirectoryError:
         raise ConfigError(f"--config: {path} is a folder", hint=CANNOT_READ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is no valid TOML: it is nested too deeply", hint=CANNOT_READ) from None
+    except ValueError as error:  # TOML's own, what is no UTF-8, and numbers of thousands of digits
         raise ConfigError(f"{path} is no valid TOML: {error}", hint=CANNOT_READ) from None
 
 
@@ -106,6 +112,8 @@ def is_one_of_kind(option: Option, value: Any) -> bool:
         return isinstance(value, str) and value in option.choices
     if isinstance(value, bool) or option.kind is bool:
         return isinstance(value, bool) and option.kind is bool
+    if isinstance(value, int) and not -LARGEST < value < LARGEST:
+        return False
     return isinstance(value, int | float if option.kind is float else option.kind)
 
 

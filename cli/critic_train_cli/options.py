@@ -15,6 +15,8 @@ from critic_train.errors import ConfigError
 from critic_train.settings import Settings, flag_of, settings_fields
 
 VARIABLE_PREFIX = "CRITIC_TRAIN_"
+LARGEST = 2**64
+"""Whole numbers lie below it; what is larger fits no machine's numbers."""
 OTHER_VARIABLES = ("CRITIC_TRAIN_CONFIG", "CRITIC_TRAIN_DEBUG", "CRITIC_TRAIN_PROGRESS")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -170,6 +172,8 @@ def read_one(option: Option, text: str) -> Any:
                 raise ValueError
         elif option.kind is not str:
             value = option.kind(text)
+            if option.kind is int and not -LARGEST < value < LARGEST:
+                raise ValueError
     except ValueError:
         raise ValueError(f"must be {option.expected}, not {text!r}") from None
     if option.choices and value not in option.choices:
