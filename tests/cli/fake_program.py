@@ -84,7 +84,10 @@ def job(stop: Any) -> Iterator[Event]:
         "baselines": {"constant": METRICS},
     }
     if word == "refuse":
-        result["gates"] = [{"passed": True, "reason": None}, {"passed": False, "reason": "mse is 0.0708, below 1"}]
+        result["gates"] = [
+            {"passed": True, "reason": None},
+            {"passed": False, "reason": "mse is 0.0708, below 1", "flag": "--fail-under"},
+        ]
     yield RunEnded(status="finished", result=result)
 
 

@@ -38,7 +38,7 @@ EVAL_FLAGS = words("""
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --attention --max-tokens --nproc
---by --cliprange-value --resamples --seed --fail-under
+--by --cliprange-value --resamples --seed --fail-under --fail-over
 --report
 """)
 PREDICT_FLAGS = words("""

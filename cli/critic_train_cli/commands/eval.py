@@ -49,9 +49,9 @@ def work(settings: EvalSettings, output: Output) -> int:
 
         written = write_page(Path(settings.report), [evaluation_source(ended.result)])
         output.line(f"report: {settings.report} ({size(written)})")
-    failed = [gate["reason"] for gate in ended.result.get("gates") or [] if not gate["passed"]]
-    for reason in failed:
-        output.line(paint("failed:", RED, sys.stderr) + f" {reason} (--fail-under)")
+    failed = [gate for gate in ended.result.get("gates") or [] if not gate["passed"]]
+    for gate in failed:
+        output.line(paint("failed:", RED, sys.stderr) + f" {gate['reason']} ({gate['flag']})")
     return exit_code_of(ended) or (REFUSED if failed else DONE)
 
 

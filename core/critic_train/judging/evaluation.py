@@ -62,7 +62,7 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
     sources = {name: critic_source(Path(name)) for name in dict.fromkeys(settings.model)}
     reader = _reader(settings, shards, bad_files, list(sources.values()), stop)
     names = list(sources) or [STORED]
-    refuse_unknown(settings.fail_under, _figures(names, Judge(names, by=settings.by).verdict()))
+    refuse_unknown(settings, _figures(names, Judge(names, by=settings.by).verdict()))
     total = sum(shard.num_rows for shard in shards)
     found = yield from first_pass(reader, total, stop)
     if stop.requested:
@@ -176,7 +176,7 @@ def _result(
         "words": in_words(verdict),
         "settings": as_dict(settings),
         "versions": versions(),
-        "gates": judge_gates(settings.fail_under, figures),
+        "gates": judge_gates(settings, figures),
     }
 
 

@@ -33,11 +33,16 @@ class EvalSettings(RanksSettings, ComputeSettings, ReturnsSettings, ReadingSetti
     )
     resamples: int = setting(1000, "Bootstrap resamples of the prompt groups.", panel="Judgement")
     seed: int = setting(0, "Seed of the bootstrap.", panel="Judgement")
-
     fail_under: list[str] = setting(
         [],
         "Exit 1 where a figure of the verdict, named as in --json, is below VALUE or does not exist, as in "
         "explained_variance_interval.low=0; repeatable.",
+        panel="Judgement",
+        metavar="METRIC=VALUE",
+    )
+    fail_over: list[str] = setting(
+        [],
+        "The same where a figure is above VALUE, as in expected_calibration_error=0.1; repeatable.",
         panel="Judgement",
         metavar="METRIC=VALUE",
     )
@@ -51,14 +56,15 @@ class EvalSettings(RanksSettings, ComputeSettings, ReturnsSettings, ReadingSetti
             *cliprange_faults(self.cliprange_value),
             *too_small(self, 1, "resamples"),
             *seed_faults(self.seed),
-            *gate_faults(self.fail_under),
+            *gate_faults("--fail-under", self.fail_under),
+            *gate_faults("--fail-over", self.fail_over),
         ]
 
 
-def gate_faults(pairs: list[str]) -> list[str]:
-    """What is wrong with the values of --fail-under, one line each."""
+def gate_faults(flag: str, pairs: list[str]) -> list[str]:
+    """What is wrong with the values of --fail-under or --fail-over, one line each."""
     return [
-        f"--fail-under takes METRIC=VALUE, as in explained_variance=0.2, not {pair!r}"
+        f"{flag} takes METRIC=VALUE, as in explained_variance=0.2, not {pair!r}"
         for pair in pairs
         if not read_gate(pair)[0] or not math.isfinite(read_gate(pair)[1])
     ]

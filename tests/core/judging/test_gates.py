@@ -38,12 +38,26 @@ RESULT = {
     ],
 )
 def test_a_gate_holds_a_figure_against_a_value(pair, found, reason):
-    (gate,) = judge_gates([pair], RESULT)
+    (gate,) = judge_gates(EvalSettings(data=["x"], fail_under=[pair]), RESULT)
     assert gate["metric"] + "=" + pair.rpartition("=")[2] == pair
-    assert gate["at_least"] == float(pair.rpartition("=")[2])
+    assert gate["value"] == float(pair.rpartition("=")[2])
     assert gate["found"] == found
     assert gate["passed"] is (reason is None)
     assert gate["reason"] == reason
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        ("explained_variance=0.25", None),
+        ("explained_variance=0.2", "explained_variance is 0.25, above 0.2"),
+        ("critics.runs/v1.2=x.mse=0.4", "critics.runs/v1.2=x.mse is 0.5, above 0.4"),
+        ("spearman=0", "spearman does not exist for these rollouts (null)"),
+    ],
+)
+def test_a_ceiling_holds_from_the_other_side(pair, reason):
+    (gate,) = judge_gates(EvalSettings(data=["x"], fail_over=[pair]), RESULT)
+    assert (gate["flag"], gate["passed"], gate["reason"]) == ("--fail-over", reason is None, reason)
 
 
 def events(shard, *gates, **settings):
