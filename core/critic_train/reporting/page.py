@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from critic_train import __version__
 from critic_train.errors import MachineError
+from critic_train.reporting.along import where_charts
 from critic_train.reporting.curves import curves
 from critic_train.reporting.drawing import Key
-from critic_train.reporting.judged import verdict_charts, where_charts
 from critic_train.reporting.pieces import decoder_of
 from critic_train.reporting.provenance import different_settings, provenance_of
 from critic_train.reporting.records import Cell
@@ -17,6 +17,7 @@ from critic_train.reporting.rollouts import SHADES, TOKENS_ON_A_PAGE, Reading, e
 from critic_train.reporting.sources import Source, titles
 from critic_train.reporting.subjects import Subject, data_sets, subjects_of
 from critic_train.reporting.verdict import card, comparison, differences, groups
+from critic_train.reporting.whiskers import verdict_charts
 from critic_train.run.durable import replace_file
 
 if TYPE_CHECKING:

@@ -1,62 +1,17 @@
-"""Charts of how good critics are, and where: against the baselines, by value, position, length and column."""
+"""Charts of where critics are right and where not: by value, by position and by length of the response."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.figures import count, fixed, signed, three
-from critic_train.reporting.drawing import Chart, Key, dash, in_chart, ink, name_row, svg
+from critic_train.reporting.drawing import Chart, Key, dash, ink, svg
 from critic_train.reporting.records import Record
-from critic_train.reporting.subjects import BASELINES, INK_OF, Subject, baselines_of
+from critic_train.reporting.series import heading, keys_of, middles, with_rows
+from critic_train.reporting.subjects import BASELINES, INK_OF, Subject
+from critic_train.reporting.whiskers import by_column, columns_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-ROW_HEIGHT, ABOVE_AND_BELOW = 40, 32
-
-
-def verdict_charts(subjects: Sequence[Subject]) -> list[Chart]:
-    """Explained variance beside the baselines, over all and within prompts."""
-    charts = [
-        _whiskers(subjects, "explained_variance", "Explained variance", "verdict-ev"),
-        _whiskers(subjects, "explained_variance_within_group", "Within prompts", "verdict-within"),
-    ]
-    return [chart for chart in charts if chart is not None]
-
-
-def _whiskers(subjects: Sequence[Subject], key: str, title: str, name: str) -> Chart | None:
-    """A row for each critic and baseline: the figure as a point, its interval as a line."""
-    rows = [(subject.name, subject.ink, subject.metrics) for subject in subjects]
-    rows += [(label, INK_OF[baseline], metrics) for label, baseline, metrics in baselines_of(subjects)]
-    rows = [row for row in rows if row[2].get(key) is not None]
-    if not rows or not any(subject.metrics.get(key) is not None for subject in subjects):
-        return None
-
-    def draw(axes: "Axes") -> None:
-        for place, (label, colour, metrics) in enumerate(rows):
-            bounds = metrics.get(f"{key}_interval")
-            if bounds:
-                axes.plot(bounds, [place, place], color=ink(colour), linewidth=2.4, solid_capstyle="butt")
-            axes.plot([metrics.get(key)], [place], color=ink(colour), marker="o", markersize=7)
-            name_row(axes, place, in_chart(label, from_end=True))
-        axes.axvline(0, color=ink("faint"), linewidth=1)
-        axes.set_ylim(len(rows) - 0.6, -0.65)
-        axes.margins(x=0.08)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x", color=ink("grid"), linewidth=0.8)
-
-    drawing = svg(
-        draw,
-        name=name,
-        described=f"{title} of each critic and baseline with its interval",
-        height=ROW_HEIGHT * len(rows) + ABOVE_AND_BELOW,
-        y_labels=False,
-    )
-    table = [["", "explained variance", "95 % interval"]]
-    table += [[label, metrics.cell(key), metrics.bounds(f"{key}_interval")] for label, _, metrics in rows]  # type: ignore[list-item]
-    note = "0 is a constant guess, 1 is perfect. Lines: 95 % intervals over prompt groups."
-    if key.endswith("within_group"):
-        note = "The same with each prompt group's own mean taken out: what a critic knows beyond the prompt."
-    return Chart(title=title, svg=drawing, note=note, table=table)
 
 
 def where_charts(subjects: Sequence[Subject]) -> list[Chart]:
@@ -67,14 +22,14 @@ def where_charts(subjects: Sequence[Subject]) -> list[Chart]:
         auc_by_position(subjects),
         by_length(subjects),
         distribution(subjects),
-        *(by_column(subjects, column) for column in _columns(subjects)),
+        *(by_column(subjects, column) for column in columns_of(subjects)),
     ]
     return [chart for chart in charts if chart is not None]
 
 
 def calibration(subjects: Sequence[Subject]) -> Chart | None:
     """Mean return of tokens with about the same value, against that value."""
-    found = _with_rows(subjects, "calibration", "mean_value", "mean_return")
+    found = with_rows(subjects, "calibration", "mean_value", "mean_return")
     if not found:
         return None
     most = max(row.get("tokens") or 1 for _, rows in found for row in rows)
@@ -94,7 +49,7 @@ def calibration(subjects: Sequence[Subject]) -> Chart | None:
 
     table: list[list[Any]] = [["value", "tokens", "rollouts", "mean value", "mean return", "95 % interval"]]
     for subject, rows in found:
-        table += _heading(subject, found, 6)
+        table += heading(subject, found, 6)
         for row in rows:
             span = f"{fixed(row.get('from'))} to {fixed(row.get('to'))}"
             table.append(
@@ -112,7 +67,7 @@ def calibration(subjects: Sequence[Subject]) -> Chart | None:
         svg=svg(draw, name="calibration", described="Mean return against predicted value", x_label="predicted value"),
         note="On the grey line a value is the mean return of the tokens it is given to; below it, values are too high. "
         "Larger points stand for more tokens.",
-        keys=_keys(found),
+        keys=keys_of(found),
         table=table,
     )
 
@@ -120,7 +75,7 @@ def calibration(subjects: Sequence[Subject]) -> Chart | None:
 def by_position(subjects: Sequence[Subject]) -> Chart | None:
     """Explained variance along the response, beside the baselines that vary along it."""
     key = "explained_variance"
-    found = _with_rows(subjects, "by_position", key)
+    found = with_rows(subjects, "by_position", key)
     if not found:
         return None
     baselines = {} if len(found) > 1 else found[0][0].judged()
@@ -130,16 +85,16 @@ def by_position(subjects: Sequence[Subject]) -> Chart | None:
     def draw(axes: "Axes") -> None:
         for name, rows in lines.items():
             style = INK_OF[name]
-            axes.plot(_middles(rows), [row.get(key) for row in rows], color=ink(style), linestyle=dash(style))
+            axes.plot(middles(rows), [row.get(key) for row in rows], color=ink(style), linestyle=dash(style))
         for subject, rows in found:
             up = [row.get(key) for row in rows]
-            axes.plot(_middles(rows), up, color=ink(subject.ink), linewidth=1.8, marker="o", markersize=4)
+            axes.plot(middles(rows), up, color=ink(subject.ink), linewidth=1.8, marker="o", markersize=4)
         axes.axhline(0, color=ink("faint"), linewidth=0.8)
         axes.set_xlim(0, 100)
 
     table: list[list[Any]] = [["part", "tokens", "explained variance", "mean value", "mean return", "MSE", "bias"]]
     for subject, rows in found:
-        table += _heading(subject, found, 7)
+        table += heading(subject, found, 7)
         for row in rows:
             table.append(
                 [
@@ -158,7 +113,8 @@ def by_position(subjects: Sequence[Subject]) -> Chart | None:
             draw, name="position", described="Explained variance by part of the response", x_label="% of the response"
         ),
         note="A critic that watches the response explains more towards its end.",
-        keys=_keys(found, alone="this critic") + [Key(text=BASELINES[n], ink=INK_OF[n], mark=INK_OF[n]) for n in lines],
+        keys=keys_of(found, alone="this critic")
+        + [Key(text=BASELINES[n], ink=INK_OF[n], mark=INK_OF[n]) for n in lines],
         table=table,
     )
 
@@ -166,7 +122,7 @@ def by_position(subjects: Sequence[Subject]) -> Chart | None:
 def auc_by_position(subjects: Sequence[Subject]) -> Chart | None:
     """How surely a right rollout gets the higher value of two from one prompt, along the response."""
     key = "auc_within_group"
-    found = _with_rows(subjects, "auc_by_position", key)
+    found = with_rows(subjects, "auc_by_position", key)
     if not found:
         return None
 
@@ -175,15 +131,15 @@ def auc_by_position(subjects: Sequence[Subject]) -> Chart | None:
             banded = [row for row in rows if row.get("interval")]
             bounds = [row.get("interval") for row in banded]
             low, high = [b[0] for b in bounds], [b[1] for b in bounds]
-            axes.fill_between(_middles(banded), low, high, color=ink(subject.ink), alpha=0.15, linewidth=0)
+            axes.fill_between(middles(banded), low, high, color=ink(subject.ink), alpha=0.15, linewidth=0)
             up = [row.get(key) for row in rows]
-            axes.plot(_middles(rows), up, color=ink(subject.ink), linewidth=1.8, marker="o", markersize=4)
+            axes.plot(middles(rows), up, color=ink(subject.ink), linewidth=1.8, marker="o", markersize=4)
         axes.axhline(0.5, color=ink("faint"), linewidth=0.8)
         axes.set_xlim(0, 100)
 
     table: list[list[Any]] = [["part", "pairs", "AUC within prompts", "95 % interval"]]
     for subject, rows in found:
-        table += _heading(subject, found, 4)
+        table += heading(subject, found, 4)
         for row in rows:
             part = f"{100 * row.get('from'):.0f} to {100 * row.get('to'):.0f} %"
             table.append([part, row.cell("pairs", count), row.cell(key), row.bounds("interval")])
@@ -192,7 +148,7 @@ def auc_by_position(subjects: Sequence[Subject]) -> Chart | None:
         svg=svg(draw, name="auc", described="AUC within prompts by part of response", x_label="% of the response"),
         note="AUC within prompt groups: how often the better of two rollouts of a prompt has the higher value. "
         "0.5 is a coin.",
-        keys=_keys(found),
+        keys=keys_of(found),
         table=table,
     )
 
@@ -200,7 +156,7 @@ def auc_by_position(subjects: Sequence[Subject]) -> Chart | None:
 def by_length(subjects: Sequence[Subject]) -> Chart | None:
     """Explained variance by the length of the response."""
     key = "explained_variance"
-    found = _with_rows(subjects, "by_length", key)
+    found = with_rows(subjects, "by_length", key)
     if not found:
         return None
 
@@ -213,7 +169,7 @@ def by_length(subjects: Sequence[Subject]) -> Chart | None:
 
     table: list[list[Any]] = [["response tokens", "rollouts", "tokens", "explained variance", "MSE", "bias"]]
     for subject, rows in found:
-        table += _heading(subject, found, 6)
+        table += heading(subject, found, 6)
         for row in rows:
             table.append(
                 [
@@ -228,7 +184,7 @@ def by_length(subjects: Sequence[Subject]) -> Chart | None:
     return Chart(
         title="Explained variance by length of the response",
         svg=svg(draw, name="length", described="Explained variance by length", x_label="tokens of the response"),
-        keys=_keys(found),
+        keys=keys_of(found),
         table=table,
     )
 
@@ -259,92 +215,6 @@ def distribution(subjects: Sequence[Subject]) -> Chart | None:
         note="Values closer together than the returns are what a careful critic gives.",
         keys=keys,
     )
-
-
-def by_column(subjects: Sequence[Subject], column: str) -> Chart | None:
-    """Explained variance for each value of a column, the largest twelve."""
-    key, most = "explained_variance", 12
-    first = subjects[0].metrics.part("by").part(column).parts()
-    labels = sorted(first, key=lambda label: -(first[label].get("tokens") or 0))
-    shown = labels[:most]
-    if not any(first[label].get(key) is not None for label in shown):
-        return None
-
-    def draw(axes: "Axes") -> None:
-        for place, label in enumerate(shown):
-            for subject in subjects:
-                figure = subject.metrics.part("by").part(column).part(label).get(key)
-                if figure is not None:
-                    axes.plot([0, figure], [place, place], color=ink(subject.ink), linewidth=1.2, alpha=0.5)
-                    axes.plot([figure], [place], color=ink(subject.ink), marker="o", markersize=6)
-            name_row(axes, place, in_chart(label))
-        axes.axvline(0, color=ink("faint"), linewidth=1)
-        axes.set_ylim(len(shown) - 0.6, -0.65)
-        axes.margins(x=0.08)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x", color=ink("grid"), linewidth=0.8)
-
-    table: list[list[Any]] = [[column, "rollouts", "tokens", "explained variance", "within prompts", "MSE", "bias"]]
-    for subject in subjects:
-        table += _heading(subject, subjects, 7)
-        rows = subject.metrics.part("by").part(column)
-        for label in labels[:100]:
-            row = rows.part(label)
-            table.append(
-                [
-                    label,
-                    row.cell("rollouts", count),
-                    row.cell("tokens", count),
-                    row.cell(key),
-                    row.cell("explained_variance_within_group"),
-                    row.cell("mse", three),
-                    row.cell("bias", signed),
-                ]
-            )
-    more = f" The largest {most} of {len(labels)}." if len(labels) > most else ""
-    return Chart(
-        title=f"Explained variance by {column}",
-        svg=svg(
-            draw,
-            name=f"by-{_columns(subjects).index(column)}",
-            described=f"Explained variance for each value of {column}",
-            height=ROW_HEIGHT * len(shown) + ABOVE_AND_BELOW,
-            y_labels=False,
-        ),
-        note=f"Each value's rollouts judged apart.{more}",
-        keys=[Key(text=s.name, ink=s.ink) for s in subjects] if len(subjects) > 1 else [],
-        table=table,
-    )
-
-
-def _columns(subjects: Sequence[Subject]) -> list[str]:
-    return list(subjects[0].metrics.part("by").parts()) if subjects else []
-
-
-def _with_rows(subjects: Sequence[Subject], table: str, *keys: str) -> list[tuple[Subject, list[Record]]]:
-    """The critics that have such a table, with the rows of it in which every key has a figure."""
-    found = []
-    for subject in subjects:
-        rows = [row for row in subject.metrics.rows(table) if all(row.get(key) is not None for key in keys)]
-        if rows:
-            found.append((subject, rows))
-    return found
-
-
-def _keys(found: Sequence[tuple[Subject, Any]], alone: str = "") -> list[Key]:
-    """A legend entry for each critic; none for one that is alone, unless it has a name for that."""
-    if len(found) == 1:
-        return [Key(text=alone, ink=found[0][0].ink)] if alone else []
-    return [Key(text=subject.name, ink=subject.ink) for subject, _ in found]
-
-
-def _heading(subject: Subject, among: Sequence[Any], columns: int) -> list[list[str]]:
-    """The row that begins a critic's part of a table, where there are several."""
-    return [[subject.name] + [""] * (columns - 1)] if len(among) > 1 else []
-
-
-def _middles(rows: Sequence[Record]) -> list[float]:
-    return [50 * (row.get("from") + row.get("to")) for row in rows]
 
 
 def _shares(histogram: Record) -> tuple[list[float], list[float]]:
