@@ -24,6 +24,8 @@ def metrics(interval, against_group, figure=0.2):
         (ACROSS, ABOVE, "no", "Not yet"),
         (BELOW, ABOVE, "no", "No: PPO would do better with a constant"),
         ([0.0, 0.0], [0.0, 0.0], "no", "Not yet"),
+        ([0.0, 0.3], ABOVE, "no", "Not yet"),
+        ([-0.3, 0.0], ABOVE, "no", "Not yet"),
         (None, None, "unknown", "one prompt group is too few"),
     ],
 )

@@ -63,6 +63,13 @@ def final_state(out: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_run_without_a_report_leaves_no_page(shards, tmp_path):
+    events = run(settings_for(shards, tmp_path, no_report=True, max_steps=1, epochs=None))
+    assert isinstance(events[-1], RunEnded)
+    assert events[-1].result["report"] is None
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_run_leaves_what_the_design_says(shards, tmp_path):
     events = run(settings_for(shards, tmp_path, no_report=False))
     assert isinstance(events[-1], RunEnded)
