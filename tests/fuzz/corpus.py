@@ -1,7 +1,10 @@
-"""The sound shards that mutation starts from: small, and between them every encoding that rollouts are written in."""
+"""The sound shards that mutation starts from: small, and between them every encoding that rollouts are written in.
+
+python tests/fuzz/corpus.py      # writes tests/fuzz/corpus anew: other mutants, so only on purpose
+"""
 
 from collections.abc import Iterator
-from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 VOCABULARY = 60
+CORPUS = Path(__file__).with_name("corpus")
 
 
 def rollouts(rows: int, seed: int) -> dict[str, list[Any]]:
@@ -77,9 +81,13 @@ HOW: dict[str, tuple[dict[str, pa.DataType], dict[str, Any]]] = {
 }
 
 
-def seeds(rows: int = 16) -> Iterator[tuple[str, bytes]]:
+def seeds() -> Iterator[tuple[str, bytes]]:
     """(name, content) of each."""
+    for name in HOW:
+        yield name, (CORPUS / f"{name}.parquet").read_bytes()
+
+
+if __name__ == "__main__":
+    CORPUS.mkdir(exist_ok=True)
     for number, (name, (kinds, how)) in enumerate(HOW.items()):
-        sink = BytesIO()
-        pq.write_table(table(rows, number, kinds), sink, **how)
-        yield name, sink.getvalue()
+        pq.write_table(table(16, number, kinds), CORPUS / f"{name}.parquet", **how)

@@ -106,6 +106,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--mutants", type=int, default=10_000)
     options.add_argument("--first", type=int, default=0)
+    options.add_argument("--numbers", help="read these mutants instead, as in 5,17")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.worker is not None:
@@ -115,7 +116,8 @@ def main() -> int:
     if clean["outcome"] != "read":
         print(f"the sound shards are not even read: {clean['outcome']}\n{clean['told']}")
         return 1
-    numbers = list(range(asked.first, asked.first + asked.mutants))
+    numbers = [int(number) for number in (asked.numbers or "").split(",") if number]
+    numbers = numbers or list(range(asked.first, asked.first + asked.mutants))
     records = [record for start in range(0, len(numbers), 1000) for record in watched(numbers[start : start + 1000])]
     counts = Counter(record["outcome"] for record in records)
     heavy = [record for record in records if record["peak"] > 2 * clean["peak"]]

@@ -1,6 +1,6 @@
 """One file, any bytes: it is read as rollouts, refused with words, and never anything else.
 
-    python tests/fuzz/shard_target.py CORPUS    # under atheris, where it is installed (it has wheels for some Pythons)
+    PYTHONPATH=core python tests/fuzz/shard_target.py tests/fuzz/corpus     # under atheris (pip install atheris)
 
 `tests/fuzz/run.py` drives the same function with its own mutations, in processes of their own.
 """
@@ -140,9 +140,19 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Let atheris mutate the corpus until something goes wrong."""
     import atheris
 
-    with tempfile.TemporaryDirectory() as here:
-        atheris.Setup(sys.argv, lambda content: one_file(content, here) and None)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def one_input(content: bytes) -> None:
+            one_file(content, folder)
+
+        atheris.instrument_all()  # or it sees no coverage, and keeps nothing of the corpus
+        atheris.Setup(sys.argv, one_input)
         atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,23 +3,26 @@
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
-MUTANTS = 400
+MUTANTS = 300
+FOUND = (0, 75, 132, 179, 1356, 2612, 5530, 6424, 6726, 9157, 9492, 9724, 9999)
+"""What mutants of these numbers once did: end the process inside Arrow, take 3 GB, end in a traceback."""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_mutants_are_read_or_refused_and_nothing_else() -> None:
-    command = [sys.executable, str(FUZZ / "run.py"), "--mutants", str(MUTANTS)]
+@pytest.mark.parametrize("numbers", [range(1000, 1000 + MUTANTS), FOUND], ids=["many", "found"])
+def test_mutants_are_read_or_refused_and_nothing_else(numbers: Sequence[int]) -> None:
+    command = [sys.executable, str(FUZZ / "run.py"), "--numbers", ",".join(map(str, numbers))]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stdout
     counts = shown.stdout.splitlines()[1]
-    assert counts.startswith(f"{MUTANTS} mutants: ")
+    assert counts.startswith(f"{len(numbers)} mutants: ")
     assert "refused" in counts
-    assert "read" in counts
 
 
 def test_the_same_number_is_the_same_mutant(monkeypatch: pytest.MonkeyPatch) -> None:
