@@ -120,4 +120,4 @@ class SpoolWriter:
 def _save(path: Path, array: NDArray[np.generic]) -> None:
     with io.BytesIO() as held:
         np.save(held, array)
-        write_file(path, held.getbuffer())
+        write_file(path, held.getvalue())

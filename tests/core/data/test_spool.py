@@ -1,5 +1,6 @@
 """What goes into a spool comes out again, in any order, or the spool says that it is damaged."""
 
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crashing import Fails
 from support import branching_rollouts
 
 from critic_train.data.spool import Spool, SpoolDamaged
 from critic_train.data.spool_writing import write_spool
 from critic_train.rollouts import Rollouts
+from critic_train.run.storage import watched
 
 
 def assert_same(one: Rollouts, other: Rollouts) -> None:
@@ -177,3 +180,19 @@ def test_a_file_cut_while_the_spool_is_open_is_noticed(spool: Spool) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(SpoolDamaged, match="ended early"):
         spool.read(np.arange(spool.num_rollouts))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_refuses_any_operation_is_an_os_error_and_leaves_nothing(number, tmp_path):
+    operations = []
+    with watched(operations.append):
+        write_spool(tmp_path / "whole", [branching_rollouts()])
+    for at in range(1, len(operations)):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        with watched(Fails(at=at, number=number)):
+            try:
+                write_spool(folder / "spool", [branching_rollouts()])
+            except OSError as error:
+                assert error.errno == number  # noqa: PT017
+                assert not list(folder.glob(".*"))
