@@ -287,3 +287,22 @@ def test_float16_ids_of_every_width_and_left_padding_go(tmp_path, converted):
     table = converted(tmp_path / "a.parquet").table
     assert table.column("input_ids").to_pylist() == [[7, 8, 9], [1, 2, 3, 4]]
     assert table.column("returns").to_pylist() == [[0, 0.5, 0.5], [0, 0, 0.5, 0.5]]
+
+
+def test_a_verl_batch_before_the_rewards_has_its_scores_for_them(tmp_path, converted):
+    import pickle
+
+    of = dumps.rollouts()
+    batch = dumps.verl_batch(of)
+    kept = ("prompts", "responses", "attention_mask", "response_mask", "token_level_scores")
+    tensors = {
+        name: (str(batch[name].dtype).removeprefix("torch."), tuple(batch[name].shape), batch[name].numpy().tobytes())
+        for name in kept
+    }
+    state = pickle.dumps((((len(of),), None, tensors), {}, {}), protocol=4)
+    head = b"\x80\x04\x8c\x0dverl.protocol\x8c\x09DataProto\x93)\x81"
+    (tmp_path / "a.pkl").write_bytes(head + state[2:-1] + b"b.")
+    table = converted(tmp_path / "a.pkl").table
+    expected = sorted(of, key=lambda r: "pq".index(r.uid))
+    assert table.column("rewards").to_pylist() == [r.rewards for r in expected]
+    assert "uid" not in table.column_names

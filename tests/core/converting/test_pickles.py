@@ -97,6 +97,7 @@ PLAIN = {
     "text": "a\nä\u2028",
     "numbers": [0, 1, 255, 256, 65535, 65536, -1, 2**40, -(2**70), 1.5, float("-inf"), True, None],
     "ids": list(range(0, 200000, 37)),
+    "signed": [number * (-1) ** place for place, number in enumerate(range(0, 2**31, 2**26 + 99))] * 9,
     "mask": [0, 1] * 3000,
     "logprobs": [-i / 7 for i in range(3000)],
     "bytes": b"x" * 10000,
