@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,18 +67,19 @@ def test_predict_ends_with_143_on_sigterm_and_goes_on(clean_environment, tmp_pat
     fit = [*program, "fit", "--data", data, "--preset", "tiny", "--max-steps", "1", "--out", str(tmp_path / "run")]
     subprocess.run([*fit, "--quiet", "--json"], env=environment, check=True, capture_output=True)
     command = [*program, "predict", "--data", data, "--model", str(tmp_path / "run"), "--to", str(tmp_path / "next")]
-    going = subprocess.Popen(
-        [*command, "--json"], env=environment | {"CRITIC_TRAIN_PROGRESS": "plain"}, stderr=subprocess.PIPE, text=True
-    )
-    assert going.stderr is not None
-    next(line for line in going.stderr if line.startswith("predicting"))
+    going = subprocess.Popen([*command, "--max-tokens", "128"], env=environment, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "next").glob("*.parquet")):
+        assert going.poll() is None
+        time.sleep(0.01)
     os.kill(going.pid, signal.SIGTERM)
-    said = going.stderr.read()
-    assert going.wait() == 143
+    _, said = going.communicate()
+    assert going.returncode == 143
     assert "Traceback" not in said
-    ended = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True)
+    standing = {path: path.stat().st_mtime_ns for path in (tmp_path / "next").glob("*.parquet")}
+    ended = subprocess.run([*command, "--max-tokens", "128", "--json"], env=environment, capture_output=True, text=True)
     result = json.loads(ended.stdout)
-    assert (ended.returncode, result["status"], result["rows"]) == (0, "finished", result["rows"])
+    assert (ended.returncode, result["status"], result["files"]) == (0, "finished", 6)
+    assert {path: path.stat().st_mtime_ns for path in standing} == standing
     assert sorted(p.name for p in (tmp_path / "next").glob("*.parquet")) == sorted(
         p.name for p in Path(data).glob("*.parquet")
     )
