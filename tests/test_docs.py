@@ -20,6 +20,7 @@ OF_OTHER_PROGRAMS = {
     "--no-deps",
     "--strict",
     "--size",
+    "--rounds",
     "--logdir",
     "--cpus-per-task",
     "--gpus-per-node",
