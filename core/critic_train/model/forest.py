@@ -11,6 +11,7 @@ from the common prefixes of neighbours alone. `end` is FlashMask's column-wise r
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -61,7 +62,7 @@ class Segment:
         return sum(stop - start for start, stop in self.path)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Forest:
     """The layout of n rollouts with T tokens in all on S <= T positions.
 
@@ -87,7 +88,7 @@ class Forest:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """One for each rollout that adds tokens, left to right."""
         runs: list[Run] = list(map(tuple, self.runs.tolist()))
