@@ -1,6 +1,6 @@
 """How settings are declared: one field each, with its help; classes of them put together to a command's settings."""
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 from critic_train.errors import ConfigError
@@ -71,6 +71,12 @@ def flag_of(name: str) -> str:
 def default_of(settings: type[Settings], name: str) -> Any:
     """A setting's value when nothing is said; lists have none here."""
     return settings.__dataclass_fields__[name].default
+
+
+def defaults_of(settings: type[Settings]) -> dict[str, Any]:
+    """Field name -> its value when nothing is said."""
+    made = ((declared, declared.default_factory) for declared in fields(settings))
+    return {each.name: each.default if factory is MISSING else factory() for each, factory in made}
 
 
 def shown_as(settings: Settings | type[Settings], name: str) -> str:

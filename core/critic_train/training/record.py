@@ -21,6 +21,7 @@ from critic_train.run.checkpoint import checkpoints
 from critic_train.run.directory import RunDirectory
 from critic_train.run.model_digest import model_digest, tokenizer_digest
 from critic_train.settings import FitSettings, as_dict
+from critic_train.settings.fields import defaults_of
 from critic_train.training.dataset import (
     RunShards,
 )
@@ -58,6 +59,8 @@ def compare_with_before(
             f"{run.path} has checkpoints but no readable run.json: nobody can say how it was started",
             hint="put run.json back, or give this run another --out",
         )
+    # A flag that did not exist when the run began had its default.
+    before = {**before, "settings": defaults_of(FitSettings) | before.get("settings", {})}
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     if is_longer(before, record):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import readable_rollouts, small_config, write_shard
 
-from critic_train.errors import MachineError, ModelError
+from critic_train.errors import ConfigError, MachineError, ModelError
 from critic_train.events import Notice, StepEnded
 from critic_train.model.loading import build_critic
 from critic_train.model.saving import save_critic
@@ -158,3 +158,14 @@ def test_a_log_torn_by_a_kill_is_mended(folder, tmp_path):
     for name in ("metrics.jsonl", "timings.jsonl"):
         for line in (tmp_path / name).read_text().splitlines():
             json.loads(line)
+
+
+def test_a_flag_that_came_later_had_its_default(folder, tmp_path):
+    run(settings_for(folder, tmp_path / "run"))
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    del record["settings"]["optimizer"]
+    file.write_text(json.dumps(record))
+    assert run(settings_for(folder, tmp_path / "run"))[-1].status == "already finished"
+    with pytest.raises(ConfigError, match="--optimizer was adamw, is now adamw-8bit"):
+        run(settings_for(folder, tmp_path / "run", optimizer="adamw-8bit"))
