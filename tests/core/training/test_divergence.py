@@ -143,6 +143,17 @@ def test_a_sum_that_is_not_finite_is_told_from_its_parts() -> None:
     assert suspects.finite.all()
 
 
+def test_a_rollout_alone_weighs_what_it_does_in_its_mini_batch() -> None:
+    """Alone its gradient would be twelve times as large, and not finite."""
+    critic = build_critic(small_config("Llama"), seed=0)
+    draw = np.random.default_rng(0)
+    rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
+    rollouts.returns[rollouts.offsets[7] : rollouts.offsets[8]] = 5e18
+    assert find_suspects(critic, rollouts, RECIPE, CPU, forest=True).finite.all()
+    alone = find_suspects(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True)
+    assert alone.finite.tolist() == [False]
+
+
 def test_ruined_weights_are_no_rollouts_fault() -> None:
     critic = build_critic(small_config("Llama"), seed=0)
     with torch.no_grad():
