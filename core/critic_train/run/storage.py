@@ -172,17 +172,21 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> OSError | None:
-    """Remove a directory and all in it, file by file.
+    """Remove a directory and all in it, file by file. A link goes, never what it leads to.
 
     Returns:
         None, or why something of it is still there: cleaning up never ends a run.
     """
     try:
+        if path.is_symlink():  # os.walk would follow it
+            remove(path)
+            return None
         for folder, folders, files in os.walk(path, topdown=False):
             for name in files:
                 remove(Path(folder, name))
             for name in folders:
-                _remove_folder(Path(folder, name))
+                inner = Path(folder, name)
+                (remove if inner.is_symlink() else _remove_folder)(inner)
         _remove_folder(path)
     except OSError as error:
         return error

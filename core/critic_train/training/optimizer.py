@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from critic_train.distributed.ranks import ALONE, Ranks
@@ -139,7 +139,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
         state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
         state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
         for key, tensor in state.items():
-            read_rows(file, f"{key}.{name}", tensor)
+            try:
+                read_rows(file, f"{key}.{name}", tensor)
+            except (RuntimeError, SafetensorError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise ModelError(f"{file}: {key}.{name} does not fit this model: {first}") from error
         optimizer.state[parameter] = state
 
 
