@@ -113,6 +113,7 @@ def settings_for(folder: Path, out: Path) -> FitSettings:
         val_fraction=0.4,
         old_values="epoch",
         device="cpu",
+        no_report=True,
     )
 
 

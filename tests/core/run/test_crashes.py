@@ -60,6 +60,7 @@ def settings_of(folder: Path, out: Path) -> FitSettings:
         old_values="epoch",
         lr=3e-3,
         device="cpu",
+        no_report=True,
     )
 
 
@@ -146,7 +147,7 @@ def killed_at(world: World, n: int, out: Path, *, torn: bool) -> None:
 
 def test_killed_at_any_operation_of_a_save(world, tmp_path):
     """Scenario 1. Half of what the operation was to write is written."""
-    for n in second_checkpoint(world):
+    for n in second_checkpoint(world)[::2]:
         killed_at(world, n, tmp_path / str(n), torn=True)
         shutil.rmtree(tmp_path / str(n))
 

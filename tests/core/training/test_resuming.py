@@ -41,6 +41,7 @@ def settings_for(folder: Path, out: Path, **changes: object) -> FitSettings:
         "warmup_steps": 0,
         "val_fraction": 0.4,
         "device": "cpu",
+        "no_report": True,
     }
     return FitSettings(**(chosen | changes))  # type: ignore[arg-type]
 

@@ -38,6 +38,7 @@ def finished(tmp_path_factory) -> Path:
         val_fraction=0.4,
         checkpoint_every=1,
         device="cpu",
+        no_report=True,
     )
     list(fit(settings, StopRequest()))
     return folder
