@@ -109,7 +109,7 @@ def test_a_fault_of_one_rank_ends_all_and_rank_0_says_it(settings, tmp_path, kin
         assert "Traceback" in leader["notes"][0]
 
 
-@pytest.mark.parametrize("kind", ["SIGKILL", "hang"])
+@pytest.mark.parametrize("kind", ["SIGKILL", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_or_hangs_is_not_waited_for(settings, tmp_path, kind):
     ours = replace(settings, out=str(tmp_path / kind))
     leader, _ = on_ranks(2, ranks.failing_run, ours, 1, 3, kind, rank_0_is_enough=True)
@@ -133,6 +133,7 @@ def test_more_ranks_than_rollouts_in_a_mini_batch(settings, tmp_path):
     assert furthest(ours.out, alone.out, "value_loss") <= 1e-5
 
 
+@pytest.mark.slow
 def test_old_values_of_each_epoch_are_taken_by_all_ranks_together(settings, tmp_path):
     changes = {"old_values": "epoch", "no_clip": False, "max_steps": 14, "lr": 3e-3, "packing": "rows"}
     alone, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("alone", "two"))
@@ -157,6 +158,7 @@ def test_rollouts_that_are_not_finite_are_found_by_all_ranks_together(settings, 
     assert [row["finite"] for row in rows] == [False] + [True] * (len(rows) - 1)
 
 
+@pytest.mark.slow
 def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings, tmp_path, monkeypatch):
     """Real processes: two finish nothing else than one would; then one is killed."""
     started: list[subprocess.Popen[bytes]] = []
@@ -180,6 +182,7 @@ def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings,
     assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["head", "last-1"])
 def test_a_frozen_trunk_on_two_ranks(settings, tmp_path, train):
     changes = {"model": settings.out, "train": train, "max_steps": 6, "lr": 1e-3}
@@ -210,6 +213,7 @@ def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
     assert {(end["status"], end["signal"]) for end in stopped} == {("interrupted", ranks.SIGTERM)}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_on_as_many_ranks_is_bit_identical(settings, tmp_path):
     short = replace(settings, max_steps=8, eval_every=8, no_report=True)
     undisturbed, stopped = (replace(short, out=str(tmp_path / name)) for name in ("undisturbed", "stopped"))
@@ -222,6 +226,7 @@ def test_a_resumed_run_on_as_many_ranks_is_bit_identical(settings, tmp_path):
         assert (Path(stopped.out) / file).read_bytes() == (Path(undisturbed.out) / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_bf16_layers_are_checked_in_float32_and_trained_in_bf16(settings, tmp_path):
     """A layer's norm weights are rounded as well: the losses agree to bf16's rounding, not to float32's."""
     changes = {"precision": "bf16", "max_steps": 6, "no_report": True}
