@@ -75,7 +75,7 @@ def test_large_models_are_split_into_files_as_transformers_splits_them(tmp_path,
 
 @pytest.mark.slow
 def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
-    """A model of 400 MB on 4 ranks: each comes to hold a quarter, plus what of the file's pages it has read."""
+    """A model of 386 MB on 4 ranks: each grows by its quarter and little more."""
     config = small_config("Llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, vocab_size=2048)
     critic = build_critic(config, seed=0)
     save_critic(critic, tmp_path, None)
@@ -83,5 +83,5 @@ def test_no_rank_holds_the_whole_model_while_it_loads(tmp_path):
     del critic
     for part, grown in on_ranks(4, load_and_measure, str(tmp_path)):
         assert part <= 0.26 * whole_bytes
-        assert grown <= 0.65 * whole_bytes
+        assert grown <= 0.4 * whole_bytes
     assert os.path.getsize(tmp_path / "model.safetensors") > 3e8
