@@ -139,6 +139,12 @@ class Group(Ranks):
 
         return in_float32(modules)
 
+    def in_parts(self, modules: Sequence[torch.nn.Module]) -> None:
+        """See Ranks."""
+        from critic_train.distributed.sharding import in_parts
+
+        in_parts(modules)
+
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         tensor = torch.tensor([number])

@@ -69,6 +69,9 @@ class Ranks:
         """Inside, these modules' weights are float32 where they compute, whatever they are gathered in elsewhere."""
         return nullcontext()
 
+    def in_parts(self, modules: Sequence[torch.nn.Module]) -> None:
+        """After a pass without gradients: let go of the weights of these modules that it has left whole."""
+
 
 ALONE = Ranks()
 

@@ -45,9 +45,9 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     inner: dict[str, Any] = {"mesh": mesh, "mp_policy": rounded if compute.precision == "bf16" else exact}
     for layer in decoder_layers(critic.trunk):
         fully_shard(layer, **inner)
-    # A root would stay whole after a pass without gradients, and hide its shards from optimizer and checkpoint.
+    # Between forward and backward the roots stay whole: embeddings are not gathered twice. See `in_parts`.
     for root in (critic.head, critic.trunk):
-        fully_shard(root, mesh=mesh, mp_policy=exact, reshard_after_forward=True)
+        fully_shard(root, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
     for module in critic.modules():
         if isinstance(module, FSDPModule):
             # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.
@@ -75,6 +75,7 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
             _set_policy(group, MixedPrecisionPolicy(cast_forward_inputs=False))
         yield
     finally:
+        in_parts(modules)
         for group, policy in zip(groups, before, strict=True):
             _set_policy(group, policy)
 
@@ -86,6 +87,14 @@ def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
         # Where a layer was put together before, in another dtype; both are made anew when they are missing.
         parameter.all_gather_outputs = []
         vars(parameter).pop("_unsharded_param", None)
+
+
+def in_parts(modules: Sequence[nn.Module]) -> None:
+    """Let go of what a pass without gradients has left whole: it would hide the parts that the optimizer moves."""
+    for root in modules:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def decoder_layers(trunk: PreTrainedModel) -> list[nn.Module]:

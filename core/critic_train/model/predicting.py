@@ -31,11 +31,14 @@ def predict_values(
 
     def attempt() -> NDArray[np.float32] | None:
         values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
-        with torch.no_grad(), compute.autocast():
-            for batch in micro_batches(rollouts, compute, forest=forest):
-                if stop is not None and stop.look():
-                    return None
-                values[batch.tokens] = critic(batch).float().cpu().numpy()
+        try:
+            with torch.no_grad(), compute.autocast():
+                for batch in micro_batches(rollouts, compute, forest=forest):
+                    if stop is not None and stop.look():
+                        return None
+                    values[batch.tokens] = critic(batch).float().cpu().numpy()
+        finally:
+            compute.ranks.in_parts((critic.trunk, critic.head))
         return compute.ranks.total_of(values)
 
     return in_memory(attempt, rollouts, compute, critic)

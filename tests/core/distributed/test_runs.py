@@ -149,7 +149,7 @@ def test_rollouts_that_are_not_finite_are_found_by_all_ranks_together(settings, 
     rollouts.returns[rollouts.offsets[6] : rollouts.offsets[7]] = 3e19  # float32 cannot hold its square
     shard = write_shard(tmp_path / "data" / "a.parquet", rollouts)
     changes = {"data": [str(shard)], "out": str(tmp_path / "out"), "batch_size": 8, "val_fraction": 0.0}
-    ended = on_ranks(2, ranks.fit_run, replace(settings, **changes, max_steps=3, on_non_finite="skip"))
+    ended = on_ranks(2, ranks.huge_run, replace(settings, **changes, max_steps=3, on_non_finite="skip"))
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
     (skip,) = records(str(tmp_path / "out"), "skip")
     (kept,) = (tmp_path / "out").glob("diverged-step-*.parquet")

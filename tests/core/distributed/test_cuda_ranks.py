@@ -1,0 +1,53 @@
+"""On two GPUs: NCCL gives the loss curve of one GPU, and a fault of one rank ends both. Skipped with fewer."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from ranks import on_ranks
+from support import readable_rollouts, write_shard
+
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+@pytest.fixture
+def settings(tmp_path) -> FitSettings:
+    shard = write_shard(tmp_path / "data" / "a.parquet", readable_rollouts(32, seed=1))
+    return FitSettings(
+        data=[str(shard)],
+        out=str(tmp_path / "one"),
+        preset="tiny",
+        batch_size=16,
+        max_tokens=120,
+        max_steps=20,
+        lr=5e-4,
+        no_clip=True,
+        device="cuda",
+    )
+
+
+def losses(out: str) -> list[float]:
+    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [record["value_loss"] for record in found if record["event"] == "step"]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_two_gpus_give_the_loss_curve_of_one(settings, tmp_path, precision, tolerance):
+    alone, ours = (replace(settings, out=str(tmp_path / name), precision=precision) for name in ("one", "two"))
+    list(fit(alone, StopRequest()))
+    assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
+    assert losses(ours.out) == pytest.approx(losses(alone.out), rel=tolerance)
+
+
+def test_a_fault_of_one_gpus_rank_ends_both(settings, tmp_path):
+    """A collective of NCCL waits for a partner that is gone; the fault ends it."""
+    leader, other = on_ranks(2, ranks.failing_run, replace(settings, out=str(tmp_path / "out")), 1, 3, "DataError")
+    assert leader == {"fault": "DataError", "message": "rank 1: no such thing"}
+    assert other["fault"] == "DataError"
