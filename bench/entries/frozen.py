@@ -1,0 +1,81 @@
+"""What epochs cost once the states of a frozen trunk are kept: CPU time of the first beside that of every later one.
+
+The first epoch goes through the whole trunk and then trains; the ones after it train only. With the last K of L layers
+trained, about L / (3 K) + 1 is what arithmetic allows: a layer costs one part forward and two backward. Set
+BENCH_MODEL and BENCH_DATA to measure on a model and rollouts of yours.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from bench.entries.memory import write_shards
+from bench.entry import Options, Table
+from critic_train.events import Progress, StepEnded
+from critic_train.model.loading import build_critic
+from critic_train.model.presets import preset_config
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
+
+NAME = "frozen"
+TITLE = "Epochs of a frozen trunk, CPU seconds"
+DEVICES = ("cpu",)
+
+EPOCHS = {"quick": 2, "usual": 5, "full": 8}
+ROLLOUTS = 128
+TRAINED = ("head", "last-1", "last-2")
+
+
+def run(options: Options) -> Table:
+    """Train on a random transformer of twelve layers, or on BENCH_MODEL."""
+    table = Table(columns={"train": "", "first epoch": ".2f", "later epochs": ".4f", "first / later": ".1f"})
+    with tempfile.TemporaryDirectory() as folder:
+        data, model = os.environ.get("BENCH_DATA"), os.environ.get("BENCH_MODEL")
+        if data is None:
+            Path(folder, "drawn").mkdir()
+            write_shards(Path(folder, "drawn"), 1)
+            data = str(Path(folder, "few.parquet"))
+            pq.write_table(pq.read_table(Path(folder, "drawn")).slice(0, ROLLOUTS), data)
+        if model is None:
+            model = str(Path(folder, "model"))
+            config = preset_config("small", max_token_id=999, max_length=512)
+            config.num_hidden_layers = 12
+            build_critic(config, seed=0).trunk.save_pretrained(model)
+        for train in TRAINED:
+            first, later = seconds(data, model, train, EPOCHS[options.size], str(Path(folder, train)))
+            table.rows.append(
+                {"train": train, "first epoch": first, "later epochs": later, "first / later": first / later}
+            )
+    return table
+
+
+def seconds(data: str, model: str, train: str, epochs: int, out: str) -> tuple[float, float]:
+    """CPU seconds of the first epoch, states and steps, and the median of those after it."""
+    spent: dict[str, float] = defaultdict(float)
+    settings = FitSettings(
+        data=[data],
+        out=out,
+        model=model,
+        train=train,
+        epochs=epochs,
+        old_values="none",
+        val_fraction=0.0,
+        no_report=True,
+        device="cpu",
+    )
+    before = time.process_time()
+    for event in fit(settings, StopRequest()):
+        now = time.process_time()
+        if isinstance(event, Progress) and "frozen" in event.stage and event.done:
+            spent["states"] += now - before
+        elif isinstance(event, StepEnded):
+            spent[f"epoch {event.epoch}"] += now - before
+        before = now
+    first = spent["states"] + spent["epoch 0"]
+    return first, statistics.median(spent[f"epoch {epoch}"] for epoch in range(1, epochs))
