@@ -141,7 +141,7 @@ class Trainer:
         clipped = self.recipe.cliprange_value is not None
         if self.settings.old_values == "epoch" and (clipped or self.targets.moving):
             column = f"old_values-epoch-{epoch}"
-            yield from take_old_values(self._pass(), self.data.train, self.compute, column, begun=number > 0)
+            yield from self._old_values(column, begun=number > 0)
             if self.stop.requested:
                 return
         kept = self.reading.get((epoch, number, column), self._following(epoch, column))
@@ -240,6 +240,10 @@ class Trainer:
             if self.data.held_out is not None and rollouts.spool is self.data.held_out.spool:
                 self.judging = replace(self.compute, states=states)
         self.compute = training
+
+    def _old_values(self, column: str, *, begun: bool) -> Iterator[Event]:
+        """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
+        yield from take_old_values(self._pass(), self.data.train, self.compute, column, begun=begun)
 
     def _evaluate(self) -> Iterator[Event]:
         """Judge the critic on the held-out rollouts; nothing is recorded when asked to stop before the end."""
