@@ -8,7 +8,7 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
     *_interval: [low, high], 95 % percentile bootstrap over prompt groups; None below two groups.
     mse, mae, bias: means of (V - G)^2, |V - G| and V - G.
     pearson, spearman: correlations of V and G; ties get average ranks. ranks.RankCorrelation says how
-        exact the latter is above 4 million tokens.
+        exact the latter is above a million tokens.
     value_loss: 0.5 * mean of max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), as in verl;
         0.5 * mse when the clip is off; None without stored values.
     clipfrac: share of tokens whose clipped loss is strictly the larger; None without a clip.

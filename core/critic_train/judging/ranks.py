@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from critic_train.judging.moments import Floats, Integers
 
-EXACT_TOKENS = 2**22
-BINS = 2**22
+EXACT_TOKENS = 2**20
+BINS = 2**20
 
 Column = NDArray[np.float32]
 Blocks = Callable[[], Iterator[Column]]
@@ -24,8 +24,8 @@ class RankCorrelation:
     within-bin sum of squares of the true ranks, at most sum(m^3 - m) / 12 over bins of m tokens that differ, as a share
     of the ranks' whole sum of squares. Binned ranks are the true ones projected onto the bins, an angle of
     asin(sqrt(w)) away, so the correlation is off by at most the sum of the two columns' angles. Numbers
-    spread evenly over a factor of two fall into at least 2^13 bins (float32 has 2^23 patterns there), which
-    makes the angle at most 1.2e-4; the errors of both columns mostly cancel and far less remains.
+    spread evenly over a factor of two fall into at least 2^11 bins (float32 has 2^23 patterns there), which
+    makes the angle at most 4.9e-4; the errors of both columns mostly cancel and far less remains.
     `error_bound` gives the bound for the data at hand.
     """
 
