@@ -141,7 +141,8 @@ def _row_group(file: pq.ParquetFile, number: int, group: RowGroup, names: list[s
     """The rows of one row group; where a piece is too heavy, from there on row by row."""
     rows_at_once, done = _rows_at_once(group), 0
     while True:
-        decoded = file.iter_batches(batch_size=rows_at_once, row_groups=[number], columns=names)
+        # Under the ceiling no thread may be started: where one finds no room for its stack, the process ends.
+        decoded = file.iter_batches(batch_size=rows_at_once, row_groups=[number], columns=names, use_threads=not heavy)
         try:
             for piece in _filled(_after(decoded, done, heavy), number, done):
                 yield piece
