@@ -234,13 +234,14 @@ class ColumnWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        with self._file:
+        try:
+            with self._file:
+                if error is None:
+                    self._file.sync()
             if error is None:
-                self._file.sync()
-        if error is None:
-            rename(self._temporary, self._target)
-            sync_directory(self._target.parent)
-        else:
+                rename(self._temporary, self._target)
+                sync_directory(self._target.parent)
+        finally:
             remove(self._temporary)
 
 

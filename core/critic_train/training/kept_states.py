@@ -125,9 +125,13 @@ class StatesWriter:
         assert self._file is not None
         self._file.close()
         # The rows are what tells that the states stand: they come last.
-        if error is None:
-            rename(self._temporary, self._spool.directory / STATES)
-        else:
+        try:
+            if error is None:
+                rename(self._temporary, self._spool.directory / STATES)
+        except OSError as refused:
+            self._rows.__exit__(type(refused), refused, refused.__traceback__)
+            raise
+        finally:
             remove(self._temporary)
         self._rows.__exit__(kind, error, trace)
 
