@@ -66,7 +66,7 @@ def measured(steps: list[Rollouts], ranks: int) -> dict[str, Any]:
         pieces = Pieces(order, step.lengths, COST)
         every = shares(pieces, ranks, MAX_TOKENS)
         seconds += time.process_time() - began
-        work = np.asarray([[sum(float(pieces.work(*run)) for run in runs) for runs in mine] for mine in every])
+        work = np.asarray([[pieces.work_together(places) for places in mine] for mine in every])
         trees = [float(pieces.work(*tree)) for tree in pieces.trees(MAX_TOKENS)]
         turns = np.asarray([sum(trees[rank::ranks]) for rank in range(ranks)])
         level.append(work.sum(1).max() / work.sum(1).mean())

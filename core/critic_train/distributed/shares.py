@@ -3,7 +3,7 @@
 Whole prefix trees go to the rank with the least work so far, the dearest tree first (longest processing time first,
 Graham 1969: within 0.1 % of Karmarkar-Karp here and a thousand times faster). Where that leaves ranks unequal, trees
 of the busiest rank are cut between two rollouts: the prefix is then computed once more, so a cut is made only where
-the busiest rank gains by it.
+the busiest rank gains by it. What is still unequal then is evened out by single rollouts (`exchanging`).
 """
 
 import heapq
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.distributed.exchanging import MOST_ROLLOUTS, Exchanges, Places
 from critic_train.model.forest import PrefixOrder
 
 Run = tuple[int, int]
@@ -59,8 +60,9 @@ class Pieces:
     """
 
     def __init__(self, order: PrefixOrder, lengths: NDArray[np.int64], cost: Cost) -> None:
-        self.shared = order.shared
-        full = lengths[order.index].astype(np.float64)
+        self.order, self.shared = order, order.shared
+        self.full, self.pair = lengths[order.index], cost.pair
+        full = self.full.astype(np.float64)
         added = full - order.shared
         self._full_tokens = full
         self._full_work = full + cost.pair * full * (full + 1) / 2
@@ -72,12 +74,17 @@ class Pieces:
         """Cost of the runs start:stop (arrays broadcast): the first rollout whole, the others what they add."""
         return self._full_work[start] + self._work_before[stop] - self._work_before[np.asarray(start) + 1]  # type: ignore[no-any-return]
 
-    def work_of(self, runs: NDArray[np.int64]) -> NDArray[np.float64]:
+    def work_of_runs(self, runs: NDArray[np.int64]) -> NDArray[np.float64]:
         """float64 [k]: cost of runs int64 [k, 2]; an empty run costs nothing."""
         whole = runs[:, 0] < runs[:, 1]
         found = np.zeros(len(runs))
         found[whole] = self.work(runs[whole, 0], runs[whole, 1])
         return found
+
+    def work_together(self, places: Places) -> float:
+        """Cost of rollouts at some places, ascending, whatever stands between them."""
+        shared = self.order.part(places).shared.astype(np.float64)
+        return float((self._full_work[places] - shared - self.pair * shared * (shared + 1) / 2).sum())
 
     def tokens(self, start: int, stop: int) -> int:
         """Forest positions of a run."""
@@ -95,8 +102,8 @@ class Pieces:
         return runs
 
 
-def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[list[Run]]]:
-    """The micro-batches of each rank: `shares(...)[rank][number]` are the runs of one, ascending.
+def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[Places]]:
+    """The micro-batches of each rank: `shares(...)[rank][number]` are the places of one, ascending.
 
     Every rank has the same number of micro-batches, since ranks go through them in step; those that are computed at
     the same time cost about the same. Some may be empty.
@@ -115,17 +122,20 @@ def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[list[Run]]]
     while True:
         # With a micro-batch for every tree nothing can be too full, unless levelling made it so.
         level = ranks * count < len(runs) + 3 * ranks
-        bins = _bins(pieces, runs, ranks * count, max_tokens, level=level)
-        if all(_fits(pieces, bin, max_tokens) for bin in bins):
+        held = _bins(pieces, runs, ranks * count, level=level)
+        if all(_fits(pieces, bin, max_tokens) for bin in held):
             break
         count += 1
-    bins.sort(key=lambda bin: -sum(float(pieces.work(*run)) for run in bin))
+    bins = [np.concatenate([np.zeros(0, np.int64), *(np.arange(*run) for run in sorted(mine))]) for mine in held]
+    if ranks > 1 and len(pieces.shared) <= MOST_ROLLOUTS:
+        bins = Exchanges(pieces.full, pieces.shared, pieces.pair).level(bins, max_tokens, LEVEL)
+    bins.sort(key=lambda places: -pieces.work_together(places))
     # Every second row backwards, so that no rank has the dearest of each.
     rows = [bins[ranks * n : ranks * (n + 1)][:: -1 if n % 2 else 1] for n in range(count)]
     return [[row[rank] for row in rows] for rank in range(ranks)]
 
 
-def _bins(pieces: Pieces, runs: list[Run], bins: int, max_tokens: int, *, level: bool) -> list[list[Run]]:
+def _bins(pieces: Pieces, runs: list[Run], bins: int, *, level: bool) -> list[list[Run]]:
     """Runs in a number of bins that cost about the same."""
     work = [float(pieces.work(*run)) for run in runs]
     held = [[runs[i] for i in members] for members in longest_first(work, bins)]
@@ -136,7 +146,7 @@ def _bins(pieces: Pieces, runs: list[Run], bins: int, max_tokens: int, *, level:
             _level(pieces, held, loads, busiest, other) for other in reversed(others)
         ):
             break
-    return [_joined(pieces, sorted(mine), max_tokens) for mine in held]
+    return held
 
 
 def _fits(pieces: Pieces, runs: list[Run], max_tokens: int) -> bool:
@@ -163,8 +173,14 @@ def _level(pieces: Pieces, held: list[list[Run]], loads: NDArray[np.float64], bu
     """
     given, taken = _ends(held[busy]), _ends(held[idle])
     taken = np.concatenate([[(0, 0, 0)], taken if len(given) * len(taken) <= MOST_EXCHANGES else taken[:0]])
-    gives, leaves = pieces.work_of(given[:, 1:]), pieces.work_of(given[:, :2]) - pieces.work_of(given[:, [0, 2]])
-    returns, remains = pieces.work_of(taken[:, 1:]), pieces.work_of(taken[:, :2]) - pieces.work_of(taken[:, [0, 2]])
+    gives, leaves = (
+        pieces.work_of_runs(given[:, 1:]),
+        pieces.work_of_runs(given[:, :2]) - pieces.work_of_runs(given[:, [0, 2]]),
+    )
+    returns, remains = (
+        pieces.work_of_runs(taken[:, 1:]),
+        pieces.work_of_runs(taken[:, :2]) - pieces.work_of_runs(taken[:, [0, 2]]),
+    )
     busy_load = loads[busy] + leaves[:, None] + returns[None]
     idle_load = loads[idle] + remains[None] + gives[:, None]
     larger = np.maximum(busy_load, idle_load)
@@ -185,19 +201,3 @@ def _ends(runs: list[Run]) -> NDArray[np.int64]:
     cuts = [np.arange(start, stop) for start, stop in runs]
     bounds = np.repeat(np.asarray(runs, dtype=np.int64).reshape(-1, 2), [len(c) for c in cuts], axis=0)
     return np.stack([bounds[:, 0], np.concatenate([*cuts, np.zeros(0, dtype=np.int64)]), bounds[:, 1]], axis=1)
-
-
-def _joined(pieces: Pieces, runs: list[Run], max_tokens: int) -> list[Run]:
-    """Runs of one rank with neighbours of one tree put together again where they fit."""
-    joined: list[Run] = []
-    for start, stop in runs:
-        if (
-            joined
-            and joined[-1][1] == start
-            and pieces.shared[start]
-            and pieces.tokens(joined[-1][0], stop) <= max_tokens
-        ):
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined

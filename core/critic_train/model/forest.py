@@ -38,6 +38,14 @@ class PrefixOrder:
     def __len__(self) -> int:
         return len(self.index)
 
+    def part(self, places: NDArray[np.int64]) -> "PrefixOrder":
+        """The rollouts at some places, ascending, and what each shares with the one that is now before it."""
+        if not len(places):
+            return PrefixOrder(index=self.index[:0], shared=self.shared[:0])
+        # Two rollouts have in common what all that stand between them have.
+        least = np.minimum.reduceat(self.shared[: places[-1] + 1], np.append(0, places[:-1] + 1))
+        return PrefixOrder(index=self.index[places], shared=np.append(0, least[1:]))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:

@@ -65,7 +65,7 @@ def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) 
     lengths = rollouts.lengths if forest else np.full(len(rollouts), rollouts.lengths.max(initial=1))
     pieces = Pieces(order, lengths, Cost(pair=compute.pair_cost))
     every = shares(pieces, compute.ranks.size, compute.max_tokens)
-    return [_part(order, runs) for runs in every[compute.ranks.rank]]
+    return [order.part(places) for places in every[compute.ranks.rank]]
 
 
 def _alone(rollouts: Rollouts) -> PrefixOrder:
@@ -100,7 +100,7 @@ def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrde
         size += int(lengths[place] if place == start else own[place])
     trees.append((size, start, len(order)))
     bins = best_fit_decreasing([tree[0] for tree in trees], max_tokens)
-    return [_part(order, [trees[t][1:] for t in sorted(members)]) for members in bins]
+    return [order.part(np.concatenate([np.arange(*trees[t][1:]) for t in sorted(members)])) for members in bins]
 
 
 def row_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[NDArray[np.int64]]:
@@ -133,11 +133,3 @@ def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
         bins[number].append(item)
         insort(rooms, (room - sizes[item], number))
     return bins
-
-
-def _part(order: PrefixOrder, places: list[tuple[int, int]]) -> PrefixOrder:
-    """Some trees of an order; the first rollout of each shares nothing with what stands before it."""
-    nothing = np.zeros(0, dtype=np.int64)
-    index = np.concatenate([nothing, *(order.index[start:stop] for start, stop in places)])
-    shared = np.concatenate([nothing, *(np.append(0, order.shared[start + 1 : stop]) for start, stop in places)])
-    return PrefixOrder(index=index, shared=shared)
