@@ -99,6 +99,7 @@ def test_a_run_reads_ahead_and_learns_the_same(old_values, tmp_path, monkeypatch
             batch_size=8,
             device="cpu",
             old_values=old_values,
+            no_report=True,
         )
         list(fit(settings, StopRequest()))
         return (tmp_path / name / "metrics.jsonl").read_bytes()

@@ -124,6 +124,7 @@ def fits(data: Path, out: Path, returns: str, has_values: bool) -> bool:
         returns=returns,
         old_values="column" if has_values else "none",
         device="cpu",
+        no_report=True,
     )
     ended = [event for event in fit(settings, StopRequest()) if isinstance(event, RunEnded)]
     return ended[-1].status == "finished" and ended[-1].result["steps"] == 2

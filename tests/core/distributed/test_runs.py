@@ -43,6 +43,7 @@ def settings(tmp_path_factory) -> FitSettings:
         lr=5e-4,
         no_clip=True,
         device="cpu",
+        no_report=True,
     )
     assert list(fit(alone, StopRequest()))[-1].status == "finished"
     return alone

@@ -185,9 +185,8 @@ def test_any_other_error_is_not_taken_for_it():
 def test_a_run_says_once_that_it_goes_on_with_less(short_of_memory, tmp_path):
     rollouts = readable_rollouts(16)
     shard = write_shard(tmp_path / "data" / "a.parquet", rollouts)
-    settings = FitSettings(
-        data=[str(shard)], out=str(tmp_path / "out"), preset="tiny", max_steps=4, batch_size=32, device="cpu"
-    )
+    small = {"preset": "tiny", "max_steps": 4, "batch_size": 32, "device": "cpu", "no_report": True}
+    settings = FitSettings(data=[str(shard)], out=str(tmp_path / "out"), **small)
     short_of_memory(150)
     events = list(fit(settings, StopRequest()))
     told = [event.message for event in events if isinstance(event, Notice) and "memory ran out" in event.message]
@@ -207,6 +206,7 @@ def test_checkpointing_is_a_setting_of_a_run(tmp_path):
             max_steps=2,
             device="cpu",
             activation_checkpointing=kind,
+            no_report=True,
         )
         *_, last = fit(settings, StopRequest())
         results.append(last.result["training"]["value_loss"])

@@ -30,7 +30,8 @@ def shards(tmp_path_factory) -> Path:
 
 def settings_for(shards: Path, out: Path, **changes: object) -> FitSettings:
     defaults = {"data": [str(shards)], "out": str(out), "preset": "tiny", "batch_size": 16, "device": "cpu"}
-    return FitSettings(**(defaults | {"max_steps": STEPS, "eval_every": 2} | changes))  # type: ignore[arg-type]
+    defaults |= {"max_steps": STEPS, "eval_every": 2, "no_report": True}
+    return FitSettings(**(defaults | changes))  # type: ignore[arg-type]
 
 
 def losses(out: Path) -> dict[int, float]:

@@ -24,9 +24,8 @@ def shards(tmp_path_factory) -> Path:
 
 
 def run(shards: Path, out: Path, optimizer: str, stop_at: int | None = None) -> list[float]:
-    settings = FitSettings(
-        data=[str(shards)], out=str(out), preset="tiny", batch_size=16, epochs=4, device="cpu", optimizer=optimizer
-    )  # type: ignore[arg-type]
+    small = {"preset": "tiny", "batch_size": 16, "epochs": 4, "device": "cpu", "no_report": True}
+    settings = FitSettings(data=[str(shards)], out=str(out), optimizer=optimizer, **small)  # type: ignore[arg-type]
     stop = StopRequest()
     losses = []
     for event in fit(settings, stop):

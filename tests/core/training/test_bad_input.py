@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def settings_for(folder: Path, out: Path, **changes: object) -> FitSettings:
-    defaults = {"preset": "tiny", "batch_size": 16, "max_steps": 2, "device": "cpu", "eval_every": 2}
+    defaults = {"preset": "tiny", "batch_size": 16, "max_steps": 2, "device": "cpu", "eval_every": 2, "no_report": True}
     return FitSettings(data=[str(folder)], out=str(out), **(defaults | changes))  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ def shards(tmp_path_factory) -> Path:
 def settings_for(shards: Path, out: Path, **changes: object) -> FitSettings:
     defaults = {"data": [str(shards)], "out": str(out), "preset": "tiny", "batch_size": 16, "device": "cpu"}
     defaults |= {"epochs": 12, "eval_every": 1, "lr": 3e-3, "lr_schedule": "constant", "val_fraction": 0.4}
+    defaults |= {"no_report": True}
     return FitSettings(**(defaults | changes))  # type: ignore[arg-type]
 
 

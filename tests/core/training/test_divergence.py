@@ -52,6 +52,7 @@ def settings_for(folder: Path, out: Path, **changes: object) -> FitSettings:
         "checkpoint_every": 1,
         "device": "cpu",
         "no_clip": True,
+        "no_report": True,
     }
     return FitSettings(data=[str(folder)], out=str(out), **(defaults | changes))  # type: ignore[arg-type]
 

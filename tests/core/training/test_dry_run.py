@@ -22,6 +22,7 @@ def shards(tmp_path_factory) -> Path:
 
 def settings_for(shards: Path, out: Path, **changes: object) -> FitSettings:
     defaults = {"data": [str(shards)], "out": str(out), "preset": "tiny", "batch_size": 16, "device": "cpu"}
+    defaults |= {"no_report": True}
     return FitSettings(**(defaults | changes))  # type: ignore[arg-type]
 
 

@@ -29,6 +29,7 @@ def settings_for(where: Path) -> FitSettings:
         max_steps=2,
         checkpoint_every=1,
         device="cpu",
+        no_report=True,
     )
 
 

@@ -31,6 +31,7 @@ def run(shards: Path, out: Path, stop: StopRequest | None = None, **changes: obj
         "eval_every": 4,
         "lr": 3e-3,
         "device": "cpu",
+        "no_report": True,
     }
     return list(fit(FitSettings(**(defaults | changes)), stop or StopRequest()))  # type: ignore[arg-type]
 
