@@ -33,19 +33,24 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value."""
     memory, disk, seconds = found["memory"], found["disk"], found["seconds"]
     computed = f", {count(found['computed_tokens'])} through the model" if found["packing"] == "forest" else ""
+    some = found["trained_parameters"] != found["parameters"]
+    trained = f", {count(found['trained_parameters'])} of them trained" if some else ""
+    states = f", {size(disk['states'])} for the frozen trunk's states" if disk["states"] else ""
+    keeping = seconds["keeping_states"]
+    first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
     device = f" of {size(memory['device'])}" if memory["device"] else ""
     return [
         ("rollouts", f"{found['rollouts']:,} to train on, {found['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(found['tokens'])}{computed}"),
         ("steps", f"{found['steps']:,} in {found['epochs']:.3g} epochs, {found['evaluations']:,} evaluations"),
-        ("parameters", count(found["parameters"])),
+        ("parameters", f"{count(found['parameters'])}{trained}"),
         ("memory", f"{size(memory['peak'])}{device} at the peak of the timed steps, on {found['device']}"),
         ("  of it", f"weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, "
                     f"moments {size(memory['moments'])}"),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free at {found['out']}"),
-        ("  of it", f"{size(disk['checkpoint'])} a checkpoint, {size(disk['cache'])} for the run's cache"),
-        ("speed", f"{count(found['tokens_per_second'])} tokens/s"),
-        ("time", f"{duration(seconds['total'])}, of which evaluating {duration(seconds['evaluating'])}"),
+        ("  of it", f"{size(disk['checkpoint'])} a checkpoint, {size(disk['cache'])} for the run's cache{states}"),
+        ("speed", f"{count(found['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),
+        ("time", f"{duration(seconds['total'])}, of which evaluating {duration(seconds['evaluating'])}{first}"),
     ]  # fmt: skip
 
 

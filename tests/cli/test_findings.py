@@ -85,12 +85,13 @@ def test_an_estimate_says_where_it_will_not_do(width):
         "epochs": 3.0,
         "evaluations": 12,
         "parameters": 15_800_000,
+        "trained_parameters": 2_600_000,
         "packing": "forest",
         "device": "cuda:0",
         "out": "runs/train",
         "memory": {"weights": 1, "gradients": 1, "moments": 2, "peak": 79 * 10**9, "device": 80 * 10**9},
-        "disk": {"checkpoint": 10**9, "cache": 10**6, "needed": 5 * 10**9, "free": 10**9},
-        "seconds": {"training": 90.0, "evaluating": 12.0, "total": 102.0},
+        "disk": {"checkpoint": 10**9, "cache": 10**6, "states": 3 * 10**9, "needed": 5 * 10**9, "free": 10**9},
+        "seconds": {"keeping_states": 30.0, "training": 60.0, "evaluating": 12.0, "total": 102.0},
         "tokens_per_second": 5700.0,
     }
     console = Console(width=width, record=True, file=io.StringIO())
@@ -99,5 +100,7 @@ def test_an_estimate_says_where_it_will_not_do(width):
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     words = " ".join(text.split())
     assert "1:42" in words
+    assert "2.60M of them trained" in words
+    assert "3.0 GB for the frozen trunk's states" in words
     assert "The disk will not do" in words
     assert "memory will hardly do" in words

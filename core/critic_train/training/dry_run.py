@@ -1,8 +1,6 @@
 """`critic-train fit --dry-run`: what the run would take, from its data, its model and a few timed steps."""
 
-import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +13,30 @@ from critic_train.doctor.survey import Survey, sharing
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
+from critic_train.model.loading import ModelSource, read_model
 from critic_train.model.memory import trade_memory
-from critic_train.model.predicting import predict_values
-from critic_train.model.presets import preset_config
 from critic_train.model.saving import checkpoint_bytes
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, settle
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
 from critic_train.run.room import free_bytes
 from critic_train.settings import FitSettings, column_renames
+from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
+from critic_train.training.critics import Shape, critic_of
 from critic_train.training.dataset import find_run_shards, limits_of
-from critic_train.training.optimizer import build_optimizer
+from critic_train.training.kept_states import ROW_BYTES, STATE_BYTES, give_states, not_kept
+from critic_train.training.pace import Layout, Pace, measure
 from critic_train.training.plan import make_plan
 from critic_train.training.resuming import CACHED_BYTES_PER_TOKEN
-from critic_train.training.step import LossRecipe, accumulate_gradient, apply_gradient
 from critic_train.training.targets import Targets
 
-TIMED_STEPS = 3
-"""After one that warms up; their median counts."""
 TIMED_TOKENS = 2
 """A timed step has about as many micro-batches."""
+LAID_OUT_TOKENS = 2**18
+"""Of the sample, laid out to see how many states will be kept."""
 WEIGHT_BYTES = 4
-"""Master weights, gradients and each of the two moments are float32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """What timed steps on the data at hand took.
-
-    Attributes:
-        train_seconds_a_token: forward and backward, for each token that goes through the model.
-        predict_seconds_a_token: forward alone.
-        optimizer_seconds: the clip and the step.
-        peak_memory_bytes: the most memory held meanwhile.
-    """
-
-    train_seconds_a_token: float
-    predict_seconds_a_token: float
-    optimizer_seconds: float
-    peak_memory_bytes: int
+"""Master weights and gradients are float32."""
 
 
 def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Event]:
@@ -89,15 +70,21 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     plan = make_plan(settings, groups[kept])
     sample = train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
-    critic = _critic(settings, source, train).to(compute.device)
-    few = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
-    choice, said = settle(critic.train(), few, settings, compute)
-    for sentence in said:
-        yield Notice(message=sentence, level="warning")
+    few = targets.in_epoch(targets.on_reading(_few(sample, TIMED_TOKENS * compute.max_tokens)))
+    shape = Shape(
+        max_token_id=train.max_token_id,
+        max_length=train.longest,
+        mean_return=float(few.returns[few.response_mask].mean()),
+    )
+    critic = critic_of(settings, source, None, compute, shape).to(compute.device).train()
+    tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
+    choice, said = settle(critic, tried, settings, compute)
     trade_memory(critic, settings)
-    yield Progress(stage="timing steps", done=0, total=TIMED_STEPS, unit="steps")
-    batch = targets.in_epoch(targets.on_reading(_few(sample, TIMED_TOKENS * compute.max_tokens)))
-    pace = _timed(critic, batch, settings, compute, forest=choice.forest, stop=stop)
+    layers = trained_layers(settings.train)
+    keeps = layers is not None and give_states(critic, layers, tried, compute, forest=choice.forest)
+    for sentence in [*said, *([] if keeps or layers is None else [not_kept(critic)])]:
+        yield Notice(message=sentence, level="warning")
+    pace = yield from measure(critic, few, settings, compute, forest=choice.forest, keeps_states=keeps, stop=stop)
     if pace is None:
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
@@ -107,9 +94,12 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     epochs = plan.total_steps / max(1, plan.steps_per_epoch[0])
     evaluations = -(-plan.total_steps // plan.eval_every) + 1 if judged else 0
     seconds = {
+        "keeping_states": (computed + judged) * pace.keep_seconds_a_token,
         "training": epochs * computed * pace.train_seconds_a_token + plan.total_steps * pace.optimizer_seconds,
         "evaluating": evaluations * judged * pace.predict_seconds_a_token,
     }
+    tokens = train.tokens + (held_out.tokens if held_out else 0)
+    states = _states_bytes(critic, sample, tokens, compute, forest=choice.forest) if keeps else 0
     parameters = sum(p.numel() for p in critic.parameters())
     yield RunEnded(
         status="finished",
@@ -124,10 +114,11 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
             "epochs": epochs,
             "evaluations": evaluations,
             "parameters": parameters,
+            "trained_parameters": _trained(critic),
             "packing": "forest" if choice.forest else "rows",
             "device": str(compute.device),
-            "memory": _memory(parameters, compute, pace),
-            "disk": _disk(settings, critic, train, held_out, out),
+            "memory": _memory(critic, compute, pace),
+            "disk": _disk(settings, critic, tokens, states, out),
             "seconds": {**seconds, "total": sum(seconds.values())},
             "tokens_per_second": 1 / (pace.train_seconds_a_token * computed_share),
         },
@@ -157,74 +148,45 @@ def _surveyed(
     return survey
 
 
-def _critic(settings: FitSettings, source: ModelSource | None, train: Survey) -> Critic:
-    if source is not None:
-        return load_critic(source)
-    config = preset_config(settings.preset, max_token_id=train.max_token_id, max_length=train.longest)
-    return build_critic(config, settings.seed)
-
-
 def _few(sample: Rollouts, tokens: int) -> Rollouts:
     """The first rollouts of a sample, some thousand tokens of them; one at least."""
     enough = int(np.searchsorted(np.cumsum(sample.lengths), tokens, side="right"))
     return sample.take(np.arange(max(1, enough)))
 
 
-def _timed(
-    critic: Critic, batch: Rollouts, settings: FitSettings, compute: Compute, *, forest: bool, stop: StopRequest
-) -> Pace | None:
-    """Take steps on a copy of the run's critic that is thrown away; None when asked to stop."""
-    recipe = LossRecipe(cliprange_value=None, mode="token-mean", scale_factor=None)
-    optimizer = build_optimizer(critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer)
-    rows: list[tuple[float, float, float, int]] = []
-    for _ in range(1 + TIMED_STEPS):
-        began = _now(compute)
-        result = accumulate_gradient(critic, batch, recipe, compute, forest=forest, stop=stop)
-        if result is None:
-            return None
-        trained = _now(compute)
-        apply_gradient(critic, optimizer, settings.grad_clip, result.value_loss)
-        stepped = _now(compute)
-        if predict_values(critic, batch, compute, forest=forest, stop=stop) is None:
-            return None
-        rows.append((trained - began, stepped - trained, _now(compute) - stepped, result.computed_tokens))
-    # The first one allocates, and on CUDA compiles and tunes.
-    train, step, predict, tokens = np.median(np.asarray(rows[1:]), axis=0).tolist()
-    return Pace(
-        train_seconds_a_token=train / tokens,
-        predict_seconds_a_token=predict / tokens,
-        optimizer_seconds=step,
-        peak_memory_bytes=compute.peak_memory_bytes(),
-    )
+def _trained(critic: Critic) -> int:
+    return sum(p.numel() for p in critic.parameters() if p.requires_grad)
 
 
-def _now(compute: Compute) -> float:
-    if compute.device.type == "cuda":
-        torch.cuda.synchronize(compute.device)
-    return time.perf_counter()
-
-
-def _memory(parameters: int, compute: Compute, pace: Pace) -> dict[str, Any]:
+def _memory(critic: Critic, compute: Compute, pace: Pace) -> dict[str, Any]:
     """Bytes. The peak was seen with all of these in place: the run's own will be close to it."""
-    weights = parameters * WEIGHT_BYTES
     available = torch.cuda.get_device_properties(compute.device).total_memory if compute.device.type == "cuda" else None
     return {
-        "weights": weights,
-        "gradients": weights,
-        "moments": 2 * weights,
+        "weights": WEIGHT_BYTES * sum(p.numel() for p in critic.parameters()),
+        "gradients": WEIGHT_BYTES * _trained(critic),
+        "moments": pace.moment_bytes,
         "peak": pace.peak_memory_bytes,
         "device": available,
     }
 
 
-def _disk(settings: FitSettings, critic: Critic, train: Survey, held_out: Survey | None, out: Path) -> dict[str, int]:
+def _states_bytes(critic: Critic, sample: Rollouts, tokens: int, compute: Compute, *, forest: bool) -> int:
+    """Bytes of the kept states of some tokens, laid out as those of the sample are."""
+    sample = _few(sample, LAID_OUT_TOKENS)
+    layout = Layout.of(sample, compute, forest=forest)
+    kept = layout.read_states if critic.upper is None else layout.computed_tokens
+    width = int(critic.trunk.config.hidden_size)
+    return round(tokens * (ROW_BYTES + STATE_BYTES * width * kept / len(sample.input_ids)))
+
+
+def _disk(settings: FitSettings, critic: Critic, tokens: int, states: int, out: Path) -> dict[str, int]:
     """Bytes. The best, the newest ones and the one being written stand at the same time."""
     checkpoint = checkpoint_bytes(critic)
-    tokens = train.tokens + (held_out.tokens if held_out else 0)
     cache = CACHED_BYTES_PER_TOKEN * tokens
     return {
         "checkpoint": checkpoint,
         "cache": cache,
-        "needed": checkpoint * (settings.keep + 2) + cache,
+        "states": states,
+        "needed": checkpoint * (settings.keep + 2) + cache + states,
         "free": free_bytes(out.absolute()),
     }

@@ -27,6 +27,8 @@ from critic_train.training.dataset import ROLLOUTS_AT_ONCE, RolloutSet
 ROWS = "state-rows"
 STATES = "states"
 NOT_KEPT = -1
+STATE_BYTES, ROW_BYTES = 4, 8
+"""Of a number of a state (float32), and of a token's row."""
 TOLERANCE = 1e-4
 """Largest difference of a hidden state, relative to the largest: right is exact, or a rounding."""
 
@@ -163,6 +165,14 @@ def give_states(critic: Critic, layers: int, sample: Rollouts, compute: Compute,
         return True
     batch = next(iter(micro_batches(sample, compute, forest=forest)))
     return upper_part_agrees(critic.trunk, critic.upper, batch, TOLERANCE)
+
+
+def not_kept(critic: Critic) -> str:
+    """What to tell the user where the critic takes no kept states."""
+    return (
+        f"the last layers of {critic.trunk.config.model_type} do not work on kept states: every epoch goes through the "
+        "frozen part again"
+    )
 
 
 def keep_states(

@@ -10,21 +10,18 @@ from numpy.typing import NDArray
 from critic_train.events import Event, Notice, RunStarted
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.freezing import freeze
-from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
-from critic_train.model.lora import add_adapters, load_adapters
+from critic_train.model.loading import ModelSource
 from critic_train.model.memory import trade_memory
-from critic_train.model.presets import LEARNING_RATES, preset_config
+from critic_train.model.presets import LEARNING_RATES
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, settle
 from critic_train.run.directory import RunDirectory
 from critic_train.settings import FitSettings
 from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import (
-    RunData,
-)
-from critic_train.training.kept_states import give_states
+from critic_train.training.critics import Shape, critic_of
+from critic_train.training.dataset import RunData
+from critic_train.training.kept_states import give_states, not_kept
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.record import summary_of
@@ -51,10 +48,8 @@ def prepare(
     """Model, plan and optimizer, at the checkpoint to go on from; yields notices and RunStarted."""
     new_head = source is None or source.head is None
     yield from _head_notices(source, data, checkpoint)
-    critic = _critic(settings, data, source, checkpoint, compute)
-    layers = trained_layers(settings.train)
-    if layers is not None:
-        freeze(critic.trunk, layers)
+    shape = Shape(max_token_id=data.max_token_id, max_length=data.max_length, mean_return=data.train.mean_return)
+    critic = critic_of(settings, source, checkpoint, compute, shape)
     critic, compute = _spread(critic, compute)
     if not loads_for_token_classification(critic):
         yield Notice(
@@ -90,14 +85,11 @@ def prepare(
         tokenizer_from=source.path if source else None,
         stop=stop,
     )
+    layers = trained_layers(settings.train)
     if layers is not None and compute.ranks.size == 1:
         trainer.keeps_states = give_states(critic, layers, sample, compute, forest=choice.forest)
         if not trainer.keeps_states:
-            yield Notice(
-                message=f"the last layers of {critic.trunk.config.model_type} do not work on kept states: every epoch "
-                "goes through the frozen part again",
-                level="warning",
-            )
+            yield Notice(message=not_kept(critic), level="warning")
     if checkpoint is not None:
         trainer.resume(checkpoint)
         yield Notice(message=f"resuming from {checkpoint.name}")
@@ -160,23 +152,3 @@ def _spread(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:
         compute = replace(compute, pair_cost=cost_of(critic).pair)
         shard(critic, compute)
     return critic, compute
-
-
-def _critic(
-    settings: FitSettings, data: RunData, source: ModelSource | None, checkpoint: Path | None, compute: Compute
-) -> Critic:
-    if checkpoint is not None and settings.train != "lora":
-        return load_critic(read_model(checkpoint), compute)
-    if source is not None:
-        critic = load_critic(source, compute)
-        if source.head is None:
-            critic.head.start_at(data.train.mean_return)
-        if settings.train == "lora":
-            add_adapters(critic, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
-            if checkpoint is not None:
-                load_adapters(critic, checkpoint)
-        return critic
-    config = preset_config(settings.preset, max_token_id=data.max_token_id, max_length=data.max_length)
-    critic = build_critic(config, settings.seed)
-    critic.head.start_at(data.train.mean_return)
-    return critic

@@ -1,12 +1,16 @@
 """A dry run says what the run then is, and leaves nothing behind."""
 
+import time
 from pathlib import Path
 
 import pytest
-from support import readable_rollouts, write_shard
+import torch
+from safetensors import safe_open
+from support import readable_rollouts, small_config, write_shard
+from transformers import AutoModelForCausalLM
 
 from critic_train.errors import DataError
-from critic_train.events import RunEnded, RunStarted
+from critic_train.events import Progress, RunEnded, RunStarted, StepEnded
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.dry_run import dry_run
@@ -53,7 +57,9 @@ def test_its_figures_add_up(shards, tmp_path):
     found = estimated(settings_for(shards, tmp_path / "run")).result
     weights = 4 * found["parameters"]
     assert (found["memory"]["weights"], found["memory"]["moments"]) == (weights, 2 * weights)
-    assert found["seconds"]["total"] == found["seconds"]["training"] + found["seconds"]["evaluating"] > 0
+    seconds = found["seconds"]
+    assert seconds["total"] == seconds["training"] + seconds["evaluating"] > 0
+    assert (seconds["keeping_states"], found["disk"]["states"]) == (0, 0)
     assert 0 < found["computed_tokens"] < found["tokens"]
     assert found["disk"]["needed"] > 4 * found["disk"]["checkpoint"]
 
@@ -68,3 +74,67 @@ def test_it_can_be_stopped(shards, tmp_path):
     stop = StopRequest()
     stop.signal_number = 15
     assert estimated(settings_for(shards, tmp_path / "run"), stop).status == "interrupted"
+
+
+def base_of(folder: Path, **shape: int) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(small_config("Llama", **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return base_of(tmp_path_factory.mktemp("base"), num_hidden_layers=3)
+
+
+def bytes_in(file: Path, of: str = "") -> int:
+    """Bytes of the tensors of a safetensors file whose names begin so."""
+    with safe_open(file, framework="np") as tensors:
+        return sum(tensors.get_tensor(n).nbytes for n in tensors.keys() if n.startswith(of))  # noqa: SIM118
+
+
+@pytest.mark.parametrize("packing", ["forest", "rows"])
+@pytest.mark.parametrize("train", ["head", "last-1", "lora"])
+def test_what_it_says_of_a_partly_trained_critic_is_what_the_run_then_holds(shards, base, tmp_path, train, packing):
+    if train == "lora":
+        pytest.importorskip("peft")
+    settings = settings_for(
+        shards, tmp_path / "run", model=str(base), train=train, packing=packing, max_steps=4, checkpoint_every=2
+    )
+    found = estimated(settings).result
+    cache, kept = tmp_path / "run" / "cache" / "train", 0
+    for event in fit(settings, StopRequest()):
+        if isinstance(event, StepEnded) and train != "lora":
+            kept = sum((cache / name).stat().st_size for name in ("states", "state-rows"))
+    assert found["disk"]["states"] == pytest.approx(kept, rel=0.01)
+    assert (found["seconds"]["keeping_states"] > 0) == (train != "lora")
+    checkpoint = (tmp_path / "run" / "best").resolve()
+    moments = sum(bytes_in(checkpoint / "optimizer.safetensors", of) for of in ("exp_avg.", "exp_avg_sq."))
+    assert found["memory"]["moments"] == moments == 2 * found["memory"]["gradients"]
+    assert found["trained_parameters"] == moments // 8
+    weights = 4 * found["parameters"]
+    assert found["memory"]["weights"] == weights
+    files = sum(bytes_in(file) for file in checkpoint.glob("*.safetensors"))
+    assert files <= found["disk"]["checkpoint"] < files + 2**21
+    assert found["disk"]["needed"] > 4 * found["disk"]["checkpoint"] + kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["head", "last-1", "lora", "full"])
+def test_its_times_are_those_of_the_run(shards, tmp_path, train):
+    """Within a factor of two; of a step of the head alone, whose log costs as much as itself, within three."""
+    base = base_of(tmp_path / "base", num_hidden_layers=6, hidden_size=256, intermediate_size=1024)
+    settings = settings_for(
+        shards, tmp_path / "run", model=str(base), train=train, max_tokens=1024, max_steps=12, eval_every=100
+    )
+    found = estimated(settings).result["seconds"]
+    began, marks = time.perf_counter(), []
+    for event in fit(settings, StopRequest()):
+        if isinstance(event, StepEnded):
+            marks.append(event.timing["step_seconds"])
+        if isinstance(event, Progress) and event.stage.startswith("keeping"):
+            began, kept = (began, time.perf_counter() - began) if event.done else (time.perf_counter(), 0.0)
+    assert (0.33 if train == "head" else 0.5) < found["training"] / (12 * sorted(marks)[6]) < 2.0
+    if train in ("head", "last-1"):
+        assert 0.5 < found["keeping_states"] / kept < 2.0
