@@ -12,6 +12,7 @@ from critic_train.distributed.ranks import joined
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic, load_critic, read_model
+from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.predicting import predict_values
 from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
@@ -27,7 +28,7 @@ FAMILIES = {"Llama": {}, "Qwen2": {}, "GPTNeoX": {}, "Olmo2": {}, "Mixtral": {"n
 
 
 def critic_of(family: str) -> Critic:
-    critic = build_critic(small_config(family, **FAMILIES[family]), seed=3)
+    critic = build_critic(small_config(family, **FAMILIES.get(family, {})), seed=3)
     with torch.no_grad():  # a head at 0 would make every value equal
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
         critic.head.bias.fill_(0.25)
@@ -77,6 +78,28 @@ def compare_gradients() -> list[float]:
         theirs = predict_values(alone, rollouts, ONE, forest=True)
         worst.append(float(np.abs(ours - theirs).max()))
         return worst
+
+
+def adapted(critic: Critic) -> None:
+    """Adapters beside the trunk's layers, as `--train lora` puts them there."""
+    add_adapters(critic, rank=4, alpha=6.0, seed=3)
+
+
+def drawn_adapters(source: str) -> dict[str, np.ndarray]:
+    """The adapters that ranks begin with, whole, and this rank's share of all that the critic is made of."""
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = load_critic(read_model(Path(source)), replace(ONE, ranks=ranks), adapted)
+        share = sum(p.to_local().numel() for p in critic.parameters()) / sum(p.numel() for p in critic.parameters())
+        found = {name: whole(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
+        return found | {"share": np.array(share)}
+
+
+def load_and_save_adapters(base: str, source: str, target: str) -> None:
+    """Every rank loads its part of a base model and of adapters, and together they write the checkpoint anew."""
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = load_critic(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
+        load_adapters(critic, Path(source))
+        save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
 
 
 def load_and_save(source: str, target: str) -> None:

@@ -27,6 +27,7 @@ _context.set_forkserver_preload(
         "critic_train.distributed.sharded_loading",
         "critic_train.judging.evaluation",
         "rank_work",
+        "peft",
     ]
 )
 

@@ -6,7 +6,7 @@ mixture of experts that transformers keeps in another form), rank 0 loads the di
 hands the parts out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,17 @@ from critic_train.distributed.sharding import shard
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, ValueHead
 from critic_train.model.loading import ModelSource, load_critic, weight_files, with_forest_attention
+from critic_train.model.lora import name_without_adapter
 from critic_train.model.tensor_file import read_rows
 
 PREFIXES = ("", "model.", "transformer.")
 """What may stand before a trunk's own names in a file, besides its class's `base_model_prefix`."""
 
 
-def load_sharded(source: ModelSource, compute: Compute) -> Critic:
+def load_sharded(source: ModelSource, compute: Compute, adapt: Callable[[Critic], None] | None = None) -> Critic:
     """The critic of a directory, spread over the ranks of `compute`. All ranks call it.
+
+    Adapters are drawn whole on every rank, by the same seed, and then cut: they are small, and those of one process.
 
     Raises:
         ModelError: as `load_critic`.
@@ -38,14 +41,17 @@ def load_sharded(source: ModelSource, compute: Compute) -> Critic:
         head = ValueHead(int(source.config.hidden_size))
     critic = with_forest_attention(Critic(trunk, head))
     places = _places(critic, source)
+    if adapt is not None:
+        adapt(critic)
     _materialise(shard(critic, compute), compute.device)
     if places is None:
-        _from_rank_0(critic, source, compute)
+        _from_rank_0(critic, source, compute, adapt)
         return critic
     critic.head.start_at(0.0)
     for name, parameter in critic.named_parameters():
-        if name in places:
-            read_rows(*places[name], parameter)
+        place = places.get(name_without_adapter(name))
+        if place is not None:
+            read_rows(*place, parameter)
     return critic
 
 
@@ -89,20 +95,23 @@ def _places(critic: Critic, source: ModelSource) -> dict[str, tuple[Path, str]] 
 
 
 def _materialise(critic: Critic, device: torch.device) -> None:
-    """Give every rank memory for its parts, not yet filled, and bring the buffers over."""
+    """Give every rank memory for its parts, not yet filled, and bring buffers and adapters over."""
+    drawn = {name: part for name, part in critic.state_dict().items() if ".lora_" in name}
     buffers = [
         (module, name, buffer) for module in critic.modules() for name, buffer in module.named_buffers(recurse=False)
     ]
     critic.to_empty(device=device)
+    if drawn:
+        critic.load_state_dict(drawn, strict=False)
     for module, name, buffer in buffers:
         setattr(module, name, buffer.to(device))
 
 
-def _from_rank_0(critic: Critic, source: ModelSource, compute: Compute) -> None:
+def _from_rank_0(critic: Critic, source: ModelSource, compute: Compute, adapt: Callable[[Critic], None] | None) -> None:
     """Rank 0 loads as one process does; the others get their parts tensor by tensor."""
     whole: dict[str, Any] = {}
     if compute.ranks.leads:
-        whole = load_critic(source).state_dict()
+        whole = load_critic(source, adapt=adapt).state_dict()
     compute.ranks.told(True)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(critic, whole, options=options)

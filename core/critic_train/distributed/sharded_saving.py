@@ -1,16 +1,18 @@
 """Write a sharded critic and its moments as one process writes them, holding one whole tensor at a time."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
 from critic_train.model.critic import Critic
+from critic_train.model.lora import fold, foldable, is_adapted, save_adapters
 from critic_train.model.saving import (
     MAX_SHARD_BYTES,
     MAX_SHARD_SIZE,
@@ -42,27 +44,46 @@ def save_sharded(critic: Critic, directory: Path | None, tokenizer_from: Path | 
     model = as_token_classifier(critic) if classifies else critic.trunk
     if not classifies:
         model.config.value_head_prefix = "score"
-    tensors: dict[str, Tensor] = dict(model.state_dict())
+    parts = foldable(model)
     if not classifies:
-        tensors |= {f"score.{name}": value for name, value in critic.head.state_dict().items()}
+        parts |= {f"score.{name}": (value, None) for name, value in critic.head.state_dict().items()}
+
+    def whole_and_folded(name: str) -> Tensor:
+        return fold(*parts[name], whole)
+
+    writes = _writes(model, {name: tensor for name, (tensor, _) in parts.items()}, whole_and_folded)
+    if is_adapted(critic.trunk):
+        writes.append(partial(save_adapters, critic, whole=whole))
+    fault: OSError | None = None
+    for write in writes:
+        try:
+            write(directory if fault is None else None)
+        except OSError as error:
+            fault = error  # the other ranks go through the remaining files, and so must this one
+    if fault is not None:
+        raise fault
+    if directory is not None:
+        copy_tokenizer(tokenizer_from, directory)
+
+
+def _writes(
+    model: Any, tensors: dict[str, Tensor], whole: Callable[[str], Tensor]
+) -> list[Callable[[Path | None], None]]:
+    """What is to be done, given the directory on the rank that writes and None on those that only help."""
     if _is_stored_otherwise(model):
-        _save_gathered(critic, directory, classifies=classifies)
-    else:
-        files = split(tensors)
-        fault: OSError | None = None
-        for name, members in files.items():
-            path = None if directory is None or fault is not None else directory / name
-            try:
-                write_tensors(path, {key: tensors[key] for key in members}, whole, {"format": "pt"})
-            except OSError as error:
-                fault = error  # the other ranks go through the remaining files, and so must this one
-        if fault is not None:
-            raise fault
+        return [partial(_save_gathered, model, list(tensors), whole)]
+    files = split(tensors)
+
+    def write(name: str, directory: Path | None) -> None:
+        path = None if directory is None else directory / name
+        write_tensors(path, {key: tensors[key] for key in files[name]}, whole, {"format": "pt"})
+
+    def describe(directory: Path | None) -> None:
         if directory is not None:
             _write_config(model, directory)
             _write_index(files, tensors, model, directory)
-    if directory is not None:
-        copy_tokenizer(tokenizer_from, directory)
+
+    return [*(partial(write, name) for name in files), describe]
 
 
 def split(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
@@ -87,21 +108,16 @@ def _is_stored_otherwise(model: Any) -> bool:
     return any(not isinstance(conversion, PrefixChange) for conversion in conversions)
 
 
-def _save_gathered(critic: Critic, directory: Path | None, *, classifies: bool) -> None:
+def _save_gathered(model: Any, names: list[str], whole: Callable[[str], Tensor], directory: Path | None) -> None:
     """Gather all in rank 0's host memory and let transformers convert and write it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = get_model_state_dict(critic, options=options)
-    if directory is None:
-        return
-    model = as_token_classifier(critic) if classifies else critic.trunk
-    names = list(model.state_dict())
-    trunk = {name.removeprefix("trunk."): value for name, value in tensors.items() if name.startswith("trunk.")}
-    prefix = f"{model.base_model_prefix}." if classifies else ""
-    given = {f"{prefix}{name}": value for name, value in trunk.items()}
-    head = next((name.rpartition(".")[0] for name in names if name not in given), "score")
-    given |= {f"{head}.{part}": tensors[f"head.{part}"] for part in ("weight", "bias")}
-    with library_writes(directory):
-        model.save_pretrained(directory, state_dict=given, max_shard_size=MAX_SHARD_SIZE)
+    given: dict[str, Tensor] = {}
+    for name in names:
+        tensor = whole(name)
+        if directory is not None:
+            given[name] = tensor.cpu()
+    if directory is not None:
+        with library_writes(directory):
+            model.save_pretrained(directory, state_dict=given, max_shard_size=MAX_SHARD_SIZE)
 
 
 def _write_config(model: Any, directory: Path) -> None:

@@ -121,11 +121,11 @@ def sum_gradients(modules: Sequence[nn.Module], *, now: bool) -> None:
 
 
 def _gradient_fits(modules: Sequence[nn.Module]) -> bool:
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    device = parameters[0].device
+    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    device = trained[0].device
     if device.type != "cuda":
         return True
-    whole = sum(4 * parameter.numel() for parameter in parameters)
+    whole = sum(4 * parameter.numel() for parameter in trained)
     return whole <= WHOLE_GRADIENT_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 

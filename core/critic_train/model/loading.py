@@ -5,6 +5,7 @@ that does not exist is made by `fit` alone, and said aloud.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def read_model(path: Path) -> ModelSource:
     return source
 
 
-def load_critic(source: ModelSource, compute: Compute | None = None) -> Critic:
+def load_critic(
+    source: ModelSource, compute: Compute | None = None, adapt: Callable[[Critic], None] | None = None
+) -> Critic:
     """The critic of a directory, weights in float32, on the CPU.
 
     A missing head is made at 0; the caller sets where it starts and says so.
@@ -113,6 +116,7 @@ def load_critic(source: ModelSource, compute: Compute | None = None) -> Critic:
     Args:
         source: from `read_model`.
         compute: with several ranks in it, each loads its part alone, to its device; all of them call this.
+        adapt: puts adapters into the critic; with several ranks before it is cut, when its weights are on "meta".
 
     Raises:
         ModelError: weights are missing, damaged or of another shape than the configuration says.
@@ -120,7 +124,7 @@ def load_critic(source: ModelSource, compute: Compute | None = None) -> Critic:
     if compute is not None and compute.ranks.size > 1:
         from critic_train.distributed.sharded_loading import load_sharded
 
-        return load_sharded(source, compute)
+        return load_sharded(source, compute, adapt)
     try:
         trunk, report = AutoModel.from_pretrained(
             source.path,
@@ -146,7 +150,10 @@ def load_critic(source: ModelSource, compute: Compute | None = None) -> Critic:
     head = ValueHead(int(source.config.hidden_size))
     if source.head is not None:
         _fill_head(head, source)
-    return with_forest_attention(Critic(trunk, head))
+    critic = with_forest_attention(Critic(trunk, head))
+    if adapt is not None:
+        adapt(critic)
+    return critic
 
 
 def build_critic(config: PreTrainedConfig, seed: int) -> Critic:

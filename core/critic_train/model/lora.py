@@ -4,16 +4,18 @@ The head is trained in full beside them. A checkpoint holds the folded weights, 
 themselves, from which a run goes on: folded ones cannot be taken apart again.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from critic_train.errors import ConfigError, ModelError
 from critic_train.model.critic import Critic
-from critic_train.run.storage import library_writes
+from critic_train.model.tensor_file import read_rows, write_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER = "default"
@@ -21,11 +23,17 @@ ADAPTER = "default"
 BASE = ".base_layer"
 
 
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor: on one process all are whole."""
+    return tensor
+
+
 def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
     """Put adapters beside the trunk's linear layers and freeze everything else of it.
 
     Args:
-        critic: on the CPU; its values do not change, for an adapter starts at 0.
+        critic: in one piece, on the CPU or on "meta" (its adapters are on the CPU then as well, and the same); its
+            values do not change, for an adapter starts at 0.
         rank: of each adapter's product.
         alpha: the product counts alpha / rank.
         seed: of the adapters' first matrices; the global generator is left alone.
@@ -42,7 +50,7 @@ def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
         ) from None
     # peft takes a whole number there; the factor is set below.
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _seemingly_on_the_cpu(critic.trunk):
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, critic.trunk)
@@ -54,39 +62,89 @@ def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
         layer.scaling[ADAPTER] = alpha / rank
 
 
+@contextmanager
+def _seemingly_on_the_cpu(trunk: nn.Module) -> Iterator[None]:
+    """Inside, weights on "meta" are replaced by zeros on the CPU that take no memory.
+
+    peft draws on the CPU and then moves an adapter to where its layer is: on "meta" the draw would be lost.
+    """
+    on_meta = [
+        (module, name, parameter)
+        for module in trunk.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for module, name, parameter in on_meta:
+        setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
+    try:
+        yield
+    finally:
+        for module, name, parameter in on_meta:
+            setattr(module, name, parameter)
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Whether there are adapters in it."""
     return any(".lora_" in name for name, _ in module.named_parameters())
 
 
+def name_without_adapter(name: str) -> str:
+    """What a frozen tensor's name is where there are no adapters."""
+    return name.replace(f"{BASE}.", ".")
+
+
+def foldable(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
+    """Name without adapters -> (tensor, the layer whose adapter `fold` adds to it or None), in the module's order."""
+    adapted = _adapted(module)
+    pairs: dict[str, tuple[Tensor, Any]] = {}
+    for name, tensor in module.state_dict().items():
+        if ".lora_" not in name:
+            place, base, last = name.partition(BASE)
+            pairs[place + last] = (tensor, adapted[place] if base and last == ".weight" else None)
+    return pairs
+
+
+def fold(tensor: Tensor, layer: Any, whole: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+    """A whole tensor with its adapter's product added in.
+
+    Args:
+        tensor: one that `foldable` gives.
+        layer: the one beside it.
+        whole: makes a tensor whole that is spread over ranks; all of them call this.
+    """
+    tensor = whole(tensor)
+    if layer is None:
+        return tensor
+    with torch.no_grad():
+        product: Tensor = whole(layer.lora_B[ADAPTER].weight) @ whole(layer.lora_A[ADAPTER].weight)
+        if layer.fan_in_fan_out:  # GPT-2 keeps its weights [in, out]
+            product = product.T
+        return tensor + product * float(layer.scaling[ADAPTER])
+
+
 def folded(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module with its adapters' products added in, under the names it has without them."""
-    adapted = _adapted(module)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
-        if ".lora_" in name:
-            continue
-        place, base, last = name.partition(BASE)
-        if base and last == ".weight":
-            with torch.no_grad():
-                tensor = tensor + adapted[place].get_delta_weight(ADAPTER)
-        tensors[place + last] = tensor
-    return tensors
+    return {name: fold(*pair) for name, pair in foldable(module).items()}
 
 
-def save_adapters(critic: Critic, directory: Path) -> None:
+def save_adapters(critic: Critic, directory: Path | None, whole: Callable[[Tensor], Tensor] = as_it_is) -> None:
     """Write what is trained, adapters and head, as it is.
+
+    Args:
+        critic: with adapters.
+        directory: where the file goes; None on ranks that do not lead.
+        whole: as in `fold`.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    file = directory / ADAPTER_FILE
-    with library_writes(file):
-        save_file({name: p.detach().contiguous() for name, p in _trained(critic).items()}, file)
+    trained = _trained(critic)
+    file = None if directory is None else directory / ADAPTER_FILE
+    write_tensors(file, dict(trained), lambda name: whole(trained[name].detach()))
 
 
 def load_adapters(critic: Critic, directory: Path) -> None:
-    """Put back what `save_adapters` wrote.
+    """Put back what `save_adapters` wrote, on any number of ranks; each reads its part alone.
 
     Raises:
         ModelError: the file is missing, or belongs to other adapters.
@@ -94,12 +152,13 @@ def load_adapters(critic: Critic, directory: Path) -> None:
     file = directory / ADAPTER_FILE
     if not file.is_file():
         raise ModelError(f"{directory} has no {ADAPTER_FILE}: it was not trained with --train lora")
-    tensors, trained = load_file(file), _trained(critic)
-    if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in trained.items()}:
+    trained = _trained(critic)
+    with safe_open(file, framework="pt") as stored:
+        shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    if shapes != {name: list(p.shape) for name, p in trained.items()}:
         raise ModelError(f"{file} belongs to other adapters")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
+    for name, parameter in trained.items():
+        read_rows(file, name, parameter)
 
 
 def _trained(critic: Critic) -> dict[str, nn.Parameter]:

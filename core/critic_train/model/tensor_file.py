@@ -32,7 +32,7 @@ ALIGNMENT = 8
 def write_tensors(
     path: Path | None,
     tensors: dict[str, Tensor],
-    whole: Callable[[Tensor], Tensor],
+    whole: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write tensors that are perhaps held in parts by several processes.
@@ -40,7 +40,7 @@ def write_tensors(
     Args:
         path: the file; None on processes that only help to make tensors whole.
         tensors: name -> tensor; its shape and dtype are those of the whole.
-        whole: the whole tensor, asked for one at a time and in the same order on every process.
+        whole: gives the whole tensor of a name; asked for one at a time and in the same order on every process.
         metadata: kept in the header.
 
     Raises:
@@ -68,7 +68,7 @@ def write_tensors(
         except OSError as error:
             fault = error
         for name in names:
-            tensor = whole(tensors[name])
+            tensor = whole(name)
             if file is not None and fault is None:
                 try:
                     file.write(_bytes_of(tensor))

@@ -51,6 +51,4 @@ class FitSettings(
             wrong.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
         if self.optimizer != "adamw" and self.nproc > 1:
             wrong.append(f"--optimizer {self.optimizer} runs in one process: leave --nproc at 1")
-        if self.train == "lora" and self.nproc > 1:
-            wrong.append("--train lora runs in one process: leave --nproc at 1")
         return wrong

@@ -1,6 +1,7 @@
 """The critic that a run trains: loaded, drawn or taken from a checkpoint; frozen or with adapters as --train says."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from critic_train.model.compute import Compute
@@ -61,11 +62,10 @@ def _critic(
         critic = build_critic(config, settings.seed)
         critic.head.start_at(shape.mean_return)
         return critic
-    critic = load_critic(source, compute)
+    adapters = partial(add_adapters, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
+    critic = load_critic(source, compute, adapters if settings.train == "lora" else None)
     if source.head is None:
         critic.head.start_at(shape.mean_return)
-    if settings.train == "lora":
-        add_adapters(critic, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
-        if checkpoint is not None:
-            load_adapters(critic, checkpoint)
+    if settings.train == "lora" and checkpoint is not None:
+        load_adapters(critic, checkpoint)
     return critic

@@ -45,11 +45,6 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     """
     require_packages(settings)
     with joined(settings, nproc=settings.nproc, device=settings.device) as ranks:
-        if ranks.size > 1 and settings.train == "lora":
-            raise ConfigError(
-                f"--train lora runs on one process, not on {ranks.size}",
-                hint="--train full, last-K and head run on any number",
-            )
         compute = resolve_compute(settings, ranks)
         yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
 

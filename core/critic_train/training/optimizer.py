@@ -109,7 +109,7 @@ def save_optimizer(
     if ranks.size > 1:
         from critic_train.distributed.sharded_saving import whole
 
-        write_tensors(file, tensors, whole)
+        write_tensors(file, tensors, lambda name: whole(tensors[name]))
         return
     assert file is not None
     with library_writes(file):

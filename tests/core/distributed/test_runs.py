@@ -196,13 +196,6 @@ def test_a_frozen_trunk_on_two_ranks(settings, tmp_path, train):
     assert files[0].keys() == files[1].keys()
 
 
-def test_adapters_are_for_one_process(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "lora"), model=settings.out, train="lora")
-    for ended in on_ranks(2, ranks.fit_run, ours):
-        assert ended["fault"] == "ConfigError"
-        assert "--train lora runs on one process" in ended["message"]
-
-
 def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
     judged = EvalSettings(data=settings.data, model=[settings.out], max_tokens=200, device="cpu")
     alone = list(evaluate(judged, StopRequest()))[-1].result

@@ -54,7 +54,7 @@ def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path):
     }
     for name, metadata in (("with", {"format": "pt"}), ("without", None)):
         save_file(tensors, tmp_path / name, metadata=metadata)
-        write_tensors(tmp_path / f"{name}-ours", tensors, lambda tensor: tensor, metadata)
+        write_tensors(tmp_path / f"{name}-ours", tensors, tensors.__getitem__, metadata)
         assert (tmp_path / f"{name}-ours").read_bytes() == (tmp_path / name).read_bytes()
 
 
