@@ -67,7 +67,7 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
         for root in modules
         for module in root.modules()
         if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
+        for group in _groups(module)
     ]
     before = [group.mp_policy for group in groups]
     try:
@@ -78,6 +78,14 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
         in_parts(modules)
         for group, policy in zip(groups, before, strict=True):
             _set_policy(group, policy)
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """The parameters of a module that are gathered together: one group before torch 2.13, a list of them since."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:

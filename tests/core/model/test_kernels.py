@@ -162,6 +162,19 @@ def test_variable_length_segments_are_plain_attention(seed, asking, window):
     check(Varlen(queries, CPU, attend=varlen_by_hand), forest, positions, window)
 
 
+def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeypatch):
+    """There varlen_attn has no `enable_gqa`; its kernel shares heads without it."""
+
+    def of_2_11(query, key, value, q, k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        shared = query.shape[1] != key.shape[1]
+        more = {"scale": scale, "window_size": window_size, "enable_gqa": shared}
+        return varlen_by_hand(query, key, value, q, k, max_q, max_k, **more)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
+    forest = forest_of(0)
+    check(Varlen(all_queries(forest), CPU), forest, np.arange(len(forest)), None)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("asking", ["all", "some"])
 def test_flex_attention_is_plain_attention(asking, window):

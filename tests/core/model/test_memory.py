@@ -84,7 +84,8 @@ def test_an_architecture_without_checkpointing_is_told(monkeypatch):
     def refuse(*_):
         raise ValueError("not compatible")
 
-    monkeypatch.setattr(type(critic.trunk), "activation_checkpointing_enable", refuse)
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        monkeypatch.setattr(type(critic.trunk), name, refuse, raising=False)
     with pytest.raises(ModelError, match="llama has no activation checkpointing"):
         checkpoint_activations(critic, "layer")
 

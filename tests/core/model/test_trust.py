@@ -66,18 +66,24 @@ def test_code_beside_a_known_model_is_not_run(model: Path) -> None:
         ({"rope_parameters": "x" * 100}, "config.json"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantized"),
         ({"model_type": 7}, "config.json"),
-        ({"architectures": 7}, ""),
     ],
     ids=str,
 )
 def test_a_configuration_is_held_against_the_weights(model: Path, changes: dict[str, Any], said: str) -> None:
     configured(model, **changes)
-    if not said:
-        assert read_model(model).architecture == ""
-        return
     with pytest.raises(ModelError) as caught:
         read_model(model)
     assert said in caught.value.message
+
+
+def test_architectures_that_are_no_list_are_passed_over_or_refused(model: Path) -> None:
+    """transformers 5.17 looks at them and refuses; 5.23 does not."""
+    configured(model, architectures=7)
+    try:
+        found = read_model(model).architecture
+    except ModelError as error:
+        found = error.message
+    assert found == "" or "architectures" in found
 
 
 def spoil(content: bytes, name: str = "model.safetensors") -> Callable[[Path], None]:

@@ -5,7 +5,9 @@ the lower right, where the last query meets the last key, which is what a run at
 then counts in the rollout. The price is one copy of the keys and values of every path.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,4 +75,11 @@ def available(device: torch.device) -> bool:
 def _varlen_attn() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        return varlen_attn
+    return partial(_unasked, varlen_attn)
+
+
+def _unasked(attend: Callable[..., Any], *arguments: Any, enable_gqa: bool, **more: Any) -> Any:
+    """Up to torch 2.11 the kernel shares heads of keys among those of queries whenever there are fewer of them."""
+    return attend(*arguments, **more)
