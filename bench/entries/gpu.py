@@ -5,7 +5,10 @@ Qwen2.5-shaped models with random weights, bf16, one prompt with eight responses
 FLOP of a step: 6 N for each computed token, N being the parameters of the blocks' matrices (no embedding; a critic has
 no vocabulary head), and 12 * layers * heads * head_dim for each pair of positions that is seen (two products forward,
 twice that backward; a causal sequence of T tokens has T (T + 1) / 2 of them). Work that activation checkpointing does
-again, and what the narrowed last layer leaves out, count for nothing either way.
+again, and what the narrowed last layer leaves out, count for nothing either way; a prefix that stands in two
+micro-batches counts twice in computed tokens and once in rollout tokens.
+Where a micro-batch's activations do not fit, the fit and the flat step are taken in three ways: layers computed again,
+half of their products computed again (selective), and smaller micro-batches that keep all; each by itself.
 MFU is against the data sheet's dense bf16 figure. No figure was printed by this file yet: it has not met a GPU.
 """
 
@@ -29,8 +32,10 @@ from critic_train.model.inputs import forest_input
 from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.loading import build_critic
 from critic_train.model.memory import checkpoint_activations, in_memory
+from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
+from critic_train.settings import ActivationCheckpointing
 from critic_train.training.loss import token_weights, value_loss
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.step import apply_gradient
@@ -49,7 +54,10 @@ RUNS = {
 }
 MAX_TOKENS = 40_960
 KEPT_BYTES = 40 * 2**30
-"""Activations above which layers are computed again."""
+"""Room for activations beside weights, gradients and moments."""
+AS_WRITTEN: list[tuple[ActivationCheckpointing, int]] = [("none", MAX_TOKENS // 4)]
+"""How a padded step is taken."""
+KEPT = {"none": "kept", "selective": "half computed again", "layer": "computed again"}
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bf16, from the data sheets; SXM."""
 
@@ -69,7 +77,7 @@ def run(options: Options) -> Table:
             "activations": "",
             "peak GB": ".1f",
         },
-        notes=["rollout tok/s counts every rollout's tokens; fit/this is the ratio of rollout tok/s"],
+        notes=["rollout tok/s counts every rollout's tokens; fit/this is the ratio of rollout tok/s to the best fit"],
     )
     for model, length in RUNS[options.size]:
         table.rows += measure(model, length, options)
@@ -77,7 +85,7 @@ def run(options: Options) -> Table:
 
 
 def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
-    """The three steps one after another, each with a model of its own: two do not fit beside each other."""
+    """The steps one after another, each with a model of its own: two do not fit beside each other."""
     config = Qwen2Config(
         **dict(zip(SHAPES, MODELS[model], strict=True)), vocab_size=VOCABULARY, max_position_embeddings=32_768
     )
@@ -85,32 +93,59 @@ def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
     compute = Compute(device=options.device, precision="bf16", max_tokens=MAX_TOKENS)
     forest = lay_out(rollouts, prefix_order(rollouts))
     compute.attention, passed = choose_attention("auto", forest, options.device, "bf16")
+    peak = peak_tflops(options.device)
     rows = []
     for name in ("fit", "flat", "padded"):
-        row = timed(name, config, rollouts, compute, options)
-        positions = len(forest) if name == "fit" else len(rollouts.input_ids)
-        pairs = pairs_of(forest.depth) if name == "fit" else sum(n * (n + 1) / 2 for n in rollouts.lengths.tolist())
-        flop = row.pop("flop")(positions, pairs)
-        seconds = row["seconds"]
-        rows.append(
-            {
-                "model": model,
-                "sequence": length,
-                **row,
-                "rollout tok/s": len(rollouts.input_ids) / seconds,
-                "computed tok/s": positions / seconds,
-                "TFLOP/s": flop / seconds / 1e12,
-                "MFU": flop / seconds / 1e12 / peak if (peak := peak_tflops(options.device)) else None,
-                "passed over": passed,
-            }
-        )
+        for activations, max_tokens in ways(config) if name != "padded" else AS_WRITTEN:
+            mine = replace(compute, max_tokens=max_tokens)
+            row = timed(name, config, rollouts, mine, activations, options)
+            positions, pairs = computed(name, rollouts, mine.max_tokens)
+            rate = row.pop("flop")(positions, pairs) / row["seconds"] / 1e12
+            rows.append(
+                {
+                    "model": model,
+                    "sequence": length,
+                    **row,
+                    "rollout tok/s": len(rollouts.input_ids) / row["seconds"],
+                    "computed tok/s": positions / row["seconds"],
+                    "TFLOP/s": rate,
+                    "MFU": rate / peak if peak else None,
+                    "passed over": passed,
+                }
+            )
+    best = max(row["rollout tok/s"] for row in rows if row["step"].startswith("fit"))
     for row in rows:
-        row["fit/this"] = rows[0]["rollout tok/s"] / row["rollout tok/s"]
+        row["fit/this"] = best / row["rollout tok/s"]
     return rows
 
 
-def timed(name: str, config: Qwen2Config, rollouts: Rollouts, compute: Compute, options: Options) -> dict[str, Any]:
-    """Median seconds of one kind of step, and what its figures are made of."""
+def ways(config: Qwen2Config) -> list[tuple[ActivationCheckpointing, int]]:
+    """(activations, max_tokens) of the steps to time."""
+    layer = 8 * config.hidden_size + 2 * (6 * config.hidden_size + 4 * config.intermediate_size)
+    fits = int(KEPT_BYTES // (config.num_hidden_layers * layer))
+    if fits >= MAX_TOKENS:
+        return [("none", MAX_TOKENS)]
+    return [("layer", MAX_TOKENS), ("selective", MAX_TOKENS), ("none", fits)]
+
+
+def computed(name: str, rollouts: Rollouts, max_tokens: int) -> tuple[int, float]:
+    """Positions of a step and pairs of them that are seen."""
+    lengths = rollouts.lengths.astype(np.float64)
+    if name != "fit":
+        return len(rollouts.input_ids), float((lengths * (lengths + 1) / 2).sum())
+    forests = [lay_out(rollouts, order) for order in forest_micro_batches(rollouts, max_tokens)]
+    return sum(len(forest) for forest in forests), sum(pairs_of(forest.depth) for forest in forests)
+
+
+def timed(
+    name: str,
+    config: Qwen2Config,
+    rollouts: Rollouts,
+    compute: Compute,
+    activations: ActivationCheckpointing,
+    options: Options,
+) -> dict[str, Any]:
+    """Median seconds of one kind of step, and what its figures are made of; `compute` ends with what memory allowed."""
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(options.device)
@@ -118,8 +153,7 @@ def timed(name: str, config: Qwen2Config, rollouts: Rollouts, compute: Compute, 
     choose_packing(critic, rollouts.take(np.arange(2)), "forest")
     counted = sum(p.numel() for n, p in critic.trunk.named_parameters() if p.ndim == 2 and "embed" not in n)
     heads = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
-    recompute = needs_recomputing(config, compute)
-    checkpoint_activations(critic, "layer" if recompute else "none")
+    checkpoint_activations(critic, activations)
     step: Callable[[], object]
     if name == "fit":
         step = fit_step(critic, rollouts, compute)
@@ -127,12 +161,12 @@ def timed(name: str, config: Qwen2Config, rollouts: Rollouts, compute: Compute, 
         step = flat_step(critic, rollouts, compute)
     else:
         del critic
-        step = padded_step(config, rollouts, replace(compute, max_tokens=max(1, compute.max_tokens // 4)))
+        step = padded_step(config, rollouts, compute)
     seconds = in_turn({name: step}, options.rounds, options.device)[name]
     return {
         "step": f"{name}, {compute.attention if name != 'padded' else 'sdpa'}",
         "seconds": statistics.median(seconds),
-        "activations": "computed again" if recompute and name != "padded" else "kept",
+        "activations": f"{KEPT[activations]}, {compute.max_tokens:,} at once",
         "peak GB": compute.peak_memory_bytes() / 1e9,
         "flop": lambda positions, pairs: 6 * counted * positions + 12 * config.num_hidden_layers * heads * pairs,
     }
@@ -171,12 +205,6 @@ def flat_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[
 def pairs_of(depth: np.ndarray[Any, np.dtype[np.int64]]) -> float:
     """Pairs of positions that are seen: each position sees its ancestors and itself."""
     return float((depth + 1).sum())
-
-
-def needs_recomputing(config: Qwen2Config, compute: Compute) -> bool:
-    """Whether a full micro-batch would keep more than KEPT_BYTES."""
-    layer = 8 * config.hidden_size + 2 * (6 * config.hidden_size + 4 * config.intermediate_size)
-    return compute.max_tokens * int(config.num_hidden_layers) * int(layer) > KEPT_BYTES
 
 
 def peak_tflops(device: torch.device) -> float | None:
