@@ -1,10 +1,6 @@
-"""Run a function on several ranks, as torchrun would: processes with RANK, WORLD_SIZE and a port in their environment.
-
-They are forked from a server that has imported torch once, so that a rank costs a tenth of a second and not five.
-"""
+"""Run a function on several ranks, as torchrun would: processes that find RANK, WORLD_SIZE and a port around them."""
 
 import math
-import multiprocessing
 import os
 import queue
 import socket
@@ -13,6 +9,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from warm import context
+
 from critic_train.errors import CriticTrainError
 from critic_train.events import Event, RunEnded, StepEnded
 from critic_train.settings import EvalSettings, FitSettings
@@ -20,16 +18,6 @@ from critic_train.stopping import StopRequest
 
 PATIENCE_SECONDS = 120.0
 SIGTERM = 15
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "critic_train.training.fit",
-        "critic_train.distributed.sharded_loading",
-        "critic_train.judging.evaluation",
-        "rank_work",
-        "peft",
-    ]
-)
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, rank_0_is_enough: bool = False) -> list[Any]:
@@ -40,9 +28,9 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, rank_0_is_eno
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    answers = _context.Queue()
+    answers = context.Queue()
     processes = [
-        _context.Process(target=_rank, args=(answers, rank, size, port, work, arguments), daemon=True)
+        context.Process(target=_rank, args=(answers, rank, size, port, work, arguments), daemon=True)
         for rank in range(size)
     ]
     for process in processes:

@@ -4,10 +4,10 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import program
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "core" / "converting" / "fixtures"
@@ -16,9 +16,7 @@ FIXTURES = ROOT / "tests" / "core" / "converting" / "fixtures"
 @pytest.fixture
 def critic_train(clean_environment, tmp_path):
     def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "critic_train_cli", "convert", *map(str, arguments)]
-        environment = clean_environment | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        return program("convert", *map(str, arguments), cwd=tmp_path, environment=clean_environment)
 
     return run
 

@@ -3,13 +3,13 @@
 import io
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import warm
 from rich.console import Console
 
 from critic_train_cli.estimate import draw_estimate
@@ -17,12 +17,7 @@ from critic_train_cli.findings import draw_findings, returns_sentence
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sample_data"
-
-
-def program(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "critic_train_cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+program = partial(warm.program, cwd=ROOT, environment=os.environ | {"COLUMNS": "100"})
 
 
 @pytest.fixture(scope="module")

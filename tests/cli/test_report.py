@@ -5,10 +5,12 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support import readable_rollouts, write_shard
+from warm import program
 
 ROOT = Path(__file__).parents[2]
 BIN = {"tokens": 9, "rollouts": 3, "mean_value": 0.2, "mean_return": 0.3, "interval": [0.1, 0.4]}
@@ -27,16 +29,7 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture
 def critic_train(clean_environment, tmp_path):
     """Run the program itself, nothing scripted."""
-    environment = clean_environment | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "critic_train_cli", *arguments]
-        return subprocess.run(
-            command, env=environment, capture_output=True, encoding="utf-8", cwd=tmp_path, timeout=120
-        )
-
-    run.environment = environment
-    return run
+    return partial(program, cwd=tmp_path, environment=clean_environment)
 
 
 def test_eval_writes_a_page_and_its_json_can_be_reported_again(critic_train, shards, tmp_path):
@@ -63,14 +56,15 @@ def test_wrong_command_lines(critic_train):
     assert shown.stderr.startswith("error: --report: no folder no\n")
 
 
-def test_a_terminal_gets_verdict_and_charts_a_pipe_the_place(critic_train, tmp_path):
+def test_a_terminal_gets_verdict_and_charts_a_pipe_the_place(critic_train, clean_environment, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(VERDICT))
     piped = critic_train("report", "x.json")
     assert piped.stdout.startswith("x.html (")
     assert len(piped.stdout.splitlines()) == 1
     primary, secondary = pty.openpty()
     command = [sys.executable, "-m", "critic_train_cli", "report", "x.json"]
-    environment = critic_train.environment | {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "xterm"}
+    environment = clean_environment | {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "xterm"}
+    environment |= {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}"}
     done = subprocess.Popen(command, env=environment, stdout=secondary, stderr=secondary, cwd=tmp_path)
     os.close(secondary)
     written = b""

@@ -4,7 +4,6 @@ Signals come from within, at a chosen call, so that nothing here waits for a clo
 """
 
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 import torch
 from crashing import die_of_two_signals
 from support import readable_rollouts, small_config, write_shard
+from warm import context
 
 from critic_train.data.reading import RolloutReader
 from critic_train.judging.evaluation import evaluate
@@ -185,8 +185,6 @@ def test_in_saving(operation, folder, undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_in_a_save_leaves_at_once_without_damage(folder, undisturbed, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["critic_train.training.fit"])
     process = context.Process(target=die_of_two_signals, args=(settings_for(folder, tmp_path), "step-00000002.tmp"))
     process.start()
     process.join()

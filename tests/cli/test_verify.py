@@ -34,3 +34,11 @@ def test_exit_code_lines_and_json(verify, tmp_path):
     assert f"{bad} (rollouts): NOT SOUND\n  BAD {bad}: " in shown.stdout
     told = json.loads(verify(str(bad), "--json").stdout)
     assert told["sound"] is False
+
+
+@pytest.mark.parametrize("job", ["critic_train.verifying.verification", "critic_train.doctor.doctor"])
+def test_rollouts_are_looked_at_without_torch(job):
+    """It takes seconds to load."""
+    script = f"import {job}, sys; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "core")}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 0

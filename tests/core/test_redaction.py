@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import program
 
 from critic_train.redaction import without_secrets
 from critic_train.run.durable import write_json
@@ -49,17 +48,15 @@ def test_records_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_errors_hold_none(as_json: bool) -> None:
+def test_errors_hold_none(as_json: bool, tmp_path: Path) -> None:
     flags = ["--json"] if as_json else []
     for arguments in (
         ["fit", "s3://key:secret@b/x"],
         ["fit", "--data", "/none?token=secret"],
         ["fit", "--batch-size", TOKEN],
     ):
-        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}", "HF_TOKEN": "secret-of-mine"}
-        environment["CRITIC_TRAIN_EPOCHS"] = "secret-of-mine"
-        command = [sys.executable, "-m", "critic_train_cli", *arguments, *flags]
-        shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+        environment = os.environ | {"HF_TOKEN": "secret-of-mine", "CRITIC_TRAIN_EPOCHS": "secret-of-mine"}
+        shown = program(*arguments, *flags, cwd=tmp_path, environment=environment)
         assert shown.returncode in (2, 3)
         said = shown.stdout + shown.stderr
         assert "***" in said

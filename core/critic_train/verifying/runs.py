@@ -10,7 +10,6 @@ from critic_train.errors import CriticTrainError
 from critic_train.run.checkpoint import checkpoints, inspect, resolve_model
 from critic_train.run.model_digest import model_digest
 from critic_train.verifying.finding import Finding
-from critic_train.verifying.models import verify_model
 
 
 def verify_run(path: Path) -> Iterator[Finding]:
@@ -52,6 +51,8 @@ def _log(path: Path) -> Finding:
 
 
 def _checkpoints(path: Path) -> Iterator[Finding]:
+    from critic_train.verifying.models import verify_model  # brings torch, for which rollouts need not wait
+
     folder = path / "checkpoints"
     whole = set()
     for checkpoint in checkpoints(folder):

@@ -17,7 +17,6 @@ from critic_train.settings.reading import column_renames
 from critic_train.settings.verify import VerifySettings
 from critic_train.stopping import StopRequest
 from critic_train.verifying.finding import Finding
-from critic_train.verifying.models import verify_model
 from critic_train.verifying.runs import verify_run
 
 EVERYTHING = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
@@ -65,6 +64,8 @@ def kind_of(path: Path) -> str:
 
 
 def _one_model(path: Path) -> Iterator[Finding]:
+    from critic_train.verifying.models import verify_model  # brings torch, for which rollouts need not wait
+
     yield verify_model(path)
 
 

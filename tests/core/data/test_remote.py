@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import warm
 from support import readable_rollouts, write_shard
 
 from critic_train.data.places import parquet_file, remote_files
@@ -217,9 +218,7 @@ def test_an_address_with_credentials_is_refused_without_being_shown(flag):
 
 def program(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """The whole program."""
-    variables = os.environ | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}"} | environment
-    command = [sys.executable, "-m", "critic_train_cli", *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, cwd=folder)
+    return warm.program(*arguments, cwd=folder, environment=os.environ | environment)
 
 
 TRAIN = ["--preset", "tiny", "--max-steps", "2", "--device", "cpu", "--val-fraction", "0.25"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import readable_rollouts, write_shard
+from warm import program
 
 from critic_train.errors import ConfigError
 from critic_train.events import EvaluationEnded, Notice, RunEnded, StepEnded
@@ -17,7 +18,6 @@ from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 
-ROOT = Path(__file__).parents[3]
 STEPS = 4
 
 
@@ -84,27 +84,22 @@ def test_tensorboard_reads_every_step_and_evaluation(shards, tmp_path):
 
 
 def test_trackio_keeps_every_step_in_its_database(shards, tmp_path):
-    """In a process of its own: Trackio reads its folder when it is imported."""
+    """In processes of their own: Trackio reads its folder when it is imported."""
     pytest.importorskip("trackio")
-    arguments = ["fit", "--data", str(shards), "--out", str(tmp_path / "run"), "--preset", "tiny", "--json"]
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
+    arguments = ["--data", str(shards), "--out", "run", "--preset", "tiny", "--no-report", "--json"]
     arguments += ["--max-steps", str(STEPS), "--log-to", "trackio", "--log-project", "mine"]
+    done = program("fit", *arguments, cwd=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == STEPS
     script = (
         "import json, trackio.sqlite_storage as storage\n"
-        "from critic_train_cli.main import app\n"
-        f"app({arguments}, standalone_mode=False)\n"
         "runs = storage.SQLiteStorage.get_runs('mine')\n"
         "print(json.dumps([runs, storage.SQLiteStorage.get_logs('mine', runs[0])]))\n"
     )
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}",
-        "TRACKIO_DIR": str(tmp_path / "trackio"),
-        "HOME": str(tmp_path),
-    }
     shown = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    result, read = map(json.loads, shown.stdout.splitlines())
-    assert result["steps"] == STEPS
-    runs, logs = read
+    runs, logs = json.loads(shown.stdout)
     assert len(runs) == 1
     seen = {log["step"]: log["critic/vf_loss"] for log in logs if "critic/vf_loss" in log}
     assert seen == pytest.approx(losses(tmp_path / "run"), rel=1e-9)

@@ -7,7 +7,6 @@ bit where the undisturbed one does.
 
 import errno
 import json
-import multiprocessing
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from crashing import Dead, Dies, Fails, PowerCut, die
 from support import readable_rollouts, small_config, write_shard
+from warm import context
 
 from critic_train.errors import MachineError
 from critic_train.model.loading import build_critic
@@ -167,11 +167,9 @@ def test_killed_at_any_operation_of_a_run(torn, world, tmp_path):
 @pytest.mark.slow
 def test_a_process_killed_by_the_kernel_at_any_operation(world, tmp_path):
     """Scenario 1 with SIGKILL: nothing of the process is left, no handler, no `finally`."""
-    start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["critic_train.training.fit"])
     for n in range(1, len(world.operations)):
         out = tmp_path / str(n)
-        process = start.Process(target=die, args=(world.settings(out), n))
+        process = context.Process(target=die, args=(world.settings(out), n))
         process.start()
         process.join()
         assert process.exitcode == -9
