@@ -17,7 +17,7 @@ from critic_train.model.predicting import predict_values
 from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.run import storage
-from critic_train.settings import FitSettings
+from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
 from critic_train.training.step import LossRecipe, accumulate_gradient, gradient_norm
@@ -111,6 +111,23 @@ def load_and_save(source: str, target: str) -> None:
         load_optimizer(optimizer, critic, Path(source))
         directory = Path(target) if ranks.leads else None
         save_critic(critic, directory, Path(source), ranks)
+        save_optimizer(optimizer, critic, directory, ranks)
+
+
+def step_on_ranks(target: str, offload: Offload) -> None:
+    """Three steps on gradients of real rollouts, and the checkpoint that they lead to."""
+    from critic_train.distributed.sharding import cost_of, shard
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = critic_of("Llama")
+        compute = replace(ONE, ranks=ranks, pair_cost=cost_of(critic).pair)
+        shard(critic, compute)
+        optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
+        for _ in range(3):
+            gradients(critic, compute, rollouts=21, forest=True, mode="token-mean")
+            optimizer.step()
+        directory = Path(target) if ranks.leads else None
+        save_critic(critic, directory, None, ranks)
         save_optimizer(optimizer, critic, directory, ranks)
 
 

@@ -39,6 +39,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     keeping = seconds["keeping_states"]
     first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
     device = f" of {size(memory['device'])}" if memory["device"] else ""
+    elsewhere = {"none": ""}.get(found["offload"], " in host memory")
     return [
         ("rollouts", f"{found['rollouts']:,} to train on, {found['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(found['tokens'])}{computed}"),
@@ -46,7 +47,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{count(found['parameters'])}{trained}"),
         ("memory", f"{size(memory['peak'])}{device} at the peak of the timed steps, on {found['device']}"),
         ("  of it", f"weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, "
-                    f"moments {size(memory['moments'])}"),
+                    f"moments {size(memory['moments'])}{elsewhere}"),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free at {found['out']}"),
         ("  of it", f"{size(disk['checkpoint'])} a checkpoint, {size(disk['cache'])} for the run's cache{states}"),
         ("speed", f"{count(found['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),

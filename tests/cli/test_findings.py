@@ -82,6 +82,7 @@ def test_an_estimate_says_where_it_will_not_do(width):
         "parameters": 15_800_000,
         "trained_parameters": 2_600_000,
         "packing": "forest",
+        "offload": "none",
         "device": "cuda:0",
         "out": "runs/train",
         "memory": {"weights": 1, "gradients": 1, "moments": 2, "peak": 79 * 10**9, "device": 80 * 10**9},

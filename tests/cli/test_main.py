@@ -29,7 +29,7 @@ FIT_FLAGS = words("""
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
---device --precision --packing --attention --max-tokens --activation-checkpointing --compile --nproc
+--device --precision --packing --attention --max-tokens --activation-checkpointing --offload --compile --nproc
 --out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
 --log-to --log-project
 """)

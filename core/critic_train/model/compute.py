@@ -8,7 +8,7 @@ from critic_train.distributed.ranks import ALONE, Ranks
 from critic_train.errors import ConfigError, MachineError
 from critic_train.model.inputs import StateSource
 from critic_train.model.kernels.choosing import candidates
-from critic_train.settings import Attention, ComputeSettings, Precision
+from critic_train.settings import Attention, ComputeSettings, MemorySettings, Offload, Precision
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class Compute:
         pair_cost: the work of one (query, key) pair of attention beside a position's, for sharing work out over ranks.
         states: hidden states of a frozen trunk that are given in place of tokens; None where the trunk computes.
         attention: the kernel that computes attention on a forest, resolved: not auto.
+        offload: what waits in host memory while it is not needed on the device.
     """
 
     device: torch.device
@@ -32,6 +33,7 @@ class Compute:
     pair_cost: float = 0.0
     states: StateSource | None = None
     attention: Attention = "sdpa"
+    offload: Offload = "none"
     _told: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,18 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = ALONE) -> Compute:
     """
     device = resolve_device(settings.device, ranks)
     candidates(settings.attention, device, settings.precision)
-    return Compute(device=device, precision=settings.precision, max_tokens=settings.max_tokens, ranks=ranks)
+    return Compute(
+        device=device,
+        precision=settings.precision,
+        max_tokens=settings.max_tokens,
+        ranks=ranks,
+        offload=resolve_offload(settings, device),
+    )
+
+
+def resolve_offload(settings: ComputeSettings, device: torch.device) -> Offload:
+    """What a run keeps in host memory: on a CPU, which has no other, nothing in particular."""
+    return settings.offload if isinstance(settings, MemorySettings) and device.type == "cuda" else "none"
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:

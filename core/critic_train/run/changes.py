@@ -25,7 +25,7 @@ RESUMABLE = frozenset(
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
 what they lead to is held by fingerprints."""
 
-ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile"})
+ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile", "offload"})
 """Settings that may differ at the price of bit-identity: sums are taken in another order."""
 
 HORIZON = ("epochs", "max_steps")

@@ -10,7 +10,7 @@ from critic_train.settings.eval import EvalSettings
 from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
 from critic_train.settings.fit import FitSettings
 from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
-from critic_train.settings.memory import ActivationCheckpointing, MemorySettings
+from critic_train.settings.memory import ActivationCheckpointing, MemorySettings, Offload
 from critic_train.settings.model import ModelSettings, Preset
 from critic_train.settings.predict import PredictSettings
 from critic_train.settings.ranks import RanksSettings
@@ -35,6 +35,7 @@ __all__ = [
     "LossSettings",
     "MemorySettings",
     "ModelSettings",
+    "Offload",
     "OldValues",
     "OnBadFile",
     "OnBadRows",

@@ -51,4 +51,6 @@ class FitSettings(
             wrong.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
         if self.optimizer != "adamw" and self.nproc > 1:
             wrong.append(f"--optimizer {self.optimizer} runs in one process: leave --nproc at 1")
+        if self.optimizer != "adamw" and self.offload != "none":
+            wrong.append(f"--optimizer {self.optimizer} keeps its moments where it likes: leave --offload at none")
         return wrong

@@ -6,6 +6,7 @@ from typing import Literal
 from critic_train.settings.fields import Settings, setting
 
 ActivationCheckpointing = Literal["none", "layer", "selective"]
+Offload = Literal["none", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,11 @@ class MemorySettings(Settings):
         "none",
         "Keep only each layer's input and compute the rest again (layer), or all but half of the matrix products and "
         "attention (selective): less memory, more time.",
+        panel="Compute",
+    )
+    offload: Offload = setting(
+        "none",
+        "Keep AdamW's two moments in host memory and bring them to the GPU for the update alone.",
         panel="Compute",
     )
     compile: bool = setting(

@@ -117,6 +117,7 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
             "trained_parameters": _trained(critic),
             "packing": "forest" if choice.forest else "rows",
             "device": str(compute.device),
+            "offload": compute.offload,
             "memory": _memory(critic, compute, pace),
             "disk": _disk(settings, critic, tokens, states, out),
             "seconds": {**seconds, "total": sum(seconds.values())},

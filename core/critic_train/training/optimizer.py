@@ -14,16 +14,22 @@ from critic_train.errors import ConfigError, ModelError
 from critic_train.model.critic import Critic
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
-from critic_train.settings import OptimizerKind, Schedule
+from critic_train.settings import Offload, OptimizerKind, Schedule
+from critic_train.training.offloading import MOMENTS, HostAdamW
 
 STATE_FILE = "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 CODES = ("qmap1", "qmap2")
 """What the 256 codes of bitsandbytes' moments stand for."""
 
 
 def build_optimizer(
-    critic: Critic, *, lr: float, head_lr: float, weight_decay: float, kind: OptimizerKind = "adamw"
+    critic: Critic,
+    *,
+    lr: float,
+    head_lr: float,
+    weight_decay: float,
+    kind: OptimizerKind = "adamw",
+    offload: Offload = "none",
 ) -> torch.optim.Optimizer:
     """AdamW over trunk and head; matrices of the trunk decay, vectors and the head do not.
 
@@ -33,6 +39,7 @@ def build_optimizer(
         head_lr: peak learning rate of the head.
         weight_decay: decoupled decay of the trunk's matrices (Loshchilov & Hutter 2019).
         kind: moments in float32, or in 8 bits a number (Dettmers et al. 2022, arXiv 2110.02861) by bitsandbytes.
+        offload: what is kept in host memory; the result is the same.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -46,7 +53,9 @@ def build_optimizer(
     for group in groups:
         group["peak_lr"] = group["lr"]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, fused=True) if kind == "adamw" else _in_8_bits(groups)
+    if kind != "adamw":
+        return _in_8_bits(groups)
+    return HostAdamW(groups) if offload == "optimizer" else torch.optim.AdamW(groups, fused=True)
 
 
 def _in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -135,9 +144,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
         if not isinstance(optimizer, torch.optim.AdamW):
             optimizer.state[parameter] = _stored_state(file, name, names, parameter)
             continue
-        # Fused AdamW keeps its step count beside the parameter, as a 0-d float32 tensor.
-        state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
-        state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+        state = _new_state(optimizer, parameter)
         for key, tensor in state.items():
             try:
                 read_rows(file, f"{key}.{name}", tensor)
@@ -145,6 +152,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
                 first = str(error).strip().splitlines()[0]
                 raise ModelError(f"{file}: {key}.{name} does not fit this model: {first}") from error
         optimizer.state[parameter] = state
+
+
+def _new_state(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> dict[str, Any]:
+    """What fused AdamW begins with: a step count beside the parameter, 0-d float32, and two moments."""
+    if isinstance(optimizer, HostAdamW):
+        return optimizer.new_state(parameter)
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step} | {name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS}
 
 
 def _stored_state(file: Path, name: str, names: set[str], parameter: torch.nn.Parameter) -> dict[str, Any]:

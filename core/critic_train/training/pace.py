@@ -160,7 +160,9 @@ def _timed(
     stop: StopRequest,
 ) -> Pace | None:
     recipe = LossRecipe(cliprange_value=None, mode="token-mean", scale_factor=None)
-    optimizer = build_optimizer(critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer)
+    optimizer = build_optimizer(
+        critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer, offload=compute.offload
+    )
     rows: list[tuple[float, float, float, int]] = []
     for _ in range(1 + TIMED_STEPS):
         began = _now(compute)

@@ -48,6 +48,8 @@ def prepare(
     """Model, plan and optimizer, at the checkpoint to go on from; yields notices and RunStarted."""
     new_head = source is None or source.head is None
     yield from _head_notices(source, data, checkpoint)
+    if settings.offload != compute.offload:
+        yield Notice(message=f"--offload {settings.offload} changes nothing on a CPU: all is in host memory already")
     shape = Shape(max_token_id=data.max_token_id, max_length=data.max_length, mean_return=data.train.mean_return)
     critic = critic_of(settings, source, checkpoint, compute, shape)
     critic, compute = _spread(critic, compute)
@@ -76,7 +78,12 @@ def prepare(
         plan=plan,
         critic=critic,
         optimizer=build_optimizer(
-            critic, lr=lr, head_lr=head_lr, weight_decay=settings.weight_decay, kind=settings.optimizer
+            critic,
+            lr=lr,
+            head_lr=head_lr,
+            weight_decay=settings.weight_decay,
+            kind=settings.optimizer,
+            offload=compute.offload,
         ),
         compute=compute,
         recipe=LossRecipe(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor),

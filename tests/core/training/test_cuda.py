@@ -15,6 +15,8 @@ from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.training.offloading import HostAdamW
+from critic_train.training.optimizer import build_optimizer
 from critic_train.training.step import LossRecipe, accumulate_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -113,3 +115,46 @@ def test_memory_that_runs_out_is_gone_on_with_in_halves():
         type(critic).hidden = whole
     assert compute.max_tokens < 10_000
     assert not hog
+
+
+def test_moments_on_the_host_change_nothing_but_the_memory_held():
+    """8 bytes a parameter leave the device between steps; parameters and moments are the same to the bit."""
+    config = small_config("Llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    found, held = [], []
+    for offload in ("none", "optimizer"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        critic = build_critic(config, seed=0).cuda()
+        optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
+        draw = torch.Generator(device="cuda").manual_seed(2)
+        for _ in range(3):
+            for parameter in critic.parameters():
+                parameter.grad = torch.randn(parameter.shape, device="cuda", generator=draw)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        held.append(torch.cuda.memory_allocated() - before)
+        parameters = list(critic.parameters())
+        moments = [optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
+        if offload == "optimizer":
+            assert all(moment.is_pinned() for moment in moments)
+        found.append([tensor.detach().cpu() for tensor in (*parameters, *moments)])
+        del critic, optimizer, parameters, moments, parameter
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    promised = 8 * sum(p.numel() for p in build_critic(config, seed=0).parameters())
+    assert held[0] - held[1] == pytest.approx(promised, rel=0.02)
+
+
+def test_pieces_in_flight_do_not_overtake_each_other():
+    """Many more pieces than buffers, each way on a stream of its own."""
+    made = [torch.randn(rows, 1000, device="cuda") for rows in (1, 999, 3000, 20)]
+    gradients = [torch.randn_like(parameter) for parameter in made]
+    found = []
+    for build in (lambda p: torch.optim.AdamW(p, fused=True), lambda p: HostAdamW([{"params": p}], piece=10_000)):
+        parameters = [parameter.clone() for parameter in made]
+        optimizer = build(parameters)
+        for step in range(5):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient * (step - 2.5)
+            optimizer.step()
+        found.append([t.cpu() for p in parameters for t in (p, *optimizer.state[p].values())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

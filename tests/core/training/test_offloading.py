@@ -1,0 +1,131 @@
+"""Moments that wait on the host: parameters, moments, files and runs are those of torch's own AdamW, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rank_work import critic_of, step_on_ranks
+from ranks import on_ranks
+from safetensors.torch import load_file
+from support import StopAfter, readable_rollouts, write_shard
+
+from critic_train.errors import ConfigError
+from critic_train.events import Notice
+from critic_train.model import compute
+from critic_train.run.checkpoint import checkpoints
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
+from critic_train.training.offloading import HostAdamW
+from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
+
+
+def groups(seed: int) -> list[dict[str, object]]:
+    """Parameters of every awkward kind: large, tiny, empty, transposed, and one that never gets a gradient."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(33, 65), (7,), (0, 5), (), (129,), (64, 64), (3, 3)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    parameters[5] = torch.nn.Parameter(parameters[5].detach().T)
+    return [
+        {"params": parameters[:4], "lr": 1e-2, "weight_decay": 0.1},
+        {"params": parameters[4:], "lr": 3e-3, "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("piece", [64, 1000, 10**6])
+def test_parameters_and_moments_are_those_of_adamw(piece):
+    ours, theirs = groups(0), groups(0)
+    optimizers = [HostAdamW(ours, piece), torch.optim.AdamW(theirs, fused=True)]
+    every = [[p for group in made for p in group["params"]] for made in (ours, theirs)]
+    draw = torch.Generator().manual_seed(1)
+    for step in range(5):
+        for one, other in zip(*every, strict=True):
+            one.grad = other.grad = None
+            if one.shape != (3, 3) and (one.shape != (7,) or step % 2):
+                # In the parameter's own order, as autograd leaves it.
+                other.grad = torch.empty_like(other).copy_(torch.randn(other.shape, generator=draw))
+                one.grad = other.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+    for one, other in zip(*every, strict=True):
+        assert torch.equal(one, other)
+        assert optimizers[0].state[one].keys() == optimizers[1].state[other].keys()
+        for key, value in optimizers[1].state[other].items():
+            assert torch.equal(optimizers[0].state[one][key], value), key
+    assert optimizers[1].state[every[1][0]]["step"] == 5
+
+
+def one_step(critic, optimizer, seed):
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in critic.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+    optimizer.step()
+
+
+def test_a_file_of_either_is_that_of_the_other_and_goes_on_with_either(tmp_path):
+    rates = {"lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.01}
+    files = []
+    for first, second in (("none", "none"), ("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")):
+        critic = critic_of("Llama")
+        optimizer = build_optimizer(critic, **rates, offload=first)
+        one_step(critic, optimizer, 0)
+        before, after = (tmp_path / f"{first}-{second}-{when}" for when in ("before", "after"))
+        before.mkdir()
+        after.mkdir()
+        save_optimizer(optimizer, critic, before)
+        optimizer = build_optimizer(critic, **rates, offload=second)
+        load_optimizer(optimizer, critic, before)
+        one_step(critic, optimizer, 1)
+        save_optimizer(optimizer, critic, after)
+        weights = torch.cat([p.detach().flatten() for p in critic.parameters()]).numpy().tobytes()
+        files.append([(folder / "optimizer.safetensors").read_bytes() for folder in (before, after)] + [weights])
+    assert all(found == files[0] for found in files)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_take_the_same_steps_and_write_the_same_files(size, tmp_path):
+    for offload in ("none", "optimizer"):
+        (tmp_path / offload).mkdir()
+        assert on_ranks(size, step_on_ranks, str(tmp_path / offload), offload) == [None] * size
+    for file in (tmp_path / "none").iterdir():
+        assert (tmp_path / "optimizer" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def settings_for(tmp_path: Path, out: str, **more: object) -> FitSettings:
+    shard = tmp_path / "data" / "a.parquet"
+    if not shard.exists():
+        write_shard(shard, readable_rollouts(16))
+    given = {"preset": "tiny", "batch_size": 16, "epochs": 3, "device": "cpu"}
+    return FitSettings(data=[str(shard)], out=str(tmp_path / out), **given | more)
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    last = checkpoints(out / "checkpoints")[-1]
+    return load_file(last / "model.safetensors") | load_file(last / "optimizer.safetensors")
+
+
+def test_a_run_is_the_same_and_resumes(tmp_path, monkeypatch):
+    list(fit(settings_for(tmp_path, "none"), StopRequest()))
+    # There is nothing to offload on a CPU; here it is done all the same.
+    monkeypatch.setattr(compute, "resolve_offload", lambda settings, device: settings.offload)
+    list(fit(settings_for(tmp_path, "whole", offload="optimizer"), StopRequest()))
+    *_, stopped = fit(settings_for(tmp_path, "parts", offload="optimizer"), StopAfter(40))
+    assert 0 < stopped.result["step"] < 12
+    list(fit(settings_for(tmp_path, "parts", offload="optimizer"), StopRequest()))
+    expected = state(tmp_path / "none")
+    for name in ("whole", "parts"):
+        found = state(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+def test_a_cpu_is_told_that_there_is_nothing_to_offload(tmp_path):
+    events = fit(settings_for(tmp_path, "out", max_steps=1, offload="optimizer"), StopRequest())
+    said = [event.message for event in events if isinstance(event, Notice)]
+    assert "--offload optimizer changes nothing on a CPU: all is in host memory already" in said
+
+
+def test_8_bit_moments_stay_where_they_are():
+    with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit .* --offload at none"):
+        FitSettings(data=["x"], optimizer="adamw-8bit", offload="optimizer")
