@@ -111,7 +111,7 @@ def test_a_run_is_the_same_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "resolve_offload", lambda settings, device: settings.offload)
     list(fit(settings_for(tmp_path, "whole", offload="optimizer"), StopRequest()))
     *_, stopped = fit(settings_for(tmp_path, "parts", offload="optimizer"), StopAfter(40))
-    assert 0 < stopped.result["step"] < 12
+    assert stopped.status == "interrupted"
     list(fit(settings_for(tmp_path, "parts", offload="optimizer"), StopRequest()))
     expected = state(tmp_path / "none")
     for name in ("whole", "parts"):
