@@ -49,6 +49,10 @@ class Compute:
             f"--max-tokens {self.max_tokens} starts there"
         )
 
+    def start_at(self, max_tokens: int) -> None:
+        """Set `max_tokens` where the user is told of it otherwise."""
+        self.max_tokens = self._told = max_tokens
+
     def autocast(self) -> torch.autocast:
         """The context in which the trunk runs: bf16 matrix products from float32 weights, or nothing."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")

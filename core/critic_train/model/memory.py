@@ -128,6 +128,13 @@ def in_memory(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, cr
             torch.cuda.empty_cache()
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what an attempt that ran out has left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host has no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

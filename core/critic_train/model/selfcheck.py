@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from critic_train.errors import ModelError
+from critic_train.errors import MachineError, ModelError
 from critic_train.model.attention import NAME, ForestUnsupportedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -19,6 +19,7 @@ from critic_train.model.forest import lay_out, prefix_order
 from critic_train.model.inputs import forest_input
 from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.last_layer import narrow_last_layer, widen_last_layer
+from critic_train.model.memory import is_out_of_memory, release_memory
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 
@@ -62,15 +63,43 @@ def settle(
 
     Raises:
         ModelError: see `choose_packing`.
-        MachineError: see `choose_attention`.
+        MachineError: see `choose_attention`; or there is not memory enough for a single rollout.
     """
+    said: list[str] = []
+    while True:
+        try:
+            return _settled(critic, rollouts, settings, compute, said)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fault = str(error)
+        # Outside of `except`, the traceback no longer holds what was allocated.
+        longest, ranks = int(rollouts.lengths.max()), compute.ranks
+        if len(rollouts) == 1 or ranks.size > 1:  # of several ranks the others wait inside a layer this one has left
+            whose = f" on rank {ranks.rank}" if ranks.size > 1 else ""
+            raise MachineError(
+                f"memory ran out{whose} while the packing was tried on rollouts of up to {longest:,} tokens: "
+                f"{fault.strip()[:99]}",
+                hint="a smaller model, a lower --max-length, or another --device",
+            )
+        rollouts = rollouts.take(np.sort(np.argsort(rollouts.lengths, kind="stable")[: len(rollouts) // 2]))
+        release_memory(compute.device)
+        said = [
+            f"memory ran out while the packing was tried on rollouts of up to {longest:,} tokens: "
+            f"it was tried up to {int(rollouts.lengths.max()):,} only"
+        ]
+
+
+def _settled(
+    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute, said: list[str]
+) -> tuple[PackingChoice, list[str]]:
     with compute.ranks.in_float32((critic.trunk, critic.head)):
         choice = choose_packing(critic, rollouts, settings.packing)
-    said = [choice.reason] if choice.reason else []
+    said = [*said, choice.reason] if choice.reason else said
     if choice.forest:
         forest = lay_out(rollouts, prefix_order(rollouts))
         compute.attention, passed = choose_attention(settings.attention, forest, compute.device, compute.precision)
-        said += passed
+        said = said + passed
     return choice, said
 
 

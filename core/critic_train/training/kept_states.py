@@ -18,6 +18,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.freezing import upper_part_agrees
 from critic_train.model.inputs import ModelInput
+from critic_train.model.memory import in_memory, is_out_of_memory
 from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts, offsets_of
 from critic_train.run.storage import File, remove, rename
@@ -161,10 +162,20 @@ def give_states(critic: Critic, layers: int, sample: Rollouts, compute: Compute,
         Whether the critic will take them.
     """
     critic.give_states_to_last(layers)
-    if critic.upper is None:
+    upper = critic.upper
+    if upper is None:
         return True
-    batch = next(iter(micro_batches(sample, compute, forest=forest)))
-    return upper_part_agrees(critic.trunk, critic.upper, batch, TOLERANCE)
+
+    def agree() -> bool:
+        batch = next(iter(micro_batches(sample, compute, forest=forest)))
+        try:
+            return upper_part_agrees(critic.trunk, upper, batch, TOLERANCE)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+
+    return in_memory(agree, sample, compute, critic)
 
 
 def not_kept(critic: Critic) -> str:

@@ -98,8 +98,7 @@ def prepare(
         if not trainer.keeps_states:
             yield Notice(message=not_kept(critic), level="warning")
     if checkpoint is not None:
-        trainer.resume(checkpoint)
-        yield Notice(message=f"resuming from {checkpoint.name}")
+        yield from trainer.resume(checkpoint)
     if compute.ranks.leads:
         require_room_for_checkpoints(trainer)
     run.open_logs(trainer.position.metrics_bytes)

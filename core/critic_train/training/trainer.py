@@ -27,6 +27,7 @@ from critic_train.run.keeping import Keeper
 from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
+from critic_train.training.budget import budget_record, take_up_budget
 from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_suspects, keep_suspects
 from critic_train.training.kept_states import keep_states
@@ -78,7 +79,7 @@ class Trainer:
         self.judging = self.compute
         self.reading = ReadAhead(self._read)
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path) -> Iterator[Event]:
         """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
         self.checkpoint = checkpoint
         self.keeper.found_whole(checkpoint)
@@ -89,11 +90,15 @@ class Trainer:
             self.last_evaluation = state["last_evaluation"]
             self.best_evaluation = state["best_evaluation"]
             self.last_metrics = dict(state["last_metrics"])
+            lowered = take_up_budget(state.get("token_budget"), self.settings, self.compute)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{checkpoint / 'trainer.json'} is not as critic-train writes it: {error}") from error
         best = self.run.checkpoints / checkpoint_name(self.position.best_step or 0)
         if self.run.best is None and best.is_dir():  # `best` led to a newer checkpoint, since found damaged
             self.run.point_best_at(best)
+        yield Notice(message=f"resuming from {checkpoint.name}")
+        if lowered:
+            yield Notice(message=lowered)
 
     def train(self) -> Iterator[Event]:
         """Run to the end of the plan, or until asked to stop; a checkpoint stands at either."""
@@ -217,8 +222,9 @@ class Trainer:
         return StepEnded(step=step, epoch=epoch, metrics=metrics, timing=timing)
 
     def _memory_notice(self) -> Iterator[Event]:
-        if sentence := self.compute.lowered():
-            yield Notice(message=sentence, level="warning")
+        for compute in (self.compute, self.judging):
+            if sentence := compute.lowered():
+                yield Notice(message=sentence, level="warning")
 
     def _saturation_notice(self, result: StepResult) -> Iterator[Event]:
         if result.saturation > SATURATION_WORTH_A_WARNING and not self.warned_of_saturation:
@@ -256,6 +262,7 @@ class Trainer:
         )
         examples = Examples(seed=self.settings.seed, uids=self.data.uids)
         found = yield from judge_held_out(self._pass(), self.data, self.judging, judge, examples)
+        yield from self._memory_notice()
         if found is None:
             return
         metrics, verdict = found
@@ -325,6 +332,7 @@ class Trainer:
                 "epoch": epoch,
                 "mini_batch": number,
                 "seed": self.settings.seed,
+                "token_budget": budget_record(self.settings, self.compute),
                 "last_metrics": self.last_metrics,
                 "last_evaluation": self.last_evaluation,
                 "best_evaluation": self.best_evaluation,

@@ -75,6 +75,8 @@ def moments(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Pat
         state(lambda told: told["position"].update(__class__="evil")),
         state(lambda told: told.update(position=[])),
         state(lambda told: told.update(last_metrics=7)),
+        state(lambda told: told.update(token_budget=7)),
+        state(lambda told: told["token_budget"].update(max_tokens=-1)),
         state(lambda told: told.pop("last_metrics") and None),
         text("[]"),
         text('{"a":' * 100_000),
@@ -82,7 +84,7 @@ def moments(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Pat
         moments(lambda tensors: {name: np.zeros((3, 5), dtype=np.float32) for name in tensors}),
         moments(lambda tensors: {name: tensor for name, tensor in tensors.items() if "exp_avg_sq" not in name}),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_a_state_that_is_not_ours_is_refused(stopped: Path, tmp_path: Path, harm: Callable[[Path], None]) -> None:
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True, symlinks=True)
