@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 from warm import context
 
 from critic_train.errors import CriticTrainError
@@ -164,3 +165,49 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
 
     trainer.apply_gradient = apply_gradient
     return fit_run(settings)
+
+
+def short_run(settings: FitSettings, shortages: list[tuple[int, str, int]]) -> dict[str, Any]:
+    """A run in which memory runs out in the middle of the trunk; says what was told of it, beside how it ended.
+
+    Args:
+        settings: of the run.
+        shortages: (rank, "forward" | "backward" | "values", which micro-batch of that kind on that rank, from 0).
+    """
+    from critic_train.events import Notice, RunStarted
+    from critic_train.model.critic import Critic
+    from critic_train.training.fit import fit
+
+    mine = {(kind, number) for rank, kind, number in shortages if rank == int(os.environ["RANK"])}
+    seen = {"forward": 0, "backward": 0, "values": 0}
+    armed = False
+    whole = Critic.hidden
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def hidden(self: Critic, batch: Any) -> torch.Tensor:
+        kinds = [] if not armed else ["forward", "backward"] if torch.is_grad_enabled() else ["values"]
+        due = [kind for kind in kinds if (kind, seen[kind]) in mine]
+        for kind in kinds:
+            seen[kind] += 1
+        if not due:
+            return whole(self, batch)
+
+        def enter(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+            arguments[0].register_hook(fail) if due == ["backward"] else fail()
+
+        handle = self.trunk.layers[1].register_forward_pre_hook(enter)
+        try:
+            return whole(self, batch)
+        finally:
+            handle.remove()
+
+    Critic.hidden = hidden
+    told = []
+    for event in fit(settings, StopRequest()):
+        armed = armed or isinstance(event, RunStarted)
+        if isinstance(event, Notice) and "memory ran out" in event.message:
+            told.append(event.message)
+    assert isinstance(event, RunEnded)
+    return {"status": event.status, "told": told, "seen": seen}

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from critic_train.distributed.faults import as_error, as_record, looks_lost
 from critic_train.distributed.ranks import Place, Ranks
+from critic_train.distributed.regrouping import Shortage, Spread
 from critic_train.distributed.workers import Workers, threads_each
 from critic_train.errors import MachineError
 from critic_train.stopping import StopRequest
@@ -59,20 +60,16 @@ class Group(Ranks):
         self._told = 0
         self._over = threading.Event()
         self._store: Store
+        self._shortage: Shortage
+        self._spread = Spread()
+        self._opened: int | None = None
+        self._closing = threading.Lock()
 
     def __enter__(self) -> "Group":
         try:
             self._store = self._meet()
-            self._store.set(f"here/{self.rank}", "")
-            self._wait_for_all()
-            # Sums on the CPU (stop flags, figures) go through gloo even where weights are on GPUs.
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self._cuda else "gloo",
-                store=PrefixStore("group", self._store),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=TIMEOUT,
-            )
+            self._shortage = Shortage(self._store, self.rank, self.size)
+            self._open()
         except (dist.DistError, RuntimeError) as error:
             raise self._lost_error(error) from error
         if self._cuda:
@@ -90,9 +87,43 @@ class Group(Ranks):
         cause = self._cause(error)
         if cause is error:
             self._publish(error)
-        dist.distributed_c10d._abort_process_group()
+        self._close(self._opened)
         if cause is not error:
             raise cause from None
+
+    def spread(self, critic: torch.nn.Module, mesh: Any) -> None:
+        """See Ranks."""
+        self._spread.add(critic, mesh)
+
+    def attempting(self) -> None:
+        """See Ranks."""
+        self._shortage.begin()
+
+    def ran_out(self, error: BaseException, *, here: bool) -> str | None:
+        """See Ranks."""
+        if here:
+            self._shortage.tell(str(error) or type(error).__name__)
+        until = time.monotonic() + (GRACE_SECONDS if looks_lost(error) else 0.0)
+        try:
+            while (told := self._shortage.told()) is None:
+                if self._published() is not None or self._workers.lost() or time.monotonic() >= until:
+                    return None
+                time.sleep(POLL_SECONDS)
+        except (dist.DistError, RuntimeError):
+            return None  # rank 0 is gone, and the store with it
+        return told
+
+    def meet_again(self) -> None:
+        """See Ranks."""
+        try:
+            self._wait_for(self._shortage.has_begun, hint="")
+            self._close(self._shortage.round)
+            self._spread.let_go(torch.device("cuda", torch.cuda.current_device()) if self._cuda else None)
+            self._shortage.round += 1
+            self._open()
+            self._spread.meet()
+        except (dist.DistError, RuntimeError) as error:
+            raise self._lost_error(error) from error
 
     def agreeing(self, stop: StopRequest) -> StopRequest:
         """See Ranks."""
@@ -170,18 +201,46 @@ class Group(Ranks):
         met, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=TIMEOUT)))
         return PrefixStore(f"critic-train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
 
-    def _wait_for_all(self) -> None:
+    def _open(self) -> None:
+        """Wait until all ranks are here, and make their process group: the first, or one after memory ran out."""
+        number = self._shortage.round
+        self._store.set(f"here/{number}/{self.rank}", "")
+        self._wait_for(
+            lambda rank: self._store.check([f"here/{number}/{rank}"]),
+            hint="start the same command on every machine, and let them reach MASTER_ADDR",
+        )
+        # Sums on the CPU (stop flags, figures) go through gloo even where weights are on GPUs.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self._cuda else "gloo",
+            store=PrefixStore(f"group/{number}", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=TIMEOUT,
+        )
+        self._opened = number
+
+    def _close(self, number: int | None) -> None:
+        """End the process group of that number, if it is the one that stands; all who wait in it fail."""
+        with self._closing:
+            if number is not None and self._opened == number:
+                self._opened = None
+                dist.distributed_c10d._abort_process_group()
+
+    def _wait_for(self, arrived: Callable[[int], bool], hint: str) -> None:
         """Wait until every rank is here, so that one that never comes is told of at once and by its number."""
         until = time.monotonic() + TIMEOUT.total_seconds()
         missing = list(range(self.size))
-        while missing := [rank for rank in missing if not self._store.check([f"here/{rank}"])]:
+        while missing := [rank for rank in missing if not arrived(rank)]:
             lost = self._workers.lost()
             if lost is not None:
                 raise lost
+            fault = self._published()
+            if fault is not None:
+                raise as_error(fault)
             if time.monotonic() > until:
                 raise MachineError(
                     f"only {self.size - len(missing)} of {self.size} ranks came within {TIMEOUT}; missing: {missing}",
-                    hint="start the same command on every machine, and let them reach MASTER_ADDR",
+                    hint=hint,
                 )
             time.sleep(POLL_SECONDS)
 
@@ -221,15 +280,18 @@ class Group(Ranks):
         return json.loads(self._store.get(FAULT)) if self._store.check([FAULT]) else None
 
     def _abort_on_fault(self) -> None:
-        """On GPUs: a collective whose partner is gone waits for TIMEOUT; end it as soon as a fault is told."""
+        """On GPUs: a collective whose partner is gone waits for TIMEOUT; end it as soon as that is told."""
         while not self._over.wait(1.0):
+            number = self._shortage.round
             try:
-                told = self._published() is not None
+                told, short = self._published() is not None, self._shortage.may_part()
             except dist.DistError:
                 told = True  # rank 0 is gone
             if told and not self._over.wait(GRACE_SECONDS):
-                dist.distributed_c10d._abort_process_group()
+                self._close(self._opened)
                 return
+            if short:
+                self._close(number)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -72,6 +72,28 @@ class Ranks:
     def in_parts(self, modules: Sequence[torch.nn.Module]) -> None:
         """After a pass without gradients: let go of the weights of these modules that it has left whole."""
 
+    def spread(self, critic: torch.nn.Module, mesh: Any) -> None:
+        """Remember that a critic lies in parts on the ranks of a device mesh, for `meet_again`."""
+
+    def attempting(self) -> None:
+        """Begin what `ran_out` may end. All ranks must end it with an exchange, so that it ends on none alone."""
+
+    def ran_out(self, error: BaseException, *, here: bool) -> str | None:
+        """What was said of the memory that ran out in this attempt, on whichever rank; None for any other error.
+
+        Args:
+            error: what ended the attempt on this rank.
+            here: whether it says that this rank's memory ran out, and not only that another one is gone.
+        """
+        return str(error) if here else None
+
+    def meet_again(self) -> None:
+        """After `ran_out` on all ranks: bring them together as they were between attempts, for another one.
+
+        Raises:
+            CriticTrainError: one does not come; or it has met another fault, which is raised here.
+        """
+
 
 ALONE = Ranks()
 

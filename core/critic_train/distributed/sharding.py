@@ -53,6 +53,7 @@ def shard(critic: Critic, compute: Compute) -> Critic:
             # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    compute.ranks.spread(critic, mesh)
     return critic
 
 

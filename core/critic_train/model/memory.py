@@ -95,7 +95,8 @@ def in_memory(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, cr
     """Do something micro-batch by micro-batch; where memory runs out, do it again from the start with half of them.
 
     Args:
-        attempt: what to do, by `compute.max_tokens`. It may leave gradients behind when it fails.
+        attempt: what to do, by `compute.max_tokens`. It may leave gradients behind when it fails. Of several ranks
+            all do it together and end it with an exchange; where one runs out, all do it again.
         rollouts: what it goes through.
         compute: its `max_tokens` is halved for good, down to the longest rollout.
         critic: its gradients are cleared before another attempt.
@@ -103,26 +104,22 @@ def in_memory(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, cr
     Raises:
         MachineError: a single rollout is too much.
     """
+    ranks = compute.ranks
     while True:
+        ranks.attempting()
         try:
             return attempt()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            fault = ranks.ran_out(error, here=is_out_of_memory(error))
+            if fault is None:
                 raise
-            fault = str(error)
-        if compute.ranks.size > 1:
-            # The others wait inside a layer that this rank has left.
-            raise MachineError(
-                f"memory ran out on rank {compute.ranks.rank} with {compute.max_tokens:,} tokens at once: {fault[:99]}",
-                hint=f"--max-tokens {max(1, compute.max_tokens // 2)} never changes the result; the checkpoint stands",
-            )
-        # Outside of `except`, the traceback no longer holds what was allocated.
-        critic.zero_grad(set_to_none=True)
-        longest = int(rollouts.lengths.max())
-        held = min(compute.max_tokens, len(rollouts.input_ids))
-        if held <= longest:
+        # Outside of `except`, the traceback no longer holds what was allocated. All ranks come to the same numbers.
+        longest, tokens = int(rollouts.lengths.max()), len(rollouts.input_ids)
+        if min(compute.max_tokens, tokens) <= longest:
             raise _too_long(longest, critic, compute, fault)
-        compute.max_tokens = max(longest, held // 2)
+        compute.max_tokens = max(longest, min(compute.max_tokens, -(-tokens // ranks.size)) // 2)
+        ranks.meet_again()
+        critic.zero_grad(set_to_none=True)
         gc.collect()
         if compute.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -155,7 +152,7 @@ def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute) -> int:
 
 def _too_long(tokens: int, critic: Critic, compute: Compute, fault: str) -> MachineError:
     parameters = sum(p.numel() for p in critic.parameters())
-    static, activations = 16 * parameters, activation_bytes(critic.trunk, tokens, compute)
+    static, activations = 16 * parameters // compute.ranks.size, activation_bytes(critic.trunk, tokens, compute)
     room = ""
     if compute.device.type == "cuda":
         room = f"; {compute.device} has {_gib(torch.cuda.mem_get_info(compute.device)[1])}"
