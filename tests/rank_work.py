@@ -3,6 +3,8 @@
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +82,7 @@ def compare_gradients() -> list[float]:
         return worst
 
 
+<<<<<<< HEAD
 def adapted(critic: Critic) -> None:
     """Adapters beside the trunk's layers, as `--train lora` puts them there."""
     add_adapters(critic, rank=4, alpha=6.0, seed=3)
@@ -100,6 +103,51 @@ def load_and_save_adapters(base: str, source: str, target: str) -> None:
         critic = load_critic(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
         load_adapters(critic, Path(source))
         save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+=======
+def run_out_and_go_on() -> tuple[list[str], int, float, int]:
+    """Memory runs out on rank 1, in the middle of the second micro-batch's backward pass.
+
+    Returns:
+        (parts that lie elsewhere now, bytes of weights that are whole between attempts, the largest relative
+        difference of a gradient to that of one process, max_tokens after it).
+    """
+    from critic_train.distributed.sharding import cost_of, shard
+    from critic_train.model import memory
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        alone, spread = critic_of("Llama"), critic_of("Llama")
+        compute = replace(ONE, ranks=ranks, pair_cost=cost_of(spread).pair)
+        shard(spread, compute)
+        before = {name: p.to_local().data_ptr() for name, p in spread.named_parameters()}
+        calls, left = 0, 0
+
+        def fail(_: torch.Tensor) -> None:
+            raise MemoryError
+
+        def enter(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and ranks.rank == 1:
+                arguments[0].register_hook(fail)
+
+        def look() -> None:  # stands in for the garbage collection between two attempts
+            nonlocal left
+            groups = [g for m in spread.modules() if hasattr(m, "_get_fsdp_state") for g in fsdp_groups(m)]
+            outputs = [out for group in groups for p in group.fsdp_params for out in p.all_gather_outputs]
+            left += sum(out.untyped_storage().size() for out in outputs)
+            left += sum(p.grad is not None for p in spread.parameters())
+
+        spread.trunk.layers[1].register_forward_pre_hook(enter)
+        memory.gc = SimpleNamespace(collect=look)
+        ours, theirs = gradients(spread, compute, **CASES[0]), gradients(alone, ONE, **CASES[0])
+        far = max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs)
+        moved = [name for name, p in spread.named_parameters() if p.to_local().data_ptr() != before[name]]
+        return moved, left, far, compute.max_tokens
+
+
+def fsdp_groups(module: torch.nn.Module) -> list[Any]:
+    return module._get_fsdp_state()._fsdp_param_groups
+>>>>>>> 92a6977 (Memory that runs out on one rank: tests in every pass, and the suspects of an attempt that ran out are forgotten)
 
 
 def load_and_save(source: str, target: str) -> None:

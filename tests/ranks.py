@@ -21,8 +21,10 @@ PATIENCE_SECONDS = 120.0
 SIGTERM = 15
 
 
-def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, rank_0_is_enough: bool = False) -> list[Any]:
-    """What `work(*arguments)` gives on each of the ranks; a typed fault as {"fault", "message"}.
+def on_ranks(
+    size: int, work: Callable[..., Any], *arguments: Any, rank_0_is_enough: bool = False, **named: Any
+) -> list[Any]:
+    """What `work(*arguments, **named)` gives on each of the ranks; a typed fault as {"fault", "message"}.
 
     With `rank_0_is_enough`, ranks that hang when rank 0 has ended are killed, and have no answer.
     """
@@ -31,7 +33,7 @@ def on_ranks(size: int, work: Callable[..., Any], *arguments: Any, rank_0_is_eno
         port = free.getsockname()[1]
     answers = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(answers, rank, size, port, work, arguments), daemon=True)
+        context.Process(target=_rank, args=(answers, rank, size, port, work, arguments, named), daemon=True)
         for rank in range(size)
     ]
     for process in processes:
@@ -78,7 +80,15 @@ class _Gone:
         """It has ended."""
 
 
-def _rank(answers: Any, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    answers: Any,
+    rank: int,
+    size: int,
+    port: int,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    named: dict[str, Any],
+) -> None:
     os.environ |= {
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "RANK": str(rank),
@@ -88,7 +98,7 @@ def _rank(answers: Any, rank: int, size: int, port: int, work: Callable[..., Any
         "MASTER_PORT": str(port),
     }
     try:
-        answer = work(*arguments)
+        answer = work(*arguments, **named)
     except CriticTrainError as error:
         answer = {"fault": type(error).__name__, "message": error.message}
     except BaseException as error:
@@ -167,18 +177,30 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
     return fit_run(settings)
 
 
-def short_run(settings: FitSettings, shortages: list[tuple[int, str, int]]) -> dict[str, Any]:
+def short_run(
+    settings: FitSettings,
+    shortages: list[tuple[int, str, int]],
+    *,
+    always: bool = False,
+    huge: bool = False,
+    stop_at: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """A run in which memory runs out in the middle of the trunk; says what was told of it, beside how it ended.
 
     Args:
         settings: of the run.
         shortages: (rank, "forward" | "backward" | "values", which micro-batch of that kind on that rank, from 0).
+        always: whether memory runs out again in every micro-batch after that.
+        huge: whether reading lets all returns through.
+        stop_at: (rank, step) sends that rank a SIGTERM after that step.
     """
+    from critic_train.data import checking
     from critic_train.events import Notice, RunStarted
     from critic_train.model.critic import Critic
     from critic_train.training.fit import fit
 
-    mine = {(kind, number) for rank, kind, number in shortages if rank == int(os.environ["RANK"])}
+    checking.LARGEST = math.inf if huge else checking.LARGEST
+    mine = [(kind, number) for rank, kind, number in shortages if rank == int(os.environ["RANK"])]
     seen = {"forward": 0, "backward": 0, "values": 0}
     armed = False
     whole = Critic.hidden
@@ -188,7 +210,7 @@ def short_run(settings: FitSettings, shortages: list[tuple[int, str, int]]) -> d
 
     def hidden(self: Critic, batch: Any) -> torch.Tensor:
         kinds = [] if not armed else ["forward", "backward"] if torch.is_grad_enabled() else ["values"]
-        due = [kind for kind in kinds if (kind, seen[kind]) in mine]
+        due = [kind for kind in kinds if any(kind == k and (seen[k] == n or (always and seen[k] > n)) for k, n in mine)]
         for kind in kinds:
             seen[kind] += 1
         if not due:
@@ -205,8 +227,11 @@ def short_run(settings: FitSettings, shortages: list[tuple[int, str, int]]) -> d
 
     Critic.hidden = hidden
     told = []
-    for event in fit(settings, StopRequest()):
+    stop = StopRequest()
+    for event in fit(settings, stop):
         armed = armed or isinstance(event, RunStarted)
+        if isinstance(event, StepEnded) and stop_at == (int(os.environ["RANK"]), event.step):
+            stop.signal_number = SIGTERM
         if isinstance(event, Notice) and "memory ran out" in event.message:
             told.append(event.message)
     assert isinstance(event, RunEnded)

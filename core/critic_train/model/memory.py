@@ -120,9 +120,7 @@ def in_memory(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, cr
         compute.max_tokens = max(longest, min(compute.max_tokens, -(-tokens // ranks.size)) // 2)
         ranks.meet_again()
         critic.zero_grad(set_to_none=True)
-        gc.collect()
-        if compute.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(compute.device)
 
 
 def release_memory(device: torch.device) -> None:

@@ -14,9 +14,10 @@ from critic_train.data.writing import ShardFile
 from critic_train.errors import DivergedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
+from critic_train.model.memory import in_memory
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
-from critic_train.training.step import LossRecipe, accumulate_gradient, gradient_norm, mini_batch_weights
+from critic_train.training.step import LossRecipe, gradient_norm, gradient_pass, mini_batch_weights
 
 SHOWN = 10
 
@@ -139,19 +140,22 @@ def _parts(
 ) -> list[tuple[NDArray[np.int64], bool]]:
     """(rollouts, whether the loss and the gradient's norm are finite) of each micro-batch by itself."""
     owners = np.repeat(np.arange(len(rollouts)), rollouts.lengths)
-    found: list[tuple[NDArray[np.int64], bool]] = []
 
-    def look(tokens: NDArray[np.int64], loss: torch.Tensor) -> None:
-        # Of several ranks each has its own rollouts at this moment; what they find is found by all.
-        mine = np.zeros(len(rollouts), dtype=np.float32)
-        mine[owners[tokens]] = 1.0
-        losses = compute.ranks.total(loss.reshape(1).cpu())
-        finite = math.isfinite(float(losses)) and math.isfinite(gradient_norm(critic))
-        found.append((np.flatnonzero(compute.ranks.total_of(mine)), finite))
+    def attempt() -> list[tuple[NDArray[np.int64], bool]]:
+        found: list[tuple[NDArray[np.int64], bool]] = []
+
+        def look(tokens: NDArray[np.int64], loss: torch.Tensor) -> None:
+            # Of several ranks each has its own rollouts at this moment; what they find is found by all.
+            mine = np.zeros(len(rollouts), dtype=np.float32)
+            mine[owners[tokens]] = 1.0
+            losses = compute.ranks.total(loss.reshape(1).cpu())
+            finite = math.isfinite(float(losses)) and math.isfinite(gradient_norm(critic))
+            found.append((np.flatnonzero(compute.ranks.total_of(mine)), finite))
+            critic.zero_grad(set_to_none=True)
+
         critic.zero_grad(set_to_none=True)
+        never = StopRequest()
+        gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=never, after_each=look)
+        return found
 
-    critic.zero_grad(set_to_none=True)
-    accumulate_gradient(
-        critic, rollouts, recipe, compute, forest=forest, stop=StopRequest(), weights=weights, after_each=look
-    )
-    return found
+    return in_memory(attempt, rollouts, compute, critic)

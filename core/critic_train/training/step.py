@@ -55,8 +55,6 @@ def accumulate_gradient(
     *,
     forest: bool,
     stop: StopRequest,
-    weights: NDArray[np.float32] | None = None,
-    after_each: Callable[[NDArray[np.int64], torch.Tensor], None] | None = None,
 ) -> StepResult | None:
     """Add the gradient of a whole mini-batch's loss to the critic's parameters.
 
@@ -71,23 +69,20 @@ def accumulate_gradient(
             again, and its gradient is the same.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: looked at before every micro-batch.
-        weights: float32 [T], the weight of each token's loss, where these rollouts are only a part of a mini-batch.
-        after_each: called after every micro-batch with int64 [M], the places of its response tokens, and its loss.
 
     Returns:
         The mini-batch's figures, or None when asked to stop: the gradient is then incomplete.
     """
-    if weights is None:
-        weights = mini_batch_weights(rollouts, recipe)
+    weights = mini_batch_weights(rollouts, recipe)
     return in_memory(
-        lambda: _pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop, after_each=after_each),
+        lambda: gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop),
         rollouts,
         compute,
         critic,
     )
 
 
-def _pass(
+def gradient_pass(
     critic: Critic,
     rollouts: Rollouts,
     recipe: LossRecipe,
@@ -96,9 +91,20 @@ def _pass(
     *,
     forest: bool,
     stop: StopRequest,
-    after_each: Callable[[NDArray[np.int64], torch.Tensor], None] | None,
+    after_each: Callable[[NDArray[np.int64], torch.Tensor], None] | None = None,
 ) -> StepResult | None:
-    """Forward and backward of every micro-batch; see `accumulate_gradient`."""
+    """Forward and backward of every micro-batch, once; `accumulate_gradient` does it until it fits into memory.
+
+    Args:
+        critic: as there, and so are the others.
+        rollouts: a mini-batch, or a part of one.
+        recipe: the loss.
+        compute: device, precision and token budget.
+        weights: float32 [T], the weight of each token's loss in that of the whole mini-batch.
+        forest: the layout.
+        stop: looked at before every micro-batch.
+        after_each: called after every micro-batch with int64 [M], the places of its response tokens, and its loss.
+    """
     totals = torch.zeros(4, dtype=torch.float64)
     computed_tokens = 0
     for batch, last in marked(micro_batches(rollouts, compute, forest=forest)):
