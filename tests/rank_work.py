@@ -82,7 +82,6 @@ def compare_gradients() -> list[float]:
         return worst
 
 
-<<<<<<< HEAD
 def adapted(critic: Critic) -> None:
     """Adapters beside the trunk's layers, as `--train lora` puts them there."""
     add_adapters(critic, rank=4, alpha=6.0, seed=3)
@@ -103,7 +102,8 @@ def load_and_save_adapters(base: str, source: str, target: str) -> None:
         critic = load_critic(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
         load_adapters(critic, Path(source))
         save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
-=======
+
+
 def run_out_and_go_on() -> tuple[list[str], int, float, int]:
     """Memory runs out on rank 1, in the middle of the second micro-batch's backward pass.
 
@@ -147,7 +147,6 @@ def run_out_and_go_on() -> tuple[list[str], int, float, int]:
 
 def fsdp_groups(module: torch.nn.Module) -> list[Any]:
     return module._get_fsdp_state()._fsdp_param_groups
->>>>>>> 92a6977 (Memory that runs out on one rank: tests in every pass, and the suspects of an attempt that ran out are forgotten)
 
 
 def load_and_save(source: str, target: str) -> None:
