@@ -15,6 +15,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
+from critic_train.model.memory import trade_memory
 from critic_train.model.predicting import predict_values
 from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
@@ -80,6 +81,29 @@ def compare_gradients() -> list[float]:
         theirs = predict_values(alone, rollouts, ONE, forest=True)
         worst.append(float(np.abs(ours - theirs).max()))
         return worst
+
+
+def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False) -> dict[str, float]:
+    """How far a sharded critic's gradient is from that without these settings; how often its first layer ran then,
+    beside how often without; and how many graphs were compiled."""
+    from torch._dynamo.utils import counters
+
+    from critic_train.distributed.sharding import shard
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = critic_of("Llama").train()
+        compute = replace(ONE, ranks=ranks)
+        shard(critic, compute)
+        runs: list[int] = []
+        critic.trunk.layers[0].input_layernorm.register_forward_hook(torch.compiler.disable(lambda *_: runs.append(1)))
+        case = {"rollouts": 21, "forest": True, "mode": "token-mean"}
+        expected = gradients(critic, compute, **case)
+        before = len(runs)
+        trade_memory(critic, replace(SETTINGS, activation_checkpointing=activation_checkpointing, compile=compiled))
+        found = gradients(critic, compute, **case)
+        worst = max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+        graphs = counters["stats"]["unique_graphs"]
+        return {"worst": worst, "runs": (len(runs) - before) / before, "graphs": graphs}
 
 
 def adapted(critic: Critic) -> None:

@@ -4,8 +4,17 @@ import json
 import os
 
 import pytest
+import ranks
 import torch
-from rank_work import FAMILIES, compare_gradients, critic_of, fill_the_disk, load_and_measure, load_and_save
+from rank_work import (
+    FAMILIES,
+    compare_gradients,
+    compare_with_less_kept,
+    critic_of,
+    fill_the_disk,
+    load_and_measure,
+    load_and_save,
+)
 from ranks import on_ranks
 from safetensors.torch import save_file
 from support import small_config
@@ -21,6 +30,22 @@ from critic_train.training.optimizer import build_optimizer, save_optimizer
 def test_gradients_and_values_are_those_of_one_process_for_any_layout_and_number_of_rollouts():
     found = on_ranks(3, compare_gradients)
     assert [worst for worst in found if isinstance(worst, dict) or max(worst) > 1e-5] == []
+
+
+@pytest.mark.parametrize("kind", ["layer", "selective"])
+def test_activations_are_computed_again_on_every_rank_and_the_gradient_is_the_same(kind):
+    for found in on_ranks(2, compare_with_less_kept, kind):
+        assert found["worst"] <= 1e-6
+        assert found["runs"] == 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "layer"])
+def test_compiled_layers_give_the_same_gradient_on_every_rank(kind, monkeypatch):
+    monkeypatch.setattr(ranks, "PATIENCE_SECONDS", 600.0)  # each rank compiles for half a minute of its own
+    for found in on_ranks(2, compare_with_less_kept, kind, True):
+        assert found["worst"] <= 1e-5
+        assert found["graphs"] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
