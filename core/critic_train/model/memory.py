@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,11 +69,24 @@ def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing) -> Non
 def compile_layers(critic: Critic) -> None:
     """Compile every layer for any number of tokens; attention stays outside.
 
-    A last layer whose forward was replaced stays as it is.
+    A last layer whose forward was replaced stays as it is. What is computed again is compiled from the inside: a
+    checkpoint that is compiled as a whole must be one graph, and attention would leave all of it uncompiled.
     """
+    compiled: dict[Any, Any] = {}
     for module in critic.trunk.modules():
         if isinstance(module, GradientCheckpointingLayer) and "forward" not in vars(module):
-            module.compile(dynamic=True)
+            if module.gradient_checkpointing:
+                again: Any = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = partial(_checkpointed, again, compiled)
+            else:
+                module.compile(dynamic=True)
+
+
+def _checkpointed(checkpoint: Callable[..., Any], compiled: dict[Any, Any], layer: "partial[Any]", *args: Any) -> Any:
+    """A layer's forward, compiled once for all layers of its kind, within its checkpoint."""
+    if layer.func not in compiled:
+        compiled[layer.func] = torch.compile(layer.func, dynamic=True)
+    return checkpoint(partial(compiled[layer.func], *layer.args, **layer.keywords), *args)
 
 
 def _keeping_half() -> Any:

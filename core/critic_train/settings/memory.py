@@ -27,3 +27,12 @@ class MemorySettings(Settings):
     compile: bool = setting(
         False, "Compile the layers with torch.compile: slow to start, faster on a GPU.", panel="Compute"
     )
+
+    def faults(self) -> list[str]:
+        """See Settings."""
+        if self.compile and self.activation_checkpointing == "selective":
+            return [
+                "--compile does not go with --activation-checkpointing selective, which picks single operations that "
+                "a compiled layer no longer has: none or layer"
+            ]
+        return []

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from support import branching_rollouts, readable_rollouts, small_config, write_shard
+from torch._dynamo.utils import counters
 
-from critic_train.errors import MachineError, ModelError
+from critic_train.errors import ConfigError, MachineError, ModelError
 from critic_train.events import Notice, RunEnded
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -91,14 +92,24 @@ def test_an_architecture_without_checkpointing_is_told(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_gradient():
+@pytest.mark.parametrize("kind", ["none", "layer"])
+def test_compiled_layers_give_the_same_gradient(kind):
     rollouts = branching_rollouts()
+    torch._dynamo.reset()
+    counters.clear()
     critic = critic_of()
     expected, _ = gradient_of(critic, compute_of(), rollouts)
+    checkpoint_activations(critic, kind)
     compile_layers(critic)
     for max_tokens in (10_000, 90):
         found, _ = gradient_of(critic, compute_of(max_tokens), rollouts)
         assert difference(found, expected) <= 1e-5
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.raises(ConfigError, match="--compile does not go with --activation-checkpointing selective"):
+        FitSettings(data=["none"], compile=True, activation_checkpointing="selective")
 
 
 @pytest.fixture
