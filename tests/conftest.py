@@ -1,6 +1,11 @@
-"""Every test computes on one thread and draws the same examples, so that results repeat and runs do not thrash."""
+"""Every test computes on one thread and draws the same examples, so that results repeat and runs do not thrash.
+
+Runs sync each of their writes. Where there is room in memory, tests write there and wait for no disk; a folder of their
+own (`--basetemp`, TMPDIR) holds.
+"""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,3 +17,7 @@ from hypothesis import settings
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+MEMORY, ROOM_BYTES = Path("/dev/shm"), 4 * 2**30
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
