@@ -1,34 +1,33 @@
 """`critic-train check`: look a data set over."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from critic_train.events import Event
 from critic_train.settings.check import CheckSettings
 from critic_train.stopping import StopRequest
 from critic_train_cli.command import Command
-from critic_train_cli.faults import DONE, REFUSED
+from critic_train_cli.looking import look_over
 from critic_train_cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def work(settings: CheckSettings, output: Output) -> int:
     """Read everything, showing how far it is; then the findings, or all of them as JSON."""
-    from critic_train_cli.job import exit_code_of, run_job
-    from critic_train_cli.view_choice import choose_view
 
     def start(stop: StopRequest) -> Iterator[Event]:
         from critic_train.doctor.doctor import check
 
         yield from check(settings, stop)
 
-    ended = run_job(start, choose_view(output, stopping="stopping"), output)
-    if ended.status != "finished":
-        output.result({"status": ended.status}, lambda console: None)
-        return exit_code_of(ended)
+    def draw(console: "Console", result: dict[str, Any]) -> None:
+        from critic_train_cli.findings import draw_findings
 
-    from critic_train_cli.findings import draw_findings
+        draw_findings(console, result, settings.show)
 
-    output.result(ended.result, lambda console: draw_findings(console, ended.result, settings.show))
-    return DONE if ended.result["sound"] else REFUSED
+    return look_over(start, draw, output)
 
 
 CHECK = Command(

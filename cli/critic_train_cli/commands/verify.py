@@ -7,7 +7,7 @@ from critic_train.events import Event
 from critic_train.settings.verify import VerifySettings
 from critic_train.stopping import StopRequest
 from critic_train_cli.command import Command
-from critic_train_cli.faults import DONE, REFUSED
+from critic_train_cli.looking import look_over
 from critic_train_cli.output import Output
 
 if TYPE_CHECKING:
@@ -18,20 +18,13 @@ WORDS = {"sound": "ok", "unsound": "BAD", "unknown": "-"}
 
 def work(settings: VerifySettings, output: Output) -> int:
     """Look at each target; then a line a finding, or all of them as JSON."""
-    from critic_train_cli.job import exit_code_of, run_job
-    from critic_train_cli.view_choice import choose_view
 
     def start(stop: StopRequest) -> Iterator[Event]:
         from critic_train.verifying.verification import verify
 
         yield from verify(settings, stop)
 
-    ended = run_job(start, choose_view(output, stopping="stopping"), output)
-    if ended.status != "finished":
-        output.result({"status": ended.status}, lambda console: None)
-        return exit_code_of(ended)
-    output.result(ended.result, lambda console: draw(console, ended.result["targets"]))
-    return DONE if ended.result["sound"] else REFUSED
+    return look_over(start, lambda console, result: draw(console, result["targets"]), output)
 
 
 def draw(console: "Console", targets: list[dict[str, Any]]) -> None:

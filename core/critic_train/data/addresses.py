@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from critic_train.data.columns import Needs, understand
+from critic_train.data.labels import uid_texts
 from critic_train.data.places import parquet_file
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
@@ -71,7 +72,7 @@ def _in_file(name: str, rows: NDArray[np.int64], renames: dict[str, str]) -> lis
                     for place, text in zip(inside, uids, strict=True)
                 ]
             return found
-    except (OSError, pa.ArrowException, IndexError):
+    except (OSError, DataError, pa.ArrowException, IndexError):
         return [Address(file=name, row_group=-1, row=int(row), uid="") for row in rows]
 
 
@@ -90,6 +91,6 @@ def _uids(file: pq.ParquetFile, row_group: int, column: str, places: NDArray[np.
     start = 0
     for batch in file.iter_batches(batch_size=1024, row_groups=[row_group], columns=[column]):
         inside = places[(places >= start) & (places < start + batch.num_rows)] - start
-        found += ["" if uid is None else str(uid) for uid in batch.column(0).take(pa.array(inside)).to_pylist()]
+        found += [uid or "" for uid in uid_texts(batch.column(0).take(pa.array(inside)))]
         start += batch.num_rows
     return found

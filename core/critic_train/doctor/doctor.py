@@ -1,21 +1,20 @@
 """`critic-train check`, from top to bottom: read everything, survey it, match its returns, advise."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from critic_train.data.bad_files import BadFiles
-from critic_train.data.columns import Needs
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards, fingerprint
+from critic_train.data.whole import read_through, whole_reader
 from critic_train.doctor.advice import advice, command_line
 from critic_train.doctor.matching import match_returns
 from critic_train.doctor.survey import Survey, leak
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.rollouts import Rollouts
-from critic_train.settings import column_renames
 from critic_train.settings.check import CheckSettings
 from critic_train.settings.fields import default_of
 from critic_train.settings.fit import FitSettings
@@ -23,8 +22,6 @@ from critic_train.stopping import StopRequest
 
 MOST_BAD_ROWS = 10_000
 """Bad rows that are named one by one; all are counted."""
-
-EVERYTHING = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
 
 
 def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
@@ -43,27 +40,13 @@ def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
     """
     bad_files = BadFiles()
     shards = find_shards(settings.data, bad_files)
-    reader = RolloutReader(
-        shards,
-        renames=column_renames(settings.column),
-        on_bad_rows="skip",
-        on_bad_file="skip",
-        bad_files=bad_files,
-        needs=EVERYTHING,
-        bad_rows_kept=MOST_BAD_ROWS,
-        stop=stop,
-    )
-    survey = yield from _surveyed(reader, "reading rollouts", stop)
-    other = None
+    reader = whole_reader(shards, settings.column, stop, bad_files, MOST_BAD_ROWS)
+    survey, other = Survey(), None
+    yield from read_through(reader, stop, survey.add)
     if settings.against and not stop.requested:
-        apart = RolloutReader(
-            find_shards(settings.against),
-            renames=column_renames(settings.column),
-            on_bad_rows="skip",
-            needs=EVERYTHING,
-            stop=stop,
-        )
-        other = yield from _surveyed(apart, "reading the other rollouts", stop)
+        apart = whole_reader(find_shards(settings.against), settings.column, stop, None)
+        other = Survey()
+        yield from read_through(apart, stop, other.add, "reading the other rollouts")
     if stop.requested:
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
@@ -79,17 +62,6 @@ def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
         "sound": not (found["bad_rows"]["count"] or bad_files or (found["leak"] or {}).get("prompts")),
     }
     yield RunEnded(status="finished", result=found)
-
-
-def _surveyed(reader: RolloutReader, stage: str, stop: StopRequest) -> Generator[Event, None, Survey]:
-    survey = Survey()
-    total = sum(shard.num_rows for shard in reader.shards)
-    for batch in reader:
-        if stop.requested:
-            break
-        survey.add(batch)
-        yield Progress(stage=stage, done=int(batch.row[-1]) + 1, total=total)
-    return survey
 
 
 def _found(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, Any]:

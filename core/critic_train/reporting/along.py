@@ -1,12 +1,12 @@
 """Charts of where critics are right and where not: by value, by position and by length of the response."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from critic_train.figures import count, fixed, signed, three
 from critic_train.reporting.drawing import Chart, Key, dash, ink, svg
 from critic_train.reporting.records import Record
-from critic_train.reporting.series import heading, keys_of, middles, with_rows
+from critic_train.reporting.series import keys_of, middles, per_cent, table_of, with_rows
 from critic_train.reporting.subjects import BASELINES, INK_OF, Subject
 from critic_train.reporting.whiskers import by_column, columns_of
 
@@ -47,21 +47,18 @@ def calibration(subjects: Sequence[Subject]) -> Chart | None:
             sizes = [10 + 60 * (row.get("tokens") or 1) / most for row in rows]
             axes.scatter(along, up, s=sizes, color=ink(subject.ink), linewidths=0)
 
-    table: list[list[Any]] = [["value", "tokens", "rollouts", "mean value", "mean return", "95 % interval"]]
-    for subject, rows in found:
-        table += heading(subject, found, 6)
-        for row in rows:
-            span = f"{fixed(row.get('from'))} to {fixed(row.get('to'))}"
-            table.append(
-                [
-                    span,
-                    row.cell("tokens", count),
-                    row.cell("rollouts", count),
-                    row.cell("mean_value"),
-                    row.cell("mean_return"),
-                    row.bounds("interval"),
-                ]
-            )
+    table = table_of(
+        found,
+        ["value", "tokens", "rollouts", "mean value", "mean return", "95 % interval"],
+        lambda row: [
+            f"{fixed(row.get('from'))} to {fixed(row.get('to'))}",
+            row.cell("tokens", count),
+            row.cell("rollouts", count),
+            row.cell("mean_value"),
+            row.cell("mean_return"),
+            row.bounds("interval"),
+        ],
+    )
     return Chart(
         title="Calibration: mean return of tokens by value",
         svg=svg(draw, name="calibration", described="Mean return against predicted value", x_label="predicted value"),
@@ -92,21 +89,19 @@ def by_position(subjects: Sequence[Subject]) -> Chart | None:
         axes.axhline(0, color=ink("faint"), linewidth=0.8)
         axes.set_xlim(0, 100)
 
-    table: list[list[Any]] = [["part", "tokens", "explained variance", "mean value", "mean return", "MSE", "bias"]]
-    for subject, rows in found:
-        table += heading(subject, found, 7)
-        for row in rows:
-            table.append(
-                [
-                    f"{100 * row.get('from'):.0f} to {100 * row.get('to'):.0f} %",
-                    row.cell("tokens", count),
-                    row.cell(key),
-                    row.cell("mean_value"),
-                    row.cell("mean_return"),
-                    row.cell("mse", three),
-                    row.cell("bias", signed),
-                ]
-            )
+    table = table_of(
+        found,
+        ["part", "tokens", "explained variance", "mean value", "mean return", "MSE", "bias"],
+        lambda row: [
+            per_cent(row),
+            row.cell("tokens", count),
+            row.cell(key),
+            row.cell("mean_value"),
+            row.cell("mean_return"),
+            row.cell("mse", three),
+            row.cell("bias", signed),
+        ],
+    )
     return Chart(
         title="Explained variance along the response",
         svg=svg(
@@ -137,12 +132,11 @@ def auc_by_position(subjects: Sequence[Subject]) -> Chart | None:
         axes.axhline(0.5, color=ink("faint"), linewidth=0.8)
         axes.set_xlim(0, 100)
 
-    table: list[list[Any]] = [["part", "pairs", "AUC within prompts", "95 % interval"]]
-    for subject, rows in found:
-        table += heading(subject, found, 4)
-        for row in rows:
-            part = f"{100 * row.get('from'):.0f} to {100 * row.get('to'):.0f} %"
-            table.append([part, row.cell("pairs", count), row.cell(key), row.bounds("interval")])
+    table = table_of(
+        found,
+        ["part", "pairs", "AUC within prompts", "95 % interval"],
+        lambda row: [per_cent(row), row.cell("pairs", count), row.cell(key), row.bounds("interval")],
+    )
     return Chart(
         title="From where on it tells right from wrong",
         svg=svg(draw, name="auc", described="AUC within prompts by part of response", x_label="% of the response"),
@@ -167,20 +161,18 @@ def by_length(subjects: Sequence[Subject]) -> Chart | None:
             axes.plot(middles, up, color=ink(subject.ink), linewidth=1.8, marker="o", markersize=4)
         axes.axhline(0, color=ink("faint"), linewidth=0.8)
 
-    table: list[list[Any]] = [["response tokens", "rollouts", "tokens", "explained variance", "MSE", "bias"]]
-    for subject, rows in found:
-        table += heading(subject, found, 6)
-        for row in rows:
-            table.append(
-                [
-                    f"{row.get('from'):,} to {row.get('to'):,}",
-                    row.cell("rollouts", count),
-                    row.cell("tokens", count),
-                    row.cell(key),
-                    row.cell("mse", three),
-                    row.cell("bias", signed),
-                ]
-            )
+    table = table_of(
+        found,
+        ["response tokens", "rollouts", "tokens", "explained variance", "MSE", "bias"],
+        lambda row: [
+            f"{row.get('from'):,} to {row.get('to'):,}",
+            row.cell("rollouts", count),
+            row.cell("tokens", count),
+            row.cell(key),
+            row.cell("mse", three),
+            row.cell("bias", signed),
+        ],
+    )
     return Chart(
         title="Explained variance by length of the response",
         svg=svg(draw, name="length", described="Explained variance by length", x_label="tokens of the response"),

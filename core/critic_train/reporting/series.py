@@ -1,6 +1,6 @@
 """What the charts and tables of several critics have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from critic_train.reporting.drawing import Key
@@ -28,6 +28,21 @@ def keys_of(found: Sequence[tuple[Subject, Any]], alone: str = "") -> list[Key]:
 def heading(subject: Subject, among: Sequence[Any], columns: int) -> list[list[str]]:
     """The row that begins a critic's part of a table, where there are several."""
     return [[subject.name] + [""] * (columns - 1)] if len(among) > 1 else []
+
+
+def table_of(
+    found: Sequence[tuple[Subject, list[Record]]], titles: Sequence[str], cells: Callable[[Record], list[Any]]
+) -> list[list[Any]]:
+    """A table below its titles: the cells of every critic's rows, below its name where there are several."""
+    table: list[list[Any]] = [list(titles)]
+    for subject, rows in found:
+        table += heading(subject, found, len(titles)) + [cells(row) for row in rows]
+    return table
+
+
+def per_cent(row: Record) -> str:
+    """The part of the response that a row speaks of."""
+    return f"{100 * row.get('from'):.0f} to {100 * row.get('to'):.0f} %"
 
 
 def middles(rows: Sequence[Record]) -> list[float]:

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from critic_train.settings.fields import Settings, setting, shown_as, too_small
 
@@ -11,6 +11,16 @@ CREDENTIALS = re.compile(r"[\w+.-]{2,}://([^/]*@|[^@]*:[^@]*@|.*[?&][\w-]+=)", r
 
 OnBadRows = Literal["fail", "skip"]
 OnBadFile = Literal["fail", "skip"]
+
+
+def column_setting() -> Any:
+    """The flag --column, for every command that reads columns."""
+    return setting(
+        [],
+        "Read a column under another name, as in returns=my_returns; repeatable.",
+        panel="Data",
+        metavar="NAME=COLUMN",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +33,7 @@ class SourceSettings(Settings):
         panel="Data",
         metavar="PATH",
     )
-    column: list[str] = setting(
-        [],
-        "Read a column under another name, as in returns=my_returns; repeatable.",
-        panel="Data",
-        metavar="NAME=COLUMN",
-    )
+    column: list[str] = column_setting()
 
     def faults(self) -> list[str]:
         """See Settings."""

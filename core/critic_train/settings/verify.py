@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from critic_train.settings.fields import Settings, setting
-from critic_train.settings.reading import column_faults
+from critic_train.settings.reading import column_faults, column_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,7 @@ class VerifySettings(Settings):
         metavar="TARGET",
         positional=True,
     )
-    column: list[str] = setting(
-        [],
-        "Read a column under another name, as in returns=my_returns; repeatable.",
-        panel="Data",
-        metavar="NAME=COLUMN",
-    )
+    column: list[str] = column_setting()
 
     def faults(self) -> list[str]:
         """See Settings."""

@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from critic_train.data.bad_files import BadFiles
-from critic_train.data.columns import Needs
-from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards
+from critic_train.data.whole import read_through, whole_reader
 from critic_train.errors import DataError
 from critic_train.events import Event, Progress, RunEnded
 from critic_train.run.checkpoint import checkpoint_step
 from critic_train.run.manifest import MANIFEST
-from critic_train.settings.reading import column_renames
 from critic_train.settings.verify import VerifySettings
 from critic_train.stopping import StopRequest
 from critic_train.verifying.finding import Finding
 from critic_train.verifying.runs import verify_run
-
-EVERYTHING = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
 
 
 def verify(settings: VerifySettings, stop: StopRequest) -> Iterator[Event]:
@@ -73,21 +69,8 @@ def _rollouts(name: str, settings: VerifySettings, stop: StopRequest) -> Generat
     """Read everything: footers, pages and their checksums, every row's arrays."""
     bad_files = BadFiles()
     try:
-        shards = find_shards([name], bad_files)
-        reader = RolloutReader(
-            shards,
-            renames=column_renames(settings.column),
-            on_bad_rows="skip",
-            on_bad_file="skip",
-            bad_files=bad_files,
-            needs=EVERYTHING,
-            stop=stop,
-        )
-        total = sum(shard.num_rows for shard in shards)
-        for batch in reader:
-            yield Progress(stage="reading rollouts", done=int(batch.row[-1]) + 1, total=total)
-            if stop.requested:
-                return []
+        reader = whole_reader(find_shards([name], bad_files), settings.column, stop, bad_files)
+        yield from read_through(reader, stop)
     except DataError as error:
         return _bad(bad_files) or [Finding(name, "unsound", error.message)]
     if reader.bad_rows.count:
