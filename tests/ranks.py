@@ -236,3 +236,32 @@ def short_run(
             told.append(event.message)
     assert isinstance(event, RunEnded)
     return {"status": event.status, "told": told, "seen": seen}
+
+
+def kept_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> dict[str, Any]:
+    """A run; also says how many micro-batches the whole trunk went through, and how many took kept states."""
+    from critic_train.model.critic import Critic
+
+    passes = {"whole": 0, "kept": 0}
+    hidden = Critic.hidden
+
+    def counted(self: Critic, batch: Any) -> Any:
+        passes["whole" if batch.states is None else "kept"] += 1
+        return hidden(self, batch)
+
+    Critic.hidden = counted  # type: ignore[method-assign]
+    return fit_run(settings, stop_at) | passes
+
+
+def full_disk_run(settings: FitSettings, file: str, kind: str = "ENOSPC") -> dict[str, Any]:
+    """A run whose disk is full, or whose process is killed, at the first write to a file of that name."""
+    from critic_train.run import storage
+
+    def refuse(operation: storage.Operation) -> None:
+        if operation.kind == "write" and file in operation.path.name:
+            if kind == "SIGKILL":
+                os.kill(os.getpid(), 9)
+            raise OSError(28, "No space left on device", str(operation.path))
+
+    with storage.watched(refuse):
+        return fit_run(settings)

@@ -4,7 +4,7 @@ What a frozen part computes never changes, so the states below the trained part 
 the tokens: a micro-batch then costs what is trained, and nothing of the rest.
 """
 
-import copy
+import contextlib
 from typing import Any
 
 import torch
@@ -64,20 +64,32 @@ class UpperPart:
     def __init__(self, trunk: PreTrainedModel, layers: int) -> None:
         self._first = layers_of(trunk)[-layers]
         self._whole = trunk
-        self._upper: Any = copy.copy(trunk)
+        # Not copy.copy: a sharded module's class makes a new module of its own when it is asked for one. The copy
+        # shares the trunk's hooks, so that weights above the layers are gathered and their gradients summed as there.
+        self._upper: Any = object.__new__(type(trunk))
+        vars(self._upper).update(vars(trunk))
         self._upper._modules = dict(trunk._modules)
         self._upper.layers = nn.ModuleList(layers_of(trunk)[-layers:])
 
     def states_below(self, batch: ModelInput) -> Tensor:
         """[P, hidden_size]: the hidden states that enter the first of the layers, at every position."""
-        hook = self._first.register_forward_pre_hook(_stop_here)
-        try:
-            self._whole(use_cache=False, **batch.trunk_arguments)
-        except _ReachedError as reached:
-            return reached.states.flatten(0, 1)
-        finally:
-            hook.remove()
-        raise ModelError(f"{self._whole.config.model_type} went by its own layers")
+        seen: list[Tensor] = []
+        sharded = type(self._whole).__name__.startswith("FSDP")
+
+        def look(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments[0])
+            if not sharded:  # FSDP2 keeps count of passes that were begun: there all layers are gone through
+                raise _ReachedError
+
+        hook = self._first.register_forward_pre_hook(look)
+        with contextlib.suppress(_ReachedError):
+            try:
+                self._whole(use_cache=False, **batch.trunk_arguments)
+            finally:
+                hook.remove()
+        if not seen:
+            raise ModelError(f"{self._whole.config.model_type} went by its own layers")
+        return seen[0].flatten(0, 1)
 
     def last_states(self, batch: ModelInput, states: Tensor) -> Tensor:
         """What the whole trunk's `last_hidden_state` would be, from [P, hidden_size] states below."""
@@ -89,15 +101,7 @@ class UpperPart:
 
 
 class _ReachedError(Exception):
-    """A layer was reached; carries what it was given."""
-
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = states
-
-
-def _stop_here(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-    raise _ReachedError(arguments[0])
+    """The layer was reached; the rest of the pass is not wanted."""
 
 
 @torch.no_grad()

@@ -133,9 +133,12 @@ def nothing_asked(rollouts: Rollouts, device: torch.device, *, forest: bool) -> 
         response_mask=np.zeros(1, dtype=np.bool_),
     )
     index = np.zeros(1, dtype=np.int64)
-    if not forest:
-        return rows_input(one, index, device)
-    return forest_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
+    if forest:
+        batch = forest_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
+    else:
+        batch = rows_input(one, index, device)
+    # That position is no token of the mini-batch's share.
+    return replace(batch, all_tokens=batch.all_tokens[:0], where=batch.where[:0])
 
 
 class _Asked(NamedTuple):

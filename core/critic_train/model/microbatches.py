@@ -35,6 +35,11 @@ def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iter
 
 
 def _laid_out(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
+    for batch in _layouts(rollouts, compute, forest=forest):
+        yield batch if compute.states is None else compute.states.given_to(batch, rollouts)
+
+
+def _layouts(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
     if compute.ranks.size > 1:
         for part in shared_micro_batches(rollouts, compute, forest=forest):
             if not len(part):
@@ -45,14 +50,10 @@ def _laid_out(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator
                 yield rows_input(rollouts, part.index, compute.device)
     elif forest:
         for order in forest_micro_batches(rollouts, compute.max_tokens):
-            yield _with_states(forest_input(rollouts, order, compute.device, compute.attention), rollouts, compute)
+            yield forest_input(rollouts, order, compute.device, compute.attention)
     else:
         for index in row_micro_batches(rollouts, compute.max_tokens):
-            yield _with_states(rows_input(rollouts, index, compute.device), rollouts, compute)
-
-
-def _with_states(batch: ModelInput, rollouts: Rollouts, compute: Compute) -> ModelInput:
-    return batch if compute.states is None else compute.states.given_to(batch, rollouts)
+            yield rows_input(rollouts, index, compute.device)
 
 
 def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> list[PrefixOrder]:

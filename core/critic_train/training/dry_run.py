@@ -25,7 +25,8 @@ from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
 from critic_train.training.critics import Shape, critic_of
 from critic_train.training.dataset import find_run_shards, limits_of
-from critic_train.training.kept_states import ROW_BYTES, STATE_BYTES, give_states, not_kept
+from critic_train.training.frozen_trunk import give_states, not_kept
+from critic_train.training.kept_states import ROW_BYTES, STATE_BYTES
 from critic_train.training.pace import Layout, Pace, measure
 from critic_train.training.plan import make_plan
 from critic_train.training.resuming import CACHED_BYTES_PER_TOKEN

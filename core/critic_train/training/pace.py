@@ -19,7 +19,8 @@ from critic_train.rollouts import Rollouts
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RolloutSet
-from critic_train.training.kept_states import ROWS, KeptStates, keep_states
+from critic_train.training.frozen_trunk import keep_states
+from critic_train.training.kept_states import ROWS, KeptStates
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.step import LossRecipe, accumulate_gradient, apply_gradient
 

@@ -21,7 +21,7 @@ from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
 from critic_train.training.critics import Shape, critic_of
 from critic_train.training.dataset import RunData
-from critic_train.training.kept_states import give_states, not_kept
+from critic_train.training.frozen_trunk import give_states, not_kept
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.record import summary_of
@@ -93,7 +93,7 @@ def prepare(
         stop=stop,
     )
     layers = trained_layers(settings.train)
-    if layers is not None and compute.ranks.size == 1:
+    if layers is not None:
         trainer.keeps_states = give_states(critic, layers, sample, compute, forest=choice.forest)
         if not trainer.keeps_states:
             yield Notice(message=not_kept(critic), level="warning")

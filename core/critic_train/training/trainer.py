@@ -30,7 +30,8 @@ from critic_train.stopping import StopRequest
 from critic_train.training.budget import budget_record, take_up_budget
 from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_suspects, keep_suspects
-from critic_train.training.kept_states import keep_states
+from critic_train.training.frozen_trunk import keep_states
+from critic_train.training.kept_states import KeptStates
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.passes import Pass, judge_held_out, take_old_values
 from critic_train.training.plan import TrainingPlan
@@ -237,15 +238,16 @@ class Trainer:
 
     def _keep_states(self) -> Iterator[Event]:
         """Compute once what the frozen part of the trunk gives, for all rollouts of the run."""
+        kept: dict[Path, KeptStates] = {}
         for rollouts in self.data.by_spool():
             states = yield from keep_states(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
+            yield from self._memory_notice()
             if states is None:
                 return
-            if rollouts.spool is self.data.train.spool:
-                training = replace(self.compute, states=states)
-            if self.data.held_out is not None and rollouts.spool is self.data.held_out.spool:
-                self.judging = replace(self.compute, states=states)
-        self.compute = training
+            kept[rollouts.spool.directory] = states
+        if self.data.held_out is not None:
+            self.judging = replace(self.compute, states=kept[self.data.held_out.spool.directory])
+        self.compute = replace(self.compute, states=kept[self.data.train.spool.directory])
 
     def _old_values(self, column: str, *, begun: bool) -> Iterator[Event]:
         """Take this critic's own values as V_old at the start of an epoch, as PPO does each iteration."""
