@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from support import branching_rollouts, small_config
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 
 from critic_train.distributed.ranks import joined
 from critic_train.model.compute import Compute
@@ -185,14 +186,24 @@ def load_and_save(source: str, target: str) -> None:
         save_optimizer(optimizer, critic, directory, ranks)
 
 
-def step_on_ranks(target: str, offload: Offload) -> None:
-    """Three steps on gradients of real rollouts, and the checkpoint that they lead to."""
-    from critic_train.distributed.sharding import cost_of, shard
+def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> None:
+    """Three steps on gradients of real rollouts, and the checkpoint that they lead to.
 
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
-        critic = critic_of("Llama")
-        compute = replace(ONE, ranks=ranks, pair_cost=cost_of(critic).pair)
-        shard(critic, compute)
+    With a `source` the critic is loaded from there in parts, and every micro-batch sums gradients, as on a GPU where
+    these wait on the host.
+    """
+    from critic_train.distributed import sharding
+
+    if source is not None:
+        sharding._gradient_fits = lambda modules: False
+    with joined(SETTINGS, nproc=1, device="cpu", sharded=True) as ranks:
+        compute = replace(ONE, ranks=ranks, offload=offload)
+        critic = critic_of("Llama") if source is None else load_critic(read_model(Path(source)), compute)
+        compute.pair_cost = sharding.cost_of(critic).pair
+        sharding.shard(critic.train(), compute)
+        units = [module for module in critic.modules() if isinstance(module, FSDPModule)]
+        policies = {type(group.offload_policy) for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups}
+        assert policies == {CPUOffloadPolicy if offload == "all" else OffloadPolicy}
         optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
         for _ in range(3):
             gradients(critic, compute, rollouts=21, forest=True, mode="token-mean")

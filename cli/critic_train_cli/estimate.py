@@ -39,7 +39,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     keeping = seconds["keeping_states"]
     first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
     device = f" of {size(memory['device'])}" if memory["device"] else ""
-    elsewhere = {"none": ""}.get(found["offload"], " in host memory")
+    elsewhere = {"none": "", "optimizer": " (in host memory)", "all": " (all in host memory)"}[found["offload"]]
     return [
         ("rollouts", f"{found['rollouts']:,} to train on, {found['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(found['tokens'])}{computed}"),

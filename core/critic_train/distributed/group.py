@@ -29,6 +29,7 @@ from critic_train.distributed.ranks import Place, Ranks
 from critic_train.distributed.regrouping import Shortage, Spread
 from critic_train.distributed.workers import Workers, threads_each
 from critic_train.errors import MachineError
+from critic_train.model.compute import on_cuda
 from critic_train.stopping import StopRequest
 
 TIMEOUT = timedelta(minutes=10)
@@ -54,9 +55,11 @@ class Group(Ranks):
 
     def __init__(self, here: Place | None, workers: Workers, device: str) -> None:
         self._workers = workers
+        self._told_where = here is not None
+        self.sharded = True
         here = here or Place(rank=0, size=workers.size, local_rank=0)
         self.rank, self.size, self.local_rank = here.rank, here.size, here.local_rank
-        self._cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        self._cuda = on_cuda(device)
         self._told = 0
         self._over = threading.Event()
         self._store: Store
@@ -183,7 +186,7 @@ class Group(Ranks):
         return int(tensor)
 
     def _meet(self) -> Store:
-        if self._workers.size > 1:
+        if not self._told_where:
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(threads_each(self.size))
             store = TCPStore("127.0.0.1", 0, is_master=True, timeout=TIMEOUT, wait_for_workers=False)

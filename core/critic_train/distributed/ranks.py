@@ -25,11 +25,14 @@ class Ranks:
         rank: this process's number, from 0. Rank 0 leads: it alone yields events that are shown, writes and judges.
         size: how many there are.
         local_rank: this process's number on its machine.
+        sharded: whether a critic lies in parts, through FSDP2: on several ranks, or on one that keeps its only part in
+            host memory.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    sharded: bool = False
 
     @property
     def leads(self) -> bool:
@@ -126,7 +129,7 @@ def place() -> Place | None:
 
 
 @contextmanager
-def joined(settings: Settings, *, nproc: int, device: str) -> Iterator[Ranks]:
+def joined(settings: Settings, *, nproc: int, device: str, sharded: bool = False) -> Iterator[Ranks]:
     """The ranks of this run: those that the environment tells of (torchrun), `nproc` on this machine, or one.
 
     Whatever ends the block on one rank ends it on all: a fault is told to the others, so that rank 0 raises it
@@ -136,13 +139,14 @@ def joined(settings: Settings, *, nproc: int, device: str) -> Iterator[Ranks]:
         settings: of the command, for the ranks that are started here.
         nproc: how many processes to run on this machine where the environment tells of none.
         device: the setting; "cuda" and "auto" give every rank a device of its own.
+        sharded: whether one process alone is to be a group as well.
 
     Raises:
         ConfigError: both the environment and `nproc` ask for ranks, and differ.
         MachineError: a rank does not come, is lost, or there are fewer devices than ranks.
     """
     here = place()
-    if here is None and nproc == 1:
+    if here is None and nproc == 1 and not sharded:
         yield ALONE
         return
     if here is not None and nproc not in (1, here.size):

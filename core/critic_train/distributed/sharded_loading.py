@@ -43,7 +43,7 @@ def load_sharded(source: ModelSource, compute: Compute, adapt: Callable[[Critic]
     places = _places(critic, source)
     if adapt is not None:
         adapt(critic)
-    _materialise(shard(critic, compute), compute.device)
+    _materialise(shard(critic, compute), compute)
     if places is None:
         _from_rank_0(critic, source, compute, adapt)
         return critic
@@ -94,17 +94,17 @@ def _places(critic: Critic, source: ModelSource) -> dict[str, tuple[Path, str]] 
     return found
 
 
-def _materialise(critic: Critic, device: torch.device) -> None:
+def _materialise(critic: Critic, compute: Compute) -> None:
     """Give every rank memory for its parts, not yet filled, and bring buffers and adapters over."""
     drawn = {name: part for name, part in critic.state_dict().items() if ".lora_" in name}
     buffers = [
         (module, name, buffer) for module in critic.modules() for name, buffer in module.named_buffers(recurse=False)
     ]
-    critic.to_empty(device=device)
+    critic.to_empty(device="cpu" if compute.offload == "all" else compute.device)
     if drawn:
         critic.load_state_dict(drawn, strict=False)
     for module, name, buffer in buffers:
-        setattr(module, name, buffer.to(device))
+        setattr(module, name, buffer.to(compute.device))
 
 
 def _from_rank_0(critic: Critic, source: ModelSource, compute: Compute, adapt: Callable[[Critic], None] | None) -> None:

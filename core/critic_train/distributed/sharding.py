@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from critic_train.distributed.shares import Cost
@@ -34,20 +34,24 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     """Spread a critic over the ranks of `compute`, in place. All ranks call it; its weights may be on "meta".
 
     Args:
-        critic: the same on every rank; one that is spread already is left as it is.
-        compute: device, precision and ranks.
+        critic: the same on every rank; one that is spread already is left as it is. A layer at a time visits the
+            device.
+        compute: device, precision and ranks; with `offload` "all" the parts lie in host memory.
     """
     if isinstance(critic.trunk, FSDPModule):
         return critic
     mesh = init_device_mesh(compute.device.type, (compute.ranks.size,))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    inner: dict[str, Any] = {"mesh": mesh, "mp_policy": rounded if compute.precision == "bf16" else exact}
+    both: dict[str, Any] = {"mesh": mesh}
+    if compute.offload == "all":
+        both["offload_policy"] = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
+    inner = {"mp_policy": rounded if compute.precision == "bf16" else exact, **both}
     for layer in decoder_layers(critic.trunk):
         fully_shard(layer, **inner)
     # Between forward and backward the roots stay whole: embeddings are not gathered twice. See `in_parts`.
     for root in (critic.head, critic.trunk):
-        fully_shard(root, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
+        fully_shard(root, mp_policy=exact, **both, reshard_after_forward=False)
     for module in critic.modules():
         if isinstance(module, FSDPModule):
             # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.
@@ -132,6 +136,8 @@ def sum_gradients(modules: Sequence[nn.Module], *, now: bool) -> None:
 def _gradient_fits(modules: Sequence[nn.Module]) -> bool:
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     device = trained[0].device
+    if device.type != trained[0].device_mesh.device_type:  # type: ignore[attr-defined]
+        return False  # the gradient is to wait on the host
     if device.type != "cuda":
         return True
     whole = sum(4 * parameter.numel() for parameter in trained)

@@ -82,13 +82,18 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = ALONE) -> Compute:
         precision=settings.precision,
         max_tokens=settings.max_tokens,
         ranks=ranks,
-        offload=resolve_offload(settings, device),
+        offload=resolve_offload(settings),
     )
 
 
-def resolve_offload(settings: ComputeSettings, device: torch.device) -> Offload:
+def resolve_offload(settings: ComputeSettings) -> Offload:
     """What a run keeps in host memory: on a CPU, which has no other, nothing in particular."""
-    return settings.offload if isinstance(settings, MemorySettings) and device.type == "cuda" else "none"
+    return settings.offload if isinstance(settings, MemorySettings) and on_cuda(settings.device) else "none"
+
+
+def on_cuda(device: str) -> bool:
+    """Whether a device setting means CUDA on this machine."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
@@ -118,6 +123,6 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         raise MachineError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="--device cpu"
         )
-    if ranks.size > 1 and device.type == "cuda":
-        torch.cuda.set_device(device)
+    if ranks.sharded and device.type == "cuda":
+        torch.cuda.set_device(device)  # FSDP2 takes the present one
     return device

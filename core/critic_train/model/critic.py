@@ -51,6 +51,12 @@ class Critic(nn.Module):
         self._upper: list[UpperPart] = []
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes; with `--offload all` its weights wait elsewhere."""
+        mesh = getattr(self.head.weight, "device_mesh", None)
+        return self.head.weight.device if mesh is None else torch.device(mesh.device_type)
+
+    @property
     def upper(self) -> UpperPart | None:
         """The layers that kept states are given to; None where they are given to the head."""
         return self._upper[0] if self._upper else None

@@ -121,7 +121,7 @@ def load_critic(
     Raises:
         ModelError: weights are missing, damaged or of another shape than the configuration says.
     """
-    if compute is not None and compute.ranks.size > 1:
+    if compute is not None and compute.ranks.sharded:
         from critic_train.distributed.sharded_loading import load_sharded
 
         return load_sharded(source, compute, adapt)

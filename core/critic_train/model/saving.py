@@ -65,7 +65,7 @@ def save_critic(critic: Critic, directory: Path | None, tokenizer_from: Path | N
     Raises:
         OSError: the disk is full or not writable.
     """
-    if ranks.size > 1:
+    if ranks.sharded:
         from critic_train.distributed.sharded_saving import save_sharded
 
         save_sharded(critic, directory, tokenizer_from)

@@ -176,7 +176,7 @@ def _alone(critic: Critic, sample: Rollouts) -> torch.Tensor:
     """[T, hidden]: every rollout through the trunk on its own, with stock attention, in float32."""
     rows = []
     for start, stop in zip(sample.offsets[:-1].tolist(), sample.offsets[1:].tolist(), strict=True):
-        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(critic.head.weight.device)
+        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(critic.device)
         rows.append(critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0])
     return torch.cat(rows)
 

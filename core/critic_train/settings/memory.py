@@ -6,7 +6,7 @@ from typing import Literal
 from critic_train.settings.fields import Settings, setting
 
 ActivationCheckpointing = Literal["none", "layer", "selective"]
-Offload = Literal["none", "optimizer"]
+Offload = Literal["none", "optimizer", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class MemorySettings(Settings):
     )
     offload: Offload = setting(
         "none",
-        "Keep AdamW's two moments in host memory and bring them to the GPU for the update alone.",
+        "What waits in host memory instead of the GPU's: AdamW's two moments, updated on the GPU (optimizer), or "
+        "weights and gradients as well, updated on the host (all).",
         panel="Compute",
     )
     compile: bool = setting(

@@ -1,6 +1,6 @@
 """The critic that a run trains: loaded, drawn or taken from a checkpoint; frozen or with adapters as --train says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,20 @@ def critic_of(
     if layers is not None:
         freeze(critic.trunk, layers)
     return critic
+
+
+def placed(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:
+    """A critic in training mode where it is to compute, and how its work is shared out.
+
+    That is the device; or parts of it on all ranks, or in host memory, which are put together there layer by layer.
+    """
+    critic.train()
+    if not compute.ranks.sharded:
+        return critic.to(compute.device), compute
+    from critic_train.distributed.sharding import cost_of, shard
+
+    compute = replace(compute, pair_cost=cost_of(critic).pair)
+    return shard(critic, compute), compute
 
 
 def _critic(

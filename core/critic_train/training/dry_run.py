@@ -1,6 +1,7 @@
 """`critic-train fit --dry-run`: what the run would take, from its data, its model and a few timed steps."""
 
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader
+from critic_train.distributed.ranks import ALONE, joined
 from critic_train.doctor.survey import Survey, sharing
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.model.compute import Compute, resolve_compute
+from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, read_model
 from critic_train.model.memory import trade_memory
@@ -23,7 +25,7 @@ from critic_train.run.room import free_bytes
 from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
-from critic_train.training.critics import Shape, critic_of
+from critic_train.training.critics import Shape, critic_of, placed
 from critic_train.training.dataset import find_run_shards, limits_of
 from critic_train.training.frozen_trunk import give_states, not_kept
 from critic_train.training.kept_states import ROW_BYTES, STATE_BYTES
@@ -54,7 +56,13 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     Raises:
         CriticTrainError: what would stop the run before its first step.
     """
-    compute = resolve_compute(settings)
+    alone = nullcontext(ALONE)
+    offloads = resolve_offload(settings) == "all"
+    with joined(settings, nproc=1, device=settings.device, sharded=True) if offloads else alone as ranks:
+        yield from _estimated(settings, out, resolve_compute(settings, ranks), stop)
+
+
+def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     shards = find_run_shards(settings)
     source = read_model(resolve_model(Path(settings.model))) if settings.model else None
     targets = Targets.of(settings)
@@ -77,7 +85,7 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
         max_length=train.longest,
         mean_return=float(few.returns[few.response_mask].mean()),
     )
-    critic = critic_of(settings, source, None, compute, shape).to(compute.device).train()
+    critic, compute = placed(critic_of(settings, source, None, compute, shape), compute)
     tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
     choice, said = settle(critic, tried, settings, compute)
     trade_memory(critic, settings)

@@ -8,7 +8,7 @@ from critic_train.data.shards import SUFFIXES
 from critic_train.distributed.ranks import joined
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded
-from critic_train.model.compute import Compute, resolve_compute
+from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.loading import read_model
 from critic_train.observing.observer import Observer, observed
 from critic_train.observing.report import ReportWriter
@@ -44,7 +44,8 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
         CriticTrainError: a fault that the user can mend; the run directory stays usable.
     """
     require_packages(settings)
-    with joined(settings, nproc=settings.nproc, device=settings.device) as ranks:
+    sharded = resolve_offload(settings) == "all"
+    with joined(settings, nproc=settings.nproc, device=settings.device, sharded=sharded) as ranks:
         compute = resolve_compute(settings, ranks)
         yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
 

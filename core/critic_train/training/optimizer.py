@@ -115,7 +115,7 @@ def save_optimizer(
                 tensor = tensor.clone()  # one for all parameters, which the format does not know
             tensors[f"{key}.{name}"] = tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous()
     file = None if directory is None else directory / STATE_FILE
-    if ranks.size > 1:
+    if ranks.sharded:
         from critic_train.distributed.sharded_saving import whole
 
         write_tensors(file, tensors, lambda name: whole(tensors[name]))

@@ -191,7 +191,7 @@ def _timed(
 def _held(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of an optimizer's state; step counts aside, and what parameters share once."""
     tensors = {
-        value.data_ptr(): value.numel() * value.element_size()
+        id(value): value.numel() * value.element_size()
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.ndim

@@ -1,7 +1,6 @@
 """From settings and rollouts to a trainer at its first step: model, plan, optimizer, and where to go on from."""
 
 from collections.abc import Generator, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from critic_train.run.directory import RunDirectory
 from critic_train.settings import FitSettings
 from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
-from critic_train.training.critics import Shape, critic_of
+from critic_train.training.critics import Shape, critic_of, placed
 from critic_train.training.dataset import RunData
 from critic_train.training.frozen_trunk import give_states, not_kept
 from critic_train.training.optimizer import build_optimizer
@@ -52,7 +51,7 @@ def prepare(
         yield Notice(message=f"--offload {settings.offload} changes nothing on a CPU: all is in host memory already")
     shape = Shape(max_token_id=data.max_token_id, max_length=data.max_length, mean_return=data.train.mean_return)
     critic = critic_of(settings, source, checkpoint, compute, shape)
-    critic, compute = _spread(critic, compute)
+    critic, compute = placed(critic, compute)
     if not loads_for_token_classification(critic):
         yield Notice(
             message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
@@ -147,14 +146,3 @@ def _head_notices(source: ModelSource | None, data: RunData, checkpoint: Path | 
         )
     elif source is not None and source.head is not None:
         yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
-
-
-def _spread(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:
-    """The critic on its device, over all ranks where there are several, and how to share out its work."""
-    critic.to(compute.device).train()
-    if compute.ranks.size > 1:
-        from critic_train.distributed.sharding import cost_of, shard
-
-        compute = replace(compute, pair_cost=cost_of(critic).pair)
-        shard(critic, compute)
-    return critic, compute

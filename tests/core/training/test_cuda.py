@@ -1,23 +1,28 @@
 """On a GPU: the same values and gradients as on the CPU, and a run that trains. Skipped where there is none."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from support import branching_rollouts, readable_rollouts, small_config, write_shard
 
+from critic_train.distributed.ranks import joined
 from critic_train.events import RunEnded
-from critic_train.model.compute import Compute
+from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.forest import lay_out, prefix_order
 from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.loading import build_critic
 from critic_train.model.predicting import predict_values
-from critic_train.model.selfcheck import choose_packing
+from critic_train.model.saving import save_critic
+from critic_train.model.selfcheck import choose_packing, settle
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training.critics import placed
 from critic_train.training.fit import fit
 from critic_train.training.offloading import HostAdamW
-from critic_train.training.optimizer import build_optimizer
-from critic_train.training.step import LossRecipe, accumulate_gradient
+from critic_train.training.optimizer import build_optimizer, save_optimizer
+from critic_train.training.step import LossRecipe, accumulate_gradient, apply_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -158,3 +163,58 @@ def test_pieces_in_flight_do_not_overtake_each_other():
             optimizer.step()
         found.append([t.cpu() for p in parameters for t in (p, *optimizer.state[p].values())])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_weights_on_the_host_leave_the_device_to_one_layer(tmp_path):
+    """A group of one: between steps the device holds buffers alone, and the steps are those of one process."""
+    from torch.distributed.tensor import DTensor
+
+    config = small_config("Llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    rollouts = branching_rollouts()
+    recipe = LossRecipe(cliprange_value=None, mode="token-mean", scale_factor=None)
+    whole = 4 * sum(p.numel() for p in build_critic(config, seed=0).parameters())
+    found = {}
+    for offload in ("none", "all"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        settings = FitSettings(data=["none"], device="cuda", offload=offload)
+        with joined(settings, nproc=1, device="cuda", sharded=offload == "all") as ranks:
+            critic, compute = placed(build_critic(config, seed=0), resolve_compute(settings, ranks))
+            settle(critic, rollouts, settings, compute)
+            optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
+            losses = []
+            for _ in range(4):
+                result = accumulate_gradient(critic, rollouts, recipe, compute, forest=True, stop=StopRequest())
+                losses.append(result.value_loss)
+                apply_gradient(critic, optimizer, 1.0, result.value_loss)
+            predict_values(critic, rollouts, compute, forest=True)
+            held = torch.cuda.memory_allocated() - before
+            parts = [p.to_local() if isinstance(p, DTensor) else p for p in critic.parameters()]
+            assert {part.device.type for part in parts} == {"cpu" if offload == "all" else "cuda"}
+            (tmp_path / offload).mkdir()
+            save_critic(critic, tmp_path / offload, None, ranks)
+            save_optimizer(optimizer, critic, tmp_path / offload, ranks)
+            found[offload] = losses, held
+            del critic, optimizer, parts
+    assert found["all"][0] == pytest.approx(found["none"][0], rel=1e-3)
+    assert found["none"][1] >= 3 * whole  # weights and two moments
+    assert found["all"][1] <= 0.25 * whole
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_a_run_that_offloads_gives_the_loss_curve_of_one_that_does_not_and_resumes(offload, tmp_path):
+    shard = write_shard(tmp_path / "data" / "a.parquet", readable_rollouts(24))
+    curves = {}
+    for name in ("none", offload):
+        settings = FitSettings(
+            data=[str(shard)], out=str(tmp_path / name), preset="tiny", device="cuda", epochs=6, batch_size=16,
+            offload=name,
+        )  # fmt: skip
+        going = fit(settings, StopRequest())
+        for _ in range(20 if name == offload else 0):
+            next(going)
+        going.close()
+        list(fit(settings, StopRequest()))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        curves[name] = [r["value_loss"] for r in map(json.loads, lines) if r["event"] == "step"]
+    assert curves[offload] == pytest.approx(curves["none"], rel=1e-3)

@@ -1,23 +1,30 @@
 """Moments that wait on the host: parameters, moments, files and runs are those of torch's own AdamW, to the bit."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from rank_work import critic_of, step_on_ranks
+from rank_work import ONE, critic_of, gradients, step_on_ranks
 from ranks import on_ranks
 from safetensors.torch import load_file
 from support import StopAfter, readable_rollouts, write_shard
 
 from critic_train.errors import ConfigError
-from critic_train.events import Notice
+from critic_train.events import Event, Notice, StepEnded
 from critic_train.model import compute
+from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training import dry_run as training_dry_run
+from critic_train.training import fit as training_fit
+from critic_train.training.dry_run import dry_run
 from critic_train.training.fit import fit
 from critic_train.training.offloading import HostAdamW
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
+
+RATES: dict[str, float] = {"lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.1}
 
 
 def groups(seed: int) -> list[dict[str, object]]:
@@ -64,17 +71,16 @@ def one_step(critic, optimizer, seed):
 
 
 def test_a_file_of_either_is_that_of_the_other_and_goes_on_with_either(tmp_path):
-    rates = {"lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.01}
     files = []
     for first, second in (("none", "none"), ("none", "optimizer"), ("optimizer", "none"), ("optimizer", "optimizer")):
         critic = critic_of("Llama")
-        optimizer = build_optimizer(critic, **rates, offload=first)
+        optimizer = build_optimizer(critic, **RATES, offload=first)
         one_step(critic, optimizer, 0)
         before, after = (tmp_path / f"{first}-{second}-{when}" for when in ("before", "after"))
         before.mkdir()
         after.mkdir()
         save_optimizer(optimizer, critic, before)
-        optimizer = build_optimizer(critic, **rates, offload=second)
+        optimizer = build_optimizer(critic, **RATES, offload=second)
         load_optimizer(optimizer, critic, before)
         one_step(critic, optimizer, 1)
         save_optimizer(optimizer, critic, after)
@@ -90,6 +96,31 @@ def test_ranks_take_the_same_steps_and_write_the_same_files(size, tmp_path):
         assert on_ranks(size, step_on_ranks, str(tmp_path / offload), offload) == [None] * size
     for file in (tmp_path / "none").iterdir():
         assert (tmp_path / "optimizer" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weights_that_wait_on_the_host_take_the_same_steps_on_one_rank_and_on_two(size, tmp_path):
+    """The files of torch's own AdamW on one process, rounding aside; on as many ranks without the flag, to the bit."""
+    source, alone = tmp_path / "source", tmp_path / "alone"
+    for folder in (source, alone):
+        folder.mkdir()
+    critic = critic_of("Llama")
+    save_critic(critic, source, None)
+    optimizer = build_optimizer(critic, **RATES)
+    for _ in range(3):
+        gradients(critic, ONE, rollouts=21, forest=True, mode="token-mean")
+        optimizer.step()
+    save_critic(critic, alone, None)
+    found = {}
+    for name, offload, read in (("none", "none", None), ("all", "all", None), ("read", "all", str(source))):
+        (tmp_path / name).mkdir()
+        assert on_ranks(size, step_on_ranks, str(tmp_path / name), offload, read) == [None] * size
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    for file in (tmp_path / "none").iterdir():
+        assert (tmp_path / "all" / file.name).read_bytes() == file.read_bytes(), file.name
+    for name, expected in load_file(alone / "model.safetensors").items():
+        for ours in found.values():
+            torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def settings_for(tmp_path: Path, out: str, **more: object) -> FitSettings:
@@ -108,7 +139,7 @@ def state(out: Path) -> dict[str, torch.Tensor]:
 def test_a_run_is_the_same_and_resumes(tmp_path, monkeypatch):
     list(fit(settings_for(tmp_path, "none"), StopRequest()))
     # There is nothing to offload on a CPU; here it is done all the same.
-    monkeypatch.setattr(compute, "resolve_offload", lambda settings, device: settings.offload)
+    monkeypatch.setattr(compute, "resolve_offload", lambda settings: settings.offload)
     list(fit(settings_for(tmp_path, "whole", offload="optimizer"), StopRequest()))
     *_, stopped = fit(settings_for(tmp_path, "parts", offload="optimizer"), StopAfter(40))
     assert stopped.status == "interrupted"
@@ -118,6 +149,32 @@ def test_a_run_is_the_same_and_resumes(tmp_path, monkeypatch):
         found = state(tmp_path / name)
         assert found.keys() == expected.keys()
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+def test_a_run_of_one_process_is_a_group_of_its_own_where_its_weights_wait_on_the_host(tmp_path, monkeypatch):
+    expected = losses(fit(settings_for(tmp_path, "none"), StopRequest()))
+    for module in (compute, training_fit):
+        monkeypatch.setattr(module, "resolve_offload", lambda settings: settings.offload)
+    assert losses(fit(settings_for(tmp_path, "whole", offload="all"), StopRequest())) == pytest.approx(expected, 1e-5)
+    *_, stopped = fit(settings_for(tmp_path, "parts", offload="all"), StopAfter(40))
+    assert stopped.status == "interrupted"
+    list(fit(settings_for(tmp_path, "parts", offload="all"), StopRequest()))
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert [key for key in whole if not torch.equal(whole[key], parts[key])] == []
+    assert not torch.distributed.is_initialized()
+
+
+def losses(events: Iterator[Event]) -> list[float]:
+    return [event.metrics["value_loss"] for event in events if isinstance(event, StepEnded)]
+
+
+def test_a_dry_run_counts_what_waits_on_the_host(tmp_path, monkeypatch):
+    for module in (compute, training_dry_run):
+        monkeypatch.setattr(module, "resolve_offload", lambda settings: settings.offload)
+    for offload in ("none", "optimizer", "all"):
+        *_, ended = dry_run(settings_for(tmp_path, "out", offload=offload), tmp_path / "out", StopRequest())
+        assert ended.result["offload"] == offload
+        assert ended.result["memory"]["moments"] == 8 * ended.result["parameters"]
 
 
 def test_a_cpu_is_told_that_there_is_nothing_to_offload(tmp_path):
