@@ -1,6 +1,7 @@
 """What single ranks do in the tests: functions that a forked process can find by name."""
 
 import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,34 @@ def run_out_and_go_on() -> tuple[list[str], int, float, int]:
         far = max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs)
         moved = [name for name, p in spread.named_parameters() if p.to_local().data_ptr() != before[name]]
         return moved, left, far, compute.max_tokens
+
+
+def run_out_before_rank_0_has_begun() -> bool:
+    """Rank 1 runs out at once, while rank 0 is still busy with something else; whether it waits there until then."""
+    from critic_train.distributed.sharding import shard
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = critic_of("Llama")
+        compute = replace(ONE, ranks=ranks)
+        shard(critic, compute)
+        failed = ranks.leads
+        waits = True
+        if ranks.leads:
+            while not ranks._store.check(["short/0"]):
+                time.sleep(0.01)
+            time.sleep(2.0)
+            # Rank 1 still is where it was: what rank 0 might be in the middle of goes on undisturbed.
+            waits = not ranks._store.check(["here/1/1"])
+
+        def fail(*_: object) -> None:
+            nonlocal failed
+            if not failed:
+                failed = True
+                raise MemoryError
+
+        critic.register_forward_pre_hook(fail)  # before anything is gathered
+        predict_values(critic, branching_rollouts(), compute, forest=True)
+        return waits and compute.max_tokens < ONE.max_tokens
 
 
 def fsdp_groups(module: torch.nn.Module) -> list[Any]:

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from critic_train.distributed.faults import as_error, as_record, looks_lost
+from critic_train.distributed.meeting import meet
 from critic_train.distributed.ranks import Place, Ranks
 from critic_train.distributed.regrouping import Shortage, Spread
-from critic_train.distributed.workers import Workers, threads_each
+from critic_train.distributed.workers import Workers
 from critic_train.errors import MachineError
 from critic_train.model.compute import on_cuda
 from critic_train.stopping import StopRequest
@@ -70,7 +69,7 @@ class Group(Ranks):
 
     def __enter__(self) -> "Group":
         try:
-            self._store = self._meet()
+            self._store = meet(self.rank, self.size, None if self._told_where else self._workers, TIMEOUT)
             self._shortage = Shortage(self._store, self.rank, self.size)
             self._open()
         except (dist.DistError, RuntimeError) as error:
@@ -185,25 +184,6 @@ class Group(Ranks):
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def _meet(self) -> Store:
-        if not self._told_where:
-            if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(threads_each(self.size))
-            store = TCPStore("127.0.0.1", 0, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
-            self._workers.start(store.port)
-            return PrefixStore("critic-train", store)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-            if not address or not port.isdecimal():
-                raise MachineError(
-                    f"WORLD_SIZE is {self.size}, but MASTER_ADDR and MASTER_PORT do not say where rank 0 is",
-                    hint="start the ranks with torchrun, or set both on every machine",
-                )
-            store = TCPStore(address, int(port), is_master=self.leads, timeout=TIMEOUT, wait_for_workers=False)
-            return PrefixStore("critic-train", store)
-        met, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=TIMEOUT)))
-        return PrefixStore(f"critic-train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
-
     def _open(self) -> None:
         """Wait until all ranks are here, and make their process group: the first, or one after memory ran out."""
         number = self._shortage.round
@@ -212,6 +192,8 @@ class Group(Ranks):
             lambda rank: self._store.check([f"here/{number}/{rank}"]),
             hint="start the same command on every machine, and let them reach MASTER_ADDR",
         )
+        # NCCL's watchdog may end a group that another rank has left, but not this process, as torchrun asks it to.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
         # Sums on the CPU (stop flags, figures) go through gloo even where weights are on GPUs.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self._cuda else "gloo",

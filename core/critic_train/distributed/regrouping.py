@@ -47,7 +47,8 @@ class Shortage:
 
     def tell(self, words: str) -> None:
         """Tell that memory ran out on this rank in this attempt; the first rank to tell stands."""
-        told = json.dumps({"attempt": self._attempt, "words": f"rank {self._rank}: {words}"})
+        whose = f"rank {self._rank}: " if self._size > 1 else ""
+        told = json.dumps({"attempt": self._attempt, "words": whose + words})
         self._store.compare_set(f"short/{self.round}", "", told)
 
     def told(self) -> str | None:

@@ -1,4 +1,7 @@
-"""On two GPUs: NCCL gives the loss curve of one GPU, and a fault of one rank ends both. Skipped with fewer."""
+"""On two GPUs: NCCL gives the loss curve of one GPU, a fault of one rank ends both, and memory that runs out neither.
+
+Skipped with fewer.
+"""
 
 import json
 from dataclasses import replace
@@ -51,3 +54,16 @@ def test_a_fault_of_one_gpus_rank_ends_both(settings, tmp_path):
     leader, other = on_ranks(2, ranks.failing_run, replace(settings, out=str(tmp_path / "out")), 1, 3, "DataError")
     assert leader == {"fault": "DataError", "message": "rank 1: no such thing"}
     assert other["fault"] == "DataError"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_on_one_gpu_is_gone_on_with_by_both(settings, tmp_path, rank, kind):
+    """The other's NCCL kernels wait for a partner that never comes; they are ended, and a new communicator is made."""
+    list(fit(settings, StopRequest()))
+    ours = replace(settings, out=str(tmp_path / "two"))
+    ended = on_ranks(2, ranks.short_run, ours, [(rank, kind, 5), (1 - rank, kind, 6)])
+    assert [end.get("status", end) for end in ended] == ["finished"] * 2
+    assert [len(end["told"]) for end in ended] == [1, 1]
+    assert losses(ours.out) == pytest.approx(losses(settings.out), rel=1e-4)

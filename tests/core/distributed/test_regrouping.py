@@ -104,6 +104,10 @@ def test_what_runs_out_leaves_the_parts_where_they_were_and_nothing_whole():
         assert far <= 1e-5
 
 
+def test_a_rank_that_runs_out_waits_until_the_others_are_through_with_what_came_before():
+    assert on_ranks(2, rank_work.run_out_before_rank_0_has_begun) == [True, True]
+
+
 @slow
 def test_a_run_that_went_on_with_less_is_resumed(settings, tmp_path):
     ours = replace(settings, out=str(tmp_path / "out"))
