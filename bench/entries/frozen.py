@@ -29,12 +29,15 @@ DEVICES = ("cpu",)
 
 EPOCHS = {"quick": 2, "usual": 5, "full": 8}
 ROLLOUTS = 128
-TRAINED = ("head", "last-1", "last-2")
+TRAINED = (("head", 1), ("last-1", 1), ("last-2", 1), ("head", 2), ("last-2", 2))
+"""What learns, on how many processes."""
 
 
 def run(options: Options) -> Table:
     """Train on a random transformer of twelve layers, or on BENCH_MODEL."""
-    table = Table(columns={"train": "", "first epoch": ".2f", "later epochs": ".4f", "first / later": ".1f"})
+    table = Table(
+        columns={"train": "", "ranks": "d", "first epoch": ".2f", "later epochs": ".4f", "first / later": ".1f"}
+    )
     with tempfile.TemporaryDirectory() as folder:
         data, model = os.environ.get("BENCH_DATA"), os.environ.get("BENCH_MODEL")
         if data is None:
@@ -47,16 +50,16 @@ def run(options: Options) -> Table:
             config = preset_config("small", max_token_id=999, max_length=512)
             config.num_hidden_layers = 12
             build_critic(config, seed=0).trunk.save_pretrained(model)
-        for train in TRAINED:
-            first, later = seconds(data, model, train, EPOCHS[options.size], str(Path(folder, train)))
-            table.rows.append(
-                {"train": train, "first epoch": first, "later epochs": later, "first / later": first / later}
-            )
+        for train, ranks in TRAINED:
+            out = str(Path(folder, f"{train}-{ranks}"))
+            first, later = seconds(data, model, train, EPOCHS[options.size], out, ranks)
+            figures = {"first epoch": first, "later epochs": later, "first / later": first / later}
+            table.rows.append({"train": train, "ranks": ranks, **figures})
     return table
 
 
-def seconds(data: str, model: str, train: str, epochs: int, out: str) -> tuple[float, float]:
-    """CPU seconds of the first epoch, states and steps, and the median of those after it."""
+def seconds(data: str, model: str, train: str, epochs: int, out: str, ranks: int) -> tuple[float, float]:
+    """CPU seconds of rank 0 in the first epoch, states and steps, and the median of those after it."""
     spent: dict[str, float] = defaultdict(float)
     settings = FitSettings(
         data=[data],
@@ -64,6 +67,7 @@ def seconds(data: str, model: str, train: str, epochs: int, out: str) -> tuple[f
         model=model,
         train=train,
         epochs=epochs,
+        nproc=ranks,
         old_values="none",
         val_fraction=0.0,
         no_report=True,

@@ -109,3 +109,12 @@ def test_a_kill_in_the_midst_leaves_nothing_half_trusted(settings, tmp_path):
     (cache / "states-00007").write_bytes(b"of more ranks than now")
     assert [end.get("status", end) for end in on_ranks(3, ranks.kept_run, ours)] == ["finished"] * 3
     assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-5)
+
+
+def test_memory_that_runs_out_on_one_rank_while_states_are_kept(settings, tmp_path):
+    alone = run_alone(settings, tmp_path / "alone", train="head")
+    ours = replace(alone, out=str(tmp_path / "ours"), max_tokens=1000)
+    for ended in on_ranks(2, ranks.short_run, ours, [(1, "values", 0)]):
+        assert ended["status"] == "finished"
+        assert ended["told"][0].startswith("memory ran out with 1,000 tokens at once: from now on ")
+    assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-5)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.model.critic import Critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -126,3 +127,22 @@ def test_other_words_are_refused(train):
 def test_a_new_transformer_has_nothing_to_freeze():
     with pytest.raises(ConfigError, match="--train head needs --model"):
         FitSettings(data=["x"], train="head")
+
+
+@pytest.mark.parametrize("packing", ["forest", "rows"])
+def test_states_are_kept_in_halves_where_memory_runs_out(packing, base, shards, tmp_path, monkeypatch):
+    run(shards, tmp_path / "whole", base, "head", packing=packing, max_tokens=1000)
+    hidden, seen = Critic.hidden, []
+
+    def short(self, batch):
+        seen.append(batch.computed_tokens)
+        if batch.computed_tokens > 250 and batch.states is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, batch)
+
+    monkeypatch.setattr(Critic, "hidden", short)
+    events = run(shards, tmp_path / "halves", base, "head", packing=packing, max_tokens=1000)
+    assert max(seen) > 250
+    assert [e.message for e in events if isinstance(e, Notice) and "memory ran out with 1,000 tokens" in e.message]
+    whole, halves = curve(tmp_path / "whole"), curve(tmp_path / "halves")
+    assert [loss for _, loss in halves] == pytest.approx([loss for _, loss in whole], rel=1e-4)
