@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,6 +28,21 @@ from critic_train.run.storage import library_writes, write_file
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which every rank holds a part; all ranks call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_rows_of(like: DTensor, part: Tensor) -> DTensor:
+    """This rank's rows of a tensor that is spread as another of its shape is."""
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def end_to_end(like: DTensor, numbers: Tensor, lengths: list[int]) -> Tensor:
+    """The numbers of all ranks in one row; every rank knows how many each has. All ranks call it."""
+    padded = numbers.new_zeros(max(lengths))
+    padded[: len(numbers)] = numbers
+    rows = DTensor.from_local(padded[None], like.device_mesh, like.placements, run_check=False).full_tensor()
+    return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
 
 def save_sharded(critic: Critic, directory: Path | None, tokenizer_from: Path | None) -> None:

@@ -49,8 +49,6 @@ class FitSettings(
             wrong.append(f"--val-fraction must be in [0, 1), not {self.val_fraction:g}")
         if self.patience is not None and not self.val_data and self.val_fraction == 0:
             wrong.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
-        if self.optimizer != "adamw" and self.nproc > 1:
-            wrong.append(f"--optimizer {self.optimizer} runs in one process: leave --nproc at 1")
         if self.optimizer != "adamw" and self.offload != "none":
             wrong.append(f"--optimizer {self.optimizer} keeps its moments where it likes: leave --offload at none")
         return wrong

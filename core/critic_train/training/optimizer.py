@@ -1,6 +1,5 @@
 """Fused AdamW on float32 master weights, and learning rates that depend on the step alone."""
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from critic_train.distributed.ranks import ALONE, Ranks
-from critic_train.errors import ConfigError, ModelError
+from critic_train.errors import ModelError
 from critic_train.model.critic import Critic
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.settings import Offload, OptimizerKind, Schedule
+from critic_train.training.eight_bit import AdamWOfParts, in_8_bits
+from critic_train.training.eight_bit_state import CODES, PARTS, stored_state, whole_state
 from critic_train.training.offloading import MOMENTS, HostAdamW
 
 STATE_FILE = "optimizer.safetensors"
-CODES = ("qmap1", "qmap2")
-"""What the 256 codes of bitsandbytes' moments stand for."""
 
 
 def build_optimizer(
@@ -54,22 +53,8 @@ def build_optimizer(
         group["peak_lr"] = group["lr"]
     groups = [group for group in groups if group["params"]]
     if kind != "adamw":
-        return _in_8_bits(groups)
+        return in_8_bits(groups)
     return HostAdamW(groups) if offload == "optimizer" else torch.optim.AdamW(groups, fused=True)
-
-
-def _in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    # The package greets its importer with what it lacks on this machine, which is nobody's concern here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError(
-            "--optimizer adamw-8bit: the package bitsandbytes is not installed",
-            hint="pip install 'critic-train[8bit]'",
-        ) from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups)
-    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -109,7 +94,10 @@ def save_optimizer(
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in critic.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state = optimizer.state.get(parameter, {})
+        if state and isinstance(optimizer, AdamWOfParts):
+            state = whole_state(state, parameter)
+        for key, value in state.items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             if key in CODES:
                 tensor = tensor.clone()  # one for all parameters, which the format does not know
@@ -118,7 +106,8 @@ def save_optimizer(
     if ranks.sharded:
         from critic_train.distributed.sharded_saving import whole
 
-        write_tensors(file, tensors, lambda name: whole(tensors[name]))
+        metadata = {PARTS: str(ranks.size)} if isinstance(optimizer, AdamWOfParts) else None
+        write_tensors(file, tensors, lambda name: whole(tensors[name]), metadata)
         return
     assert file is not None
     with library_writes(file):
@@ -141,17 +130,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
             if names:
                 raise ModelError(f"{file} holds no state of {name}: it belongs to another model")
             continue
-        if not isinstance(optimizer, torch.optim.AdamW):
-            optimizer.state[parameter] = _stored_state(file, name, names, parameter)
-            continue
-        state = _new_state(optimizer, parameter)
-        for key, tensor in state.items():
-            try:
-                read_rows(file, f"{key}.{name}", tensor)
-            except (RuntimeError, SafetensorError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise ModelError(f"{file}: {key}.{name} does not fit this model: {first}") from error
-        optimizer.state[parameter] = state
+        try:
+            optimizer.state[parameter] = _stored(optimizer, parameter, file, name, names)
+        except (RuntimeError, SafetensorError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"{file}: the moments of {name} do not fit this model: {first}") from error
+
+
+def _stored(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, file: Path, name: str, names: set[str]
+) -> dict[str, Any]:
+    """One parameter's state as its optimizer keeps it."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return stored_state(file, name, names, parameter)
+    state = _new_state(optimizer, parameter)
+    for key, tensor in state.items():
+        read_rows(file, f"{key}.{name}", tensor)
+    return state
 
 
 def _new_state(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> dict[str, Any]:
@@ -160,15 +155,3 @@ def _new_state(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> d
         return optimizer.new_state(parameter)
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step} | {name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS}
-
-
-def _stored_state(file: Path, name: str, names: set[str], parameter: torch.nn.Parameter) -> dict[str, Any]:
-    """All that the file holds for one parameter, of an optimizer of bitsandbytes."""
-    state: dict[str, Any] = {}
-    with safe_open(file, framework="pt") as stored:
-        for key in sorted(names):
-            kind, _, owner = key.partition(".")
-            if owner == name:
-                tensor = stored.get_tensor(key)
-                state[kind] = int(tensor) if kind == "step" else tensor.to(parameter.device)
-    return state
