@@ -63,6 +63,13 @@ def token_column(flat: NDArray[Any], offsets: NDArray[np.int64], kind: pa.DataTy
     """
     if len(flat) > np.iinfo(np.int32).max:
         raise ValueError(f"{len(flat):,} tokens are too many for one batch")
-    wanted = kind.value_type.to_pandas_dtype()
-    items = pa.array(np.ascontiguousarray(flat, dtype=wanted), type=kind.value_type)
+    items = pa.array(np.ascontiguousarray(flat, dtype=numpy_dtype(kind.value_type)), type=kind.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), items).cast(kind)
+
+
+def numpy_dtype(kind: pa.DataType) -> np.dtype[Any]:
+    """numpy's name of a type of numbers or booleans. (pyarrow's own answer needs pandas up to pyarrow 22.)"""
+    if pa.types.is_boolean(kind):
+        return np.dtype(np.bool_)
+    letter = "f" if pa.types.is_floating(kind) else "u" if pa.types.is_unsigned_integer(kind) else "i"
+    return np.dtype(f"{letter}{kind.bit_width // 8}")

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from critic_train.data.canonical import numpy_dtype
 from critic_train.data.ragged import counts_of, first_of, ragged, rows_with, side_by_side
 from critic_train.rollouts import offsets_of, spread
 
@@ -18,26 +19,37 @@ LISTS = {
     "large_list_view": pa.large_list_view,
 }
 ITEMS = {
-    **{str(kind): kind for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
-    **{str(kind): kind for kind in (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())},
-    **{str(kind): kind for kind in (pa.float16(), pa.float32(), pa.float64())},
+    np.int8: pa.int8(),
+    np.int16: pa.int16(),
+    np.int32: pa.int32(),
+    np.int64: pa.int64(),
+    np.uint8: pa.uint8(),
+    np.uint16: pa.uint16(),
+    np.uint32: pa.uint32(),
+    np.uint64: pa.uint64(),
+    np.float16: pa.float16(),
+    np.float32: pa.float32(),
+    np.float64: pa.float64(),
 }
 
 
 @pytest.mark.parametrize("item", ITEMS)
 @pytest.mark.parametrize("kind", LISTS)
-def test_kinds_of_lists_and_numbers(kind: str, item: str) -> None:
-    rows = [
-        row and [None if x is None else np.dtype(ITEMS[item].to_pandas_dtype()).type(x) for x in row] for row in ROWS
-    ]
+def test_kinds_of_lists_and_numbers(kind: str, item: type[np.number]) -> None:
+    rows = [row and [None if x is None else item(x) for x in row] for row in ROWS]
     column = pa.array(rows, type=LISTS[kind](ITEMS[item]))
     for start, stop in ((0, 5), (1, 4), (2, 3), (3, 5), (0, 2), (5, 5)):
         found = ragged(column[start:stop])
         expected = [[0 if x is None else x for x in row or []] for row in ROWS[start:stop]]
         assert found.lengths.tolist() == [len(row) for row in expected]
         assert found.flat.tolist() == list(chain.from_iterable(expected))
-        assert found.flat.dtype == ITEMS[item].to_pandas_dtype()
+        assert found.flat.dtype == item
         assert found.null_rows.tolist() == [row is None or None in row for row in ROWS[start:stop]]
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_numpy_names_the_types_of_arrow(item: type[np.number]) -> None:
+    assert numpy_dtype(ITEMS[item]) == np.dtype(item)
 
 
 @pytest.mark.parametrize("kind", LISTS)

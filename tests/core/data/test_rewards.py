@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from critic_train.data.canonical import numpy_dtype
 from critic_train.data.columns import Needs
 from critic_train.errors import DataError
 
@@ -33,7 +34,7 @@ def test_a_reward_a_rollout_stands_on_the_last_response_token(shards, rewarded):
 @pytest.mark.parametrize("name", ["rewards", "score", "reward_score"])
 @pytest.mark.parametrize("kind", [pa.int64(), pa.bool_(), pa.float16(), pa.float64()])
 def test_a_reward_under_other_names_and_types(shards, rewarded, name, kind):
-    rewarded[name] = pa.array(np.asarray([1, 0, 1], dtype=kind.to_pandas_dtype()), type=kind)
+    rewarded[name] = pa.array(np.asarray([1, 0, 1], dtype=numpy_dtype(kind)), type=kind)
     del rewarded["reward"]
     read = shards.read(rewarded, needs=FROM_REWARDS)
     assert rewards(read) == [[0, 0, 0, 1], [0, 0, 0], [0, 0, 0, 0, 1]]
