@@ -20,7 +20,7 @@ from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import trade_memory
 from critic_train.model.predicting import predict_values
 from critic_train.model.saving import save_critic
-from critic_train.model.selfcheck import use_stock_attention
+from critic_train.model.selfcheck import settle, use_stock_attention
 from critic_train.run import storage
 from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
@@ -197,6 +197,30 @@ def run_out_before_rank_0_has_begun() -> bool:
         critic.register_forward_pre_hook(fail)  # before anything is gathered
         predict_values(critic, branching_rollouts(), compute, forest=True)
         return waits and compute.max_tokens < ONE.max_tokens
+
+
+def check_with_less() -> tuple[bool, list[str], float]:
+    """Memory runs out on rank 1 within the self-check; what it came to, and how far values are from one process's."""
+    from critic_train.distributed.sharding import shard
+
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        alone, spread = critic_of("Llama"), critic_of("Llama")
+        compute = replace(ONE, ranks=ranks)
+        shard(spread, compute)
+        calls = 0
+
+        def fail(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 3 and ranks.rank == 1:
+                raise MemoryError
+
+        spread.trunk.layers[1].register_forward_pre_hook(fail)
+        rollouts = branching_rollouts()
+        choice, said = settle(spread, rollouts, SETTINGS, compute)
+        ours = predict_values(spread, rollouts, compute, forest=choice.forest)
+        theirs = predict_values(alone, rollouts, ONE, forest=True)
+        return choice.forest, said, float(np.abs(ours - theirs).max())
 
 
 def fsdp_groups(module: torch.nn.Module) -> list[Any]:

@@ -66,23 +66,27 @@ def settle(
         MachineError: see `choose_attention`; or there is not memory enough for a single rollout.
     """
     said: list[str] = []
+    ranks = compute.ranks
     while True:
+        ranks.attempting()
         try:
-            return _settled(critic, rollouts, settings, compute, said)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            found = _settled(critic, rollouts, settings, compute, said)
+            ranks.total(torch.zeros(1))  # no rank is done with what another one runs out in
+            return found
+        except Exception as error:
+            fault = ranks.ran_out(error, here=is_out_of_memory(error))
+            if fault is None:
                 raise
-            fault = str(error)
         # Outside of `except`, the traceback no longer holds what was allocated.
-        longest, ranks = int(rollouts.lengths.max()), compute.ranks
-        if len(rollouts) == 1 or ranks.size > 1:  # of several ranks the others wait inside a layer this one has left
-            whose = f" on rank {ranks.rank}" if ranks.size > 1 else ""
+        longest = int(rollouts.lengths.max())
+        if len(rollouts) == 1:
             raise MachineError(
-                f"memory ran out{whose} while the packing was tried on rollouts of up to {longest:,} tokens: "
+                f"memory ran out while the packing was tried on rollouts of up to {longest:,} tokens: "
                 f"{fault.strip()[:99]}",
                 hint="a smaller model, a lower --max-length, or another --device",
             )
         rollouts = rollouts.take(np.sort(np.argsort(rollouts.lengths, kind="stable")[: len(rollouts) // 2]))
+        ranks.meet_again()
         release_memory(compute.device)
         said = [
             f"memory ran out while the packing was tried on rollouts of up to {longest:,} tokens: "

@@ -108,6 +108,34 @@ def test_a_rank_that_runs_out_waits_until_the_others_are_through_with_what_came_
     assert on_ranks(2, rank_work.run_out_before_rank_0_has_begun) == [True, True]
 
 
+def test_the_self_check_goes_on_with_fewer_rollouts():
+    for forest, (said,), far in on_ranks(2, rank_work.check_with_less):
+        assert forest
+        assert said.startswith("memory ran out while the packing was tried on rollouts of up to")
+        assert far <= 1e-5
+
+
+@slow
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"train": "head", "lr": 1e-3}, "values"),
+        ({"train": "last-1", "lr": 1e-3}, "forward"),
+        ({"train": "lora"}, "backward"),
+        ({"activation_checkpointing": "layer"}, "backward"),
+    ],
+    ids=["kept-states", "last-layer", "adapters", "checkpointed"],
+)
+def test_other_ways_to_train_go_on_with_less(settings, tmp_path, changes, kind):
+    changes = {"model": settings.out, "max_steps": 4} | changes
+    undisturbed, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
+    on_ranks(2, ranks.fit_run, undisturbed)
+    ended = on_ranks(2, ranks.short_run, ours, [(1, kind, 0), (0, kind, 3)])
+    assert [end.get("status", end) for end in ended] == ["finished"] * 2
+    assert [len(end["told"]) for end in ended] in ([1, 1], [2, 2])
+    require_the_same_run(ours, undisturbed)
+
+
 @slow
 def test_a_run_that_went_on_with_less_is_resumed(settings, tmp_path):
     ours = replace(settings, out=str(tmp_path / "out"))
