@@ -239,6 +239,47 @@ def load_and_save(source: str, target: str) -> None:
         save_optimizer(optimizer, critic, directory, ranks)
 
 
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+    "DeepseekV3": {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
+def expert_critic(family: str) -> Critic:
+    return build_critic(small_config(family, **EXPERTS[family]), seed=3)
+
+
+def save_layer_by_layer(family: str, target: str, file_bytes: int, agrees: bool = True) -> int:
+    """Save a mixture of experts in files of some size; says how many numbers were converted at once at most."""
+    import transformers.modeling_utils
+
+    from critic_train.distributed import sharded_saving, sharding, stored_form
+
+    real = stored_form.revert_weight_conversion
+    most = 0
+
+    def counted(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        nonlocal most
+        most = max(most, sum(t.numel() for t in tensors.values() if t.device.type != "meta"))
+        return real(model, tensors)
+
+    stored_form.revert_weight_conversion = transformers.modeling_utils.revert_weight_conversion = counted
+    sharded_saving.MAX_SHARD_BYTES = file_bytes
+    if not agrees:
+        stored_form.StoredForm.layer_by_layer = property(lambda self: False)
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        critic = sharding.shard(expert_critic(family), replace(ONE, ranks=ranks))
+        save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+    return most
+
+
 def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> None:
     """Three steps on gradients of real rollouts, and the checkpoint that they lead to.
 

@@ -1,4 +1,7 @@
-"""Write a sharded critic and its moments as one process writes them, holding one whole tensor at a time."""
+"""Write a sharded critic and its moments as one process writes them, holding one whole tensor at a time.
+
+Where transformers stores an architecture in another form than it holds in memory, that is one layer at a time.
+"""
 
 import json
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
+from critic_train.distributed.stored_form import StoredForm
 from critic_train.model.critic import Critic
 from critic_train.model.lora import fold, foldable, is_adapted, save_adapters
 from critic_train.model.saving import (
@@ -67,7 +71,8 @@ def save_sharded(critic: Critic, directory: Path | None, tokenizer_from: Path | 
     def whole_and_folded(name: str) -> Tensor:
         return fold(*parts[name], whole)
 
-    writes = _writes(model, {name: tensor for name, (tensor, _) in parts.items()}, whole_and_folded)
+    tensors = {name: tensor for name, (tensor, _) in parts.items()}
+    writes = _writes(model, tensors, whole_and_folded, leads=directory is not None)
     if is_adapted(critic.trunk):
         writes.append(partial(save_adapters, critic, whole=whole))
     fault: OSError | None = None
@@ -83,11 +88,14 @@ def save_sharded(critic: Critic, directory: Path | None, tokenizer_from: Path | 
 
 
 def _writes(
-    model: Any, tensors: dict[str, Tensor], whole: Callable[[str], Tensor]
+    model: Any, tensors: dict[str, Tensor], whole: Callable[[str], Tensor], *, leads: bool
 ) -> list[Callable[[Path | None], None]]:
     """What is to be done, given the directory on the rank that writes and None on those that only help."""
     if _is_stored_otherwise(model):
-        return [partial(_save_gathered, model, list(tensors), whole)]
+        stored = StoredForm(model, tensors, whole, leads=leads)
+        if not stored.layer_by_layer:
+            return [partial(_save_gathered, model, list(tensors), whole)]
+        tensors, whole = stored.tensors, stored.tensor
     files = split(tensors)
 
     def write(name: str, directory: Path | None) -> None:
