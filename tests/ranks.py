@@ -239,15 +239,23 @@ def short_run(
 
 
 def kept_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> dict[str, Any]:
-    """A run; also says how many micro-batches the whole trunk went through, and how many took kept states."""
+    """A run; also says how many micro-batches the whole trunk went through, and how many took kept states.
+
+    `gathered` are those of the latter after which embeddings or frozen layers were whole on this rank.
+    """
     from critic_train.model.critic import Critic
 
-    passes = {"whole": 0, "kept": 0}
+    passes = {"whole": 0, "kept": 0, "gathered": 0}
     hidden = Critic.hidden
 
     def counted(self: Critic, batch: Any) -> Any:
+        states = hidden(self, batch)
         passes["whole" if batch.states is None else "kept"] += 1
-        return hidden(self, batch)
+        if batch.states is not None:
+            frozen = [self.trunk.get_input_embeddings(), self.trunk.layers[0]]
+            whole = [p for part in frozen for p in part.parameters() if not hasattr(p, "full_tensor")]
+            passes["gathered"] += bool(whole)
+        return states
 
     Critic.hidden = counted  # type: ignore[method-assign]
     return fit_run(settings, stop_at) | passes

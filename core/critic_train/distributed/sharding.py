@@ -49,9 +49,10 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     inner = {"mp_policy": rounded if compute.precision == "bf16" else exact, **both}
     for layer in decoder_layers(critic.trunk):
         fully_shard(layer, **inner)
-    # Between forward and backward the roots stay whole: embeddings are not gathered twice. See `in_parts`.
-    for root in (critic.head, critic.trunk):
-        fully_shard(root, mp_policy=exact, **both, reshard_after_forward=False)
+    # Between forward and backward these stay whole: embeddings are not gathered twice. See `in_parts`. They are a unit
+    # of their own, for with kept states nobody looks tokens up, and they may be most of what there is.
+    for part in (critic.head, critic.trunk.get_input_embeddings(), critic.trunk):
+        fully_shard(part, mp_policy=exact, **both, reshard_after_forward=False)
     for module in critic.modules():
         if isinstance(module, FSDPModule):
             # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.

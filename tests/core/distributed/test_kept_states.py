@@ -69,6 +69,7 @@ def test_ranks_that_keep_states_give_the_curve_of_one(settings, tmp_path, train,
     ended = on_ranks(size, ranks.kept_run, ours)
     assert [end.get("status", end) for end in ended] == ["finished"] * size
     assert all(end["kept"] >= STEPS > end["whole"] for end in ended)
+    assert [end["gathered"] for end in ended] == [0] * size, "of the frozen part nothing is put together"
     for name in ("value_loss", "grad_norm", "vpred_mean"):
         assert curve(ours.out, name) == pytest.approx(curve(alone.out, name), rel=1e-5), name
 
