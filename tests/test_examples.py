@@ -50,17 +50,21 @@ def run(name: str, programs: Path, *arguments: str, **more: str) -> subprocess.C
     )
 
 
+def pretrained(programs: Path, out: Path) -> "subprocess.CompletedProcess[str]":
+    return run("pretrain.sh", programs, "--preset", "tiny", "--max-steps", "16", "--no-report", OUT=str(out))
+
+
 def test_a_value_model_is_pretrained_and_handed_over(programs, tmp_path):
-    out = str(tmp_path / "pretrained")
-    shown = run("pretrain.sh", programs, "--preset", "tiny", "--max-steps", "16", OUT=out)
+    shown = pretrained(programs, tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert (
-        shown.stdout.splitlines()[-1]
-        == f"for verl: critic.model.path={os.path.realpath(out)}"
-        + "/checkpoints/"
-        + (Path(out) / "best").readlink().name
-    )
-    again = run("pretrain.sh", programs, "--preset", "tiny", "--max-steps", "16", OUT=out)
+    best = f"{os.path.realpath(tmp_path)}/checkpoints/{(tmp_path / 'best').readlink().name}"
+    assert shown.stdout.splitlines()[-1] == f"for verl: critic.model.path={best}"
+
+
+@pytest.mark.slow
+def test_a_value_model_is_pretrained_once(programs, tmp_path):
+    assert pretrained(programs, tmp_path).returncode == 0
+    again = pretrained(programs, tmp_path)
     assert again.returncode == 0
     assert "Already finished" in again.stdout
 

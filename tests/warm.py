@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,15 @@ context.set_forkserver_preload(
 
 
 def program(
-    *arguments: str, cwd: Path, environment: Mapping[str, str] = os.environ
+    *arguments: str, cwd: Path, environment: Mapping[str, str] = os.environ, before: Callable[[], None] = list
 ) -> "subprocess.CompletedProcess[str]":
-    """`critic-train` with arguments, run to its end in a process, a folder and an environment of its own."""
+    """`critic-train` with arguments, run to its end in a process, a folder and an environment of its own.
+
+    `before` is called in that process, before the program is.
+    """
     with tempfile.TemporaryDirectory() as kept:
         out, err = Path(kept) / "out", Path(kept) / "err"
-        told = (list(arguments), str(cwd), dict(environment), str(out), str(err))
+        told = (list(arguments), str(cwd), dict(environment), before, str(out), str(err))
         process = context.Process(target=_program, args=told)
         process.start()
         process.join(PATIENCE_SECONDS)
@@ -46,7 +49,9 @@ def program(
     return subprocess.CompletedProcess(["critic-train", *arguments], process.exitcode, *said)
 
 
-def _program(arguments: list[str], cwd: str, environment: dict[str, str], *streams: str) -> None:
+def _program(
+    arguments: list[str], cwd: str, environment: dict[str, str], before: Callable[[], None], *streams: str
+) -> None:
     """In the forked process: take on what a process is given at its start, then be the program."""
     from critic_train_cli.main import run
 
@@ -57,9 +62,11 @@ def _program(arguments: list[str], cwd: str, environment: dict[str, str], *strea
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (_text(number) for number in (1, 2))
     sys.argv = ["critic-train", *arguments]
+    before()
     run()
 
 
 def _text(number: int) -> Any:
     """A stream as Python opens it where nobody looks on."""
-    return open(number, "w", encoding="utf-8", errors="backslashreplace" if number == 2 else "strict")
+    errors, buffering = ("strict", -1) if number == 1 else ("backslashreplace", 1)
+    return open(number, "w", encoding="utf-8", errors=errors, buffering=buffering)

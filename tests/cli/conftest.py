@@ -1,4 +1,4 @@
-"""The program as a user meets it: run in a process of its own, jobs scripted by fake_program.py."""
+"""The program as a user meets it: run in a process of its own, jobs scripted by scripted.py."""
 
 import os
 import subprocess
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import scripted
+import warm
 
-FAKE = Path(__file__).with_name("fake_program.py")
+FAKE = Path(scripted.__file__)
 Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -21,13 +23,24 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture
 def fake_command() -> list[str]:
-    """The command line that runs the program with scripted jobs."""
+    """The command line that runs the program with scripted jobs, from the start of the interpreter."""
     return [sys.executable, str(FAKE)]
 
 
 @pytest.fixture
-def program(clean_environment: dict[str, str], fake_command: list[str], tmp_path: Path) -> Program:
+def program(clean_environment: dict[str, str], tmp_path: Path) -> Program:
     """Run the program to its end: `program("fit", "--data", "x", FAKE_JOB="finish")`."""
+
+    def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        told = clean_environment | environment
+        return warm.program(*arguments, cwd=tmp_path, environment=told, before=scripted.install)
+
+    return run
+
+
+@pytest.fixture
+def fresh_program(clean_environment: dict[str, str], fake_command: list[str], tmp_path: Path) -> Program:
+    """The same from the start of an interpreter, which itself looks at some variables."""
 
     def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

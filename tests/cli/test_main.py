@@ -197,14 +197,16 @@ def cpu_seconds(command: list[str], environment: dict[str, str]) -> float:
     ("typed", "offered"),
     [("fit --pre", ["--preset", "--precision"]), ("fit --preset ", ["tiny", "small", "base"]), ("e", ["eval"])],
 )
-def test_completion_in_bash(program, typed, offered):
+def test_completion_in_bash(fresh_program, typed, offered):
     words = f"critic-train {typed}"
-    shown = program(_CRITIC_TRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1))
+    shown = fresh_program(
+        _CRITIC_TRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
+    )
     assert shown.stdout.split() == offered
 
 
-def test_completion_script_can_be_shown(program):
-    shown = program(_CRITIC_TRAIN_COMPLETE="source_bash")
+def test_completion_script_can_be_shown(fresh_program):
+    shown = fresh_program(_CRITIC_TRAIN_COMPLETE="source_bash")
     assert "_CRITIC_TRAIN_COMPLETE=complete_bash" in shown.stdout
 
 

@@ -84,15 +84,15 @@ def test_progress_goes_to_stderr_in_plain_lines(program):
 
 
 @pytest.mark.parametrize("command", ["fit", "eval"])
-def test_ascii_streams_get_ascii(program, command):
-    shown = program(command, "--data", "x", PYTHONIOENCODING="ascii")
+def test_ascii_streams_get_ascii(fresh_program, command):
+    shown = fresh_program(command, "--data", "x", PYTHONIOENCODING="ascii")
     assert shown.returncode == 0
     assert (shown.stdout + shown.stderr).isascii()
     assert "runs/\\xe9/best" in shown.stdout
 
 
-def test_the_c_locale_is_no_trouble(program):
-    assert program("fit", "--data", "x", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").returncode == 0
+def test_the_c_locale_is_no_trouble(fresh_program):
+    assert fresh_program("fit", "--data", "x", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").returncode == 0
 
 
 @pytest.mark.parametrize("command", ["fit", "eval"])

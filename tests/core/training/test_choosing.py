@@ -48,23 +48,29 @@ def steps_until(figures: list[tuple[int, float]], patience: int) -> int:
     return figures[-1][0]
 
 
-def test_patience_ends_a_run_that_gets_no_better(shards, tmp_path):
+@pytest.fixture(scope="module")
+def patient(shards, tmp_path_factory) -> tuple[Path, list[Event]]:
+    """A run with --patience 3: its directory and events."""
+    out = tmp_path_factory.mktemp("patient")
+    return out, run(shards, out, patience=3)
+
+
+def test_patience_ends_a_run_that_gets_no_better(patient, shards, tmp_path):
+    out, events = patient
     run(shards, tmp_path / "whole")
     whole = judged(tmp_path / "whole")
     expected = steps_until(whole, 3)
     assert expected < whole[-1][0], "the undisturbed run must get worse for so long"
-    events = run(shards, tmp_path / "patient", patience=3)
-    assert judged(tmp_path / "patient") == [(step, figure) for step, figure in whole if step <= expected]
+    assert judged(out) == [(step, figure) for step, figure in whole if step <= expected]
     ended = events[-1]
     assert isinstance(ended, RunEnded)
     assert (ended.status, ended.result["stopped_early"], ended.result["steps"]) == ("finished", True, expected)
-    assert (tmp_path / "patient" / "checkpoints" / checkpoint_name(expected)).is_dir()
+    assert (out / "checkpoints" / checkpoint_name(expected)).is_dir()
     assert any(isinstance(e, Notice) and "has not improved in 3 evaluations" in e.message for e in events)
-    assert run(shards, tmp_path / "patient", patience=3)[-1].status == "already finished"
+    assert run(shards, out, patience=3)[-1].status == "already finished"
 
 
-def test_patience_is_remembered_over_a_stop(shards, tmp_path):
-    run(shards, tmp_path / "whole", patience=3)
+def test_patience_is_remembered_over_a_stop(patient, shards, tmp_path):
     for _ in range(200):
         stop = StopRequest()
         events: list[Event] = []
@@ -74,7 +80,7 @@ def test_patience_is_remembered_over_a_stop(shards, tmp_path):
                 stop.signal_number = 15
         if events[-1].status == "finished":
             break
-    assert judged(tmp_path / "parts") == judged(tmp_path / "whole")
+    assert judged(tmp_path / "parts") == judged(patient[0])
 
 
 def test_best_may_be_chosen_by_an_error(shards, tmp_path):

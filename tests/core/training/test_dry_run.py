@@ -37,7 +37,7 @@ def estimated(settings: FitSettings, stop: StopRequest | None = None) -> RunEnde
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"max_steps": 5}, {"epochs": 7, "eval_every": 3}, {"packing": "rows"}, {"val_fraction": 0.3}]
+    "changes", [{}, {"max_steps": 5}, {"epochs": 4, "eval_every": 3}, {"packing": "rows"}, {"val_fraction": 0.3}]
 )
 def test_it_says_what_the_run_then_is(shards, tmp_path, changes):
     settings = settings_for(shards, tmp_path / "run", **changes)

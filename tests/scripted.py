@@ -1,4 +1,4 @@
-"""critic-train with scripted jobs: `python fake_program.py fit --data x`. What they do is told by FAKE_JOB.
+"""critic-train with scripted jobs: `python scripted.py fit --data x`. What they do is told by FAKE_JOB.
 
 finish: a few events and the end. refuse: the same, and one gate of two failed. wait: says "running" and goes on
 until asked to stop. deaf: the same, but never listens. Any other word: the exception of that name is raised.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "core"), str(ROOT / "cli")]
 
 from critic_train import errors  # noqa: E402
