@@ -183,19 +183,6 @@ def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings,
     assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", ["head", "last-1"])
-def test_a_frozen_trunk_on_two_ranks(settings, tmp_path, train):
-    changes = {"model": settings.out, "train": train, "max_steps": 6, "lr": 1e-3}
-    alone, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("alone", "two"))
-    list(fit(alone, StopRequest()))
-    assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
-    assert furthest(ours.out, alone.out, "value_loss") <= 1e-5
-    (mine, _), (theirs, _) = (newest_checkpoint(Path(run.out) / "checkpoints") for run in (ours, alone))
-    files = [load_file(path / "optimizer.safetensors") for path in (mine, theirs)]
-    assert files[0].keys() == files[1].keys()
-
-
 def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
     judged = EvalSettings(data=settings.data, model=[settings.out], max_tokens=200, device="cpu")
     alone = list(evaluate(judged, StopRequest()))[-1].result
