@@ -19,6 +19,7 @@ from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training import dry_run as training_dry_run
 from critic_train.training import fit as training_fit
+from critic_train.training import offloading
 from critic_train.training.dry_run import dry_run
 from critic_train.training.fit import fit
 from critic_train.training.offloading import HostAdamW
@@ -61,6 +62,25 @@ def test_parameters_and_moments_are_those_of_adamw(piece):
         for key, value in optimizers[1].state[other].items():
             assert torch.equal(optimizers[0].state[one][key], value), key
     assert optimizers[1].state[every[1][0]]["step"] == 5
+
+
+def test_no_more_than_a_piece_visits_the_device_at_a_time(monkeypatch):
+    sizes = []
+
+    class Watched(offloading._Traffic):
+        def __init__(self, device: torch.device, size: int) -> None:
+            sizes.append(size)
+            super().__init__(device, size)
+
+    monkeypatch.setattr(offloading, "_Traffic", Watched)
+    for piece, largest in ((64, 64), (1000, 1000), (10**6, 33 * 65 + 7 + 1)):
+        made = groups(0)
+        for group in made:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)
+        made[1]["params"] = made[1]["params"][:1]
+        HostAdamW(made, piece).step()
+        assert sizes.pop() == largest
 
 
 def one_step(critic, optimizer, seed):
