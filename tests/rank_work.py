@@ -137,7 +137,7 @@ def run_out_and_go_on() -> tuple[list[str], int, float, int]:
         (parts that lie elsewhere now, bytes of weights that are whole between attempts, the largest relative
         difference of a gradient to that of one process, max_tokens after it).
     """
-    from critic_train.distributed.sharding import cost_of, shard
+    from critic_train.distributed.sharding import cost_of, gathered_groups, shard
     from critic_train.model import memory
 
     with joined(SETTINGS, nproc=1, device="cpu") as ranks:
@@ -158,7 +158,7 @@ def run_out_and_go_on() -> tuple[list[str], int, float, int]:
 
         def look() -> None:  # stands in for the garbage collection between two attempts
             nonlocal left
-            groups = [g for m in spread.modules() if hasattr(m, "_get_fsdp_state") for g in fsdp_groups(m)]
+            groups = [g for m in spread.modules() if isinstance(m, FSDPModule) for g in gathered_groups(m)]
             outputs = [out for group in groups for p in group.fsdp_params for out in p.all_gather_outputs]
             left += sum(out.untyped_storage().size() for out in outputs)
             left += sum(p.grad is not None for p in spread.parameters())
@@ -221,10 +221,6 @@ def check_with_less() -> tuple[bool, list[str], float]:
         ours = predict_values(spread, rollouts, compute, forest=choice.forest)
         theirs = predict_values(alone, rollouts, ONE, forest=True)
         return choice.forest, said, float(np.abs(ours - theirs).max())
-
-
-def fsdp_groups(module: torch.nn.Module) -> list[Any]:
-    return module._get_fsdp_state()._fsdp_param_groups
 
 
 def load_and_save(source: str, target: str) -> None:

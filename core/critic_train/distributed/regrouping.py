@@ -19,6 +19,8 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
+from critic_train.distributed.sharding import gathered_groups
+
 
 class Shortage:
     """What ranks tell each other through the store about their attempts, and about memory that ran out in one.
@@ -122,7 +124,7 @@ def forget_pass(critic: nn.Module) -> None:
         state._state_ctx.post_backward_final_callback_queued = False
         state._modules_to_run_forward.clear()
         state._training_state = TrainingState.IDLE
-        for group in state._fsdp_param_groups:
+        for group in gathered_groups(module):
             _forget_pass_of(group)
 
 
@@ -155,7 +157,6 @@ def _lead_to(fresh: DeviceMesh | None, critic: nn.Module, mesh: DeviceMesh) -> N
 def _mesh_infos(critic: nn.Module) -> Iterator[Any]:
     for module in critic.modules():
         if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            for group in state._fsdp_param_groups:
+            for group in gathered_groups(module):
                 for one in (group, *group.fsdp_params):
                     yield from filter(None, (one.mesh_info, one.post_forward_mesh_info))

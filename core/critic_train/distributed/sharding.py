@@ -73,7 +73,7 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
         for root in modules
         for module in root.modules()
         if isinstance(module, FSDPModule)
-        for group in _groups(module)
+        for group in gathered_groups(module)
     ]
     before = [group.mp_policy for group in groups]
     try:
@@ -86,7 +86,7 @@ def in_float32(modules: Sequence[nn.Module]) -> Iterator[None]:
             _set_policy(group, policy)
 
 
-def _groups(module: FSDPModule) -> list[Any]:
+def gathered_groups(module: FSDPModule) -> list[Any]:
     """The parameters of a module that are gathered together: one group before torch 2.13, a list of them since."""
     state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
