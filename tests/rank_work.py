@@ -325,6 +325,17 @@ def fill_the_disk(target: str) -> str:
         return ranks.told(said)
 
 
+def load_and_save_measured(base: str, target: str) -> tuple[int, int]:
+    """(bytes of this rank's parts, most bytes newly resident while a critic with adapters is loaded and saved)."""
+    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+        read = read_model(Path(base))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        critic = load_critic(read, replace(ONE, ranks=ranks), adapted)
+        save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return sum(p.to_local().numel() * 4 for p in critic.parameters()), 1024 * (after - before)
+
+
 def load_and_measure(source: str) -> tuple[int, int]:
     """(bytes of this rank's parts, most bytes of tensors newly resident while loading)."""
     with joined(SETTINGS, nproc=1, device="cpu") as ranks:

@@ -9,13 +9,13 @@ import pytest
 import rank_work
 import ranks
 import torch
-from rank_work import critic_of, drawn_adapters, load_and_save_adapters
+from rank_work import critic_of, drawn_adapters, load_and_save_adapters, load_and_save_measured
 from ranks import on_ranks
 from safetensors.numpy import load_file
-from support import readable_rollouts, write_shard
+from support import readable_rollouts, small_config, write_shard
 
 from critic_train.model.critic import Critic
-from critic_train.model.loading import load_critic, read_model
+from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import newest_checkpoint
 from critic_train.settings import FitSettings
@@ -64,6 +64,24 @@ def test_what_ranks_fold_and_write_is_byte_for_byte_what_one_process_wrote(famil
     assert {p.name for p in target.iterdir()} == {p.name for p in source.iterdir()}
     for file in source.iterdir():
         assert (target / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_no_rank_holds_the_whole_model_while_it_is_loaded_or_folded(tmp_path):
+    """A model of 386 MB on 4 ranks: its quarter, a few tensors of 17 MB that are whole while they are folded, and what
+    gloo needs to gather them."""
+    config = small_config("Llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, vocab_size=2048)
+    critic = build_critic(config, seed=0)
+    base, target = tmp_path / "base", tmp_path / "target"
+    base.mkdir()
+    target.mkdir()
+    save_critic(critic, base, None)
+    whole_bytes = sum(p.numel() * 4 for p in critic.parameters())
+    del critic
+    for part, grown in on_ranks(4, load_and_save_measured, str(base), str(target)):
+        assert part <= 0.27 * whole_bytes
+        assert grown < whole_bytes
+    assert (target / "model.safetensors").stat().st_size > 3e8
 
 
 @pytest.fixture(scope="module")
