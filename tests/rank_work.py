@@ -292,7 +292,7 @@ def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> N
         compute.pair_cost = sharding.cost_of(critic).pair
         sharding.shard(critic.train(), compute)
         units = [module for module in critic.modules() if isinstance(module, FSDPModule)]
-        policies = {type(group.offload_policy) for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups}
+        policies = {type(group.offload_policy) for unit in units for group in sharding.gathered_groups(unit)}
         assert policies == {CPUOffloadPolicy if offload == "all" else OffloadPolicy}
         optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
         for _ in range(3):
