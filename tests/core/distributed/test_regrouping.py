@@ -139,13 +139,17 @@ def test_other_ways_to_train_go_on_with_less(settings, tmp_path, changes, kind):
 @slow
 def test_gradients_of_bf16_layers_that_were_kept_in_float32_are_forgotten(settings, tmp_path):
     """They are the only ones that FSDP2 keeps beside the weights, until they are summed."""
-    changes = {"precision": "bf16", "max_steps": 4, "max_tokens": 30}
+    changes = {"model": settings.out, "precision": "bf16", "max_steps": 1, "max_tokens": 30}
     undisturbed, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
     on_ranks(2, ranks.fit_run, undisturbed)
     ended = on_ranks(2, ranks.short_run, ours, [(0, "backward", 1)])
     assert [len(end["told"]) for end in ended] == [1, 1]
-    for ours_step, step in zip(records(ours.out, "step"), records(undisturbed.out, "step"), strict=True):
-        assert ours_step["grad_norm"] == pytest.approx(step["grad_norm"], rel=2e-2)
+    files = [Path(run.out) / "checkpoints/step-00000001/optimizer.safetensors" for run in (ours, undisturbed)]
+    found, expected = (load_file(file) for file in files)
+    matrices = [name for name in found if name.startswith("exp_avg.") and ".layers." in name and "proj" in name]
+    far = {n: float(np.linalg.norm(found[n] - expected[n]) / np.linalg.norm(expected[n])) for n in matrices}
+    assert far
+    assert max(far.values()) <= 5e-2
 
 
 @slow
