@@ -99,8 +99,9 @@ def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
             (way, measured(name, way, config, rollouts, compute, options))
             for way in ways(name, config, computed(name, rollouts, MAX_TOKENS)[0])
         ]
-        if name != "padded":  # the best of them once more, compiled
-            way = replace(max(tried, key=lambda each: each[1]["rollout tok/s"])[0], compiled=True)
+        if name != "padded":  # the best of them once more, compiled, which selective checkpoints cannot be
+            able = [each for each in tried if each[0].activations != "selective"]
+            way = replace(max(able, key=lambda each: each[1]["rollout tok/s"])[0], compiled=True)
             tried.append((way, measured(name, way, config, rollouts, compute, options)))
         rows += [{"model": model, "sequence": length, "passed over": passed, **row} for _, row in tried]
     best = max(row["rollout tok/s"] for row in rows if row["step"].startswith("fit"))
