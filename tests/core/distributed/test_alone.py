@@ -57,4 +57,4 @@ def test_nothing_of_process_groups_is_imported():
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found = {name.removeprefix("critic_train.distributed.") for name in ast.literal_eval(shown.stdout)}
-    assert found == {"ranks", "shares"}
+    assert found == {"ranks", "shares", "exchanging", "faults"}
