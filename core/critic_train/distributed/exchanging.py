@@ -105,7 +105,11 @@ class Exchanges:
         return self._own(self._full[places]) - self._own(up) - self._own(down) + self._own(past)
 
     def _own(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """The work of a whole row of some tokens."""
-        rows = tokens.astype(np.float64)
-        found: NDArray[np.float64] = rows + self._pair * rows * (rows + 1) / 2
-        return found
+        return row_work(tokens, self._pair)
+
+
+def row_work(tokens: NDArray[np.int64], pair: float) -> NDArray[np.float64]:
+    """What rows of some tokens cost, each from its first token on, where a pair of attention costs `pair`."""
+    rows = tokens.astype(np.float64)
+    found: NDArray[np.float64] = rows + pair * rows * (rows + 1) / 2
+    return found

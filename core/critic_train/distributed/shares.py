@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.distributed.exchanging import MOST_ROLLOUTS, Exchanges, Places
+from critic_train.distributed.exchanging import MOST_ROLLOUTS, Exchanges, Places, row_work
 from critic_train.model.forest import PrefixOrder
 
 Run = tuple[int, int]
@@ -65,7 +65,7 @@ class Pieces:
         full = self.full.astype(np.float64)
         added = full - order.shared
         self._full_tokens = full
-        self._full_work = full + cost.pair * full * (full + 1) / 2
+        self._full_work = row_work(self.full, cost.pair)
         work = added + cost.pair * (added * order.shared + added * (added + 1) / 2)
         self._tokens_before = np.concatenate([[0.0], np.cumsum(added)])
         self._work_before = np.concatenate([[0.0], np.cumsum(work)])
@@ -83,8 +83,8 @@ class Pieces:
 
     def work_together(self, places: Places) -> float:
         """Cost of rollouts at some places, ascending, whatever stands between them."""
-        shared = self.order.part(places).shared.astype(np.float64)
-        return float((self._full_work[places] - shared - self.pair * shared * (shared + 1) / 2).sum())
+        shared = self.order.part(places).shared
+        return float((self._full_work[places] - row_work(shared, self.pair)).sum())
 
     def tokens(self, start: int, stop: int) -> int:
         """Forest positions of a run."""

@@ -100,6 +100,11 @@ def read_rows(file: Path, name: str, target: Tensor) -> None:
             target.to_local().copy_(tensors.get_slice(name)[first:last])
 
 
+def part_here(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be spread over ranks; it shares its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def rows_here(tensor: Tensor) -> tuple[int, int]:
     """(first, one past the last) row of this rank's part: FSDP2 cuts along the first dimension, as torch.chunk does."""
     mesh, rows = tensor.device_mesh, tensor.shape[0]  # type: ignore[attr-defined]

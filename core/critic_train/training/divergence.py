@@ -15,6 +15,7 @@ from critic_train.errors import DivergedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.memory import in_memory
+from critic_train.model.tensor_file import part_here
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.step import LossRecipe, gradient_norm, gradient_pass, mini_batch_weights
@@ -130,8 +131,7 @@ def diverged(what: str) -> DivergedError:
 
 def _weights_are_finite(critic: Critic, compute: Compute) -> bool:
     """Whether all weights are, each rank looking at its own part."""
-    own = (p.to_local() if hasattr(p, "to_local") else p for p in critic.parameters())
-    bad = sum(int((~torch.isfinite(p)).sum()) for p in own)
+    bad = sum(int((~torch.isfinite(part_here(p))).sum()) for p in critic.parameters())
     return float(compute.ranks.total(torch.tensor([float(bad)]))) == 0.0
 
 

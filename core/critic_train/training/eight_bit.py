@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from critic_train.errors import ConfigError
+from critic_train.model.tensor_file import part_here
 
 SMALL = 4096
 """Parameters with fewer numbers keep float32 moments: bitsandbytes' own limit. It is the whole that counts, so that the
@@ -112,6 +113,6 @@ def empty_state(whole: Tensor, step: int) -> dict[str, Any]:
 
 def local(tensor: Any) -> Tensor:
     """This rank's part of a tensor that is spread over ranks; it shares its memory."""
-    part: Tensor = tensor.detach().to_local()
+    part: Tensor = part_here(tensor.detach())
     assert part.is_contiguous(), "bitsandbytes would update a copy"
     return part

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from critic_train.model.tensor_file import part_here
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**25
 """Numbers of each moment that visit together: 128 MiB a moment, and 512 MiB on the device for all that is under way."""
@@ -104,20 +106,15 @@ class HostAdamW(torch.optim.AdamW):
             state = self.state[parameter]
             if not state:
                 state |= self.new_state(parameter)
-            own = _local(parameter)
-            flat, gradient = own.view(-1), _local(parameter.grad).reshape(-1)
-            first, second = (_local(state[name]).view(-1) for name in MOMENTS)
+            own = part_here(parameter)
+            flat, gradient = own.view(-1), part_here(parameter.grad).reshape(-1)
+            first, second = (part_here(state[name]).view(-1) for name in MOMENTS)
             # One that is empty on this rank counts its steps all the same.
             for start in range(0, max(1, own.numel()), self._piece):
                 cut = slice(start, start + self._piece)
                 last = start + self._piece >= own.numel()
                 step = state["step"] if last else state["step"].clone()
                 yield Part(flat[cut], gradient[cut], (first[cut], second[cut]), step)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is spread over ranks."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _update(group: dict[str, Any], parts: list[Part], moments: list[list[Tensor]]) -> None:
