@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from critic_train.rollouts import Rollouts, offsets_of
+from critic_train.rollouts import Rollouts, offsets_from_lengths
 
 VOCABULARY = 4096
 
@@ -30,7 +30,7 @@ def draw(shape: Shape, seed: int = 0, vocabulary: int = VOCABULARY) -> Rollouts:
         for _ in range(shape.responses):
             length = int(rng.integers(shape.shortest, shape.longest + 1))
             sequences.append(np.concatenate([prompt, rng.integers(1, vocabulary, length)]))
-    offsets = offsets_of(np.asarray([len(s) for s in sequences]))
+    offsets = offsets_from_lengths(np.asarray([len(s) for s in sequences]))
     total = int(offsets[-1])
     place = np.arange(total) - np.repeat(offsets[:-1], np.diff(offsets))
     return Rollouts(
@@ -56,7 +56,7 @@ def draw_dump(
         start = _zipf(rng, int(prompts[group]))
         for length in lengths[group].tolist():
             pieces += [start, _zipf(rng, length)]
-    offsets = offsets_of((prompts[:, None] + lengths).ravel())
+    offsets = offsets_from_lengths((prompts[:, None] + lengths).ravel())
     total = int(offsets[-1])
     place = np.arange(total) - np.repeat(offsets[:-1], np.diff(offsets))
     return Rollouts(

@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from critic_train.run import checkpoint, directory, durable, keeping, lock, manifest, storage
+from critic_train.run import checkpoint, lock, manifest, storage
+from critic_train.run import checkpoint as keeping
+from critic_train.run import run_directory as directory
+from critic_train.run import storage as durable
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit

@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["critic_train.training.fit", "critic_train_cli.main", "critic_train_cli.summary"])
+    context.set_forkserver_preload(
+        ["critic_train.training.fit", "critic_train_cli.main", "critic_train_cli.command_results"]
+    )
     with tempfile.TemporaryDirectory() as temporary:
         soak = Soak(
             arguments=["--data", chosen.data, "--val-data", chosen.held_out, *SETTINGS],

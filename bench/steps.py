@@ -13,7 +13,7 @@ from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer
-from critic_train.training.step import LossRecipe, accumulate_gradient, apply_gradient
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, apply_gradient
 
 EPS = 0.5
 GRAD_CLIP = 1.0

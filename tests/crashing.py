@@ -123,7 +123,7 @@ def die_of_two_signals(settings: FitSettings, name: str) -> None:
     """Run under the program's signal handlers; SIGTERM comes twice while something of that name is synced."""
     from critic_train_cli.job import run_job
     from critic_train_cli.output import Output
-    from critic_train_cli.views import View
+    from critic_train_cli.plain_view import View
 
     def watch(operation: Operation) -> None:
         if operation.kind == "sync" and name in str(operation.path):

@@ -12,20 +12,20 @@ import torch
 from support import branching_rollouts, small_config
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 
-from critic_train.distributed.ranks import joined
+from critic_train.distributed.ranks import init_ranks
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
-from critic_train.model.memory import trade_memory
-from critic_train.model.predicting import predict_values
+from critic_train.model.memory import apply_memory_options
+from critic_train.model.microbatches import predict_values
 from critic_train.model.saving import save_critic
-from critic_train.model.selfcheck import settle, use_stock_attention
+from critic_train.model.selfcheck import select_packing, use_stock_attention
 from critic_train.run import storage
 from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
-from critic_train.training.step import LossRecipe, accumulate_gradient, gradient_norm
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, gradient_norm
 
 SETTINGS = FitSettings(data=["none"])
 ONE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=70)
@@ -66,9 +66,9 @@ CASES = [
 
 def compare_gradients() -> list[float]:
     """On each rank: the largest relative difference between the sharded critic's gradients and its own, whole."""
-    from critic_train.distributed.sharding import cost_of, shard
+    from critic_train.model.fsdp import cost_of, shard
 
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         alone = critic_of("Llama")
         spread = critic_of("Llama")
         compute = replace(ONE, ranks=ranks, pair_cost=cost_of(spread).pair)
@@ -90,9 +90,9 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
     beside how often without; and how many graphs were compiled."""
     from torch._dynamo.utils import counters
 
-    from critic_train.distributed.sharding import shard
+    from critic_train.model.fsdp import shard
 
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = critic_of("Llama").train()
         compute = replace(ONE, ranks=ranks)
         shard(critic, compute)
@@ -101,7 +101,9 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
         case = {"rollouts": 21, "forest": True, "mode": "token-mean"}
         expected = gradients(critic, compute, **case)
         before = len(runs)
-        trade_memory(critic, replace(SETTINGS, activation_checkpointing=activation_checkpointing, compile=compiled))
+        apply_memory_options(
+            critic, replace(SETTINGS, activation_checkpointing=activation_checkpointing, compile=compiled)
+        )
         found = gradients(critic, compute, **case)
         worst = max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
         graphs = counters["stats"]["unique_graphs"]
@@ -115,7 +117,7 @@ def adapted(critic: Critic) -> None:
 
 def drawn_adapters(source: str) -> dict[str, np.ndarray]:
     """The adapters that ranks begin with, whole, and this rank's share of all that the critic is made of."""
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = load_critic(read_model(Path(source)), replace(ONE, ranks=ranks), adapted)
         share = sum(p.to_local().numel() for p in critic.parameters()) / sum(p.numel() for p in critic.parameters())
         found = {name: whole(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
@@ -124,7 +126,7 @@ def drawn_adapters(source: str) -> dict[str, np.ndarray]:
 
 def load_and_save_adapters(base: str, source: str, target: str) -> None:
     """Every rank loads its part of a base model and of adapters, and together they write the checkpoint anew."""
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = load_critic(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
         load_adapters(critic, Path(source))
         save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
@@ -137,10 +139,10 @@ def run_out_and_go_on() -> tuple[list[str], int, float, int]:
         (parts that lie elsewhere now, bytes of weights that are whole between attempts, the largest relative
         difference of a gradient to that of one process, max_tokens after it).
     """
-    from critic_train.distributed.sharding import cost_of, gathered_groups, shard
     from critic_train.model import memory
+    from critic_train.model.fsdp import cost_of, gathered_groups, shard
 
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         alone, spread = critic_of("Llama"), critic_of("Llama")
         compute = replace(ONE, ranks=ranks, pair_cost=cost_of(spread).pair)
         shard(spread, compute)
@@ -173,9 +175,9 @@ def run_out_and_go_on() -> tuple[list[str], int, float, int]:
 
 def run_out_before_rank_0_has_begun() -> bool:
     """Rank 1 runs out at once, while rank 0 is still busy with something else; whether it waits there until then."""
-    from critic_train.distributed.sharding import shard
+    from critic_train.model.fsdp import shard
 
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = critic_of("Llama")
         compute = replace(ONE, ranks=ranks)
         shard(critic, compute)
@@ -201,9 +203,9 @@ def run_out_before_rank_0_has_begun() -> bool:
 
 def check_with_less() -> tuple[bool, list[str], float]:
     """Memory runs out on rank 1 within the self-check; what it came to, and how far values are from one process's."""
-    from critic_train.distributed.sharding import shard
+    from critic_train.model.fsdp import shard
 
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         alone, spread = critic_of("Llama"), critic_of("Llama")
         compute = replace(ONE, ranks=ranks)
         shard(spread, compute)
@@ -217,7 +219,7 @@ def check_with_less() -> tuple[bool, list[str], float]:
 
         spread.trunk.layers[1].register_forward_pre_hook(fail)
         rollouts = branching_rollouts()
-        choice, said = settle(spread, rollouts, SETTINGS, compute)
+        choice, said = select_packing(spread, rollouts, SETTINGS, compute)
         ours = predict_values(spread, rollouts, compute, forest=choice.forest)
         theirs = predict_values(alone, rollouts, ONE, forest=True)
         return choice.forest, said, float(np.abs(ours - theirs).max())
@@ -225,7 +227,7 @@ def check_with_less() -> tuple[bool, list[str], float]:
 
 def load_and_save(source: str, target: str) -> None:
     """Every rank loads its part of a directory, and together they write it anew, with moments."""
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         compute = replace(ONE, ranks=ranks)
         critic = load_critic(read_model(Path(source)), compute)
         optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
@@ -256,7 +258,9 @@ def save_layer_by_layer(family: str, target: str, file_bytes: int, agrees: bool 
     """Save a mixture of experts in files of some size; says how many numbers were converted at once at most."""
     import transformers.modeling_utils
 
-    from critic_train.distributed import sharded_saving, sharding, stored_form
+    from critic_train.model import fsdp as sharding
+    from critic_train.model import sharded_checkpoint as sharded_saving
+    from critic_train.model import sharded_checkpoint as stored_form
 
     real = stored_form.revert_weight_conversion
     most = 0
@@ -270,7 +274,7 @@ def save_layer_by_layer(family: str, target: str, file_bytes: int, agrees: bool 
     sharded_saving.MAX_SHARD_BYTES = file_bytes
     if not agrees:
         stored_form.StoredForm.layer_by_layer = property(lambda self: False)
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = sharding.shard(expert_critic(family), replace(ONE, ranks=ranks))
         save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
     return most
@@ -282,11 +286,11 @@ def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> N
     With a `source` the critic is loaded from there in parts, and every micro-batch sums gradients, as on a GPU where
     these wait on the host.
     """
-    from critic_train.distributed import sharding
+    from critic_train.model import fsdp as sharding
 
     if source is not None:
         sharding._gradient_fits = lambda modules: False
-    with joined(SETTINGS, nproc=1, device="cpu", sharded=True) as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu", sharded=True) as ranks:
         compute = replace(ONE, ranks=ranks, offload=offload)
         critic = critic_of("Llama") if source is None else load_critic(read_model(Path(source)), compute)
         compute.pair_cost = sharding.cost_of(critic).pair
@@ -305,15 +309,15 @@ def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> N
 
 def fill_the_disk(target: str) -> str:
     """Rank 0's disk is full at the first tensor; all ranks must still come to the end together."""
-    from critic_train.distributed import sharded_saving
-    from critic_train.distributed.sharding import shard
+    from critic_train.model import sharded_checkpoint as sharded_saving
+    from critic_train.model.fsdp import shard
 
     def full(operation: storage.Operation) -> None:
         if operation.kind == "write":
             raise OSError(28, "No space left on device", str(operation.path))
 
     sharded_saving.MAX_SHARD_BYTES = 20_000  # several files: the first is where it happens
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = critic_of("Llama")
         shard(critic, replace(ONE, ranks=ranks))
         said = ""
@@ -327,7 +331,7 @@ def fill_the_disk(target: str) -> str:
 
 def load_and_save_measured(base: str, target: str) -> tuple[int, int]:
     """(bytes of this rank's parts, most bytes newly resident while a critic with adapters is loaded and saved)."""
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         read = read_model(Path(base))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         critic = load_critic(read, replace(ONE, ranks=ranks), adapted)
@@ -338,7 +342,7 @@ def load_and_save_measured(base: str, target: str) -> tuple[int, int]:
 
 def load_and_measure(source: str) -> tuple[int, int]:
     """(bytes of this rank's parts, most bytes of tensors newly resident while loading)."""
-    with joined(SETTINGS, nproc=1, device="cpu") as ranks:
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         read = read_model(Path(source))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         critic = load_critic(read, replace(ONE, ranks=ranks))

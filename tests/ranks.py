@@ -125,7 +125,7 @@ def fit_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> di
 
 def huge_run(settings: FitSettings) -> dict[str, Any]:
     """A run on returns that reading would not let through."""
-    from critic_train.data import checking
+    from critic_train.data import row_checks as checking
 
     checking.LARGEST = math.inf
     return fit_run(settings)
@@ -133,7 +133,7 @@ def huge_run(settings: FitSettings) -> dict[str, Any]:
 
 def eval_run(settings: EvalSettings, stop_at: int | None = None) -> dict[str, Any]:
     """A judgement, on rank 0 with its verdict; `stop_at` sends rank 1 a SIGTERM at that event."""
-    from critic_train.judging.evaluation import evaluate
+    from critic_train.evaluation.evaluate import evaluate
 
     stop = StopRequest()
     last: Event | None = None
@@ -156,7 +156,7 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
         "ValueError": ValueError("nobody foresaw this"),
     }
     if kind == "hang":
-        from critic_train.distributed import group
+        from critic_train.distributed import process_group as group
 
         group.TIMEOUT = timedelta(seconds=4)
     real = trainer.apply_gradient
@@ -194,7 +194,7 @@ def short_run(
         huge: whether reading lets all returns through.
         stop_at: (rank, step) sends that rank a SIGTERM after that step.
     """
-    from critic_train.data import checking
+    from critic_train.data import row_checks as checking
     from critic_train.events import Notice, RunStarted
     from critic_train.model.critic import Critic
     from critic_train.training.fit import fit

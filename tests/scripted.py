@@ -93,7 +93,7 @@ def job(stop: Any) -> Iterator[Event]:
 
 def install() -> None:
     """Put the scripted jobs in the place of the library's."""
-    for name, function in (("training.fit", "fit"), ("judging.evaluation", "evaluate")):
+    for name, function in (("training.fit", "fit"), ("evaluation.evaluate", "evaluate")):
         module = types.ModuleType(f"critic_train.{name}")
         setattr(module, function, lambda settings, stop: job(stop))
         sys.modules[module.__name__] = module

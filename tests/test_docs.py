@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from critic_train.data.columns import ALIASES
+from critic_train.data.schema import ALIASES
 from critic_train_cli.main import COMMANDS
 from critic_train_cli.manual import pages
 from critic_train_cli.options import options_of

@@ -18,10 +18,10 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "critic_train.training.fit",
-        "critic_train.distributed.sharded_loading",
-        "critic_train.judging.evaluation",
-        "critic_train.reporting.page",
-        "critic_train.verifying.models",
+        "critic_train.model.sharded_checkpoint",
+        "critic_train.evaluation.evaluate",
+        "critic_train.report.page",
+        "critic_train.verify.model_checks",
         "critic_train_cli.main",
         "rank_work",
         "peft",

@@ -14,13 +14,12 @@ import torch
 from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
-from critic_train.model.forest import Forest, PrefixOrder, lay_out, prefix_order
-from critic_train.model.kernels import pieces, varlen
-from critic_train.model.kernels.flex import Flex
-from critic_train.model.kernels.pieces import Pieces
-from critic_train.model.kernels.queries import Kernel, all_queries
-from critic_train.model.kernels.segments import Segments
-from critic_train.model.kernels.varlen import Varlen
+from critic_train.model import cuda_kernels as varlen
+from critic_train.model import sdpa_kernels as pieces
+from critic_train.model.cuda_kernels import Flex, Varlen
+from critic_train.model.prefix_tree import PrefixOrder, PrefixTrees, build_prefix_trees, prefix_order
+from critic_train.model.queries import Kernel, all_queries
+from critic_train.model.sdpa_kernels import Pieces, Segments
 from critic_train.rollouts import Rollouts
 
 NAME = "attention"
@@ -36,8 +35,8 @@ def run(options: Options) -> Table:
     length = 1024 if on_cuda and not options.quick else 32 if options.quick else 256
     rollouts = draw(Shape("", length, length, length))
     dtype = torch.bfloat16 if on_cuda else torch.float32
-    shared = lay_out(rollouts, prefix_order(rollouts))
-    flat = lay_out(rollouts, unshared(rollouts))
+    shared = build_prefix_trees(rollouts, prefix_order(rollouts))
+    flat = build_prefix_trees(rollouts, unshared(rollouts))
     passes: dict[str, Callable[[], list[torch.Tensor]]] = {}
     for name, forest in (("forest", shared), ("flat", flat)):
         tensors = drawn(rollouts, forest, options.device, dtype)
@@ -63,7 +62,7 @@ def run(options: Options) -> Table:
     return table
 
 
-def kernels(forest: Forest, device: torch.device) -> dict[str, Kernel]:
+def kernels(forest: PrefixTrees, device: torch.device) -> dict[str, Kernel]:
     """What there is on this device."""
     queries = all_queries(forest)
     found: dict[str, Kernel] = {"segments": Segments(queries, device)}
@@ -81,7 +80,7 @@ def unshared(rollouts: Rollouts) -> PrefixOrder:
     return PrefixOrder(index=np.arange(len(rollouts)), shared=np.zeros(len(rollouts), dtype=np.int64))
 
 
-def drawn(rollouts: Rollouts, forest: Forest, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def drawn(rollouts: Rollouts, forest: PrefixTrees, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Queries, keys, values and a slope, random."""
     torch.manual_seed(0)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)

@@ -10,8 +10,8 @@ from bench.entry import Options, Table
 from critic_train.data.order import epoch_plan
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards
-from critic_train.distributed.shares import Cost, Pieces, shares
-from critic_train.model.forest import prefix_order
+from critic_train.model.prefix_tree import prefix_order
+from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.rollouts import Rollouts
 
 NAME = "balance"

@@ -21,7 +21,7 @@ from bench.dumps import WRITERS, drawn
 from bench.entries.memory import peak_of
 from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
-from critic_train.converting.conversion import convert
+from critic_train.convert.conversion import convert
 from critic_train.settings import ConvertSettings
 from critic_train.stopping import StopRequest
 

@@ -16,12 +16,11 @@ from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
 from critic_train.data.order import epoch_plan
 from critic_train.data.reading import RolloutReader
+from critic_train.data.rollout_cache import RolloutCache, write_cache
 from critic_train.data.shards import find_shards
-from critic_train.data.spool import Spool
-from critic_train.data.spool_writing import write_spool
 from critic_train.data.writing import ShardFile
-from critic_train.model.inputs import forest_input
 from critic_train.model.microbatches import forest_micro_batches
+from critic_train.model.model_input import forest_input
 from critic_train.rollouts import Rollouts
 
 NAME = "data"
@@ -45,12 +44,12 @@ def run(options: Options) -> Table:
         things: dict[str, Callable[[], object]] = {
             "pyarrow read of the same columns": lambda: pq.read_table(shard, columns=list(COLUMNS), use_threads=False),
             "read and check": lambda: sum(len(batch) for batch in reader(shard)),
-            "read, check, keep in the cache": lambda: write_spool(spool, reader(shard)),
-            "cache to laid-out micro-batches": lambda: sum(1 for _ in laid_out(Spool.open(spool))),
+            "read, check, keep in the cache": lambda: write_cache(spool, reader(shard)),
+            "cache to laid-out micro-batches": lambda: sum(1 for _ in laid_out(RolloutCache.open(spool))),
             "Parquet to laid-out micro-batches": lambda: whole(shard, spool),
         }
         seconds = in_turn(things, options.rounds)
-        kept = Spool.open(spool)
+        kept = RolloutCache.open(spool)
         tokens = kept.num_tokens
         loader_tokens = int(kept.lengths[:LOADER_ROWS].sum())
         loader = in_turn({"loader": lambda: sum(1 for _ in by_rows(shard))}, max(1, options.rounds // 2))["loader"]
@@ -88,7 +87,7 @@ def reader(shard: Path) -> RolloutReader:
     return RolloutReader(find_shards([str(shard)]))
 
 
-def laid_out(spool: Spool) -> Iterator[Any]:
+def laid_out(spool: RolloutCache) -> Iterator[Any]:
     """An epoch in shuffled order, as far as the arrays that the model is called with."""
     plan = epoch_plan(spool.groups, batch_size=BATCH_SIZE, seed=0, epoch=0)
     device = torch.device("cpu")
@@ -100,7 +99,7 @@ def laid_out(spool: Spool) -> Iterator[Any]:
 
 def whole(shard: Path, spool: Path) -> int:
     """Everything between the file and the model, once."""
-    return sum(1 for _ in laid_out(write_spool(spool, reader(shard))))
+    return sum(1 for _ in laid_out(write_cache(spool, reader(shard))))
 
 
 def by_rows(shard: Path) -> Iterator[dict[str, torch.Tensor]]:

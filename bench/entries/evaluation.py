@@ -20,11 +20,11 @@ from transformers import LlamaConfig
 
 from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
-from critic_train.data.blocks import blocks
 from critic_train.data.reading import RolloutReader
+from critic_train.data.scanning import blocks
 from critic_train.data.shards import find_shards
+from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import RunEnded
-from critic_train.judging.evaluation import evaluate
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.microbatches import micro_batches

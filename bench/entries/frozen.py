@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from bench.entries.memory import write_shards
 from bench.entry import Options, Table
 from critic_train.events import Progress, StepEnded
+from critic_train.model.config import preset_config
 from critic_train.model.loading import build_critic
-from critic_train.model.presets import preset_config
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit

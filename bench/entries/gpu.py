@@ -26,20 +26,20 @@ from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn
 from bench.steps import EPS, GRAD_CLIP, fit_step, padded_step
+from critic_train.model.attention import choose_attention
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.forest import PrefixOrder, lay_out, prefix_order
-from critic_train.model.inputs import forest_input
-from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.loading import build_critic
-from critic_train.model.memory import checkpoint_activations, compile_layers, in_memory
+from critic_train.model.memory import checkpoint_activations, compile_layers, with_oom_retry
 from critic_train.model.microbatches import forest_micro_batches
+from critic_train.model.model_input import forest_input
+from critic_train.model.prefix_tree import PrefixOrder, build_prefix_trees, prefix_order
 from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ActivationCheckpointing
 from critic_train.training.loss import token_weights, value_loss
 from critic_train.training.optimizer import build_optimizer
-from critic_train.training.step import apply_gradient
+from critic_train.training.train_step import apply_gradient
 
 NAME = "gpu"
 TITLE = "A fit step on a GPU, beside the flat and the padded step"
@@ -91,7 +91,7 @@ def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
     )
     rollouts = draw(Shape("", length // 2, length // 2, length // 2), vocabulary=VOCABULARY)
     compute = Compute(device=options.device, precision="bf16", max_tokens=MAX_TOKENS)
-    forest = lay_out(rollouts, prefix_order(rollouts))
+    forest = build_prefix_trees(rollouts, prefix_order(rollouts))
     compute.attention, passed = choose_attention("auto", forest, options.device, "bf16")
     rows = []
     for name in ("fit", "flat", "padded"):
@@ -160,7 +160,7 @@ def computed(name: str, rollouts: Rollouts, max_tokens: int) -> tuple[int, float
     lengths = rollouts.lengths.astype(np.float64)
     if name != "fit":
         return len(rollouts.input_ids), float((lengths * (lengths + 1) / 2).sum())
-    forests = [lay_out(rollouts, order) for order in forest_micro_batches(rollouts, max_tokens)]
+    forests = [build_prefix_trees(rollouts, order) for order in forest_micro_batches(rollouts, max_tokens)]
     return sum(len(forest) for forest in forests), sum(pairs_of(forest.depth) for forest in forests)
 
 
@@ -222,7 +222,7 @@ def flat_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[
         return loss
 
     def step() -> None:
-        apply_gradient(critic, optimizer, GRAD_CLIP, in_memory(gradient, rollouts, compute, critic))
+        apply_gradient(critic, optimizer, GRAD_CLIP, with_oom_retry(gradient, rollouts, compute, critic))
 
     return step
 

@@ -1,15 +1,52 @@
-"""Run a long job: its events go to a view, its signals to a stop request, its end to an exit code."""
+"""Which view suits where stderr goes.
 
+Run a long job: its events go to a view, its signals to a stop request, its end to an exit code.
+
+Jobs that only look: what they have found is shown, and whether it is sound is their exit code.
+"""
+
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
+from critic_train.errors import ConfigError
 from critic_train.events import Event, RunEnded, RunStarted
 from critic_train.stopping import StopRequest
-from critic_train_cli.faults import DONE, INTERRUPTED
+from critic_train_cli.exit_codes import DONE, INTERRUPTED, REFUSED
 from critic_train_cli.output import Output
+from critic_train_cli.plain_view import PlainView, View
 from critic_train_cli.signals import stop_on_signals
-from critic_train_cli.views import View
+from critic_train_cli.terminal import can_redraw
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+VARIABLE = "CRITIC_TRAIN_PROGRESS"
+
+
+def choose_view(output: Output, *, stopping: str) -> View:
+    """The view that suits stderr, unless CRITIC_TRAIN_PROGRESS says which.
+
+    Args:
+        output: where the view writes.
+        stopping: what happens after the first signal.
+
+    Raises:
+        ConfigError: the variable holds another word.
+    """
+    word = os.environ.get(VARIABLE, "").lower()
+    if word not in ("", "0", "plain", "live"):
+        raise ConfigError(f"{VARIABLE} must be live, plain or 0, not {word!r}")
+    if output.quiet or output.silent or word == "0":
+        return View(output, stopping=stopping)
+    if word == "live" or (not word and can_redraw(sys.stderr)):
+        from critic_train_cli.live import LiveView
+
+        return LiveView(output, stopping=stopping)
+    return PlainView(output, stopping=stopping)
 
 
 def run_job(start: Callable[[StopRequest], Iterator[Event]], view: View, output: Output) -> RunEnded:
@@ -45,3 +82,18 @@ def exit_code_of(ended: RunEnded) -> int:
     if ended.status == "interrupted":
         return INTERRUPTED + (ended.signal_number or signal.SIGINT)
     return DONE
+
+
+def run_inspection(
+    start: Callable[[StopRequest], Iterator[Event]], draw: Callable[["Console", dict[str, Any]], None], output: Output
+) -> int:
+    """Run a job whose result has "sound" in it; draw the result, or give it as JSON. The exit code: 1 if unsound."""
+    pass
+    pass
+
+    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+    if ended.status != "finished":
+        output.result({"status": ended.status}, lambda console: None)
+        return exit_code_of(ended)
+    output.result(ended.result, lambda console: draw(console, ended.result))
+    return DONE if ended.result["sound"] else REFUSED

@@ -12,12 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from critic_train.events import CheckpointSaved, Event, Progress, StepEnded
-from critic_train.figures import count, duration, number, share, short, size, with_interval
-from critic_train_cli.lines import progress_line
+from critic_train.text import count, duration, number, percent, short, size, with_interval
 from critic_train_cli.output import Output
-from critic_train_cli.sparkline import sparkline
-from critic_train_cli.terminal import console_on, is_unicode
-from critic_train_cli.views import PlainView
+from critic_train_cli.plain_view import PlainView, progress_line
+from critic_train_cli.terminal import console_on, is_unicode, sparkline
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,8 +98,8 @@ class LiveView(PlainView):
         loss = f"{short(metrics.get('value_loss')):<8} {curve}".rstrip()
         norm, lr = short(metrics.get("grad_norm")), short(metrics.get("lr"))
         rows.append(("loss", [loss, f"grad norm {norm}", f"lr {lr}"]))
-        saturation = f"saturation {share(metrics.get('saturation'))}"
-        rows.append(("clip", [f"clipfrac {share(metrics.get('clipfrac'))}", saturation]))
+        saturation = f"saturation {percent(metrics.get('saturation'))}"
+        rows.append(("clip", [f"clipfrac {percent(metrics.get('clipfrac'))}", saturation]))
         rows.append(("held out", self._held_out()))
         rollout = f"{count(timing.get('rollout_tokens_per_second'))} rollout tokens/s"
         computed = f"{count(timing.get('computed_tokens_per_second'))} computed tokens/s"

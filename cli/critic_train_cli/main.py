@@ -9,20 +9,13 @@ import typer
 
 from critic_train import __version__
 from critic_train_cli.command import add_command
-from critic_train_cli.commands.check import CHECK
-from critic_train_cli.commands.convert import CONVERT
-from critic_train_cli.commands.eval import EVAL
-from critic_train_cli.commands.fit import FIT
-from critic_train_cli.commands.predict import PREDICT
-from critic_train_cli.commands.report import REPORT
-from critic_train_cli.commands.split import SPLIT
-from critic_train_cli.commands.verify import VERIFY
-from critic_train_cli.faults import DONE, USAGE
+from critic_train_cli.commands import CHECK, CONVERT, EVAL, FIT, PREDICT, REPORT, SPLIT, VERIFY
+from critic_train_cli.exit_codes import DONE, USAGE
 from critic_train_cli.help_page import program_page
 from critic_train_cli.options import VARIABLE_PREFIX
 from critic_train_cli.output import Output
-from critic_train_cli.signals import die_of_closed_pipes
-from critic_train_cli.terminal import occupy_closed_descriptors, tame_streams
+from critic_train_cli.signals import exit_on_closed_pipe
+from critic_train_cli.terminal import open_closed_descriptors, replace_undecodable_output
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
 COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, SPLIT, CONVERT, VERIFY)
@@ -96,7 +89,7 @@ def json_asked(arguments: list[str]) -> bool:
     return "--json" in before
 
 
-def spoken_for(arguments: list[str], environment: Mapping[str, str]) -> bool:
+def wants_no_messages(arguments: list[str], environment: Mapping[str, str]) -> bool:
     """Whether this is one of several ranks (torchrun says so) that work together, and not rank 0, which speaks for all.
 
     The ranks of `predict` each do a part by themselves, and each speaks.
@@ -121,15 +114,17 @@ def refuse_bare_command(arguments: list[str]) -> None:
 
 def run() -> NoReturn:
     """The entry point of the console script: parse, do the work, and end with the documented exit code."""
-    occupy_closed_descriptors()
-    tame_streams()
-    die_of_closed_pipes()
+    open_closed_descriptors()
+    replace_undecodable_output()
+    exit_on_closed_pipe()
     # torch writes pages to stderr when another rank is gone; a fault of ours says it in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:]
     debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
     output = Output(
-        as_json=json_asked(arguments), debug=debug or "--debug" in arguments, silent=spoken_for(arguments, os.environ)
+        as_json=json_asked(arguments),
+        debug=debug or "--debug" in arguments,
+        silent=wants_no_messages(arguments, os.environ),
     )
     try:
         refuse_bare_command(arguments)
@@ -140,11 +135,11 @@ def run() -> NoReturn:
         code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
     except BaseException as error:
         code = output.error(error)
-        forget_stdout()
+        discard_stdout()
     sys.exit(code if isinstance(code, int) else DONE)
 
 
-def forget_stdout() -> None:
+def discard_stdout() -> None:
     """Drop what stdout could not take, so that the interpreter does not fail on it again while it ends."""
     try:
         sys.stdout.flush()

@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from critic_train.redaction import without_secrets
-from critic_train_cli.faults import Fault, explain, write_crash_log
+from critic_train.text import without_secrets
+from critic_train_cli.exit_codes import Fault, explain, write_crash_log
 from critic_train_cli.terminal import BOLD, CYAN, RED, YELLOW, console_on, paint
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from critic_train.stopping import StopRequest
-from critic_train_cli.faults import INTERRUPTED
+from critic_train_cli.exit_codes import INTERRUPTED
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HANDED_ON_SECONDS = 5.0
@@ -63,7 +63,7 @@ def stop_on_signals(stop: StopRequest, tell: Callable[[], None], leave: Callable
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def die_of_closed_pipes() -> None:
+def exit_on_closed_pipe() -> None:
     """Outside of a job a closed pipe ends the program as it ends any Unix tool (the shell says 141)."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,16 +1,51 @@
-"""What a stream can show: colours, a live view, characters beyond ASCII.
+"""A curve in one line of text.
+
+What a stream can show: colours, a live view, characters beyond ASCII.
 
 Decided here once, and not left to rich, because rich takes FORCE_COLOR for a terminal: a log file would
 then be drawn upon with cursor movements.
 """
 
 import contextlib
+import math
 import os
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII = "_.-:=+*#"
+
+
+def sparkline(values: Sequence[float | None], width: int = 40, *, unicode: bool = True) -> str:
+    """The values' course from their least (lowest mark) to their greatest (highest).
+
+    More values than columns are averaged in equal stretches, so that no part of the run is left out. What is
+    no finite number is left out.
+
+    Args:
+        values: in order.
+        width: columns to fill at most.
+        unicode: block characters, or ASCII marks of growing weight.
+    """
+    known = [float(v) for v in values if v is not None and math.isfinite(v)]
+    if not known or width < 1:
+        return ""
+    columns = min(width, len(known))
+    edges = [round(i * len(known) / columns) for i in range(columns + 1)]
+    means = [sum(known[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    marks = BLOCKS if unicode else ASCII
+    if high == low:
+        return marks[0] * columns
+    # Halved first, so that a span beyond the largest float is still a number.
+    span = high / 2 - low / 2
+    return "".join(marks[min(len(marks) - 1, int((m / 2 - low / 2) / span * len(marks)))] for m in means)
+
 
 BOLD, DIM, RED, YELLOW, CYAN = "1", "2", "1;31", "1;33", "36"
 WIDTH_OFF_A_TERMINAL = 100
@@ -59,14 +94,14 @@ def width_of(stream: TextIO | None, *, widest: int = 100) -> int:
         return widest
 
 
-def tame_streams() -> None:
+def replace_undecodable_output() -> None:
     """Let no character end the program: what a stream cannot encode is written as an escape."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
-def occupy_closed_descriptors() -> None:
+def open_closed_descriptors() -> None:
     """Put /dev/null where stdin, stdout or stderr was closed.
 
     The first files that are opened would take their numbers, and what a library writes to "stderr" would go into a

@@ -79,7 +79,7 @@ class Rollouts:
         )
 
 
-def joined(parts: Sequence[Rollouts]) -> Rollouts:
+def concat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
     """Rollouts end to end, in the order given; one part at least. A column that a part lacks the whole lacks."""
     if len(parts) == 1:
         return parts[0]
@@ -91,7 +91,7 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     per_token = ("input_ids", "response_mask", "returns", "values", "rewards")
     per_rollout = ("group", "row", "truncated")
     return Rollouts(
-        offsets=offsets_of(np.concatenate([part.lengths for part in parts])),
+        offsets=offsets_from_lengths(np.concatenate([part.lengths for part in parts])),
         labels={name: np.concatenate([part.labels[name] for part in parts]) for name in parts[0].labels},
         **{name: column(name) for name in per_token + per_rollout},
     )
@@ -108,16 +108,16 @@ def ragged_take(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[N
         (elements int64 [sum of the chosen lengths], offsets int64 [m+1]).
     """
     lengths = offsets[index + 1] - offsets[index]
-    return spread(offsets[index], lengths), offsets_of(lengths)
+    return repeat_by_length(offsets[index], lengths), offsets_from_lengths(lengths)
 
 
-def spread(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def repeat_by_length(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """int64 [sum of lengths]: starts[i], starts[i]+1, ... for `lengths[i]` places, row after row."""
-    offsets = offsets_of(lengths)
+    offsets = offsets_from_lengths(lengths)
     return np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
 
 
-def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def offsets_from_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """int64 [n] -> int64 [n+1]."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from critic_train.events import CheckpointSaved, EvaluationEnded, Notice, Progress, RunStarted, StepEnded
-from critic_train_cli.course import Course
 from critic_train_cli.live import LiveView
 from critic_train_cli.output import Output
+from critic_train_cli.run_state import RunState
 
 
 class Clock:
@@ -22,7 +22,7 @@ class Clock:
 def live(width, *, unicode=True):
     console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
     view = LiveView(Output(), stopping="stopping after this micro-batch", console=console)
-    view.course = Course(Clock())
+    view.course = RunState(Clock())
     view.unicode = unicode
     return view
 

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from critic_train.data.columns import Needs
 from critic_train.data.reading import RolloutReader, RowLimits
+from critic_train.data.schema import Needs
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
 

@@ -1,5 +1,9 @@
-"""Where in the shards a rollout came from: file, row group, row, uid."""
+"""Where in the shards a rollout came from: file, row group, row, uid.
 
+Find the uid of a few rows again: the program keeps hashes, a person needs the name.
+"""
+
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from critic_train.data.columns import Needs, understand
 from critic_train.data.labels import uid_texts
-from critic_train.data.places import parquet_file
-from critic_train.data.shards import find_shards
+from critic_train.data.schema import Needs, resolve_schema
+from critic_train.data.shards import Shard, find_shards
+from critic_train.data.stores import parquet_file
 from critic_train.errors import DataError
 
 
@@ -80,7 +84,7 @@ def _uid_column(name: str, schema: pa.Schema, renames: dict[str, str]) -> str | 
     try:
         (shard,) = find_shards([name])
         needs = Needs(returns=False, values=False)
-        return understand(schema, shard, renames=renames, labels=(), needs=needs).uid
+        return resolve_schema(schema, shard, renames=renames, labels=(), needs=needs).uid
     except (DataError, ValueError):
         return None
 
@@ -94,3 +98,30 @@ def _uids(file: pq.ParquetFile, row_group: int, column: str, places: NDArray[np.
         found += [uid or "" for uid in uid_texts(batch.column(0).take(pa.array(inside)))]
         start += batch.num_rows
     return found
+
+
+class UidLookup:
+    """Reads uids of single rows out of the shards.
+
+    Args:
+        shards: in the order in which the rollouts were read.
+        renames: canonical name -> column, from --column.
+        left_out: names of shards that gave no rollouts; their rows are not counted.
+    """
+
+    def __init__(self, shards: Sequence[Shard], renames: dict[str, str], left_out: Container[str] = ()) -> None:
+        self._shards = list(shards)
+        self._renames = renames
+        self._left_out = left_out
+
+    def __call__(self, rows: Sequence[int]) -> dict[int, str | None]:
+        """Uids of places in the data set.
+
+        Returns:
+            Row -> uid. None where the shard has no uid column, the row no uid, or the shard cannot be read any more:
+            a name is no reason to stop.
+        """
+        files = [(shard.name, shard.num_rows) for shard in self._shards if shard.name not in self._left_out]
+        known = [row for row in rows if row < sum(count for _, count in files)]
+        found = addresses(np.asarray(known, dtype=np.int64), files, self._renames)
+        return dict.fromkeys(rows) | {row: address.uid or None for row, address in zip(known, found, strict=True)}

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from critic_train.data.footer import (
+from critic_train.data.memory_guard import at_most
+from critic_train.data.parquet_footer import (
     COPY_AGAIN,
     NO_ROLLOUTS,
     FooterError,
@@ -23,9 +24,8 @@ from critic_train.data.footer import (
     read_footer,
     read_row_groups,
 )
-from critic_train.data.memory_guard import at_most
-from critic_train.data.places import open_file, parquet_file
 from critic_train.data.shards import Shard
+from critic_train.data.stores import open_file, parquet_file
 from critic_train.errors import DataError
 
 FIRST_ROWS = 64
@@ -185,7 +185,7 @@ def _filled(decoded: Iterator[pa.RecordBatch], row_group: int, first_row: int) -
         return Piece(row_group=row_group, first_row=first_row, rows=pa.concat_batches(pending), giants=giants)
 
     for batch in decoded:
-        batch, found = _without_giants(batch)
+        batch, found = _without_oversized_rows(batch)
         giants |= {rows + row: what for row, what in found.items()}
         pending.append(batch)
         weight += batch.nbytes
@@ -198,7 +198,7 @@ def _filled(decoded: Iterator[pa.RecordBatch], row_group: int, first_row: int) -
         yield piece()
 
 
-def _without_giants(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, tuple[str, int]]]:
+def _without_oversized_rows(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, tuple[str, int]]]:
     """The rows, null where they are giant; and which those are."""
     giants: dict[int, tuple[str, int]] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
@@ -217,7 +217,7 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in are)
 
 
-def refuse_giants(shard: Shard, piece: Piece) -> None:
+def refuse_oversized_rows(shard: Shard, piece: Piece) -> None:
     """Raise where a piece has giant rows, for work that must not lose any."""
     for row, (column, elements) in piece.giants.items():
         raise DataError(

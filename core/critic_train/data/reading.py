@@ -1,27 +1,65 @@
-"""Stream rollouts out of Parquet shards, checked, in file order, in bounded memory."""
+"""Exact copies among rollouts: counted, for a dump written twice weighs twice; no fault, for a policy may do so.
+
+Stream rollouts out of Parquet shards, checked, in file order, in bounded memory.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from critic_train.data.bad_files import BadFile, BadFiles
-from critic_train.data.bad_rows import SHOWN, BadRow, BadRows
-from critic_train.data.checking import CheckedBatch, RowLimits, check_batch
-from critic_train.data.columns import Columns, Needs, check_canonical, understand
+from critic_train.data.bad_input import ROWS_SHOWN, BadFile, BadFiles, BadRow, BadRows, RowErrors
 from critic_train.data.decoding import MOST_TOKENS, Piece, damaged, pieces
-from critic_train.data.duplicates import Copies
-from critic_train.data.faults import Faults
-from critic_train.data.footer import FooterError, RowGroup, row_groups_of
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
-from critic_train.data.places import parquet_file
+from critic_train.data.parquet_footer import FooterError, RowGroup, row_groups_of
+from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
+from critic_train.data.schema import Columns, Needs, check_canonical, resolve_schema
 from critic_train.data.shards import Shard
+from critic_train.data.stores import parquet_file
 from critic_train.errors import DataError
-from critic_train.rollouts import Rollouts, offsets_of
+from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.settings import OnBadFile, OnBadRows
 from critic_train.stopping import StopRequest
+
+
+class DuplicateCounter:
+    """Counts rollouts whose tokens, mask and returns are those of an earlier one. Keeps 8 bytes a rollout."""
+
+    def __init__(self) -> None:
+        self._keys: list[NDArray[np.uint64]] = []
+
+    def add(self, rollouts: Rollouts) -> None:
+        """Take in some more rollouts."""
+        ids, mask, returns = (
+            memoryview(np.ascontiguousarray(column).view(np.uint8))  # type: ignore[arg-type]
+            for column in (rollouts.input_ids, rollouts.response_mask, rollouts.returns)
+        )
+        bounds = rollouts.offsets.tolist()
+        keys = np.empty(len(rollouts), dtype=np.uint64)
+        for row, (start, stop) in enumerate(pairwise(bounds)):
+            tokens = int.from_bytes(blake2b(ids[4 * start : 4 * stop], digest_size=8).digest(), "little")
+            keys[row] = tokens ^ crc32(mask[start:stop]) << 32 ^ crc32(returns[4 * start : 4 * stop])
+        self._keys.append(keys)
+
+    @property
+    def count(self) -> int:
+        """Rollouts that are copies of one before them."""
+        keys = np.concatenate([np.zeros(0, dtype=np.uint64), *self._keys])
+        return len(keys) - len(np.unique(keys))
+
+    def sentence(self) -> str:
+        """What is said of them; an empty string where there are none."""
+        count = self.count
+        if not count:
+            return ""
+        rollouts = "1 rollout is an exact copy" if count == 1 else f"{count:,} rollouts are exact copies"
+        return f"{rollouts} of others (tokens, mask and returns): each counts as often as it stands there"
+
 
 __all__ = ["Needs", "RolloutReader", "RowLimits"]
 
@@ -73,7 +111,7 @@ class RolloutReader:
         labels: list[str] | None = None,
         needs: Needs | None = None,
         drop_truncated: bool = False,
-        bad_rows_kept: int = SHOWN,
+        bad_rows_kept: int = ROWS_SHOWN,
         stop: StopRequest | None = None,
     ) -> None:
         self.shards = shards
@@ -93,7 +131,7 @@ class RolloutReader:
         self._stop = stop or StopRequest()
         self.files_read: list[tuple[str, int]] = []
         self._tried: set[str] = set()
-        self._copies, self._read_once = Copies(), False
+        self._copies, self._read_once = DuplicateCounter(), False
         self._said: dict[str, None] = {}
 
     @property
@@ -144,7 +182,7 @@ class RolloutReader:
             self._limits,
             self._needs.rewards,
             drop_truncated=self._drop_truncated,
-            faults=_giants(piece),
+            faults=_oversized_rows(piece),
         )
         self._record(plan.shard, piece.row_group, piece.first_row, checked)
         return checked
@@ -211,7 +249,7 @@ class RolloutReader:
         try:
             with parquet_file(shard.path) as file:
                 schema = file.schema_arrow
-                columns = understand(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
+                columns = resolve_schema(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
             groups = row_groups_of(shard.path) if self._labels else []
             nullable = frozenset(name for name in self._labels if _may_be_null(groups, name))
         except FooterError as error:
@@ -278,9 +316,9 @@ class _Plan:
         return pieces(self.shard, columns.names(), ids, texts)
 
 
-def _giants(piece: Piece) -> Faults:
+def _oversized_rows(piece: Piece) -> RowErrors:
     """The rows that were cut out of a piece."""
-    faults = Faults(piece.rows.num_rows)
+    faults = RowErrors(piece.rows.num_rows)
     for row, (column, elements) in piece.giants.items():
         reason, expected = "lists of absurd length", f"at most {MOST_TOKENS:,}"
         faults.bad[row] = True
@@ -317,7 +355,7 @@ def _rollouts(
     n = batch.num_rows
     whole = Rollouts(
         input_ids=checked.input_ids,
-        offsets=offsets_of(checked.lengths),
+        offsets=offsets_from_lengths(checked.lengths),
         response_mask=checked.response_mask,
         returns=checked.returns,
         values=checked.values if "values" in kept_columns else None,

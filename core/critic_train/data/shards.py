@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from critic_train.data.bad_files import BadFile, BadFiles
-from critic_train.data.footer import MAGIC, FooterError, check_head, read_footer
-from critic_train.data.places import is_remote, open_file, parquet_file, remote_files
+from critic_train.data.bad_input import BadFile, BadFiles
+from critic_train.data.parquet_footer import MAGIC, FooterError, check_head, read_footer
+from critic_train.data.stores import is_remote, open_file, parquet_file, remote_files
 from critic_train.errors import DataError
 
 SUFFIXES = (".parquet", ".parq")

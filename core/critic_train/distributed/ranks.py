@@ -98,11 +98,11 @@ class Ranks:
         """
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RankInfo:
     """Which rank a process is, as torchrun, Slurm or rank 0 told it through the environment."""
 
     rank: int
@@ -110,7 +110,7 @@ class Place:
     local_rank: int
 
 
-def place() -> Place | None:
+def rank_info() -> RankInfo | None:
     """The place in RANK, WORLD_SIZE and LOCAL_RANK; None for a process that is alone.
 
     Raises:
@@ -125,11 +125,11 @@ def place() -> Place | None:
         return None
     if not (0 <= rank < size and 0 <= local_rank < size):
         raise ConfigError(f"the environment says RANK {rank} and LOCAL_RANK {local_rank} of WORLD_SIZE {size}")
-    return Place(rank=rank, size=size, local_rank=local_rank)
+    return RankInfo(rank=rank, size=size, local_rank=local_rank)
 
 
 @contextmanager
-def joined(settings: Settings, *, nproc: int, device: str, sharded: bool = False) -> Iterator[Ranks]:
+def init_ranks(settings: Settings, *, nproc: int, device: str, sharded: bool = False) -> Iterator[Ranks]:
     """The ranks of this run: those that the environment tells of (torchrun), `nproc` on this machine, or one.
 
     Whatever ends the block on one rank ends it on all: a fault is told to the others, so that rank 0 raises it
@@ -145,17 +145,17 @@ def joined(settings: Settings, *, nproc: int, device: str, sharded: bool = False
         ConfigError: both the environment and `nproc` ask for ranks, and differ.
         MachineError: a rank does not come, is lost, or there are fewer devices than ranks.
     """
-    here = place()
+    here = rank_info()
     if here is None and nproc == 1 and not sharded:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if here is not None and nproc not in (1, here.size):
         raise ConfigError(
             f"--nproc {nproc}, but the environment says that this is one of {here.size} processes",
             hint="leave --nproc out under torchrun or srun",
         )
-    from critic_train.distributed.group import Group
-    from critic_train.distributed.workers import Workers
+    from critic_train.distributed.launch import Workers
+    from critic_train.distributed.process_group import Group
 
     with Workers(settings, nproc if here is None else 1) as workers, Group(here, workers, device) as group:
         yield group

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-from critic_train.distributed.sharding import gathered_groups
+from critic_train.model.fsdp import gathered_groups
 
 
 class Shortage:

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from critic_train.distributed.ranks import ALONE, Ranks
+from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import ConfigError, MachineError
-from critic_train.model.inputs import StateSource
-from critic_train.model.kernels.choosing import candidates
+from critic_train.model.attention import candidates
+from critic_train.model.model_input import StateSource
 from critic_train.settings import Attention, ComputeSettings, MemorySettings, Offload, Precision
 
 
@@ -29,7 +29,7 @@ class Compute:
     device: torch.device
     precision: Precision
     max_tokens: int
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     pair_cost: float = 0.0
     states: StateSource | None = None
     attention: Attention = "sdpa"
@@ -68,7 +68,7 @@ class Compute:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def resolve_compute(settings: ComputeSettings, ranks: Ranks = ALONE) -> Compute:
+def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) -> Compute:
     """What a command's settings ask for; attention is settled once the model and some rollouts are at hand.
 
     Raises:
@@ -96,7 +96,7 @@ def on_cuda(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+def resolve_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     """`auto` -> cuda where there is one, else cpu; any other name as torch reads it.
 
     Of several ranks each gets a CUDA device of its own.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from critic_train.model.attention import NAME, ForestPlan, forest_attention
+from critic_train.model.attention import NAME, TreeAttentionPlan, tree_attention
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -50,7 +50,7 @@ def _last_layer(trunk: nn.Module) -> Any:
 
 def _forward(layer: Any, whole: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """[1, S, hidden_size] -> [1, Q, hidden_size] where the plan says that Q < S positions are enough."""
-    plan: ForestPlan | None = kwargs.get("forest_plan")
+    plan: TreeAttentionPlan | None = kwargs.get("forest_plan")
     if plan is None or plan.kept is None or layer.self_attn.config._attn_implementation != NAME:
         return whole(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
     narrow = hidden_states[:, plan.kept]
@@ -59,7 +59,7 @@ def _forward(layer: Any, whole: Any, hidden_states: Tensor, *args: Any, **kwargs
     return narrow + layer.mlp(layer.post_attention_layernorm(narrow))  # type: ignore[no-any-return]
 
 
-def _attention(attention: Any, states: Tensor, plan: ForestPlan, angles: tuple[Tensor, Tensor]) -> Tensor:
+def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, angles: tuple[Tensor, Tensor]) -> Tensor:
     """The layer's attention with queries at the positions that are kept."""
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     # Mistral's layers leave the window to the configuration.
@@ -72,7 +72,7 @@ def _attention(attention: Any, states: Tensor, plan: ForestPlan, angles: tuple[T
     # The model's own rotation turns queries and keys together; of each call one side has no heads.
     query, _ = rotate(query, query[:, :0], cos[:, plan.kept], sin[:, plan.kept])
     _, key = rotate(key[:, :0], key, cos, sin)
-    output, _ = forest_attention(
+    output, _ = tree_attention(
         attention,
         query,
         key,

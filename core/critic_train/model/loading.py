@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError
-from critic_train.json_files import read_object
+from critic_train.jsonio import read_json_object
 from critic_train.model.attention import NAME
 from critic_train.model.compute import Compute
+from critic_train.model.config import check_config_against_weights, refuse_unsafe_config, without_kernels
 from critic_train.model.critic import Critic, ValueHead
-from critic_train.model.trust import hold_against_weights, refuse_claims, without_kernels
 
 HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
 """Where frameworks keep a value head: Hugging Face, OpenRLHF, verl; xtuner; TRL; DeepSpeed-Chat; GPT-2's class."""
@@ -87,7 +87,7 @@ def read_model(path: Path) -> ModelSource:
     files = weight_files(path)
     config = prepare_config(_parsed_config(path, raw))
     shapes = _shapes(files)
-    hold_against_weights(path, config, shapes)
+    check_config_against_weights(path, config, shapes)
     named = raw.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
     source = ModelSource(
@@ -122,7 +122,7 @@ def load_critic(
         ModelError: weights are missing, damaged or of another shape than the configuration says.
     """
     if compute is not None and compute.ranks.sharded:
-        from critic_train.distributed.sharded_loading import load_sharded
+        from critic_train.model.sharded_checkpoint import load_sharded
 
         return load_sharded(source, compute, adapt)
     try:
@@ -189,7 +189,7 @@ def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def _raw_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
-        return read_object(file)
+        return read_json_object(file)
     except FileNotFoundError:
         raise ModelError(
             f"{path} has no config.json",
@@ -213,7 +213,7 @@ def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         )
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
-    refuse_claims(path, raw, config)
+    refuse_unsafe_config(path, raw, config)
     return config
 
 
@@ -223,7 +223,7 @@ def weight_files(path: Path) -> list[Path]:
     # Where both stand, transformers takes the single file.
     if index.exists() and not (path / "model.safetensors").exists():
         try:
-            named = set(read_object(index)["weight_map"].values())
+            named = set(read_json_object(index)["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} cannot be read: {_first_line(error)}") from error
         escaping = [name for name in named if not isinstance(name, str) or Path(name).name != name]

@@ -31,7 +31,7 @@ ATTENTION = (
 T = TypeVar("T")
 
 
-def trade_memory(critic: Critic, settings: MemorySettings) -> None:
+def apply_memory_options(critic: Critic, settings: MemorySettings) -> None:
     """Set a critic up for training as the settings say, once its packing is chosen.
 
     Raises:
@@ -105,7 +105,7 @@ def _keeping_half() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def in_memory(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, critic: Critic) -> T:
+def with_oom_retry(attempt: Callable[[], T], rollouts: Rollouts, compute: Compute, critic: Critic) -> T:
     """Do something micro-batch by micro-batch; where memory runs out, do it again from the start with half of them.
 
     Args:

@@ -1,17 +1,24 @@
-"""Cut a mini-batch into micro-batches of at most `max_tokens` computed tokens."""
+"""Cut a mini-batch into micro-batches of at most `max_tokens` computed tokens.
+
+Values of whole rollouts, without gradients: for evaluation and for fresh old values.
+"""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from critic_train.ahead import ahead
-from critic_train.distributed.shares import Cost, Pieces, shares
 from critic_train.model.compute import Compute
-from critic_train.model.forest import PrefixOrder, prefix_order
-from critic_train.model.inputs import ModelInput, forest_input, nothing_asked, rows_input
+from critic_train.model.critic import Critic
+from critic_train.model.memory import with_oom_retry
+from critic_train.model.model_input import ModelInput, forest_input, nothing_asked, rows_input
+from critic_train.model.prefix_tree import PrefixOrder, prefix_order
+from critic_train.model.work_sharing import Cost, Pieces, shares
+from critic_train.prefetch import ahead
 from critic_train.rollouts import Rollouts
+from critic_train.stopping import StopRequest
 
 AHEAD = 2
 """Micro-batches laid out while the device computes."""
@@ -134,3 +141,35 @@ def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
         bins[number].append(item)
         insort(rooms, (room - sizes[item], number))
     return bins
+
+
+def predict_values(
+    critic: Critic, rollouts: Rollouts, compute: Compute, *, forest: bool, stop: StopRequest | None = None
+) -> NDArray[np.float32] | None:
+    """The critic's value paired with every response token.
+
+    Args:
+        critic: on its device.
+        rollouts: any number of rollouts; those that stand together should share prompts.
+        compute: device, precision and token budget, which is lowered where memory runs out; of several ranks each
+            computes its share, and all get all values.
+        forest: lay rollouts out as a forest, or as padded rows.
+        stop: looked at between micro-batches.
+
+    Returns:
+        float32 [T], 0 where response_mask is false; None when asked to stop.
+    """
+
+    def attempt() -> NDArray[np.float32] | None:
+        values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
+        try:
+            with torch.no_grad(), compute.autocast():
+                for batch in micro_batches(rollouts, compute, forest=forest):
+                    if stop is not None and stop.look():
+                        return None
+                    values[batch.tokens] = critic(batch).float().cpu().numpy()
+        finally:
+            compute.ranks.in_parts((critic.trunk, critic.head))
+        return compute.ranks.total_of(values)
+
+    return with_oom_retry(attempt, rollouts, compute, critic)

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-from critic_train.distributed.ranks import ALONE, Ranks
+from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
+from critic_train.model.config import may_be_copied
 from critic_train.model.critic import Critic
 from critic_train.model.lora import folded, is_adapted, save_adapters
-from critic_train.model.trust import may_be_copied
 from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
@@ -53,7 +53,9 @@ def checkpoint_bytes(critic: Critic) -> int:
     return 4 * sum(p.numel() for p in critic.parameters()) + 8 * trained + 2**20
 
 
-def save_critic(critic: Critic, directory: Path | None, tokenizer_from: Path | None, ranks: Ranks = ALONE) -> None:
+def save_critic(
+    critic: Critic, directory: Path | None, tokenizer_from: Path | None, ranks: Ranks = SINGLE_PROCESS
+) -> None:
     """Write weights (safetensors, sharded when large), config.json and the tokenizer's files.
 
     Args:
@@ -66,7 +68,7 @@ def save_critic(critic: Critic, directory: Path | None, tokenizer_from: Path | N
         OSError: the disk is full or not writable.
     """
     if ranks.sharded:
-        from critic_train.distributed.sharded_saving import save_sharded
+        from critic_train.model.sharded_checkpoint import save_sharded
 
         save_sharded(critic, directory, tokenizer_from)
         return

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from critic_train.errors import MachineError, ModelError
-from critic_train.model.attention import NAME, ForestUnsupportedError
+from critic_train.model.attention import NAME, TreeUnsupportedError, choose_attention
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.forest import lay_out, prefix_order
-from critic_train.model.inputs import forest_input
-from critic_train.model.kernels.choosing import choose_attention
 from critic_train.model.last_layer import narrow_last_layer, widen_last_layer
 from critic_train.model.memory import is_out_of_memory, release_memory
+from critic_train.model.model_input import forest_input
+from critic_train.model.prefix_tree import build_prefix_trees, prefix_order
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 
@@ -47,7 +46,7 @@ class PackingChoice:
     reason: str = ""
 
 
-def settle(
+def select_packing(
     critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute
 ) -> tuple[PackingChoice, list[str]]:
     """Choose packing and attention for a critic, by trying them, and set the trunk's and `compute`'s attention.
@@ -70,7 +69,7 @@ def settle(
     while True:
         ranks.attempting()
         try:
-            found = _settled(critic, rollouts, settings, compute, said)
+            found = _try_packing(critic, rollouts, settings, compute, said)
             ranks.total(torch.zeros(1))  # no rank is done with what another one runs out in
             return found
         except Exception as error:
@@ -94,14 +93,14 @@ def settle(
         ]
 
 
-def _settled(
+def _try_packing(
     critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute, said: list[str]
 ) -> tuple[PackingChoice, list[str]]:
     with compute.ranks.in_float32((critic.trunk, critic.head)):
         choice = choose_packing(critic, rollouts, settings.packing)
     said = [*said, choice.reason] if choice.reason else said
     if choice.forest:
-        forest = lay_out(rollouts, prefix_order(rollouts))
+        forest = build_prefix_trees(rollouts, prefix_order(rollouts))
         compute.attention, passed = choose_attention(settings.attention, forest, compute.device, compute.precision)
         said = said + passed
     return choice, said
@@ -129,7 +128,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
     try:
         critic.trunk.set_attn_implementation(NAME)
         difference = _difference(critic, sample, alone)
-    except ForestUnsupportedError as error:
+    except TreeUnsupportedError as error:
         reason = f"this architecture's attention uses {error}"
     except (TypeError, ValueError):
         reason = "this architecture takes no attention but its own"

@@ -3,19 +3,29 @@
 A watcher is told of each operation before it happens. So a test can fail the n-th one, or end the process at it, and
 see what is left (SQLite tests its own file layer so: https://www.sqlite.org/testing.html#crash_testing). Nothing is
 retried and nothing is hidden here; what makes several operations one, durably, is in `durable`.
+
+Writes that survive: a file appears under its name whole, or not at all.
+
+How much room there is on the disk, and whether it will do.
 """
 
 import errno
+import hashlib
+import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
+
+from critic_train.errors import MachineError
+from critic_train.text import without_secrets
 
 Kind = Literal[
     "create", "append", "write", "truncate", "sync", "mkdir", "rename", "link", "remove", "library", "library done"
@@ -242,3 +252,74 @@ def library_writes(path: Path) -> Iterator[None]:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     _tell("library done", path)
+
+
+def replace_file(path: Path, data: Data) -> None:
+    """Write a file beside its place, sync it and rename it there.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file stands unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_file(temporary, data)
+        rename(temporary, path)
+    except OSError:
+        remove(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put JSON under a name, whole or not at all, secrets hidden. NaN is refused, since it is no JSON.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file stands unchanged.
+    """
+    replace_file(path, without_secrets(json.dumps(value, indent=2, allow_nan=False)).encode() + b"\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""No space, no quota, no larger files: what removing something may help against."""
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def free_bytes(path: Path) -> int:
+    """What this user may still write at `path`, or where its nearest standing parent is. A quota is not seen."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def in_units(count: int) -> str:
+    """`1234567` -> `1.2 MB`."""
+    number, unit = float(count), 0
+    while number >= 1000 and unit < len(UNITS) - 1:
+        number, unit = number / 1000, unit + 1
+    return f"{number:.1f} {UNITS[unit]}" if unit else f"{count} bytes"
+
+
+def require_room(path: Path, needed: int, what: str, *, hint: str) -> None:
+    """Raise where the disk has less room than will be needed.
+
+    Args:
+        path: where it will be written.
+        needed: bytes.
+        what: what needs them, as in "3 checkpoints of 1.6 GB".
+        hint: what to do.
+
+    Raises:
+        MachineError: there is not enough.
+    """
+    free = free_bytes(path)
+    if needed > free:
+        raise MachineError(
+            f"not enough room at {path} for {what}: {in_units(needed)} needed, {in_units(free)} free",
+            hint=hint,
+        )

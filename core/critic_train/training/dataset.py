@@ -8,21 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.data.bad_files import BadFiles
-from critic_train.data.checking import FROM_SCRATCH, RowLimits
+from critic_train.data.addresses import UidLookup
+from critic_train.data.bad_input import BadFiles
 from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader
+from critic_train.data.rollout_cache import CacheDamaged, CacheWriter, RolloutCache
+from critic_train.data.row_checks import FROM_SCRATCH, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
-from critic_train.data.spool import Spool, SpoolDamaged
-from critic_train.data.spool_writing import SpoolWriter
-from critic_train.data.uids import UidLookup
 from critic_train.errors import DataError, MachineError
 from critic_train.events import Event, Notice, Progress
-from critic_train.json_files import read_object
+from critic_train.jsonio import read_json_object
 from critic_train.model.loading import ModelSource
 from critic_train.rollouts import Rollouts
-from critic_train.run.durable import write_json
-from critic_train.run.storage import make_directory, remove_tree
+from critic_train.run.storage import make_directory, remove_tree, write_json
 from critic_train.settings import FitSettings, column_renames
 from critic_train.stopping import StopRequest
 from critic_train.training.targets import Targets
@@ -44,7 +42,7 @@ class RolloutSet:
         files: name and rows of each shard they were read from, in order.
     """
 
-    spool: Spool
+    spool: RolloutCache
     index: NDArray[np.int64]
     files: list[tuple[str, int]]
 
@@ -200,7 +198,7 @@ def open_data(
     left_out: dict[str, Any] = {}
     files_left_out: dict[str, Any] = {}
     files_read: dict[str, list[tuple[str, int]]] = {}
-    spools: dict[str, Spool] = {}
+    spools: dict[str, RolloutCache] = {}
     sources = (
         ("train", shards.data, shards.bad_files, shards.data_fingerprint),
         ("val", shards.val_data, shards.val_bad_files, shards.val_fingerprint),
@@ -212,7 +210,7 @@ def open_data(
         if spool is None:
             return None
         spools[name] = spool
-        kept = read_object(cache / name / READING)
+        kept = read_json_object(cache / name / READING)
         left_out[name], files_left_out[name] = kept["rows_left_out"], kept["files_left_out"]
         files_read[name] = [(file, rows) for file, rows in kept["files_read"]]
     train, held_out = _sets(settings, spools, files_read)
@@ -238,8 +236,8 @@ def data_read_by_rank_0(settings: FitSettings, cache: Path, names: list[str]) ->
         MachineError: the cache is not to be seen from here.
     """
     try:
-        spools = {name: Spool.open(cache / name) for name in names}
-    except SpoolDamaged as fault:
+        spools = {name: RolloutCache.open(cache / name) for name in names}
+    except CacheDamaged as fault:
         raise MachineError(
             f"the rollouts that rank 0 has read are not to be seen from here: {fault}",
             hint="--out must be on a file system that all machines share",
@@ -249,7 +247,7 @@ def data_read_by_rank_0(settings: FitSettings, cache: Path, names: list[str]) ->
 
 
 def _sets(
-    settings: FitSettings, spools: dict[str, Spool], files_read: dict[str, list[tuple[str, int]]]
+    settings: FitSettings, spools: dict[str, RolloutCache], files_read: dict[str, list[tuple[str, int]]]
 ) -> tuple[RolloutSet, RolloutSet | None]:
     """What to train on and what is held out: --val-data, or a share of the prompt groups."""
     everything = {
@@ -291,7 +289,7 @@ def _spool(
     limits: RowLimits,
     cache: Path,
     stop: StopRequest,
-) -> Generator[Event, None, Spool | None]:
+) -> Generator[Event, None, RolloutCache | None]:
     """Yields progress and notices; returns the spool, None when asked to stop."""
     directory = cache / name
     targets = Targets.of(settings)
@@ -307,8 +305,8 @@ def _spool(
     known = directory / "read_as.json"
     if known.is_file():
         try:
-            if read_object(known) == read_as and read_object(directory / READING).keys() == READING_KEYS:
-                return Spool.open(directory)
+            if read_json_object(known) == read_as and read_json_object(directory / READING).keys() == READING_KEYS:
+                return RolloutCache.open(directory)
         except (OSError, ValueError) as fault:
             yield Notice(message=f"the run's cache is read anew: {fault}", level="warning")
     remove_tree(directory)
@@ -327,7 +325,7 @@ def _spool(
     total = sum(shard.num_rows for shard in files)
     stage = "reading rollouts" if name == "train" else "reading held-out rollouts"
     yield Progress(stage=stage, done=0, total=total)
-    with SpoolWriter(directory) as writer:
+    with CacheWriter(directory) as writer:
         for batch in reader:
             if stop.requested:
                 writer.abandon()
@@ -337,7 +335,7 @@ def _spool(
         if stop.requested:
             writer.abandon()
             return None
-    spool = Spool.open(directory)
+    spool = RolloutCache.open(directory)
     yield Progress(stage=stage, done=total, total=total)
     for sentence in reader.notices:
         yield Notice(message=sentence)

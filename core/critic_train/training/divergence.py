@@ -9,22 +9,21 @@ import torch
 from numpy.typing import NDArray
 
 from critic_train.data.addresses import Address
-from critic_train.data.canonical import rollout_table
-from critic_train.data.writing import ShardFile
+from critic_train.data.writing import ShardFile, rollout_table
 from critic_train.errors import DivergedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.memory import in_memory
+from critic_train.model.memory import with_oom_retry
 from critic_train.model.tensor_file import part_here
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
-from critic_train.training.step import LossRecipe, gradient_norm, gradient_pass, mini_batch_weights
+from critic_train.training.train_step import LossRecipe, gradient_norm, gradient_pass, mini_batch_weights
 
 SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Suspects:
+class DivergedRollouts:
     """The rollouts behind a mini-batch that is not finite.
 
     Attributes:
@@ -38,9 +37,9 @@ class Suspects:
     what: str
 
 
-def find_suspects(
+def find_diverged_rollouts(
     critic: Critic, rollouts: Rollouts, recipe: LossRecipe, compute: Compute, *, forest: bool
-) -> Suspects:
+) -> DivergedRollouts:
     """Take the gradient of every micro-batch again, each by itself; the weights have not moved, so it is the same.
 
     This costs another step's computation, where a step was not finite. Steps that are pay nothing for it.
@@ -70,10 +69,12 @@ def find_suspects(
             own = weights[rollouts.offsets[places[i]] : rollouts.offsets[places[i] + 1]]
             finite[i] = all(sound for _, sound in _parts(critic, alone, own, recipe, compute, forest))
     order = np.argsort(finite, kind="stable")
-    return Suspects(places=places[order], finite=finite[order], what=what)
+    return DivergedRollouts(places=places[order], finite=finite[order], what=what)
 
 
-def keep_suspects(path: Path, rollouts: Rollouts, suspects: Suspects, found_at: list[Address], step: int) -> str:
+def save_diverged_rollouts(
+    path: Path, rollouts: Rollouts, suspects: DivergedRollouts, found_at: list[Address], step: int
+) -> str:
     """Keep the rollouts as a shard that every command reads, and put them into words.
 
     Args:
@@ -99,7 +100,7 @@ def keep_suspects(path: Path, rollouts: Rollouts, suspects: Suspects, found_at: 
     return f"{suspects.what}: {count}{first}, {kept}\n{shown}{more}"
 
 
-def _write(path: Path, kept: Rollouts, suspects: Suspects, found_at: list[Address], step: int) -> None:
+def _write(path: Path, kept: Rollouts, suspects: DivergedRollouts, found_at: list[Address], step: int) -> None:
     tokens = {"input_ids": kept.input_ids, "response_mask": kept.response_mask, "returns": kept.returns}
     if kept.values is not None:
         tokens["values"] = kept.values
@@ -158,4 +159,4 @@ def _parts(
         gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=never, after_each=look)
         return found
 
-    return in_memory(attempt, rollouts, compute, critic)
+    return with_oom_retry(attempt, rollouts, compute, critic)

@@ -8,30 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from critic_train.check.survey import Survey, sharing
 from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader
-from critic_train.distributed.ranks import ALONE, joined
-from critic_train.doctor.survey import Survey, sharing
+from critic_train.distributed.ranks import SINGLE_PROCESS, init_ranks
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
 from critic_train.model.loading import ModelSource, read_model
-from critic_train.model.memory import trade_memory
+from critic_train.model.memory import apply_memory_options
 from critic_train.model.saving import checkpoint_bytes
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, settle
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
-from critic_train.run.room import free_bytes
+from critic_train.run.storage import free_bytes
 from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.model import trained_layers
 from critic_train.stopping import StopRequest
-from critic_train.training.critics import Shape, critic_of, placed
+from critic_train.training.build import Shape, build_run_critic, to_device_or_shard
 from critic_train.training.dataset import find_run_shards, limits_of
-from critic_train.training.frozen_trunk import give_states, not_kept
-from critic_train.training.kept_states import ROW_BYTES, STATE_BYTES
-from critic_train.training.pace import Layout, Pace, measure
+from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES, not_kept, supports_cached_states
 from critic_train.training.plan import make_plan
-from critic_train.training.resuming import CACHED_BYTES_PER_TOKEN
+from critic_train.training.run_record import CACHED_BYTES_PER_TOKEN
+from critic_train.training.step_timing import Layout, Pace, measure
 from critic_train.training.targets import Targets
 
 TIMED_TOKENS = 2
@@ -56,9 +55,9 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     Raises:
         CriticTrainError: what would stop the run before its first step.
     """
-    alone = nullcontext(ALONE)
+    alone = nullcontext(SINGLE_PROCESS)
     offloads = resolve_offload(settings) == "all"
-    with joined(settings, nproc=1, device=settings.device, sharded=True) if offloads else alone as ranks:
+    with init_ranks(settings, nproc=1, device=settings.device, sharded=True) if offloads else alone as ranks:
         yield from _estimated(settings, out, resolve_compute(settings, ranks), stop)
 
 
@@ -85,12 +84,12 @@ def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopReq
         max_length=train.longest,
         mean_return=float(few.returns[few.response_mask].mean()),
     )
-    critic, compute = placed(critic_of(settings, source, None, compute, shape), compute)
+    critic, compute = to_device_or_shard(build_run_critic(settings, source, None, compute, shape), compute)
     tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
-    choice, said = settle(critic, tried, settings, compute)
-    trade_memory(critic, settings)
+    choice, said = select_packing(critic, tried, settings, compute)
+    apply_memory_options(critic, settings)
     layers = trained_layers(settings.train)
-    keeps = layers is not None and give_states(critic, layers, tried, compute, forest=choice.forest)
+    keeps = layers is not None and supports_cached_states(critic, layers, tried, compute, forest=choice.forest)
     for sentence in [*said, *([] if keeps or layers is None else [not_kept(critic)])]:
         yield Notice(message=sentence, level="warning")
     pace = yield from measure(critic, few, settings, compute, forest=choice.forest, keeps_states=keeps, stop=stop)

@@ -1,4 +1,10 @@
-"""AdamW with 8-bit moments by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861), on whole parameters or on parts.
+"""8-bit moments in files: codes, one scale for every 256 of them, and what the codes stand for.
+
+The blocks of 256 begin anew in the part of each rank. A file holds the parts end to end and says how many there are, so
+that as many ranks find what they left to the bit. Others do as well wherever their blocks begin at the same places, as
+they do in matrices whose rows are multiples of 256; elsewhere the numbers are quantised anew.
+
+AdamW with 8-bit moments by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861), on whole parameters or on parts.
 
 bitsandbytes knows plain tensors alone. Where parameters are spread over ranks, it is given what this rank keeps of
 each: AdamW goes number by number, so that a part is updated as it is in the whole.
@@ -6,15 +12,132 @@ each: AdamW goes number by number, so that a part is updated as it is in the who
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from critic_train.errors import ConfigError
-from critic_train.model.tensor_file import part_here
+from critic_train.model.tensor_file import part_here, rows_here
+
+BLOCK = 256
+CODES = ("qmap1", "qmap2")
+"""What the 256 codes of each moment stand for."""
+PARTS = "parts"
+"""In the file's metadata: over how many ranks its parameters were spread. A file of one process does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the numbers of a tensor are shared out among parts, by rows.
+
+    Attributes:
+        rows: of the whole.
+        width: numbers in a row.
+        parts: how many.
+    """
+
+    rows: int
+    width: int
+    parts: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, parts: int) -> "Cut":
+        """That of a tensor, whole or spread."""
+        return cls(tensor.shape[0], tensor.numel() // max(1, tensor.shape[0]), parts)
+
+    def span(self, part: int) -> tuple[int, int]:
+        """(first, one past the last) number of a part, as torch.chunk cuts."""
+        each = -(-self.rows // self.parts)
+        first = min(self.rows, part * each)
+        return first * self.width, min(self.rows, first + each) * self.width
+
+    def blocks(self, part: int) -> int:
+        """How many blocks a part has."""
+        first, last = self.span(part)
+        return -(-(last - first) // BLOCK)
+
+
+def whole_state(state: dict[str, Any], parameter: Any) -> dict[str, Any]:
+    """A rank's part of the state of a parameter as what a file holds: codes as the rows of one tensor, scales of all
+    parts end to end. All ranks call it for the same parameters in the same order."""
+    from critic_train.model.sharded_checkpoint import as_rows_of, end_to_end
+
+    found = dict(state)
+    cut = Cut.of(parameter, parameter.device_mesh.size())
+    for which in (1, 2):
+        found[f"state{which}"] = as_rows_of(parameter, state[f"state{which}"])
+        if f"absmax{which}" in state:
+            lengths = [cut.blocks(part) for part in range(cut.parts)]
+            found[f"absmax{which}"] = end_to_end(parameter, state[f"absmax{which}"], lengths).cpu()
+    return found
+
+
+def stored_state(file: Path, name: str, names: Set[str], parameter: Tensor) -> dict[str, Any]:
+    """What a file holds of one parameter's state; of one that is spread over ranks, this rank's part.
+
+    Args:
+        file: written on any number of ranks.
+        name: the parameter's.
+        names: of all tensors in the file.
+        parameter: whose state it is.
+
+    Raises:
+        RuntimeError, SafetensorError: the file does not fit the parameter.
+    """
+    first, last = rows_here(parameter) if hasattr(parameter, "to_local") else (0, parameter.shape[0])
+    device = parameter.device
+    with safe_open(file, framework="pt") as stored:
+        parts = int((stored.metadata() or {}).get(PARTS, 1))
+        cut = Cut.of(parameter, parts)
+        state: dict[str, Any] = {"step": int(stored.get_tensor(f"step.{name}"))}
+        for which in (1, 2):
+            rows = stored.get_slice(f"state{which}.{name}")
+            if rows.get_shape() != list(parameter.shape):
+                raise RuntimeError(f"its shape is {rows.get_shape()}, not {list(parameter.shape)}")
+            moment = rows[first:last] if first < last else torch.empty(0, *parameter.shape[1:])
+            if f"absmax{which}.{name}" in names:
+                scales = stored.get_tensor(f"absmax{which}.{name}")
+                meaning = stored.get_tensor(f"qmap{which}.{name}")
+                moment, scales = in_own_blocks(moment.to(torch.uint8), scales, meaning, cut, first * cut.width)
+                state |= {f"absmax{which}": scales.to(device), f"qmap{which}": meaning.to(device)}
+            state[f"state{which}"] = moment.to(device)
+    return state
+
+
+def in_own_blocks(codes: Tensor, scales: Tensor, meaning: Tensor, cut: Cut, first: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some numbers in a row, in blocks that begin with the first of them.
+
+    Args:
+        codes: uint8, of these numbers.
+        scales: float32, of all blocks of the file.
+        meaning: float32 [256], what the codes stand for.
+        cut: into the parts of the file.
+        first: the place of the first number in the whole.
+    """
+    pieces, kept, base = [], True, 0
+    for part in range(cut.parts):
+        begin, end = cut.span(part)
+        start, stop = max(begin, first), min(end, first + codes.numel())
+        if start < stop:
+            of_piece = scales[base + (start - begin) // BLOCK : base + -(-(stop - begin) // BLOCK)]
+            pieces.append((of_piece, (start - begin) % BLOCK, stop - start))
+            kept = kept and (begin - first) % BLOCK == 0
+        base += cut.blocks(part)
+    if not pieces:
+        return codes, scales[:0]
+    if kept:
+        return codes, torch.cat([of_piece for of_piece, _, _ in pieces])
+    from bitsandbytes.functional import quantize_blockwise
+
+    each = torch.cat([s.repeat_interleave(BLOCK)[skipped : skipped + count] for s, skipped, count in pieces])
+    again, kind = quantize_blockwise(meaning[codes.flatten().long()] * each, code=meaning, blocksize=BLOCK)
+    return again.view(codes.shape), kind.absmax
+
 
 SMALL = 4096
 """Parameters with fewer numbers keep float32 moments: bitsandbytes' own limit. It is the whole that counts, so that the

@@ -4,29 +4,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from critic_train.callbacks.observer import Observer, observed
+from critic_train.callbacks.report_writer import ReportWriter
+from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
-from critic_train.distributed.ranks import joined
+from critic_train.distributed.ranks import init_ranks
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.loading import read_model
-from critic_train.observing.observer import Observer, observed
-from critic_train.observing.report import ReportWriter
-from critic_train.observing.trackers import require_packages, trackers
 from critic_train.run.checkpoint import newest_checkpoint, resolve_model
-from critic_train.run.directory import RunDirectory
-from critic_train.run.followed import FollowedRun
+from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import (
-    data_read_by_rank_0,
-    find_run_shards,
-    limits_of,
-    open_data,
+from critic_train.training.build import build_trainer
+from critic_train.training.dataset import data_read_by_rank_0, find_run_shards, limits_of, open_data
+from critic_train.training.run_record import (
+    compare_with_before,
+    find_resume_checkpoint,
+    places_of,
+    require_room_for_cache,
+    result_of,
 )
-from critic_train.training.preparing import prepare
-from critic_train.training.record import compare_with_before, places_of, result_of
-from critic_train.training.resuming import require_room_for_cache, take_up
 from critic_train.training.trainer import Trainer
 
 
@@ -45,7 +44,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     """
     require_packages(settings)
     sharded = resolve_offload(settings) == "all"
-    with joined(settings, nproc=settings.nproc, device=settings.device, sharded=sharded) as ranks:
+    with init_ranks(settings, nproc=settings.nproc, device=settings.device, sharded=sharded) as ranks:
         compute = resolve_compute(settings, ranks)
         yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
 
@@ -75,7 +74,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
             ranks.tell(None)
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
-        checkpoint = yield from take_up(run)
+        checkpoint = yield from find_resume_checkpoint(run)
         ranks.tell(
             {
                 "out": str(run.path),
@@ -85,7 +84,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
             }
         )
         stop = ranks.agreeing(stop)
-        trainer = yield from prepare(settings, run, data, source, checkpoint, compute, stop)
+        trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
         yield from observed(trainer.train(), _observers(trainer))
         stopped = stop.requested  # looked at once: a signal may come at any moment
         result = result_of(trainer, began, "interrupted" if stopped else "finished")
@@ -102,12 +101,12 @@ def _follow(settings: FitSettings, compute: Compute, stop: StopRequest) -> Itera
     if told is None:
         yield RunEnded(status="already finished")
         return
-    with FollowedRun(Path(told["out"])) as run:
+    with ReadOnlyRun(Path(told["out"])) as run:
         data = data_read_by_rank_0(settings, run.cache, told["sets"])
         source = read_model(Path(told["model"])) if told["model"] else None
         checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
         stop = compute.ranks.agreeing(stop)
-        trainer = yield from prepare(settings, run, data, source, checkpoint, compute, stop)
+        trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
         yield from trainer.train()
         status = "interrupted" if stop.requested else "finished"
         yield RunEnded(status=status, signal_number=stop.signal_number)

@@ -8,15 +8,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from critic_train.distributed.ranks import ALONE, Ranks
+from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import ModelError
 from critic_train.model.critic import Critic
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.settings import Offload, OptimizerKind, Schedule
-from critic_train.training.eight_bit import AdamWOfParts, in_8_bits
-from critic_train.training.eight_bit_state import CODES, PARTS, stored_state, whole_state
-from critic_train.training.offloading import MOMENTS, HostAdamW
+from critic_train.training.eight_bit import CODES, PARTS, AdamWOfParts, in_8_bits, stored_state, whole_state
+from critic_train.training.host_adamw import MOMENTS, HostAdamW
 
 STATE_FILE = "optimizer.safetensors"
 
@@ -82,7 +81,7 @@ def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_s
 
 
 def save_optimizer(
-    optimizer: torch.optim.Optimizer, critic: Critic, directory: Path | None, ranks: Ranks = ALONE
+    optimizer: torch.optim.Optimizer, critic: Critic, directory: Path | None, ranks: Ranks = SINGLE_PROCESS
 ) -> None:
     """Write both moments of every parameter, and the step count, as safetensors; in 8 bits, their scales as well.
 
@@ -104,7 +103,7 @@ def save_optimizer(
             tensors[f"{key}.{name}"] = tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous()
     file = None if directory is None else directory / STATE_FILE
     if ranks.sharded:
-        from critic_train.distributed.sharded_saving import whole
+        from critic_train.model.sharded_checkpoint import whole
 
         metadata = {PARTS: str(ranks.size)} if isinstance(optimizer, AdamWOfParts) else None
         write_tensors(file, tensors, lambda name: whole(tensors[name]), metadata)

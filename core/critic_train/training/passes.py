@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.errors import MachineError
+from critic_train.evaluation.examples import Examples
+from critic_train.evaluation.judge import Judge
+from critic_train.evaluation.summary_text import summary_text
 from critic_train.events import Event, Progress
-from critic_train.judging.examples import Examples
-from critic_train.judging.judge import Judge
-from critic_train.judging.words import in_words
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.predicting import predict_values
+from critic_train.model.microbatches import predict_values
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import ROLLOUTS_AT_ONCE, RolloutSet, RunData
@@ -137,4 +137,4 @@ def judge_held_out(
         "return_histogram": verdict["return_histogram"],
         "baselines": verdict["baselines"],
     }
-    return ranks.told(recorded), verdict | {"words": in_words(verdict), "examples": examples.records()}
+    return ranks.told(recorded), verdict | {"words": summary_text(verdict), "examples": examples.records()}

@@ -1,13 +1,100 @@
-"""Which rollouts each step of a run trains on: a pure function of the settings and the rollouts."""
+"""Where a run stands.
+
+The token budget over a run's stops: where memory ran out once, a resumed run starts with what was enough.
+
+Which rollouts each step of a run trains on: a pure function of the settings and the rollouts.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.data.order import EpochPlan, epoch_plan, steps_of_epoch
+from critic_train.model.compute import Compute
 from critic_train.settings import FitSettings
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """Where a run stands; all that a checkpoint needs to remember besides weights and moments.
+
+    No random state is kept because none is used: the order of the rollouts is a function of (seed, epoch), dropout
+    is off, and initial weights are drawn once from the seed.
+
+    Attributes:
+        step: optimizer steps taken.
+        evaluated_step: the step of the last evaluation, -1 before the first.
+        best_step: the step with the best held-out figure (`--best-by`) so far, None while there is none.
+        best_figure: that figure.
+        evaluations_since_best: evaluations after it; after step 0 while there is none.
+        metrics_bytes: length of metrics.jsonl at the checkpoint.
+        skips: steps left out so far because their loss or gradient was not finite.
+    """
+
+    step: int = 0
+    evaluated_step: int = -1
+    best_step: int | None = None
+    best_figure: float | None = None
+    evaluations_since_best: int = 0
+    metrics_bytes: int = 0
+    skips: int = 0
+
+    @classmethod
+    def of(cls, record: dict[str, Any], total_steps: int) -> "Position":
+        """The position that a checkpoint recorded. Raises TypeError or ValueError where it is none."""
+        position = cls(**record)
+        counts = (position.step, position.metrics_bytes, position.skips, position.evaluations_since_best)
+        if not all(type(count) is int and count >= 0 for count in counts) or type(position.evaluated_step) is not int:
+            raise ValueError("a count that is no whole number")
+        if position.step > total_steps:
+            raise ValueError(f"step {position.step} of a run of {total_steps}")
+        if not isinstance(position.best_step, int | None) or not isinstance(position.best_figure, float | int | None):
+            raise ValueError("a best step or figure that is no number")
+        return position
+
+
+def budget_record(settings: FitSettings, compute: Compute) -> dict[str, int]:
+    """What a checkpoint remembers of it.
+
+    `asked` is --max-tokens and `max_tokens` what memory had room for, on each of `ranks` processes.
+    """
+    return {"asked": settings.max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
+
+
+def restore_token_budget(record: dict[str, Any] | None, settings: FitSettings, compute: Compute) -> str:
+    """Lower `compute.max_tokens` to what a checkpoint remembers.
+
+    Another --max-tokens than before is taken at its word, and so is the same one on another number of ranks: each then
+    holds another part of the weights.
+
+    Args:
+        record: of `budget_record`; None where the checkpoint has none.
+        settings: of this start.
+        compute: its `max_tokens` is lowered.
+
+    Returns:
+        What to tell the user; nothing where nothing was lowered.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such record.
+    """
+    if record is None:
+        return ""
+    asked, lowered, size = (record[name] for name in ("asked", "max_tokens", "ranks"))
+    if not all(type(number) is int and number > 0 for number in (asked, lowered, size)):
+        raise ValueError("a token budget that is no whole number")
+    if (asked, size) != (settings.max_tokens, compute.ranks.size) or lowered >= compute.max_tokens:
+        return ""
+    compute.start_at(lowered)
+    return (
+        f"memory ran out with {asked:,} tokens at once before: starting with {lowered:,}; the result is the same. "
+        f"Any other --max-tokens than {asked} is tried as it is"
+    )
+
 
 DEFAULT_EPOCHS = 3
 EVALUATIONS_A_RUN = 10

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from critic_train.data.reading import Needs
-from critic_train.returns.recipe import ReturnRecipe
+from critic_train.data.returns import ReturnRecipe
 from critic_train.rollouts import Rollouts
 from critic_train.settings import FitSettings
 

@@ -9,35 +9,31 @@ from typing import Any
 
 import torch
 
-from critic_train.ahead import ReadAhead
 from critic_train.data.addresses import addresses
 from critic_train.errors import ModelError
+from critic_train.evaluation.advantages import AdvantageRecipe
+from critic_train.evaluation.examples import Examples
+from critic_train.evaluation.judge import Judge
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, StepEnded
-from critic_train.judging.advantages import AdvantageRecipe
-from critic_train.judging.examples import Examples
-from critic_train.judging.judge import Judge
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.saving import checkpoint_bytes, save_critic
+from critic_train.prefetch import ReadAhead
 from critic_train.rollouts import Rollouts
-from critic_train.run.checkpoint import checkpoint_name, checkpoint_step, read_state
-from critic_train.run.directory import RunDirectory
-from critic_train.run.durable import write_json
-from critic_train.run.keeping import Keeper
+from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
+from critic_train.run.run_directory import RunDirectory
+from critic_train.run.storage import write_json
 from critic_train.settings import FitSettings, column_renames
 from critic_train.settings.run import LOWER_IS_BETTER
 from critic_train.stopping import StopRequest
-from critic_train.training.budget import budget_record, take_up_budget
 from critic_train.training.dataset import RunData
-from critic_train.training.divergence import diverged, find_suspects, keep_suspects
-from critic_train.training.frozen_trunk import keep_states
-from critic_train.training.kept_states import KeptStates
+from critic_train.training.divergence import diverged, find_diverged_rollouts, save_diverged_rollouts
+from critic_train.training.frozen_cache import CachedStates, cache_states
 from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.passes import Pass, judge_held_out, take_old_values
-from critic_train.training.plan import TrainingPlan
-from critic_train.training.position import Position
-from critic_train.training.step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
+from critic_train.training.plan import Position, TrainingPlan, budget_record, restore_token_budget
 from critic_train.training.targets import Targets
+from critic_train.training.train_step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
 
 SATURATION_WORTH_A_WARNING = 0.2
 
@@ -72,11 +68,11 @@ class Trainer:
     warned_of_saturation: bool = False
     keeps_states: bool = False
     judging: Compute = field(init=False)
-    keeper: Keeper = field(init=False)
+    keeper: CheckpointManager = field(init=False)
     reading: ReadAhead[tuple[int, int, str | None], Rollouts] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.keeper = Keeper(self.run.checkpoints, self.settings.keep)
+        self.keeper = CheckpointManager(self.run.checkpoints, self.settings.keep)
         self.judging = self.compute
         self.reading = ReadAhead(self._read)
 
@@ -91,7 +87,7 @@ class Trainer:
             self.last_evaluation = state["last_evaluation"]
             self.best_evaluation = state["best_evaluation"]
             self.last_metrics = dict(state["last_metrics"])
-            lowered = take_up_budget(state.get("token_budget"), self.settings, self.compute)
+            lowered = restore_token_budget(state.get("token_budget"), self.settings, self.compute)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{checkpoint / 'trainer.json'} is not as critic-train writes it: {error}") from error
         best = self.run.checkpoints / checkpoint_name(self.position.best_step or 0)
@@ -189,12 +185,12 @@ class Trainer:
     def _not_finite(self, fault: str, epoch: int, rollouts: Rollouts) -> Iterator[Event]:
         """No step was taken: keep the rollouts behind it, then end the run or go on as --on-non-finite says."""
         step, settings, train = self.position.step + 1, self.settings, self.data.train
-        suspects = find_suspects(self.critic, rollouts, self.recipe, self.compute, forest=self.forest)
+        suspects = find_diverged_rollouts(self.critic, rollouts, self.recipe, self.compute, forest=self.forest)
         told = ""
         if self.compute.ranks.leads:
             found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.column))
             path = self.run.path / f"diverged-step-{step:08d}.parquet"
-            told = f"at step {step} {fault}; {keep_suspects(path, rollouts, suspects, found_at, step)}"
+            told = f"at step {step} {fault}; {save_diverged_rollouts(path, rollouts, suspects, found_at, step)}"
         told = self.compute.ranks.told(told)
         if settings.on_non_finite == "stop":
             raise diverged(told)
@@ -238,9 +234,9 @@ class Trainer:
 
     def _keep_states(self) -> Iterator[Event]:
         """Compute once what the frozen part of the trunk gives, for all rollouts of the run."""
-        kept: dict[Path, KeptStates] = {}
+        kept: dict[Path, CachedStates] = {}
         for rollouts in self.data.by_spool():
-            states = yield from keep_states(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
+            states = yield from cache_states(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
             yield from self._memory_notice()
             if states is None:
                 return

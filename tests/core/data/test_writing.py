@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critic_train.data.canonical import rollout_table
-from critic_train.data.writing import ShardFile, ShardWriter
+from critic_train.data.writing import ShardFile, ShardWriter, rollout_table
 
 KINDS = {"uid": pa.string(), "step": pa.int64(), "ids": pa.list_(pa.int32()), "returns": pa.list_(pa.float32())}
 SCHEMA = pa.schema(KINDS)

@@ -9,11 +9,11 @@ from support import rollouts_of, small_config
 
 from critic_train.model import last_layer
 from critic_train.model.compute import Compute
-from critic_train.model.forest import prefix_order
-from critic_train.model.inputs import forest_input
 from critic_train.model.last_layer import narrow_last_layer
 from critic_train.model.loading import build_critic
-from critic_train.model.predicting import predict_values
+from critic_train.model.microbatches import predict_values
+from critic_train.model.model_input import forest_input
+from critic_train.model.prefix_tree import prefix_order
 from critic_train.model.selfcheck import choose_packing
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)

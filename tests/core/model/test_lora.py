@@ -10,7 +10,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.lora import ADAPTER_FILE, add_adapters, folded, load_adapters
-from critic_train.model.predicting import predict_values
+from critic_train.model.microbatches import predict_values
 from critic_train.model.saving import save_critic
 
 pytest.importorskip("peft")

@@ -14,12 +14,12 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
 from critic_train.model.memory import checkpoint_activations, compile_layers, is_out_of_memory
-from critic_train.model.predicting import predict_values
+from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
-from critic_train.training.step import LossRecipe, accumulate_gradient
+from critic_train.training.train_step import LossRecipe, accumulate_gradient
 
 RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
 

@@ -6,7 +6,7 @@ import pytest
 
 from critic_train.errors import ConfigError
 from critic_train.run.changes import changed_files, refuse_changes
-from critic_train.run.model_digest import tokenizer_digest
+from critic_train.run.manifest import tokenizer_digest
 from critic_train.settings import FitSettings, as_dict
 
 OUT = Path("runs/a")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from critic_train.errors import MachineError
-from critic_train.run.directory import RunDirectory
 from critic_train.run.lock import Lock
+from critic_train.run.run_directory import RunDirectory
 
 HOLD = """
 import sys, time

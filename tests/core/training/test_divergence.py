@@ -11,18 +11,18 @@ import pytest
 import torch
 from support import readable_rollouts, rollouts_of, small_config, write_shard
 
-from critic_train.data import checking
+from critic_train.data import row_checks as checking
 from critic_train.errors import DivergedError
+from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import Event, Notice, RunEnded, RunStarted, StepEnded
-from critic_train.judging.evaluation import evaluate
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.divergence import find_suspects
+from critic_train.training.divergence import find_diverged_rollouts
 from critic_train.training.fit import fit
-from critic_train.training.step import LossRecipe
+from critic_train.training.train_step import LossRecipe
 
 HUGE = 3e19
 """Finite, but float32 cannot hold its square; the mean of all returns with it has one that it can."""
@@ -126,7 +126,7 @@ def test_a_micro_batch_is_told_from_the_others() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] + 9] = 3e38
-    suspects = find_suspects(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
     assert suspects.places[0] == 7
     assert suspects.finite.tolist() == [False] + [True] * (len(suspects.places) - 1)
     assert 1 <= len(suspects.places) <= 3
@@ -138,7 +138,7 @@ def test_a_sum_that_is_not_finite_is_told_from_its_parts() -> None:
     critic = build_critic(small_config("Llama"), seed=0)
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(4)], [5] * 4)
-    suspects = find_suspects(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
     assert suspects.what == "each of its micro-batches is finite alone, only their sum is not"
     assert suspects.places.tolist() == [0, 1, 2, 3]
     assert suspects.finite.all()
@@ -150,8 +150,8 @@ def test_a_rollout_alone_weighs_what_it_does_in_its_mini_batch() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] : rollouts.offsets[8]] = 5e18
-    assert find_suspects(critic, rollouts, RECIPE, CPU, forest=True).finite.all()
-    alone = find_suspects(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True)
+    assert find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True).finite.all()
+    alone = find_diverged_rollouts(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True)
     assert alone.finite.tolist() == [False]
 
 
@@ -160,7 +160,7 @@ def test_ruined_weights_are_no_rollouts_fault() -> None:
     with torch.no_grad():
         critic.head.bias.fill_(math.nan)
     rollouts = rollouts_of([np.arange(1, 21, dtype=np.int32)], [5])
-    suspects = find_suspects(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
     assert suspects.what == "the weights themselves are no longer finite: an earlier step ruined them"
     assert not suspects.finite.any()
 

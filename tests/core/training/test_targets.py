@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from support import StopAfter, readable_rollouts, write_shard
 
+from critic_train.data.returns import gae
 from critic_train.errors import ConfigError, DataError
 from critic_train.events import Notice, RunEnded, RunStarted
-from critic_train.returns.gae import gae
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings

@@ -1,0 +1,241 @@
+"""The end of a run on one screen: what came of it, where it is, what to run next.
+
+What `fit --dry-run` says, on one screen.
+
+What a conversion came to, on one screen.
+
+What `report` says in the terminal: where the page is and, to somebody who reads along, what it says.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from critic_train.events import RunEnded
+from critic_train.settings import FitSettings
+from critic_train.text import count, duration, number, short, size, with_interval
+from critic_train_cli.table_columns import shown_name
+from critic_train_cli.terminal import is_terminal, sparkline
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from critic_train.report.page import Report
+
+CURVE_WIDEST, BESIDE_THE_CURVE = 32, 52
+
+
+def draw_summary(console: "Console", ended: RunEnded, losses: Sequence[float]) -> None:
+    """Print what came of a run.
+
+    Args:
+        console: where.
+        ended: the run's last event.
+        losses: the value loss over this session's steps, in order.
+    """
+    from rich.table import Table
+
+    console.print(headline(ended), style="bold")
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=console.width >= 50)
+    table.add_column(overflow="fold")
+    wide = max(8, min(CURVE_WIDEST, console.width - BESIDE_THE_CURVE))
+    curve = sparkline(losses, wide, unicode=console.encoding.startswith("utf"))
+    for name, value in summary_rows(ended.result, losses, curve):
+        table.add_row(name, value)
+    if table.row_count:
+        console.print()
+        console.print(table)
+
+
+def draw_next(console: "Console", ended: RunEnded, settings: FitSettings) -> None:
+    """Print the command to run next."""
+    for line in next_lines(ended, settings):
+        # Unwrapped, so that it can be copied.
+        console.print(line, soft_wrap=True)
+
+
+def headline(ended: RunEnded) -> str:
+    """How the run ended, in one line."""
+    result = ended.result
+    steps = result.get("steps")
+    if ended.status == "already finished":
+        return f"Already finished: {in_steps(steps)}. Nothing was done."
+    if ended.status == "interrupted":
+        of = f" of {result['total_steps']}" if result.get("total_steps") else ""
+        return f"Interrupted after step {steps}{of}." if steps else "Interrupted before the first step."
+    return f"Finished: {in_steps(steps)} in {duration(result.get('elapsed_seconds'))}."
+
+
+def in_steps(steps: Any) -> str:
+    """`1 step`, `120 steps`."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
+
+
+def summary_rows(result: dict[str, Any], losses: Sequence[float], curve: str) -> list[tuple[str, str]]:
+    """The summary's rows: name and value. `curve` is the losses as a sparkline."""
+    found: list[tuple[str, str]] = []
+    last = number((result.get("training") or {}).get("value_loss"))
+    last = number(result.get("value_loss")) if last is None else last
+    if len(losses) > 1:
+        found.append(("training loss", f"{short(losses[0])} {curve} {short(losses[-1])}"))
+    elif last is not None:
+        found.append(("training loss", short(last)))
+    if result.get("skips"):
+        found.append(("steps not taken", f"{result['skips']} (not finite)"))
+    if number(result.get("explained_variance")) is not None:
+        found.append(("explained variance, held out", ""))
+        at = result.get("best_step")
+        figure = with_interval(result["explained_variance"], result.get("explained_variance_interval"))
+        found.append(("  this critic", figure + (f"  at step {at}" if at is not None else "")))
+        for name, metrics in (result.get("baselines") or {}).items():
+            bounds = metrics.get("explained_variance_interval")
+            # The constant's interval is [0, 0] by definition.
+            figure = with_interval(metrics.get("explained_variance"), None if name == "constant" else bounds)
+            found.append((f"  {shown_name(name)}", figure))
+    within = result.get("explained_variance_within_group")
+    if number(within) is not None:
+        bounds = result.get("explained_variance_within_group_interval")
+        found.append(("within prompts", with_interval(within, bounds)))
+    for name, key in (("best", "best"), ("newest checkpoint", "checkpoint"), ("report", "report")):
+        if isinstance(result.get(key), str):
+            found.append((name, result[key]))
+    return found
+
+
+def next_lines(ended: RunEnded, settings: FitSettings) -> list[str]:
+    """What to run next, ready to copy."""
+    result = ended.result
+    if ended.status == "interrupted":
+        return ["", "The same command goes on from there."] if result else []
+    model = result.get("best") or result.get("checkpoint")
+    if not isinstance(model, str):
+        return []
+    data = settings.val_data or settings.data
+    flags = " ".join(f"--data {shlex.quote(path)}" for path in data)
+    lines = ["", f"Next: critic-train eval --model {shlex.quote(model)} {flags}"]
+    if not settings.val_data:
+        lines.append("(it was trained on most of these; rollouts it has not seen say more)")
+    if ended.status == "already finished":
+        lines.append("Another run: the same command with another --out")
+    return lines
+
+
+def draw_estimate(console: "Console", found: dict[str, Any]) -> None:
+    """Print what a run would take.
+
+    Args:
+        console: where.
+        found: see `dry_run.dry_run`.
+    """
+    from rich.table import Table
+
+    console.print("Dry run: nothing was trained and nothing is left behind.", style="bold")
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=console.width >= 50)
+    table.add_column(overflow="fold")
+    for name, value in estimate_rows(found):
+        table.add_row(name, value)
+    console.print()
+    console.print(table)
+    for line in shortages(found):
+        console.print(line, style="bold")
+
+
+def estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value."""
+    memory, disk, seconds = found["memory"], found["disk"], found["seconds"]
+    computed = f", {count(found['computed_tokens'])} through the model" if found["packing"] == "forest" else ""
+    some = found["trained_parameters"] != found["parameters"]
+    trained = f", {count(found['trained_parameters'])} of them trained" if some else ""
+    states = f", {size(disk['states'])} for the frozen trunk's states" if disk["states"] else ""
+    keeping = seconds["keeping_states"]
+    first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
+    device = f" of {size(memory['device'])}" if memory["device"] else ""
+    elsewhere = {"none": "", "optimizer": " (in host memory)", "all": " (all in host memory)"}[found["offload"]]
+    return [
+        ("rollouts", f"{found['rollouts']:,} to train on, {found['held_out_rollouts']:,} held out"),
+        ("tokens an epoch", f"{count(found['tokens'])}{computed}"),
+        ("steps", f"{found['steps']:,} in {found['epochs']:.3g} epochs, {found['evaluations']:,} evaluations"),
+        ("parameters", f"{count(found['parameters'])}{trained}"),
+        ("memory", f"{size(memory['peak'])}{device} at the peak of the timed steps, on {found['device']}"),
+        ("  of it", f"weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, "
+                    f"moments {size(memory['moments'])}{elsewhere}"),
+        ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free at {found['out']}"),
+        ("  of it", f"{size(disk['checkpoint'])} a checkpoint, {size(disk['cache'])} for the run's cache{states}"),
+        ("speed", f"{count(found['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),
+        ("time", f"{duration(seconds['total'])}, of which evaluating {duration(seconds['evaluating'])}{first}"),
+    ]  # fmt: skip
+
+
+def shortages(found: dict[str, Any]) -> list[str]:
+    """What there is too little of."""
+    disk, memory = found["disk"], found["memory"]
+    lines = []
+    if disk["needed"] > disk["free"]:
+        lines.append("\nThe disk will not do: a lower --keep, or another --out.")
+    if memory["device"] and memory["peak"] > 0.95 * memory["device"]:
+        lines.append("\nThe device's memory will hardly do: a lower --max-tokens, or --precision bf16.")
+    return lines
+
+
+HEADLINES = {
+    "finished": "Converted: {rollouts:,} rollouts.",
+    "already finished": "Already converted: {rollouts:,} rollouts. Nothing was done.",
+    "interrupted": "Interrupted after {rollouts:,} rollouts; the same command goes on.",
+}
+
+
+def draw_conversion(console: "Console", ended: RunEnded) -> None:
+    """Print where the shards are, what is in them, and what to run next."""
+    from rich.table import Table
+
+    result = ended.result
+    console.print(HEADLINES[ended.status].format(rollouts=result["rollouts"]), style="bold")
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=console.width >= 50)
+    table.add_column(overflow="fold")
+    for name, value in conversion_rows(result):
+        table.add_row(name, value)
+    console.print()
+    console.print(table)
+    if ended.status != "interrupted":
+        console.print()
+        console.print(f"Next: {result['next']}", soft_wrap=True, markup=False, highlight=False)
+
+
+def conversion_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values, in order."""
+    formats: dict[str, int] = {}
+    for source in result["sources"]:
+        formats[source["format"]] = formats.get(source["format"], 0) + 1
+    left_out = result["rows_left_out"]["count"]
+    shown = [
+        ("sources", ", ".join(f"{count:,} of {name}" for name, count in formats.items())),
+        ("tokens", f"{result['tokens']:,}, {result['response_tokens']:,} of responses"),
+        ("shards", f"{result['shards']:,} in {result['to']} ({result['bytes'] / 1e6:,.1f} MB)"),
+        ("columns", ", ".join(result["columns"])),
+    ]
+    if left_out:
+        reasons = "; ".join(f"{count:,} with {reason}" for reason, count in result["rows_left_out"]["reasons"].items())
+        shown.append(("left out", f"{left_out:,} rollouts ({reasons})"))
+    if result["files_left_out"]["count"]:
+        shown.append(("left out", f"{result['files_left_out']['count']:,} files"))
+    return [(name, value) for name, value in shown if value]
+
+
+def draw_report(console: "Console", written: "Report", *, in_full: bool) -> None:
+    """Print the page's place; on a terminal, where `in_full`, also the verdict and the charts of each source."""
+    if in_full and is_terminal(sys.stdout):
+        from critic_train_cli.text_charts import draw_charts
+        from critic_train_cli.verdict_tables import draw_words
+
+        for source in written.sources:
+            if len(written.sources) > 1:
+                console.print(source.label, style="bold")
+            draw_words(console, source.evaluation.get("words") or ["no evaluation on held-out rollouts yet"])
+            draw_charts(console, source.evaluation.data, [record.data for record in source.evaluations])
+            console.print()
+    # Unwrapped, so that it can be copied.
+    console.print(f"{written.path} ({size(written.size_bytes)})", soft_wrap=True)

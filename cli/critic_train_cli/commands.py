@@ -1,0 +1,391 @@
+"""`critic-train fit`: train a critic.
+
+`critic-train eval`: judge critics.
+
+`critic-train predict`: write a critic's values into the shards.
+
+`critic-train split`: hold prompts out, as shards of their own.
+
+`critic-train check`: look a data set over.
+
+`critic-train convert`: shards out of other systems' rollout dumps.
+
+`critic-train report`: put runs and evaluations on one page.
+
+`critic-train verify`: whether runs, checkpoints and rollouts are what was written.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from critic_train.events import Event
+from critic_train.settings import (
+    ConvertSettings,
+    EvalSettings,
+    FitSettings,
+    PredictSettings,
+    ReportSettings,
+    SplitSettings,
+)
+from critic_train.settings.check import CheckSettings
+from critic_train.settings.verify import VerifySettings
+from critic_train.stopping import StopRequest
+from critic_train.text import size
+from critic_train_cli.command import Command
+from critic_train_cli.exit_codes import DONE, REFUSED
+from critic_train_cli.job import run_inspection
+from critic_train_cli.output import Output
+from critic_train_cli.terminal import RED, paint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run_fit(settings: FitSettings, output: Output) -> int:
+    """Train, showing how it goes; then the summary, or the result as JSON."""
+    from critic_train_cli.job import choose_view, exit_code_of, run_job
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.training.fit import fit
+
+        yield from fit(settings, stop)
+
+    if settings.dry_run:
+        return run_dry_run(settings, output)
+    output.run_directory = settings.out
+    view = choose_view(output, stopping="stopping after this micro-batch; a checkpoint will be written")
+    view.log_every = settings.log_every
+    ended = run_job(start, view, output)
+
+    from critic_train.report.report_sources import reread_run
+    from critic_train_cli.command_results import draw_next, draw_summary
+    from critic_train_cli.text_charts import draw_charts
+
+    if not output.as_json and not output.quiet:
+        output.line("")
+
+    def draw(console: "Console") -> None:
+        draw_summary(console, ended, view.course.losses.points)
+        run = reread_run(ended.result.get("out"))
+        if run is not None:
+            draw_charts(console, run.evaluation.data, [record.data for record in run.evaluations])
+        draw_next(console, ended, settings)
+
+    output.result(ended.result or {"status": ended.status}, draw)
+    return exit_code_of(ended)
+
+
+def run_dry_run(settings: FitSettings, output: Output) -> int:
+    """Say what the run would take."""
+    from critic_train_cli.job import choose_view, exit_code_of, run_job
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.training.dry_run import dry_run
+        from critic_train.training.fit import run_path
+
+        yield from dry_run(settings, run_path(settings), stop)
+
+    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+
+    from critic_train_cli.command_results import draw_estimate
+
+    output.result(
+        ended.result or {"status": ended.status},
+        lambda console: draw_estimate(console, ended.result) if ended.result else None,
+    )
+    return exit_code_of(ended)
+
+
+FIT = Command(
+    name="fit",
+    settings=FitSettings,
+    about="Train a critic from rollouts. The clipped value loss of PPO is minimised over Parquet shards, and a "
+    "checkpoint is written that Hugging Face and verl load. The same command run again resumes.",
+    examples=(
+        "critic-train fit --data rollouts/",
+        "critic-train fit --data rollouts/ --model Qwen3-0.6B/ --precision bf16",
+        "critic-train fit --data rollouts/ --model Qwen3-0.6B/ --dry-run",
+        "critic-train fit --data rollouts/ --config fit.toml --print-config",
+    ),
+    work=run_fit,
+)
+
+
+def run_eval(settings: EvalSettings, output: Output) -> int:
+    """Judge, showing how far it is; then the tables, or the verdict as JSON; last, which gates failed."""
+    from critic_train_cli.job import choose_view, exit_code_of, run_job
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.evaluation.evaluate import evaluate
+
+        yield from evaluate(settings, stop)
+
+    if settings.report is not None:
+        from critic_train.report.report_sources import refuse_place
+
+        refuse_place(Path(settings.report), "--report")
+    view = choose_view(output, stopping="stopping")
+    ended = run_job(start, view, output)
+
+    from critic_train_cli.text_charts import draw_charts
+    from critic_train_cli.verdict_tables import draw_verdict
+
+    def draw(console: "Console") -> None:
+        draw_verdict(console, ended.result)
+        draw_charts(console, ended.result, [], beside_tables=True)
+
+    output.result(ended.result or {"status": ended.status}, draw)
+    if settings.report is not None and ended.result:
+        from critic_train.report.page import write_page
+        from critic_train.report.report_sources import evaluation_source
+
+        written = write_page(Path(settings.report), [evaluation_source(ended.result)])
+        output.line(f"report: {settings.report} ({size(written)})")
+    failed = [gate for gate in ended.result.get("gates") or [] if not gate["passed"]]
+    for gate in failed:
+        output.line(paint("failed:", RED, sys.stderr) + f" {gate['reason']} ({gate['flag']})")
+    return exit_code_of(ended) or (REFUSED if failed else DONE)
+
+
+EVAL = Command(
+    name="eval",
+    settings=EvalSettings,
+    about="Say how good a critic is. Explained variance with its interval, errors and correlations stand beside "
+    "three baselines: the constant mean, the stored values, and the prompt group's leave-one-out mean.",
+    examples=(
+        "critic-train eval --model runs/rollouts --data held_out/",
+        "critic-train eval --model runs/a --model runs/b --data held_out/ --by task",
+        "critic-train eval --data rollouts/      # judges the stored values",
+        "critic-train eval --model runs/a --data held_out/ --fail-under explained_variance_interval.low=0.1",
+    ),
+    work=run_eval,
+)
+
+
+def run_predict(settings: PredictSettings, output: Output) -> int:
+    """Predict and write, showing how far it is; then what was written, or the same as JSON."""
+    from critic_train_cli.job import choose_view, exit_code_of, run_job
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.predict.predict import predict
+
+        yield from predict(settings, stop)
+
+    view = choose_view(output, stopping="stopping; the same command goes on from here")
+    ended = run_job(start, view, output)
+    output.result(ended.result, lambda console: draw_prediction(console, ended.result))
+    return exit_code_of(ended)
+
+
+def draw_prediction(console: "Console", result: dict[str, Any]) -> None:
+    """Say what stands where, and what to do next."""
+    files = f"{result['files']} of {result['files_in_all']} files"
+    if result["status"] == "interrupted":
+        console.print(f"Interrupted: {files} stand in {result['to']}.", style="bold")
+        console.print("The same command goes on from there.")
+        return
+    head = {"already finished": "Already finished"}.get(result["status"], "Finished")
+    columns = ", ".join(result["columns"])
+    console.print(f"{head}: {columns} of {result['rows']:,} rows in {files} in {result['to']}.", style="bold")
+    bad = (result["rows_left_out"] or {}).get("count")
+    if bad:
+        console.print(f"{bad:,} rows could not be used: they have nulls there.")
+    # Unwrapped, so that it can be copied.
+    console.print(f"\nNext: critic-train fit --data {shlex.quote(result['to'])}", soft_wrap=True)
+
+
+PREDICT = Command(
+    name="predict",
+    settings=PredictSettings,
+    about="Write a critic's values into the shards. Files, rows, row groups and every other column stay as they are; "
+    "returns and advantages are computed from rewards where asked. The same command run again goes on.",
+    examples=(
+        "critic-train predict --model runs/rollouts --data rollouts/ --to next/",
+        "critic-train predict --model runs/a --data rollouts/ --to next/ --returns gae --lam 0.95",
+        "critic-train predict --model runs/a --data rollouts/ --to next/ --returns mc --write advantages",
+    ),
+    work=run_predict,
+)
+
+
+def run_split(settings: SplitSettings, output: Output) -> int:
+    """Split, showing how far it is; then what went where, or the same as JSON."""
+    from critic_train_cli.job import choose_view, exit_code_of, run_job
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.data.split import split
+
+        yield from split(settings, stop)
+
+    ended = run_job(start, choose_view(output, stopping="stopping; the same command goes on from here"), output)
+    output.result(
+        {"status": ended.status, **ended.result}, lambda console: draw_split(console, ended.status, ended.result)
+    )
+    return exit_code_of(ended)
+
+
+def draw_split(console: "Console", status: str, result: dict[str, Any]) -> None:
+    """Say what went where, and what to do next."""
+    if status == "interrupted":
+        console.print("Interrupted. The same command goes on from there.", style="bold")
+        return
+    to = result["to"].rstrip("/")
+    for side in ("train", "val"):
+        rollouts, groups = result[side]["rollouts"], result[side]["prompt_groups"]
+        console.print(f"{to}/{side}: {rollouts:,} rollouts of {groups:,} prompt groups", style="bold", soft_wrap=True)
+    bad = result["rows_left_out"]["count"]
+    if bad:
+        console.print(f"{bad:,} rows that could not be used are in neither.")
+    paths = (shlex.quote(f"{to}/{side}") for side in ("train", "val"))
+    console.print("\nNext: critic-train fit --data {} --val-data {}".format(*paths), soft_wrap=True)
+
+
+SPLIT = Command(
+    name="split",
+    settings=SplitSettings,
+    about="Hold prompts out: write shards to train on and shards to judge on. Whole prompt groups go to one side, "
+    "those that fit --val-fraction --seed would hold out; files, row order and columns stay as they are.",
+    examples=(
+        "critic-train split rollouts/ --to split/",
+        "critic-train split rollouts/ --to split/ --val-fraction 0.05 --seed 1",
+    ),
+    work=run_split,
+)
+
+
+def run_check(settings: CheckSettings, output: Output) -> int:
+    """Read everything, showing how far it is; then the findings, or all of them as JSON."""
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.check.check import check
+
+        yield from check(settings, stop)
+
+    def draw(console: "Console", result: dict[str, Any]) -> None:
+        from critic_train_cli.check_view import draw_check
+
+        draw_check(console, result, settings.show)
+
+    return run_inspection(start, draw, output)
+
+
+CHECK = Command(
+    name="check",
+    settings=CheckSettings,
+    about="Look a data set over before training on it. Tells how its columns are understood, every row that cannot be "
+    "used, lengths and distributions, which gamma and lambda its returns were made with, what its stored values are "
+    "worth, what sharing prefixes saves, prompts that leak into --against, and the flags to train with. Exit code 1 "
+    "where rows or files cannot be used or prompts leak.",
+    examples=(
+        "critic-train check rollouts/",
+        "critic-train check rollouts/train --against rollouts/val",
+        "critic-train check rollouts/ --json > findings.json",
+    ),
+    work=run_check,
+)
+
+
+def run_convert(settings: ConvertSettings, output: Output) -> int:
+    """Convert, showing how far it is; then what was made of what."""
+    from critic_train_cli.job import choose_view, exit_code_of, run_job
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.convert.conversion import convert
+
+        yield from convert(settings, stop)
+
+    view = choose_view(output, stopping="stopping; the same command goes on from the last whole source")
+    ended = run_job(start, view, output)
+
+    from critic_train_cli.command_results import draw_conversion
+
+    output.result({"status": ended.status, **ended.result}, lambda console: draw_conversion(console, ended))
+    return exit_code_of(ended)
+
+
+CONVERT = Command(
+    name="convert",
+    settings=ConvertSettings,
+    about="Make shards of the rollouts that slime, verl, NeMo-RL, OpenRLHF or TRL dumped, or of any JSONL or Parquet "
+    "with token ids or text. The format is recognised; nothing that a pickled dump names is ever run. The same command "
+    "again goes on where it stopped.",
+    examples=(
+        "critic-train convert dumps/rollout_*.pt --to rollouts/",
+        "critic-train convert verl_batches/ --to rollouts/ --on-bad-rows skip",
+        "critic-train convert completions/ --to rollouts/ --tokenizer policy/ --allow-retokenize",
+    ),
+    work=run_convert,
+)
+
+
+def run_report(settings: ReportSettings, output: Output) -> int:
+    """Write the page; then the same in short, where somebody reads along."""
+    from critic_train.report.page import report
+    from critic_train_cli.command_results import draw_report
+    from critic_train_cli.exit_codes import DONE
+
+    written = report(settings)
+    told = {
+        "report": str(written.path),
+        "bytes": written.size_bytes,
+        "sources": [source.label for source in written.sources],
+    }
+    output.result(told, lambda console: draw_report(console, written, in_full=settings.to is None))
+    return DONE
+
+
+REPORT = Command(
+    name="report",
+    settings=ReportSettings,
+    about="Write one HTML page about runs and evaluations: is this critic any good, where is it wrong, how did "
+    "training go. It stands alone: no network, no script. A run of fit keeps its own page up to date.",
+    examples=(
+        "critic-train report runs/rollouts",
+        "critic-train report runs/a runs/b --to compared.html",
+        "critic-train report held_out.json --tokenizer Qwen3-0.6B/",
+    ),
+    work=run_report,
+)
+
+
+OUTCOME_LABELS = {"sound": "ok", "unsound": "BAD", "unknown": "-"}
+
+
+def run_verify(settings: VerifySettings, output: Output) -> int:
+    """Look at each target; then a line a finding, or all of them as JSON."""
+
+    def start(stop: StopRequest) -> Iterator[Event]:
+        from critic_train.verify.verify import verify
+
+        yield from verify(settings, stop)
+
+    return run_inspection(start, lambda console, result: draw_outcomes(console, result["targets"]), output)
+
+
+def draw_outcomes(console: "Console", targets: list[dict[str, Any]]) -> None:
+    """A block a target, a line a finding: its verdict, what it is of, and what was looked at or is wrong."""
+    for target in targets:
+        verdict = "sound" if target["sound"] else "NOT SOUND"
+        console.print(f"{target['target']} ({target['kind']}): {verdict}", style="bold", soft_wrap=True, markup=False)
+        for finding in target["findings"]:
+            line = f"  {OUTCOME_LABELS[finding['state']]:<4}{finding['what']}: {finding['said']}"
+            console.print(line.replace("\n", "\n      "), soft_wrap=True, markup=False)
+
+
+VERIFY = Command(
+    name="verify",
+    settings=VerifySettings,
+    about="Say whether runs, checkpoints and rollouts are what was written. Digests of every checkpoint are held "
+    "against its manifest, its weights are loaded and asked for values; a run's data and base model are compared with "
+    "those it began with; shards are read to their end, page checksums included. Changes nothing. Exit code 1 where "
+    "something is wrong.",
+    examples=(
+        "critic-train verify runs/rollouts",
+        "critic-train verify runs/rollouts/best rollouts/",
+        "critic-train verify runs/* --json",
+    ),
+    work=run_verify,
+)

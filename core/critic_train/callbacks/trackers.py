@@ -1,0 +1,302 @@
+"""Our metrics under the names that the field's dashboards know: verl's `critic/vf_loss` and its kin.
+
+What all trackers do alike: open late, log steps and evaluations, close once.
+
+TensorBoard event files in the run directory.
+
+Weights & Biases, online or (WANDB_MODE=offline) to files in the run directory.
+
+Trackio: a local database under TRACKIO_DIR, shown by `trackio show`.
+
+Experiment trackers, one file each. Their packages are extras, imported when they are asked for.
+"""
+
+import contextlib
+import importlib.util
+import json
+import sys
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from critic_train.callbacks.observer import Observer
+from critic_train.errors import ConfigError
+from critic_train.events import EvaluationEnded, Event, StepEnded
+from critic_train.settings.tracking import TrackingSettings
+
+STEP_NAMES = {
+    "value_loss": "critic/vf_loss",
+    "clipfrac": "critic/vf_clipfrac",
+    "saturation": "critic/vf_saturation",
+    "vpred_mean": "critic/vpred_mean",
+    "grad_norm": "critic/grad_norm",
+    "lr": "critic/lr",
+    "response_tokens": "critic/response_tokens",
+    "rollouts": "critic/rollouts",
+    "skipped_steps": "critic/skipped_steps",
+}
+"""metrics.jsonl's name -> the tracker's, for a step."""
+
+TIMING_NAMES = {
+    "step_seconds": "timing_s/update_critic",
+    "rollout_tokens_per_second": "perf/throughput",
+    "computed_tokens_per_second": "perf/computed_throughput",
+    "memory_bytes": "perf/max_memory_bytes",
+    "elapsed_seconds": "perf/elapsed_seconds",
+}
+"""timings.jsonl's name -> the tracker's. Throughput counts a shared token for each rollout."""
+
+EVALUATION_NAMES = {
+    "explained_variance": "critic/vf_explained_var",
+    "explained_variance_within_group": "critic/vf_explained_var_within_group",
+}
+"""An evaluation's figures that the field has names for; the others stand as `val/` and our own name."""
+
+
+def step_metrics(event: StepEnded) -> dict[str, float]:
+    """The numbers of a step, as a tracker logs them."""
+    named = {STEP_NAMES[name]: value for name, value in event.metrics.items() if name in STEP_NAMES}
+    named |= {TIMING_NAMES[name]: value for name, value in event.timing.items() if name in TIMING_NAMES}
+    return _numbers(named | {"training/epoch": event.epoch})
+
+
+def evaluation_metrics(event: EvaluationEnded) -> dict[str, float]:
+    """The numbers of an evaluation on held-out rollouts: the critic's own, and what its baselines explain."""
+    named: dict[str, Any] = {}
+    for name, value in event.metrics.items():
+        known = EVALUATION_NAMES.get(name.removesuffix("_interval"), f"val/{name.removesuffix('_interval')}")
+        if name.endswith("_interval") and isinstance(value, list):
+            named |= {f"{known}_low": value[0], f"{known}_high": value[1]}
+        else:
+            named[known] = value
+    for name, metrics in event.metrics.get("baselines", {}).items():
+        named[f"val/baselines/{name}/explained_variance"] = metrics.get("explained_variance")
+    return _numbers(named)
+
+
+def _numbers(named: dict[str, Any]) -> dict[str, float]:
+    """Without what does not exist, and without tables."""
+    return {
+        name: value for name, value in named.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+class Tracker(ABC):
+    """An observer that logs numbers by step.
+
+    Attributes:
+        name: of the tracker, for what is told of it.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._is_open = False
+
+    def take(self, event: Event) -> None:
+        """See Observer."""
+        if isinstance(event, StepEnded):
+            self._log(step_metrics(event), event.step)
+        elif isinstance(event, EvaluationEnded):
+            self._log(evaluation_metrics(event), event.step)
+
+    def close(self) -> None:
+        """See Observer."""
+        if self._is_open:
+            self._is_open = False
+            self.close_run()
+
+    @abstractmethod
+    def open_run(self) -> None:
+        """Start, or go on with, the tracker's run."""
+
+    @abstractmethod
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Hand the tracker some numbers of a step."""
+
+    @abstractmethod
+    def close_run(self) -> None:
+        """Let the tracker write out what it holds."""
+
+    def _log(self, numbers: dict[str, float], step: int) -> None:
+        if not self._is_open:
+            self.open_run()
+            self._is_open = True
+        self.log(numbers, step)
+
+
+class ToTensorboard(Tracker):
+    """Writes event files that `tensorboard --logdir` reads; no server is needed.
+
+    Args:
+        folder: where the event files go.
+        first_step: the step this start goes on from; what an earlier start logged beyond it is purged from view.
+        config: shown as text.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, *, first_step: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._folder, self._first_step, self._config = folder, first_step, config
+        self._writer: Any = None
+
+    def open_run(self) -> None:
+        """See Tracker."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = self._first_step + 1 if self._first_step else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
+        if not self._first_step:
+            # Four spaces make a code block, in which nothing is taken for markup.
+            text = "\n".join("    " + line for line in json.dumps(self._config, indent=2).splitlines())
+            self._writer.add_text("settings", text, 0)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """See Tracker."""
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def close_run(self) -> None:
+        """See Tracker."""
+        self._writer.close()
+
+
+class ToWandb(Tracker):
+    """Logs to one W&B run, which a resumed fit goes on with. W&B's own environment variables hold.
+
+    Args:
+        out: the run directory; W&B's files go to `wandb/` in it.
+        project: unless WANDB_PROJECT names one.
+        run_name: what the run is called.
+        run_id: what the run is known by.
+        config: shown as the run's configuration.
+    """
+
+    name = "wandb"
+
+    def __init__(self, out: Path, *, project: str, run_name: str, run_id: str, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._out, self._project, self._run_name, self._run_id, self._config = out, project, run_name, run_id, config
+        self._run: Any = None
+
+    def open_run(self) -> None:
+        """See Tracker."""
+        import os
+
+        import wandb
+
+        # Stdout and stderr are left alone, and nothing of the machine's code or repository is collected.
+        quiet = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or self._project,
+            name=self._run_name,
+            id=self._run_id,
+            resume="allow",
+            dir=str(self._out),
+            config=self._config,
+            settings=quiet,
+        )
+        # W&B counts calls itself; ours count optimizer steps, and a resumed run logs some of them again.
+        self._run.define_metric("global_step")
+        self._run.define_metric("*", step_metric="global_step")
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """See Tracker."""
+        self._run.log(numbers | {"global_step": step})
+
+    def close_run(self) -> None:
+        """See Tracker."""
+        self._run.finish()
+
+
+class ToTrackio(Tracker):
+    """Logs to one Trackio run, which a resumed fit goes on with. Trackio's own environment variables hold.
+
+    Args:
+        project: the Trackio project.
+        run_name: what the run is called and known by.
+        config: shown as the run's configuration.
+    """
+
+    name = "trackio"
+
+    def __init__(self, *, project: str, run_name: str, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._project, self._run_name, self._config = project, run_name, config
+        self._run: Any = None
+
+    def open_run(self) -> None:
+        """See Tracker."""
+        # Trackio prints hints; stdout is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            import trackio
+
+            self._run = trackio.init(
+                self._project,
+                name=self._run_name,
+                config=self._config,
+                resume="allow",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """See Tracker."""
+        self._run.log(numbers, step=step)
+
+    def close_run(self) -> None:
+        """See Tracker."""
+        with contextlib.redirect_stdout(sys.stderr):
+            import trackio
+
+            # The run's own finish would leave it to be finished once more, on stdout, when the program ends.
+            trackio.finish()
+
+
+PACKAGES = ("tensorboard", "wandb", "trackio")
+
+
+def require_packages(settings: TrackingSettings) -> None:
+    """See that the trackers asked for are installed, before anything is read.
+
+    Raises:
+        ConfigError: one is not, with the command that installs it.
+    """
+    missing = [name for name in dict.fromkeys(settings.log_to) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--log-to {missing[0]}: the package {missing[0]} is not installed",
+            hint=f"pip install 'critic-train[{','.join(missing)}]'",
+        )
+
+
+def trackers(
+    settings: TrackingSettings, out: Path, *, run_id: str, first_step: int, config: dict[str, Any]
+) -> list[Observer]:
+    """The trackers that were asked for. Each opens its run when the first event comes.
+
+    Args:
+        settings: which, and under what project.
+        out: the run directory; its name is the run's name.
+        run_id: the same at every start of this run, another for every other run.
+        first_step: the step from which this start goes on.
+        config: what the tracker shows as the run's configuration.
+    """
+    made: list[Observer] = []
+    name = out.resolve().name
+    for tracker in dict.fromkeys(settings.log_to):
+        if tracker == "tensorboard":
+            pass
+
+            made.append(ToTensorboard(out / "tensorboard", first_step=first_step, config=config))
+        elif tracker == "wandb":
+            pass
+
+            made.append(ToWandb(out, project=settings.log_project, run_name=name, run_id=run_id, config=config))
+        else:
+            pass
+
+            made.append(ToTrackio(project=settings.log_project, run_name=f"{name}-{run_id}", config=config))
+    return made

@@ -1,0 +1,144 @@
+"""What to tell `fit` about a data set.
+
+`critic-train check`, from top to bottom: read everything, survey it, match its returns, advise.
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from critic_train.check.returns_match import match_returns
+from critic_train.check.survey import Survey, leak
+from critic_train.data.bad_input import BadFiles
+from critic_train.data.reading import RolloutReader
+from critic_train.data.scanning import full_reader, read_through
+from critic_train.data.shards import find_shards, fingerprint
+from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.rollouts import Rollouts
+from critic_train.settings import FitSettings
+from critic_train.settings.check import CheckSettings
+from critic_train.settings.fields import default_of
+from critic_train.stopping import StopRequest
+
+HELD_BACK = 0.2
+"""Share of tokens farther from their old value than the clip lets a critic go, above which the clip is in the way."""
+
+
+def advice(found: dict[str, Any], settings_data: list[str], columns: list[str]) -> list[tuple[list[str], str]]:
+    """Flags for `critic-train fit`, each with the reason.
+
+    Args:
+        found: what the doctor found: a survey, with "bad_rows", "returns_match" and "clip".
+        settings_data: the --data that was looked at.
+        columns: the --column that was needed.
+
+    Returns:
+        (flags, why), the data first.
+    """
+    advised: list[tuple[list[str], str]] = [([part for path in settings_data for part in ("--data", path)], "")]
+    advised += [(["--column", pair], "") for pair in columns]
+    if found["bad_rows"]["count"]:
+        advised.append((["--on-bad-rows", "skip"], f"{found['bad_rows']['count']:,} rows cannot be used"))
+    if found["returns"] is None and found["rewards"] is not None:
+        advised.append((["--returns", "mc"], "there are rewards and no returns"))
+    match = found["returns_match"]
+    if match and match["found"] and match["lam"] < 1:
+        flags = ["--returns", "mc"] + ([] if match["gamma"] == 1 else ["--gamma", f"{match['gamma']:g}"])
+        advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
+    advised += _old_values(found)
+    longest = found["tokens_of_the_longest"]
+    if longest > default_of(FitSettings, "max_tokens"):
+        advised.append((["--max-tokens", str(longest)], "the longest rollout goes through the model at once"))
+    return advised
+
+
+def command_line(advised: list[tuple[list[str], str]]) -> str:
+    """The advice as a command to copy."""
+    return shlex.join(["critic-train", "fit", *(part for flags, _ in advised for part in flags)])
+
+
+def _old_values(found: dict[str, Any]) -> list[tuple[list[str], str]]:
+    clip = found["clip"]
+    if clip is None and found["values"] is not None:
+        return []
+    if clip is None:
+        return [(["--old-values", "none"], "no values are stored")]
+    if clip["held_back"] > HELD_BACK:
+        reason = f"{clip['held_back']:.0%} of the returns lie farther than {clip['eps']:g} from their stored value"
+        return [(["--old-values", "epoch"], f"{reason}: a clip around it would keep the critic from them")]
+    return []
+
+
+MOST_BAD_ROWS = 10_000
+"""Bad rows that are named one by one; all are counted."""
+
+
+def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
+    """Say what is in a data set. Streams: memory does not grow with the tokens.
+
+    Args:
+        settings: what to look at.
+        stop: looked at between batches of rows.
+
+    Yields:
+        Progress and notices; RunEnded last, whose result is `Survey.told` with "schema", "bad_rows", "bad_files",
+        "returns_match", "clip", "leak", "advice", "command" and "sound" added.
+
+    Raises:
+        DataError: there is not one row that can be used.
+    """
+    bad_files = BadFiles()
+    shards = find_shards(settings.data, bad_files)
+    reader = full_reader(shards, settings.column, stop, bad_files, MOST_BAD_ROWS)
+    survey, other = Survey(), None
+    yield from read_through(reader, stop, survey.add)
+    if settings.against and not stop.requested:
+        apart = full_reader(find_shards(settings.against), settings.column, stop, None)
+        other = Survey()
+        yield from read_through(apart, stop, other.add, "reading the other rollouts")
+    if stop.requested:
+        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+        return
+    for sentence in reader.notices:
+        yield Notice(message=sentence)
+    yield Progress(stage="matching returns", done=0, total=1, unit="data set")
+    found = _found(survey, reader, fingerprint(shards)["digest"])
+    found["leak"] = None if other is None else leak(survey, other)
+    advised = advice(found, settings.data, settings.column)
+    found |= {
+        "advice": [{"flags": flags, "why": why} for flags, why in advised],
+        "command": command_line(advised),
+        "sound": not (found["bad_rows"]["count"] or bad_files or (found["leak"] or {}).get("prompts")),
+    }
+    yield RunEnded(status="finished", result=found)
+
+
+def _found(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, Any]:
+    told = survey.told()
+    sample = survey.sample.rollouts()
+    assert sample is not None, "the reader raises where no row is good"
+    if "returns" not in reader.kept:
+        told |= {"returns": None, "stored_values": None, "group_mean": None}
+    match = match_returns(sample) if told["returns"] else None
+    return {
+        "schema": {} if reader.understood is None else reader.understood.as_dict(),
+        "files": len(reader.shards),
+        "data_digest": digest,
+        **told,
+        "returns_match": None if match is None else asdict(match),
+        "clip": _clip(sample) if told["returns"] else None,
+        "bad_rows": reader.bad_rows.summary(),
+        "bad_files": reader.bad_files.summary(),
+    }
+
+
+def _clip(sample: Rollouts) -> dict[str, float] | None:
+    """How much of the data lies beyond the clip's reach, at its default width."""
+    if sample.values is None:
+        return None
+    eps: Any = default_of(FitSettings, "cliprange_value")
+    apart = np.abs(sample.returns - sample.values)[sample.response_mask]
+    return {"eps": eps, "held_back": float((apart > eps).mean())}

@@ -1,0 +1,231 @@
+"""The folder that a conversion fills: what stands in it, what was made of which source, and nothing half-made."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from critic_train.data.writing import ROW_GROUP_BYTES, ShardWriter
+from critic_train.errors import ConfigError
+from critic_train.run.lock import Lock
+from critic_train.run.storage import make_directory, remove, write_json
+
+RECORD = "_convert.json"
+"""Begins with an underscore, so that readers of shards pass it over."""
+MADE_BY = "critic-train convert"
+VERSION = 1
+ORDER = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
+"""Types of what is carried along, each able to hold what stands before it (a truth becomes text, or a number)."""
+
+
+class ConvertedFolder:
+    """A folder of shards made from sources, held by this process from `with` to its end.
+
+    Every source has shards of its own, recorded once they all stand. What a stopped conversion left unrecorded is
+    removed; what is recorded is not made again.
+
+    Args:
+        path: the folder; made where it is missing.
+        settings: what the result depends on besides the sources.
+
+    Raises:
+        ConfigError: the folder holds something else, or was made with other settings.
+        MachineError: another process fills it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.sources: list[dict[str, Any]] = []
+        self._settings = settings
+
+    def __enter__(self) -> "ConvertedFolder":
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--to {self.path} is a file", hint="give a folder, new or empty")
+        recorded = _read_record(self.path / RECORD)
+        if recorded is None and self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise ConfigError(
+                f"--to {self.path} holds something that critic-train convert did not make",
+                hint="give a folder that is new or empty",
+            )
+        if recorded is not None:
+            self._resume(recorded)
+        make_directory(self.path, exist_ok=True)
+        self._lock = Lock(self.path / ".lock").__enter__()
+        self._write_record()
+        self._remove_leftovers()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.__exit__(kind, error, trace)
+
+    def recorded(self, name: str, stamp: dict[str, Any]) -> dict[str, Any] | None:
+        """What was made of a source as it is now; None where it is new or has changed. Old shards are removed."""
+        for place, source in enumerate(self.sources):
+            if source["name"] == name:
+                whole = all((self.path / shard).is_file() for shard in source["shards"])
+                if source["stamp"] == stamp and whole:
+                    return source
+                for shard in source["shards"]:
+                    remove(self.path / shard)
+                self.sources[place] = {**source, "shards": [], "stamp": None}
+                return None
+        return None
+
+    def place_of(self, name: str) -> int:
+        """The number in the names of a source's shards."""
+        names = [source["name"] for source in self.sources]
+        return names.index(name) if name in names else len(names)
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Keep what was made of a source (`name`, `stamp`, `shards`, counts)."""
+        place = self.place_of(entry["name"])
+        self.sources[place : place + 1] = [entry]
+        self._write_record()
+
+    def _resume(self, recorded: dict[str, Any]) -> None:
+        if recorded.get("made_by") != MADE_BY or recorded.get("version") != VERSION:
+            raise ConfigError(f"{self.path / RECORD} is of another version of critic-train", hint="give a new folder")
+        before = recorded["settings"]
+        changed = [name for name in self._settings if before.get(name) != self._settings[name]]
+        if changed and recorded["sources"]:
+            lines = [f"  {name} was {before.get(name)}, is now {self._settings[name]}" for name in changed]
+            raise ConfigError(
+                f"--to {self.path} holds a conversion with other settings:\n" + "\n".join(lines),
+                hint="run the same command to go on with it, or give another folder",
+            )
+        self.sources = recorded["sources"]
+
+    def _remove_leftovers(self) -> None:
+        known = {shard for source in self.sources for shard in source["shards"]}
+        for path in self.path.iterdir():
+            is_shard = path.suffix == ".parquet" and path.name.startswith("part-") and path.name not in known
+            if is_shard or (path.name.startswith(".part-") and ".tmp-" in path.name):
+                remove(path)
+
+    def _write_record(self) -> None:
+        record = {"made_by": MADE_BY, "version": VERSION, "settings": self._settings, "sources": self.sources}
+        write_json(self.path / RECORD, record)
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@dataclass(slots=True)
+class SourceShards:
+    """The shards of one source while they are written. Where columns or their types change, a new one begins.
+
+    Args:
+        folder: where they go.
+        place: the number in their names.
+        row_group_bytes: Arrow bytes of a row group.
+
+    Attributes:
+        rollouts, tokens, response_tokens: written so far.
+        columns: names of all columns.
+        files: the shards that stand.
+    """
+
+    folder: Path
+    place: int
+    row_group_bytes: int = ROW_GROUP_BYTES
+    rollouts: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+    files: list[Path] = field(default_factory=list)
+    _schema: pa.Schema | None = None
+    _writer: ShardWriter | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns, in order."""
+        return [] if self._schema is None else list(self._schema.names)
+
+    def write(self, table: pa.Table) -> None:
+        """Add rollouts."""
+        schema = table.schema if self._schema is None else unified(self._schema, table.schema)
+        if self._writer is None or schema != self._schema:
+            self._close()
+            self._schema = schema
+            self._writer = ShardWriter(
+                self.folder,
+                schema,
+                keep_together="uid" if "uid" in schema.names else None,
+                prefix=f"part-{self.place:05d}",
+                first=len(self.files),
+                row_group_bytes=self.row_group_bytes,
+            ).__enter__()
+        self._writer.write(_in(schema, table))
+        self.rollouts += table.num_rows
+        self.tokens += _items(table, "input_ids")
+        self.response_tokens += _ones(table)
+
+    def __enter__(self) -> "SourceShards":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close()
+        elif self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+
+    def drop(self) -> None:
+        """Leave nothing of the source."""
+        if self._writer is not None:
+            self._writer.abandon()
+        self._close()
+        for path in self.files:
+            remove(path)
+        self.files = []
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.__exit__(None, None, None)
+            self.files += writer.files
+
+
+def unified(known: pa.Schema, more: pa.Schema) -> pa.Schema:
+    """The columns of `more`, and those of `known` with one entry a rollout; of the wider type where they differ.
+
+    A token column is there or not: null lists would make rows that cannot be used.
+    """
+    fields = {one.name: one.type for one in known if one.name in more.names or not pa.types.is_nested(one.type)}
+    for one in more:
+        have = fields.get(one.name, one.type)
+        fields[one.name] = have if have == one.type else _wider(have, one.type)
+    return pa.schema(fields)
+
+
+def _wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    if one in ORDER and other in ORDER:
+        kinds = ORDER.index(one), ORDER.index(other)
+        return pa.string() if 1 in kinds and min(kinds) else ORDER[max(kinds)]
+    return pa.string()
+
+
+def _in(schema: pa.Schema, table: pa.Table) -> pa.Table:
+    arrays = [
+        table.column(one.name).cast(one.type) if one.name in table.column_names else pa.nulls(len(table), one.type)
+        for one in schema
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def _items(table: pa.Table, name: str) -> int:
+    return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
+
+
+def _ones(table: pa.Table) -> int:
+    return sum(chunk.flatten().true_count for chunk in table.column("response_mask").chunks)

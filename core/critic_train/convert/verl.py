@@ -1,0 +1,110 @@
+"""verl's `DataProto.save_to_disk`: a pickle of a tensor dictionary, arrays of objects and a meta dictionary.
+
+Read against verl 0.9.1 (verl/protocol.py). The prompt is padded on its left, the response on its right; columns of
+the response's width pair with its tokens. `VERL_DATAPROTO_SERIALIZATION_METHOD=numpy` writes the batch another way.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from critic_train.convert.pickles.archive import load_bytes
+from critic_train.convert.pickles.arrays import torch_array
+from critic_train.convert.pickles.budget import Budget, RefusedError
+from critic_train.convert.pickles.names import DataProtoState
+from critic_train.convert.records import Records, column_of, matrix_column, ragged_column
+from critic_train.errors import DataError
+
+FORMAT = "verl DataProto"
+TOKENS = ("prompts", "responses", "input_ids", "attention_mask", "response_mask")
+RESPONSE_COLUMNS = {"values": "values", "returns": "returns", "token_level_rewards": "rewards"}
+SCORES = ("token_level_scores", "rm_scores")
+"""Read as rewards where there are no `token_level_rewards`, the first that is there."""
+RENAMED = {"data_source": "task"}
+
+
+def kind_of(content: Any) -> str | None:
+    """Whether an object is a DataProto."""
+    return FORMAT if isinstance(content, DataProtoState) else None
+
+
+def records(content: DataProtoState) -> Iterator[Records]:
+    """The rollouts of a DataProto.
+
+    Raises:
+        DataError: it has no responses, or its columns disagree in length.
+    """
+    batch = _batch(content.batch)
+    if "responses" not in batch:
+        there = ", ".join(str(name) for name in batch) or "nothing"
+        raise DataError(
+            f"the DataProto holds no `responses`; it holds {there}",
+            hint="save the batch after the advantages are computed, as in batch.save_to_disk(path)",
+        )
+    columns = _token_columns(batch)
+    count = len(columns["responses"])
+    others = {name: list(entries) for name, entries in _dictionary(content.others).items()}
+    odd = [name for name, entries in {**columns, **others}.items() if len(entries) != count]
+    if odd:
+        raise DataError(f"the DataProto's `{odd[0]}` has not {count} rows, as `responses` has")
+    notes = []
+    for name, entries in others.items():
+        array = column_of(entries)
+        if array is None or not _is_single(array.type):
+            notes.append(f"`{name}` is left out: it has several values a rollout")
+        else:
+            columns[RENAMED.get(name, name)] = array.cast(pa.string()) if name == "uid" else array
+    step = _dictionary(content.meta).get("global_steps")
+    if isinstance(step, int) and "step" not in columns:
+        columns["step"] = pa.array([step] * count)
+    yield Records(batch=pa.record_batch(columns), rows=np.arange(count), notes=tuple(notes))
+
+
+def _batch(batch: Any) -> dict[str, Any]:
+    """The tensor dictionary, name -> array [n, ...] or one array a row."""
+    if isinstance(batch, bytes | memoryview):
+        batch = load_bytes(memoryview(batch), Budget())
+    elif isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[2], dict):
+        batch = {name: _from_numpy(tensor) for name, tensor in batch[2].items()}
+    if not isinstance(batch, dict):
+        raise RefusedError("a DataProto whose batch is no tensor dictionary")
+    return batch
+
+
+def _from_numpy(tensor: Any) -> Any:
+    """A tensor as (dtype, shape, bytes), a nested one as (layout, those of its parts)."""
+    if isinstance(tensor, tuple) and len(tensor) == 3:
+        return torch_array(tensor[2], tensor[0], tensor[1], Budget())
+    if isinstance(tensor, tuple) and len(tensor) == 2 and isinstance(tensor[1], list):
+        return [_from_numpy(part) for part in tensor[1]]
+    raise RefusedError("a tensor in an unknown form")
+
+
+def _token_columns(batch: dict[str, Any]) -> dict[str, pa.Array]:
+    columns = {name: array for name in TOKENS if (array := _column(batch.get(name))) is not None}
+    if "prompts" in columns:
+        columns.pop("input_ids", None)
+    elif "input_ids" not in columns:
+        raise DataError("the DataProto holds neither `prompts` nor `input_ids` beside its `responses`")
+    scores = [name for name in SCORES if "token_level_rewards" not in batch and name in batch][:1]
+    for name, canonical in {**RESPONSE_COLUMNS, **dict.fromkeys(scores, "rewards")}.items():
+        array = _column(batch.get(name))
+        if array is not None:
+            columns[canonical] = array
+    return columns
+
+
+def _column(rows: Any) -> pa.Array | None:
+    if isinstance(rows, np.ndarray) and rows.ndim == 2:
+        return matrix_column(rows)
+    return ragged_column(rows) if isinstance(rows, Sequence) and len(rows) else None
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    return {str(key): of for key, of in value.items()} if isinstance(value, dict) else {}
+
+
+def _is_single(kind: pa.DataType) -> bool:
+    return not pa.types.is_nested(kind)

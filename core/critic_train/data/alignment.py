@@ -1,0 +1,337 @@
+"""List columns of Arrow as flat numpy arrays and lengths.
+
+Put a shard's columns under the tokens they pair with.
+
+What a batch says of rewards: under which token each stands, and which rollouts were cut.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from critic_train.data.bad_input import RowErrors
+from critic_train.data.schema import Columns
+from critic_train.rollouts import offsets_from_lengths, repeat_by_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ragged:
+    """A list column of n rows with T elements in all.
+
+    Attributes:
+        flat: [T], the elements end to end; 0 where they are null. May be a read-only view of Arrow memory.
+        lengths: int64 [n]; 0 for a null row.
+        null_rows: bool [n], the row is null or one of its elements is.
+        null_lists: bool [n], the row is null.
+        null_items: bool [T], the element is null; None where none is.
+    """
+
+    flat: NDArray[Any]
+    lengths: NDArray[np.int64]
+    null_rows: NDArray[np.bool_]
+    null_lists: NDArray[np.bool_]
+    null_items: NDArray[np.bool_] | None = None
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """int64 [n+1], first element of each row."""
+        return offsets_from_lengths(self.lengths)
+
+
+def ragged(column: pa.Array) -> Ragged:
+    """Any kind of Arrow list (list, large_list, fixed_size_list, list views; sliced or not) as a Ragged."""
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    null_rows = null_lists = column.is_null().to_numpy(zero_copy_only=False)
+    items = column.flatten()
+    null_items = None
+    if items.null_count:
+        null_items = items.is_null().to_numpy(zero_copy_only=False)
+        null_rows = null_lists | rows_with(null_items, lengths)
+        items = pc.fill_null(items, pa.scalar(0).cast(items.type))
+    flat = items.to_numpy(zero_copy_only=False)
+    return Ragged(flat=flat, lengths=lengths, null_rows=null_rows, null_lists=null_lists, null_items=null_items)
+
+
+def side_by_side(left: Ragged, right: Ragged) -> Ragged:
+    """Every row of `left` followed by the same row of `right`; both hold integers."""
+    kind = np.result_type(left.flat, right.flat)
+    if kind.kind == "f":  # numpy's answer to uint64 beside a signed type; it would round large ids
+        left, right, kind = _signed(left), _signed(right), np.dtype(np.int64)
+    lengths = left.lengths + right.lengths
+    starts = offsets_from_lengths(lengths)[:-1]
+    flat = np.empty(int(lengths.sum()), dtype=kind)
+    flat[repeat_by_length(starts, left.lengths)] = left.flat
+    flat[repeat_by_length(starts + left.lengths, right.lengths)] = right.flat
+    return Ragged(
+        flat=flat,
+        lengths=lengths,
+        null_rows=left.null_rows | right.null_rows,
+        null_lists=left.null_lists | right.null_lists,
+    )
+
+
+def rows_with(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [n]: whether any element of the row is flagged."""
+    return counts_of(flags, lengths) > 0
+
+
+def counts_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: flagged elements of each row."""
+    offsets = offsets_from_lengths(lengths)
+    at = np.flatnonzero(flags)
+    return np.diff(np.searchsorted(at, offsets))
+
+
+def first_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [n]: place of the first flagged element in each row; the row's length where there is none."""
+    offsets = offsets_from_lengths(lengths)
+    at = np.flatnonzero(flags)
+    if not len(at):
+        return lengths.copy()
+    after = np.searchsorted(at, offsets[:-1])
+    first = np.where(after < len(at), at[np.minimum(after, len(at) - 1)], offsets[-1])
+    found: NDArray[np.int64] = np.minimum(first, offsets[1:]) - offsets[:-1]
+    return found
+
+
+def _signed(column: Ragged) -> Ragged:
+    """As int64; what lies beyond stays beyond any vocabulary."""
+    flat = np.minimum(column.flat, np.iinfo(np.int64).max).astype(np.int64)
+    return replace(column, flat=flat)
+
+
+LENGTHS = "lengths that disagree"
+NULLS = "nulls"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """The token ids of n rows, T in all, padding included where the shard has it.
+
+    Attributes:
+        ids: integers [T].
+        lengths: int64 [n].
+        prompt_lengths: int64 [n] where the shard has prompts and responses apart; else None.
+    """
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64] | None
+
+
+def read_tokens(batch: pa.RecordBatch, columns: Columns, faults: RowErrors) -> Tokens:
+    """The ids of every row. Marks null and empty rows."""
+    if columns.input_ids is not None:
+        ids = _read_ids(batch, columns.input_ids, faults)
+        prompts = None
+        faults.mark(ids.lengths == 0, columns.input_ids, "no tokens", _empty, "at least two token ids")
+    else:
+        left = _read_ids(batch, columns.prompts or "", faults)
+        right = _read_ids(batch, columns.responses or "", faults)
+        faults.mark(right.lengths == 0, columns.responses or "", "no tokens", _empty, "at least one token id")
+        ids, prompts = side_by_side(left, right), left.lengths
+    return Tokens(ids=ids.flat, lengths=ids.lengths, prompt_lengths=prompts)
+
+
+@dataclass(slots=True, kw_only=True)
+class Aligner:
+    """Reads columns of a batch and spreads them over its tokens.
+
+    Attributes:
+        batch: raw rows.
+        lengths: int64 [n], tokens of each row.
+        faults: of the batch; rows whose columns fit nowhere are marked.
+        response_aligned: columns that were found to be as long as the response.
+    """
+
+    batch: pa.RecordBatch
+    lengths: NDArray[np.int64]
+    faults: RowErrors
+    response_aligned: set[str] = field(default_factory=set)
+
+    def response_mask(
+        self, name: str | None, prompt_lengths: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """The mask over all tokens, and the place in each row where its response starts.
+
+        Where the prompt's length is not known, a mask shorter than the rollout is a mask of the response, and
+        says so how long that is; under a full mask the response starts at the first 1.
+
+        Args:
+            name: the mask's column; None (with prompts and responses only) where all of the response counts.
+            prompt_lengths: int64 [n], where the shard says it.
+        """
+        if name is None:
+            assert prompt_lengths is not None, "without a mask the schema has prompts and responses"
+            places = repeat_by_length(np.zeros_like(self.lengths), self.lengths)
+            return places >= np.repeat(prompt_lengths, self.lengths), prompt_lengths
+        column = self._read(name)
+        full = column.lengths == self.lengths
+        if prompt_lengths is None:
+            short = (column.lengths > 0) & (column.lengths < self.lengths)
+        else:
+            short = ~full & (column.lengths == self.lengths - prompt_lengths)
+        mask = self._ones(self._spread(name, column, full, short), name)
+        if prompt_lengths is not None:
+            return mask, prompt_lengths
+        return mask, np.where(short, self.lengths - column.lengths, first_of(mask, self.lengths))
+
+    def attention_mask(self, name: str) -> NDArray[np.bool_]:
+        """bool [T], false on padding. It covers prompt and response; one of the response alone says too little."""
+        column = self._read(name)
+        full = column.lengths == self.lengths
+        return self._ones(self._spread(name, column, full, np.zeros_like(full)), name)
+
+    def numbers(
+        self, name: str, response_start: NDArray[np.int64], mask: NDArray[np.bool_] | None = None
+    ) -> NDArray[Any]:
+        """[T], a column as long as the rollout or its response; 0 where it says nothing.
+
+        Args:
+            name: the column.
+            response_start: int64 [n], the place where each row's response starts.
+            mask: bool [T], outside of which nulls are passed over, as NaN is; None where none are allowed.
+        """
+        column = self._read(name, null_items=mask is not None)
+        full = column.lengths == self.lengths
+        short = ~full & (column.lengths == self.lengths - response_start)
+        numbers = self._spread(name, column, full, short)
+        if mask is not None and column.null_items is not None:
+            nulls = self._spread(name, replace(column, flat=column.null_items), full, short)
+            self._mark_nulls(rows_with(nulls & mask, self.lengths), name)
+        return numbers
+
+    def _read(self, name: str, *, null_items: bool = False) -> Ragged:
+        """A column; marks null rows, and those with null elements unless they are allowed here."""
+        column = ragged(self.batch.column(name))
+        self._mark_nulls(column.null_lists if null_items else column.null_rows, name)
+        return column
+
+    def _mark_nulls(self, rows: NDArray[np.bool_], name: str) -> None:
+        self.faults.mark(rows, name, NULLS, lambda _: "null", "a number for every token")
+
+    def _spread(self, name: str, column: Ragged, full: NDArray[np.bool_], short: NDArray[np.bool_]) -> NDArray[Any]:
+        """A column over all tokens: from the first one where `full`, up to the last one where `short`."""
+        fits = full | short
+        if full.all():
+            return column.flat
+        expected = "as many as the rollout or its response has tokens"
+        self.faults.mark(~fits, name, LENGTHS, lambda row: self._lengths_of(column, row), expected)
+        if (short & ~self.faults.bad).any():
+            self.response_aligned.add(name)
+        placed = np.zeros(int(self.lengths.sum()), dtype=column.flat.dtype)
+        # Both kinds end with the rollout.
+        starts = offsets_from_lengths(self.lengths)[1:] - column.lengths
+        if fits.all():
+            placed[repeat_by_length(starts, column.lengths)] = column.flat
+        else:
+            lengths = np.where(fits, column.lengths, 0)
+            placed[repeat_by_length(starts, lengths)] = column.flat[repeat_by_length(column.offsets[:-1], lengths)]
+        return placed
+
+    def _lengths_of(self, column: Ragged, row: int) -> str:
+        return f"{column.lengths[row]} elements beside {self.lengths[row]} tokens"
+
+    def _ones(self, flat: NDArray[Any], name: str) -> NDArray[np.bool_]:
+        """A mask as booleans. Marks rows with anything but 0 and 1."""
+        if flat.dtype == np.bool_:
+            return flat
+        mask: NDArray[np.bool_] = flat == 1
+        odd = ~mask & (flat != 0)
+        if odd.any():
+            offsets = offsets_from_lengths(self.lengths)
+            rows = rows_with(odd, self.lengths)
+            first = offsets[:-1] + first_of(odd, self.lengths)
+            self.faults.mark(rows, name, "mask entries other than 0 and 1", lambda row: f"{flat[first[row]]}", "0 or 1")
+        return mask
+
+
+def _read_ids(batch: pa.RecordBatch, name: str, faults: RowErrors) -> Ragged:
+    ids = ragged(batch.column(name))
+    faults.mark(ids.null_rows, name, NULLS, lambda _: "null", "a token id for every token")
+    return ids
+
+
+def _empty(_: int) -> str:
+    return "an empty list"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRewards:
+    """Rewards over the tokens of a batch.
+
+    Attributes:
+        rewards: float64 [T]; off the mask anything.
+        carried: bool [n], rollouts of which a reward stood on an observation token and was carried back.
+    """
+
+    rewards: NDArray[np.float64]
+    carried: NDArray[np.bool_]
+
+
+def carried_back(
+    rewards: NDArray[Any], mask: NDArray[np.bool_], seen: NDArray[np.bool_] | None, lengths: NDArray[np.int64]
+) -> TokenRewards:
+    """Rewards with those on observation tokens given to the response token before them.
+
+    What an environment pays for an action is often written under its answer, or under a last token that is masked
+    out. There the recursion takes no step, so it would be lost; it belongs to the choice that earned it. What stands
+    on the prompt or on padding earned nothing and is passed over, and so is NaN off the mask.
+
+    Args:
+        rewards: numbers [T].
+        mask: bool [T].
+        seen: bool [T], false on padding; None where there is none.
+        lengths: int64 [n].
+    """
+    numbers = rewards.astype(np.float64)
+    stray = ~mask & (numbers != 0) & np.isfinite(numbers)
+    if seen is not None:
+        stray &= seen
+    if not stray.any():
+        return TokenRewards(rewards=numbers, carried=np.zeros(len(lengths), dtype=np.bool_))
+    before = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))
+    starts = np.repeat(offsets_from_lengths(lengths)[:-1], lengths)
+    stray &= before >= starts
+    np.add.at(numbers, before[stray], numbers[stray])
+    return TokenRewards(rewards=numbers, carried=rows_with(stray, lengths))
+
+
+def on_last_token(rewards: NDArray[np.float64], mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[Any]:
+    """A reward a rollout over its tokens: on the last response token, where it was known.
+
+    Args:
+        rewards: float64 [n].
+        mask: bool [T].
+        lengths: int64 [n].
+
+    Returns:
+        float64 [T].
+    """
+    at = np.flatnonzero(mask)
+    bounds = np.searchsorted(at, offsets_from_lengths(lengths))
+    some = bounds[1:] > bounds[:-1]
+    placed = np.zeros(len(mask))
+    placed[at[bounds[1:][some] - 1]] = rewards[some]
+    return placed
+
+
+def numbers_of(column: pa.Array, name: str, faults: RowErrors) -> NDArray[np.float64]:
+    """float64 [n], one number a rollout. Marks nulls."""
+    nulls = column.is_null().to_numpy(zero_copy_only=False)
+    faults.mark(nulls, name, NULLS, lambda _: "null", "a number")
+    plain = pc.cast(column, pa.int8()) if pa.types.is_boolean(column.type) else column
+    filled = pc.fill_null(plain, pa.scalar(0).cast(plain.type)).to_numpy(zero_copy_only=False)
+    return np.asarray(filled, dtype=np.float64)
+
+
+def truths_of(column: pa.Array, name: str, faults: RowErrors) -> NDArray[np.bool_]:
+    """bool [n], one boolean a rollout. Marks nulls and anything but 0 and 1."""
+    numbers = numbers_of(column, name, faults)
+    odd = (numbers != 0) & (numbers != 1)
+    faults.mark(odd, name, "truth values other than 0 and 1", lambda row: f"{numbers[row]:g}", "true or false")
+    return np.equal(numbers, 1.0)

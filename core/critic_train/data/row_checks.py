@@ -1,0 +1,260 @@
+"""Turn one batch of raw rows into rollouts, and find the rows that cannot be.
+
+Everything is done on whole columns. A row gets one fault: the first that is found.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from critic_train.data.alignment import (
+    Aligner,
+    Tokens,
+    carried_back,
+    counts_of,
+    first_of,
+    numbers_of,
+    on_last_token,
+    read_tokens,
+    rows_with,
+    truths_of,
+)
+from critic_train.data.bad_input import RowErrors
+from critic_train.data.schema import Columns, Need
+from critic_train.rollouts import offsets_from_lengths, repeat_by_length
+
+LARGEST = float(np.sqrt(np.finfo(np.float32).max))
+"""Numbers may be so large: float32 holds their squares, of which the loss is made."""
+INT32_END = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLimits:
+    """What the model can take; None where there is no limit.
+
+    Attributes:
+        vocab_size: ids must be below it.
+        max_length: tokens a rollout may have.
+        vocab_size_of, max_length_of: whose limit it is, in words.
+    """
+
+    vocab_size: int | None = None
+    max_length: int | None = None
+    vocab_size_of: str = "the model's vocabulary"
+    max_length_of: str = "the model's context"
+
+    def at_most(self, max_length: int | None) -> "RowLimits":
+        """These limits, with that of --max-length where it is set and the lower one."""
+        if max_length is None or (self.max_length is not None and self.max_length <= max_length):
+            return self
+        return replace(self, max_length=max_length, max_length_of="--max-length")
+
+
+FROM_SCRATCH = RowLimits(
+    vocab_size=2**20, max_length=2**17, vocab_size_of="a model from scratch", max_length_of="a model from scratch"
+)
+"""Where the model is made for the data, and nothing else would keep one odd row from making it, or a step, absurd."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedBatch:
+    """Token-aligned columns of a batch, padding left out; rows that `faults` marks hold anything.
+
+    Attributes:
+        input_ids: int32 [T].
+        lengths: int64 [n].
+        response_mask: bool [T].
+        returns: float32 [T], 0 where the mask is false, and everywhere without the column.
+        values: float32 [T], 0 where the mask is false; None without the column.
+        rewards: float32 [T], 0 where the mask is false; None without a column, or a sound one.
+        truncated: bool [n]; None without the column.
+        carried: rollouts of which a reward was carried back from an observation token.
+        faults: the bad rows.
+        response_aligned: names of columns that were as long as the response.
+    """
+
+    input_ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    response_mask: NDArray[np.bool_]
+    returns: NDArray[np.float32]
+    values: NDArray[np.float32] | None
+    rewards: NDArray[np.float32] | None
+    truncated: NDArray[np.bool_] | None
+    carried: int
+    faults: RowErrors
+    response_aligned: set[str]
+
+
+def check_batch(
+    batch: pa.RecordBatch,
+    columns: Columns,
+    limits: RowLimits,
+    rewards: Need = "no",
+    *,
+    drop_truncated: bool = False,
+    faults: RowErrors | None = None,
+) -> CheckedBatch:
+    """Align every column to the tokens and check it.
+
+    Args:
+        batch: raw rows.
+        columns: how the shard is understood.
+        limits: what the model can take.
+        rewards: whether unsound rewards make a row bad ("yes"), or are passed over.
+        faults: rows that are known to be bad.
+        drop_truncated: whether cut rollouts will be left out, so that nothing is wrong with them.
+    """
+    faults = RowErrors(batch.num_rows) if faults is None else faults
+    truncated = None
+    if columns.truncated is not None:
+        truncated = truths_of(batch.column(columns.truncated), columns.truncated, faults)
+    if drop_truncated:
+        assert truncated is not None, "the schema has the column"
+        faults.ignore(truncated)
+    tokens = read_tokens(batch, columns, faults)
+    aligner = Aligner(batch=batch, lengths=tokens.lengths, faults=faults)
+    mask, response_start = aligner.response_mask(columns.response_mask, tokens.prompt_lengths)
+    seen = None
+    if columns.attention_mask is not None:
+        seen = aligner.attention_mask(columns.attention_mask)
+        mask = mask & seen
+    lengths = tokens.lengths if seen is None else counts_of(seen, tokens.lengths)
+    _check_ids(tokens, seen, columns, limits, faults)
+    _check_lengths(lengths, columns, limits, faults)
+    _check_mask(mask, seen, tokens.lengths, columns, faults)
+
+    def finite(name: str) -> NDArray[np.float32]:
+        return _finite(aligner.numbers(name, response_start, mask), mask, tokens.lengths, name, faults)
+
+    returns = np.zeros(len(mask), np.float32) if columns.returns is None else finite(columns.returns)
+    values = None if columns.values is None else finite(columns.values)
+    paid, carried = _rewards(aligner, columns, mask, seen, response_start, required=rewards == "yes")
+    kept = slice(None) if seen is None else seen
+    return CheckedBatch(
+        input_ids=tokens.ids[kept].astype(np.int32, copy=False),
+        lengths=lengths,
+        response_mask=mask[kept],
+        returns=returns[kept],
+        values=None if values is None else values[kept],
+        rewards=None if paid is None else paid[kept],
+        truncated=truncated,
+        carried=carried,
+        faults=faults,
+        response_aligned=aligner.response_aligned,
+    )
+
+
+def _rewards(
+    aligner: Aligner,
+    columns: Columns,
+    mask: NDArray[np.bool_],
+    seen: NDArray[np.bool_] | None,
+    response_start: NDArray[np.int64],
+    *,
+    required: bool,
+) -> tuple[NDArray[np.float32] | None, int]:
+    """Rewards over all tokens, and of how many rollouts some were carried back."""
+    name = columns.rewards or columns.reward
+    if name is None:
+        return None, 0
+    lengths, faults = aligner.lengths, aligner.faults if required else RowErrors(len(aligner.lengths))
+    if columns.rewards is not None:
+        reading = replace(aligner, faults=faults)
+        found = carried_back(reading.numbers(name, response_start), mask, seen, lengths)
+        rewards, carried = found.rewards, int((found.carried & ~faults.bad).sum())
+    else:
+        rewards, carried = on_last_token(numbers_of(aligner.batch.column(name), name, faults), mask, lengths), 0
+    checked = _finite(rewards, mask, lengths, name, faults)
+    if (faults.bad & ~aligner.faults.bad).any():
+        return None, 0
+    return checked, carried
+
+
+def _check_ids(
+    tokens: Tokens, seen: NDArray[np.bool_] | None, columns: Columns, limits: RowLimits, faults: RowErrors
+) -> None:
+    """Mark rows with ids that the model has no embedding for. What pads a row may be anything."""
+    ids = tokens.ids
+    end = INT32_END if limits.vocab_size is None else limits.vocab_size
+    if not len(ids) or (ids.min() >= 0 and ids.max() < end):
+        return
+    outside = (ids < 0) | (ids >= end)
+    if seen is not None:
+        outside &= seen
+    first = offsets_from_lengths(tokens.lengths)[:-1] + first_of(outside, tokens.lengths)
+    expected = f"ids from 0 to {end - 1}" + ("" if limits.vocab_size is None else f" ({limits.vocab_size_of})")
+
+    def mark(where: NDArray[np.bool_], name: str | None) -> None:
+        rows = rows_with(where, tokens.lengths)
+        faults.mark(
+            rows, name or "", "token ids outside the vocabulary", lambda row: f"token id {ids[first[row]]}", expected
+        )
+
+    if tokens.prompt_lengths is None:
+        mark(outside, columns.input_ids)
+    else:
+        places = repeat_by_length(np.zeros_like(tokens.lengths), tokens.lengths)
+        mark(outside & (places < np.repeat(tokens.prompt_lengths, tokens.lengths)), columns.prompts)
+        mark(outside, columns.responses)
+
+
+def _check_lengths(lengths: NDArray[np.int64], columns: Columns, limits: RowLimits, faults: RowErrors) -> None:
+    if columns.attention_mask is not None:
+        faults.mark(lengths == 0, columns.attention_mask, "no tokens", lambda _: "padding only", "a 1 on every token")
+    if limits.max_length is not None:
+        faults.mark(
+            lengths > limits.max_length,
+            columns.input_ids or columns.responses or "",
+            f"more tokens than {limits.max_length_of}",
+            lambda row: f"{lengths[row]} tokens",
+            f"at most {limits.max_length} ({limits.max_length_of})",
+        )
+
+
+def _check_mask(
+    mask: NDArray[np.bool_],
+    seen: NDArray[np.bool_] | None,
+    lengths: NDArray[np.int64],
+    columns: Columns,
+    faults: RowErrors,
+) -> None:
+    name = columns.response_mask or columns.responses or ""
+    first = first_of(mask, lengths)
+    faults.mark(
+        first == lengths, name, "nothing to train on", lambda _: "no response token", "a 1 on at least one token"
+    )
+    faults.mark(
+        first == (0 if seen is None else first_of(seen, lengths)),
+        name if columns.prompts is None else columns.prompts,
+        "no prompt",
+        lambda _: "a response token in first place",
+        "at least one token before the response: its state carries the first value",
+    )
+
+
+def _finite(
+    column: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], name: str, faults: RowErrors
+) -> NDArray[np.float32]:
+    """float32 [T], 0 off the mask. Marks rows with NaN, infinities and absurdly large numbers, on the mask."""
+    wide = column.dtype == np.float64
+    numbers = column if wide else column.astype(np.float32, copy=False)
+    # What stands off the mask means nothing, and many dumps pad it with NaN.
+    numbers = np.where(mask, numbers, numbers.dtype.type(0))
+    # NaN compares false.
+    sound = np.abs(numbers) <= LARGEST
+    if not sound.all():
+        odd = ~sound
+        first = offsets_from_lengths(lengths)[:-1] + first_of(odd, lengths)
+        endless = rows_with(odd & ~np.isfinite(numbers), lengths)
+
+        def found(row: int) -> str:
+            return f"{column[first[row]]} on a response token"
+
+        faults.mark(endless, name, "NaN or infinite numbers", found, "a finite number")
+        expected = f"at most {LARGEST:.3g}, of which float32 holds the square"
+        faults.mark(rows_with(odd, lengths), name, "numbers too large", found, expected)
+        numbers[odd] = 0.0
+    return numbers.astype(np.float32, copy=False)

@@ -1,0 +1,329 @@
+"""How a shard's schema is understood: names, aliases, types."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Literal, NoReturn
+
+import pyarrow as pa
+
+from critic_train.data.shards import Shard
+from critic_train.errors import DataError
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "input_ids": ("tokens", "token_ids", "ids", "sequences"),
+    "prompts": ("prompt_ids", "prompt_token_ids"),
+    "responses": ("response_ids", "response_token_ids", "completion_ids"),
+    "response_mask": (
+        "mask",
+        "loss_mask",
+        "loss_masks",
+        "action_mask",
+        "response_masks",
+        "token_loss_mask",
+        "completion_mask",
+        "assistant_masks",
+    ),
+    "values": ("old_values", "value", "vpreds", "critic_values", "v_old"),
+    "returns": ("return", "value_targets", "targets", "returns_to_go"),
+    "rewards": ("token_level_rewards", "reward_tokens"),
+    "reward": ("rewards", "score", "reward_score"),
+    "truncated": ("is_truncated",),
+    "uid": ("group_id", "prompt_id", "group_index", "request_id"),
+    "attention_mask": (),
+}
+"""Canonical name -> names that mean the same elsewhere, most specific first."""
+
+INTEGERS, NUMBERS, SINGLE = "a list of integers", "a list of numbers or booleans", "one value a rollout"
+NUMBER, TRUTH = "one number a rollout", "one boolean a rollout"
+EXPECTED = {
+    "input_ids": INTEGERS,
+    "prompts": INTEGERS,
+    "responses": INTEGERS,
+    "uid": SINGLE,
+    "reward": NUMBER,
+    "truncated": TRUTH,
+}
+"""Canonical name -> what its column must hold; NUMBERS where nothing is said."""
+
+MEANING = {
+    "input_ids": "the token ids; or prompts and responses, the token ids of each",
+    "response_mask": "1 on the tokens the policy chose",
+    "returns": "the regression target of every response token",
+    "values": "the values stored at rollout time; --old-values none trains without them",
+    "rewards": "what each response token earned; or reward, one number a rollout",
+    "truncated": "whether each rollout was cut before it ended by itself",
+}
+
+Need = Literal["no", "where there", "yes"]
+"""Whether a column is read: never, where a shard has it, or always."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a command needs beside token ids and masks.
+
+    Where `returns` are not needed they are not read, and nothing in them makes a row bad. Where `rewards` are read
+    only where they are there, what is wrong with them is passed over: there are none then.
+    """
+
+    returns: bool | Literal["where there"] = True
+    values: bool = True
+    rewards: Need = "no"
+    truncated: bool | Literal["where there"] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """The columns of one shard: canonical name -> the shard's name, None where it has none.
+
+    Either `input_ids` is set, or `prompts` and `responses` are.
+    """
+
+    input_ids: str | None
+    prompts: str | None
+    responses: str | None
+    response_mask: str | None
+    attention_mask: str | None
+    values: str | None
+    returns: str | None
+    rewards: str | None
+    reward: str | None
+    truncated: str | None
+    uid: str | None
+    labels: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        """The shard's columns that are read, each once."""
+        columns = (
+            self.input_ids,
+            self.prompts,
+            self.responses,
+            self.response_mask,
+            self.attention_mask,
+            self.values,
+            self.returns,
+            self.rewards,
+            self.reward,
+            self.truncated,
+            self.uid,
+        )
+        return list(dict.fromkeys([name for name in columns if name is not None] + list(self.labels)))
+
+    def as_dict(self) -> dict[str, str]:
+        """Canonical name -> the shard's column, for those it has; labels left out."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels"}
+        return {name: column for name, column in named.items() if column is not None}
+
+    def notices(self) -> list[str]:
+        """What was understood without being said, in sentences."""
+        said = [
+            f"`{getattr(self, name)}` is read as {name}"
+            for name in ("input_ids", "response_mask", "values", "returns", "rewards", "reward", "truncated", "uid")
+            if getattr(self, name) not in (None, name)
+        ]
+        if self.input_ids is None:
+            said.append(f"`{self.prompts}` and `{self.responses}` together are read as input_ids")
+            if self.response_mask is None:
+                said.append(f"there is no response_mask: all of `{self.responses}` counts as response")
+        return said
+
+
+def resolve_schema(
+    schema: pa.Schema, shard: Shard, *, renames: dict[str, str], labels: tuple[str, ...], needs: Needs
+) -> Columns:
+    """Find the canonical columns in a shard's schema.
+
+    A rename wins over the canonical name, and that over aliases. An alias counts only where its type fits: what is
+    named `ids` or `mask` and holds text is something else. So are `prompts` and `responses` that hold text.
+
+    Args:
+        schema: Arrow schema of the shard.
+        shard: for the messages.
+        renames: canonical name -> the shard's column.
+        labels: per-rollout columns to carry along.
+        needs: what must be there.
+
+    Raises:
+        DataError: a required column is missing, ambiguous, there twice or of the wrong type.
+    """
+    check_canonical(renames)
+    finder = _SchemaResolver(schema=schema, shard=shard, renames=renames)
+    finder.check_renames()
+    pair_is_meant = "input_ids" not in renames and ("prompts" in renames or "responses" in renames)
+    input_ids = None if pair_is_meant else finder.find("input_ids")
+    prompts = responses = None
+    if input_ids is None:
+        prompts, responses = finder.find("prompts"), finder.find("responses")
+    pair = prompts is not None and responses is not None
+    response_mask, values = finder.find("response_mask"), finder.find("values")
+    returns = finder.find("returns") if needs.returns else None
+    rewards, reward = finder.find_rewards(needs.rewards)
+    truncated = finder.find("truncated") if needs.truncated else None
+    there = {
+        "input_ids": input_ids or pair,
+        "response_mask": response_mask or pair,
+        "returns": returns or needs.returns is not True,
+        "values": values or not needs.values,
+        "rewards": rewards or reward or needs.rewards != "yes",
+        "truncated": truncated or needs.truncated is not True,
+    }
+    missing = [name for name, column in there.items() if not column]
+    if missing:
+        finder.fail_for_missing(missing)
+    for label in labels:
+        finder.check_label(label)
+    return Columns(
+        input_ids=input_ids,
+        prompts=prompts if pair else None,
+        responses=responses if pair else None,
+        response_mask=response_mask,
+        attention_mask=finder.find("attention_mask"),
+        values=values,
+        returns=returns,
+        rewards=rewards,
+        reward=reward,
+        truncated=truncated,
+        uid=finder.find("uid"),
+        labels=labels,
+    )
+
+
+def check_canonical(renames: dict[str, str]) -> None:
+    """Raise where a rename is of no canonical column: that is no file's fault."""
+    unknown = [name for name in renames if name not in ALIASES]
+    if unknown:
+        raise DataError(
+            f"--column {unknown[0]}={renames[unknown[0]]}: there is no canonical column {unknown[0]!r}"
+            f"{_near(unknown[0], ALIASES)}",
+            hint=f"canonical columns: {', '.join(ALIASES)}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SchemaResolver:
+    """Looks up columns in one shard's schema."""
+
+    schema: pa.Schema
+    shard: Shard
+    renames: dict[str, str]
+
+    def find(self, name: str) -> str | None:
+        """The shard's column for a canonical name, None where it has none."""
+        names = self.schema.names
+        if name in self.renames:
+            return self._checked(name, self.renames[name])
+        fitting = [a for a in ALIASES[name] if a in names and self._fits(name, a)]
+        # Text under these names is no mistake, nor is one number a rollout under `rewards`.
+        may_be_else = name in ("prompts", "responses", "rewards")
+        if name in names and (self._fits(name, name) or not (fitting or may_be_else)):
+            return self._checked(name, name)
+        if len(fitting) > 1:
+            raise DataError(
+                f"{self.shard.name}: {' and '.join(fitting)} could each be {name}",
+                hint=f"say which: --column {name}={fitting[0]}",
+            )
+        return self._checked(name, fitting[0]) if fitting else None
+
+    def find_rewards(self, need: Need) -> tuple[str | None, str | None]:
+        """The columns for `rewards` and `reward`, of which one is used: that of tokens where there are both."""
+        if need == "no":
+            return None, None
+        try:
+            wanted_once = "reward" in self.renames and "rewards" not in self.renames
+            rewards = None if wanted_once else self.find("rewards")
+            return rewards, None if rewards else self.find("reward")
+        except DataError:
+            if need == "yes":
+                raise
+            return None, None
+
+    def check_renames(self) -> None:
+        """Raise where a rename names no column of the shard."""
+        names = self.schema.names
+        for name, column in self.renames.items():
+            if column not in names:
+                raise DataError(
+                    f"--column {name}={column}: {self.shard.name} has no column {column!r}{_near(column, names)}",
+                    hint=f"its columns are: {', '.join(names)}",
+                )
+
+    def check_label(self, label: str) -> None:
+        """Raise where a column cannot slice rollouts."""
+        names = self.schema.names
+        if label not in names:
+            raise DataError(
+                f"{self.shard.name} has no column {label!r}{_near(label, names)}",
+                hint=f"--by takes one of: {', '.join(names)}",
+            )
+        self._check_single(label)
+        if _is_nested(self.schema.field(label).type):
+            raise DataError(
+                f"{self.shard.name}, column {label}: found {self.schema.field(label).type}, expected {SINGLE}",
+                hint="--by takes a column with one value a rollout",
+            )
+
+    def fail_for_missing(self, missing: list[str]) -> NoReturn:
+        """Name all columns that are missing, beside those that are there."""
+        lacking = "\n".join(f"  {name}: {MEANING[name]}" for name in missing)
+        there = "\n".join(f"  {field.name}: {field.type}" for field in self.schema)
+        close = difflib.get_close_matches(missing[0], self.schema.names, n=1)
+        raise DataError(
+            f"{self.shard.name} lacks\n{lacking}\nIt has\n{there or '  no columns'}",
+            hint=f"--column {missing[0]}={close[0] if close else 'NAME'} reads it under another name",
+        )
+
+    def _checked(self, name: str, column: str) -> str:
+        self._check_single(column)
+        if not self._fits(name, column):
+            raise DataError(
+                f"{self.shard.name}, column {column}: found {self.schema.field(column).type}, "
+                f"expected {EXPECTED.get(name, NUMBERS)} (as {name})",
+                hint=f"--column {name}=NAME reads another column",
+            )
+        return column
+
+    def _check_single(self, column: str) -> None:
+        if self.schema.names.count(column) > 1:
+            raise DataError(
+                f"{self.shard.name} has several columns named {column}", hint="give them names of their own"
+            )
+
+    def _fits(self, name: str, column: str) -> bool:
+        kind = self.schema.types[self.schema.names.index(column)]
+        expected = EXPECTED.get(name, NUMBERS)
+        if expected is SINGLE:
+            return not _is_nested(kind)
+        if expected is NUMBER:
+            return _is_number(kind)
+        if expected is TRUTH:
+            return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
+        item = _item_type(kind)
+        if item is None:
+            return False
+        if expected is INTEGERS:
+            return bool(pa.types.is_integer(item))
+        return _is_number(item)
+
+
+def _item_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type of a list's items, None for what is no list."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return kind.value_type
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return kind.value_type
+    return None
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def _is_nested(kind: pa.DataType) -> bool:
+    """Lists, structs, maps, unions: several values a row."""
+    return bool(pa.types.is_nested(kind)) or _item_type(kind) is not None
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,226 @@
+"""What the judge has taken in: rollouts, returns and predictions, as sums and as token columns set aside."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.errors import DataError, ModelError
+from critic_train.evaluation.calibration import Block
+from critic_train.evaluation.metrics import Population
+from critic_train.evaluation.moments import Floats, Integers, Moments
+from critic_train.evaluation.token_columns import RankCorrelation, TokenColumn, TokenStore, block_slices
+from critic_train.evaluation.token_sums import Cells, PredictionSums, RolloutMoments, RolloutTable
+from critic_train.rollouts import Rollouts
+
+RETURNS, STORED, REWARDS = "returns", "stored", "rewards"
+CRITIC = "critic:"  # keeps a critic that is called "stored" apart from the baseline
+
+
+class EvalAccumulator:
+    """Takes in rollouts and critics' values; critics are known here by CRITIC and their name.
+
+    Attributes:
+        positions: equal parts of a response.
+        has_stored: whether every batch had stored values.
+        has_rewards: whether every batch had rewards.
+        smallest_return, largest_return: of all response tokens.
+    """
+
+    def __init__(
+        self, critics: Sequence[str], *, cliprange_value: float | None, by: Sequence[str], positions: int
+    ) -> None:
+        self._critics = list(critics)
+        self._cliprange = cliprange_value
+        self.positions = positions
+        self._table = RolloutTable(list(dict.fromkeys(by)))
+        self._returns = RolloutMoments(positions)
+        self._last_returns: list[TokenColumn] = []
+        self._total_rewards: list[Floats] = []
+        self._sums = {
+            name: PredictionSums(positions, cliprange_value) for name in [STORED, *(CRITIC + c for c in critics)]
+        }
+        self._spool = TokenStore([RETURNS, REWARDS, *self._sums])
+        self.has_stored = self.has_rewards = True
+        self.smallest_return, self.largest_return = float("inf"), float("-inf")
+
+    def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """See Judge.add."""
+        tokens = np.flatnonzero(rollouts.response_mask)
+        lengths = np.diff(np.searchsorted(tokens, rollouts.offsets))  # without a pass over all tokens
+        kept = np.flatnonzero(lengths)
+        lengths = lengths[kept]
+        labels = {name: self._label(rollouts, name)[kept] for name in self._table.columns}
+        columns = self._columns(rollouts, values, tokens)
+        for name, column in columns.items():
+            require_finite(name, column, rollouts.row[kept], lengths)
+        self.has_stored &= STORED in columns
+        self.has_rewards &= REWARDS in columns
+        if not len(kept):
+            return
+        self._table.add(rollouts.group[kept], rollouts.row[kept], lengths, labels)
+        for name, column in columns.items():
+            self._spool.append(name, column)
+        returns = columns[RETURNS]
+        starts = np.cumsum(lengths) - lengths
+        self._last_returns.append(returns[starts + lengths - 1])
+        if REWARDS in columns:
+            self._total_rewards.append(np.add.reduceat(columns.pop(REWARDS).astype(np.float64), starts))
+        self.smallest_return = min(self.smallest_return, float(returns.min()))
+        self.largest_return = max(self.largest_return, float(returns.max()))
+        # In blocks that stay in the processor's cache.
+        ends = np.append(0, np.cumsum(lengths))
+        for part in block_slices(lengths):
+            block = slice(ends[part.start], ends[part.stop])
+            self._add_block({name: c[block] for name, c in columns.items()}, lengths[part])
+
+    def _add_block(self, columns: dict[str, TokenColumn], lengths: Integers) -> None:
+        cells = Cells.of(lengths, self.positions)
+        wide = {name: column.astype(np.float64) for name, column in columns.items()}
+        g, old = wide.pop(RETURNS), wide.get(STORED)
+        self._returns.add(g, cells)
+        for name, v in wide.items():
+            self._sums[name].add(v, g, old, cells)
+
+    def _columns(
+        self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]], tokens: Integers
+    ) -> dict[str, TokenColumn]:
+        """Name -> float32 [response tokens]; `tokens` are their places among all tokens."""
+        if set(values) != set(self._critics):
+            raise ValueError(f"values of {sorted(self._critics)} expected, not of {sorted(values)}")
+        whole = {RETURNS: rollouts.returns} | {CRITIC + name: values[name] for name in self._critics}
+        if rollouts.values is not None and self.has_stored:
+            whole[STORED] = rollouts.values
+        if rollouts.rewards is not None and self.has_rewards:
+            whole[REWARDS] = rollouts.rewards
+        for name, column in whole.items():
+            if column.shape != rollouts.response_mask.shape:
+                raise ValueError(f"{name}: shape {column.shape}, not {rollouts.response_mask.shape}")
+        return {name: column[tokens].astype(np.float32, copy=False) for name, column in whole.items()}
+
+    @staticmethod
+    def _label(rollouts: Rollouts, name: str) -> NDArray[np.generic]:
+        if name not in rollouts.labels:
+            there = ", ".join(rollouts.labels) or "none"
+            raise DataError(
+                f"no column {name!r} to judge by; columns with one value a rollout: {there}",
+                hint="name one of these columns, or add the column to every shard",
+            )
+        return rollouts.labels[name]
+
+    def predictions(self) -> dict[str, PredictionSums]:
+        """Stored values, where every batch had them, then critics."""
+        return {name: s for name, s in self._sums.items() if name != STORED or self.has_stored}
+
+    def returns(self) -> Moments:
+        """Moments of each rollout's returns, in order of arrival."""
+        return self._returns.moments(self._table.counts)
+
+    def outcomes(self) -> Floats:
+        """float64 [m], how each rollout ended, in order of arrival.
+
+        The sum of its rewards; without rewards the return of its last response token, which is the reward given
+        there whatever gamma and lambda the returns have.
+        """
+        parts: list[Floats] | list[TokenColumn] = self._total_rewards if self.has_rewards else self._last_returns
+        return np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
+
+    def population(self) -> Population:
+        """The rollouts sorted by prompt group and place in the data set."""
+        group, row = self._table.group, self._table.row
+        order = np.lexsort((row, group))
+        keys, index = np.unique(group[order], return_inverse=True)
+        labels = {name: self._table.labels(name) for name in self._table.columns}
+        return Population(
+            order=order,
+            group=index.astype(np.int64),
+            groups=len(keys),
+            rows=row[order],
+            returns=self.returns()[order],
+            by_position=self._returns.by_position,
+            slices={name: (values, place[order]) for name, (values, place) in labels.items()},
+        )
+
+    def scan(self, name: str) -> Iterator[Block]:
+        """One prediction's values beside the returns, in blocks of whole rollouts in order of arrival."""
+        lengths = self._table.counts
+        columns = (self._spool.blocks(column, lengths) for column in (name, RETURNS))
+        rewards = self._spool.blocks(REWARDS, lengths) if self.has_rewards else None
+        for part, values, returns in zip(block_slices(lengths), *columns, strict=True):
+            own = lengths[part]
+            yield Block(
+                rollouts=part,
+                owner=np.repeat(np.arange(len(own)), own),
+                starts=np.cumsum(own) - own,
+                lengths=own,
+                values=values,
+                returns=returns,
+                rewards=None if rewards is None else next(rewards),
+            )
+
+    def column(self, name: str) -> Iterator[TokenColumn]:
+        """A prediction's values or RETURNS, in blocks."""
+        return self._spool.blocks(name, self._table.counts)
+
+    def replay(self, fixed: Mapping[str, Floats]) -> dict[str, PredictionSums]:
+        """Sums of predictions that are known only now: one value a rollout.
+
+        Args:
+            fixed: name -> float64 [m], in order of arrival.
+        """
+        sums = {name: PredictionSums(self.positions, self._cliprange) for name in fixed}
+        lengths = self._table.counts
+        stored = self._spool.blocks(STORED, lengths) if self.has_stored else None
+        returns = self._spool.blocks(RETURNS, lengths)
+        for part, block in zip(block_slices(lengths), returns, strict=True):
+            cells = Cells.of(lengths[part], self.positions)
+            g = block.astype(np.float64)
+            old = None if stored is None else next(stored).astype(np.float64)
+            for name, values in fixed.items():
+                sums[name].add(np.repeat(values[part], lengths[part]), g, old, cells)
+        return sums
+
+    def spearman(self, fixed: Mapping[str, Floats]) -> dict[str, float | None]:
+        """Spearman's correlation of each prediction with the returns; `fixed` as for `replay`."""
+        lengths = self._table.counts
+        ranks = RankCorrelation(lambda: self._spool.blocks(RETURNS, lengths), int(lengths.sum()))
+
+        def repeated(values: Floats) -> Iterator[TokenColumn]:
+            for part in block_slices(lengths):
+                # To float32 as all values: means that differ only by rounding are ties.
+                yield np.repeat(values[part].astype(np.float32), lengths[part])
+
+        figures = {}
+        for name in self.predictions():
+            figures[name] = ranks.against(lambda name=name: self._spool.blocks(name, lengths))  # type: ignore[misc]
+        for name, values in fixed.items():
+            figures[name] = ranks.against(lambda values=values: repeated(values))  # type: ignore[misc]
+        return figures
+
+
+def require_finite(name: str, column: TokenColumn, row: Integers, lengths: Integers) -> None:
+    """Refuse NaN and infinity, naming the first.
+
+    Args:
+        name: of the column.
+        column: float32 [T], response tokens of m rollouts.
+        row: int64 [m], their places in the data set.
+        lengths: int64 [m], their response tokens.
+    """
+    finite = np.isfinite(column)
+    if finite.all():
+        return
+    token = int(np.argmin(finite))
+    ends = np.cumsum(lengths)
+    rollout = int(np.searchsorted(ends, token, side="right"))
+    inside = token - int(ends[rollout] - lengths[rollout])
+    where = (
+        f"rollout {int(row[rollout])}, response token {inside}: found {column[token]}, expected a finite number"
+        f" ({int(np.count_nonzero(~finite))} such tokens in this batch)"
+    )
+    if name.startswith(CRITIC):
+        raise ModelError(
+            f"critic {name.removeprefix(CRITIC)}: {where}",
+            hint="its weights may not be finite, or --precision bf16 overflows; try --precision fp32",
+        )
+    raise DataError(f"{'values' if name == STORED else name}: {where}")

@@ -1,0 +1,88 @@
+"""How much the advantages vary that a policy would be trained with: GAE's with this critic against GRPO's."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from critic_train.data.returns import ReturnRecipe, gae
+from critic_train.evaluation.calibration import Block
+from critic_train.evaluation.moments import Floats, Integers, Moments, segment_moments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageRecipe:
+    """How advantages are estimated.
+
+    Attributes:
+        gamma: discount.
+        lam: GAE's lambda. At 1, the default, an advantage is the return still to come less V, an estimate of the same
+            quantity as GRPO's reward less the group's mean, so that less variance is better. Below 1 the reward
+            reaches early tokens shrunk, and even a constant would seem to take variance away.
+        length_alpha: VAPO's alpha (arXiv 2504.05118), lambda 1 - 1 / (alpha * response tokens) for each rollout and 0
+            where that is negative; None for one lambda.
+    """
+
+    gamma: float = 1.0
+    lam: float = 1.0
+    length_alpha: float | None = None
+
+    @classmethod
+    def of(cls, recipe: ReturnRecipe) -> "AdvantageRecipe":
+        """The advantages that go with a recipe for returns: at the policy's lambda."""
+        lam = 1.0 if recipe.lam_policy is None else recipe.lam_policy
+        return cls(gamma=recipe.gamma, lam=lam, length_alpha=recipe.length_alpha)
+
+    def at_lambda_1(self) -> "AdvantageRecipe":
+        """The same discount, nothing bootstrapped."""
+        return AdvantageRecipe(gamma=self.gamma)
+
+    def lambdas(self, lengths: Integers) -> float | Floats:
+        """One lambda for all, or float64 [n] for rollouts of `lengths` response tokens."""
+        if self.length_alpha is None:
+            return self.lam
+        found: Floats = np.maximum(0.0, 1.0 - 1.0 / (self.length_alpha * lengths))
+        return found
+
+    def record(self) -> dict[str, float | None]:
+        """{gamma, lam}; lam is None where each rollout has its own."""
+        return {"gamma": self.gamma, "lam": self.lam if self.length_alpha is None else None}
+
+
+class AdvantageMoments:
+    """Moments of GAE's advantages of each rollout, with one prediction's values."""
+
+    def __init__(self, rollouts: int, recipe: AdvantageRecipe) -> None:
+        self._recipe = recipe
+        self._means, self._squares = np.zeros(rollouts), np.zeros(rollouts)
+
+    def add(self, block: Block) -> None:
+        """Take in a block. Without rewards, the return of the last response token is the reward, given there."""
+        offsets = np.append(block.starts, len(block.values))
+        rewards = block.rewards
+        if rewards is None:
+            rewards = np.zeros_like(block.returns)
+            rewards[offsets[1:] - 1] = block.returns[offsets[1:] - 1]
+        advantages, _ = gae(
+            rewards,
+            block.values,
+            np.ones(len(rewards), dtype=np.bool_),
+            offsets,
+            gamma=self._recipe.gamma,
+            lam=self._recipe.lambdas(block.lengths),
+        )
+        found = segment_moments(advantages, block.starts, block.lengths, block.owner)
+        self._means[block.rollouts], self._squares[block.rollouts] = found.mean, found.squares
+
+    def moments(self, counts: Integers) -> Moments:
+        """Moments of each rollout, in order of arrival; `counts` are their response tokens."""
+        return Moments(counts, self._means, self._squares)
+
+
+def negated(moments: Moments) -> Moments:
+    """Moments of the same numbers with the sign turned."""
+    return Moments(moments.count, -moments.mean, moments.squares)
+
+
+def same_for_all_tokens(advantages: Floats, counts: Integers) -> Moments:
+    """Moments of advantages that do not change along a rollout, as GRPO's: float64 [m], one a rollout."""
+    return Moments(counts, advantages, np.zeros(len(advantages)))

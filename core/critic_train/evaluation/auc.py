@@ -1,0 +1,226 @@
+"""Does the value tell right rollouts from wrong ones? AUC, overall, within prompt groups and along the response.
+
+The AUC is the chance that the value of a right rollout lies above that of a wrong one, a tie counting half (Hanley
+and McNeil 1982; Mann and Whitney's U over the number of pairs). Within prompt groups only pairs of one prompt count,
+and every pair has the same weight: what the critic knows of the prompt is of no help there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from critic_train.evaluation.calibration import Block
+from critic_train.evaluation.moments import Floats, Integers, pool, segment_moments, sums_by_key
+from critic_train.evaluation.resampling import draws, percentile_interval, resampled_sums
+from critic_train.evaluation.token_sums import Cells
+
+ROUNDING = 1e-5
+"""Outcomes this close together, as a share of their range, are one: float32 GAE gives 0.99999994 for 1."""
+CHUNK_NUMBERS = 2**20
+
+Bools = NDArray[np.bool_]
+Scores = NDArray[np.float32]
+
+
+def right_or_wrong(outcomes: Floats) -> Bools | None:
+    """bool [m], true where the outcome is the larger of two; None where there are not exactly two.
+
+    Args:
+        outcomes: float64 [m], one a rollout.
+    """
+    if not len(outcomes):
+        return None
+    low, high = float(outcomes.min()), float(outcomes.max())
+    near = ROUNDING * (high - low)
+    is_high, is_low = outcomes >= high - near, outcomes <= low + near
+    return is_high if high > low and bool((is_high | is_low).all()) else None
+
+
+class RolloutScores:
+    """Mean value of each rollout, over its response and over each part of it.
+
+    Means are kept as float32, as values are: those that differ by rounding only are ties.
+
+    Attributes:
+        whole: float32 [m], in order of arrival.
+        parts: float32 [positions, m]; NaN where a response has no token in that part.
+    """
+
+    def __init__(self, rollouts: int, positions: int) -> None:
+        self._positions = positions
+        self.whole: Scores = np.empty(rollouts, dtype=np.float32)
+        self.parts: Scores = np.full((positions, rollouts), np.nan, dtype=np.float32)
+
+    def add(self, block: Block) -> None:
+        """Take in a block."""
+        cells = Cells.of(block.lengths, self._positions)
+        moments = segment_moments(block.values.astype(np.float64), cells.starts, cells.counts, cells.owner)
+        self.whole[block.rollouts] = pool(moments, cells.rollout, cells.rollouts).mean
+        self.parts[cells.position, block.rollouts.start + cells.rollout] = moments.mean
+
+
+def pairs_within(scores: Scores, right: Bools, group: Integers, groups: int) -> tuple[Floats, Floats]:
+    """Pairs of a right and a wrong rollout of one prompt, by sorting: m log m, however large the groups.
+
+    Args:
+        scores: float32 [m]; NaN leaves a rollout out.
+        right: bool [m].
+        group: int64 [m], from 0.
+        groups: their number.
+
+    Returns:
+        (float64 [groups], pairs told apart rightly, a tie counting half; float64 [groups], all pairs).
+    """
+    there = np.flatnonzero(~np.isnan(scores))
+    order = there[np.lexsort((scores[there], group[there]))]
+    score, key, is_right = scores[order], group[order], right[order]
+    wrong = np.append(0, np.cumsum(~is_right))  # wrong rollouts before each place
+    new_group = np.append(True, key[1:] != key[:-1])[: len(key)]
+    new_score = new_group | np.append(True, score[1:] != score[:-1])[: len(key)]
+    begin = np.flatnonzero(new_score)  # of runs of equal scores
+    end = np.append(begin[1:], len(key))
+    # Wrong rollouts below, half of those in the same run, less those of the groups before.
+    below = ((wrong[begin] + wrong[end]) / 2)[np.cumsum(new_score) - 1]
+    below -= wrong[:-1][new_group][np.cumsum(new_group) - 1]
+    told = sums_by_key(np.where(is_right, below, 0.0), key, groups)
+    rights = np.bincount(key[is_right], minlength=groups)
+    wrongs = np.bincount(key[~is_right], minlength=groups)
+    return told, (rights * wrongs).astype(np.float64)
+
+
+class PairsOverall:
+    """Pairs of a right and a wrong rollout of any two prompts, with a weight for each prompt."""
+
+    def __init__(self, scores: Scores, right: Bools, group: Integers) -> None:
+        """Args as for `pairs_within`; no score is NaN."""
+        order = np.flatnonzero(~right)
+        order = order[np.argsort(scores[order])]
+        ordered, mine = scores[order], scores[right]
+        self._wrong_group, self._right_group = group[order], group[right]
+        self._low = np.searchsorted(ordered, mine, side="left")
+        self._high = np.searchsorted(ordered, mine, side="right")
+
+    def auc(self, weights: Integers) -> Floats:
+        """AUC where each prompt counts as often as it was drawn.
+
+        Args:
+            weights: int64 [k, groups].
+
+        Returns:
+            float64 [k]; NaN where only right or only wrong rollouts were drawn.
+        """
+        found = np.empty(len(weights))
+        rows = max(1, CHUNK_NUMBERS // max(1, len(self._wrong_group) + len(self._right_group)))
+        for start in range(0, len(weights), rows):
+            part = weights[start : start + rows]
+            wrong = np.zeros((len(part), len(self._wrong_group) + 1))
+            np.cumsum(part[:, self._wrong_group], axis=1, out=wrong[:, 1:])
+            right = part[:, self._right_group]
+            told = np.einsum("ij,ij->i", right, wrong[:, self._low] + wrong[:, self._high]) / 2
+            with np.errstate(invalid="ignore"):
+                found[start : start + rows] = told / (right.sum(axis=1) * wrong[:, -1])
+        return found
+
+
+NAMES = ("auc", "auc_interval", "auc_within_group", "auc_within_group_interval", "tells_apart_from")
+
+
+@dataclass(frozen=True, slots=True)
+class Discrimination:
+    """How well right and wrong are told apart; nothing where outcomes are not of two kinds.
+
+    Attributes:
+        figures: NAMES -> figure.
+        by_position: a row for each part of the response.
+        samples: "auc" and "auc_within_group" in each resample, float64 [resamples].
+    """
+
+    figures: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(NAMES))
+    by_position: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[str, Floats] = field(default_factory=dict)
+
+
+def discrimination(
+    scores: RolloutScores, right: Bools, group: Integers, groups: int, resamples: int, seed: int
+) -> Discrimination:
+    """AUC overall, within prompt groups and by part of the response, with intervals by resampling prompt groups.
+
+    Args:
+        scores: of one prediction.
+        right: bool [m], in order of arrival.
+        group: int64 [m], from 0.
+        groups: their number; below two nothing is resampled.
+        resamples: number of resamples.
+        seed: of the draws.
+    """
+    overall = PairsOverall(scores.whole, right, group)
+    counted = [pairs_within(x, right, group, groups) for x in (scores.whole, *scores.parts)]
+    totals = [(float(told.sum()), float(pairs.sum())) for told, pairs in counted]
+    within = [told / pairs if pairs else None for told, pairs in totals]
+    samples: dict[str, Floats] = {}
+    intervals: list[list[float] | None] = [None] * len(counted)
+    if groups >= 2:
+        samples["auc"] = np.concatenate([overall.auc(part) for part in draws(groups, resamples, seed)])
+        sums = resampled_sums(np.stack([x for both in counted for x in both], axis=1), resamples, seed)
+        with np.errstate(invalid="ignore"):
+            drawn = (sums[:, 0::2] / sums[:, 1::2]).T
+        samples["auc_within_group"] = drawn[0]
+        intervals = [percentile_interval(column) for column in drawn]
+    table = [
+        {
+            "from": k / len(scores.parts),
+            "to": (k + 1) / len(scores.parts),
+            "pairs": int(totals[k + 1][1]),
+            "auc_within_group": within[k + 1],
+            "interval": intervals[k + 1],
+        }
+        for k in range(len(scores.parts))
+    ]
+    alone = float(overall.auc(np.ones((1, groups), dtype=np.int64))[0])
+    bounds = percentile_interval(samples["auc"]) if samples else None
+    figures = (alone, bounds, within[0], intervals[0], tells_apart_from(table))
+    return Discrimination(dict(zip(NAMES, figures, strict=True)), table, samples)
+
+
+def auc_within_slices(
+    scores: Scores, outcomes: Floats, group: Integers, index: Integers, slices: int
+) -> list[float | None]:
+    """AUC within prompt groups of the rollouts with each value of a column, whose own outcomes say what is right.
+
+    So a column that tells tasks apart has AUCs where some tasks end right or wrong and others in a score.
+
+    Args:
+        scores: float32 [m], mean value of each rollout.
+        outcomes: float64 [m].
+        group: int64 [m], prompt group of each.
+        index: int64 [m], each rollout's value among `slices` of them.
+        slices: their number.
+
+    Returns:
+        One figure a value; None where its outcomes are not of two kinds, or no prompt has both.
+    """
+    order = np.argsort(index, kind="stable")
+    found: list[float | None] = []
+    for mine in np.split(order, np.searchsorted(index[order], np.arange(1, slices))):
+        right = right_or_wrong(outcomes[mine])
+        told, pairs = np.zeros(1), np.zeros(1)
+        if right is not None:
+            keys, own = np.unique(group[mine], return_inverse=True)
+            told, pairs = pairs_within(scores[mine], right, own.astype(np.int64), len(keys))
+        found.append(float(told.sum() / pairs.sum()) if pairs.sum() else None)
+    return found
+
+
+def tells_apart_from(table: list[dict[str, Any]]) -> float | None:
+    """The share of the response after which the interval of the AUC within groups stays above one half.
+
+    None where the last part's does not lie above it.
+    """
+    start = None
+    for row in reversed(table):
+        if row["interval"] is None or row["interval"][0] <= 0.5:
+            break
+        start = row["from"]
+    return start

@@ -1,0 +1,153 @@
+"""FSDP2: every rank keeps one part of each weight, its gradient and its moments; a layer is whole while it computes.
+
+Each decoder layer is one unit, the head is one, and the trunk takes what is left (embeddings, last norm). Trunk and
+head are roots of their own, so that the trunk can be asked for hidden states alone.
+
+Master weights and gradient sums are float32, as on one process. With `--precision bf16` a layer's weights are
+gathered in bf16: its matrix products are those of autocast, which rounds the same weights to the same bf16. What
+autocast leaves in float32 differs only in the layers' norm weights, which are rounded as well.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.work_sharing import Cost
+
+WHOLE_GRADIENT_SHARE = 0.125
+"""The most of a device's memory that a whole float32 gradient may take to be kept until the mini-batch's end."""
+
+# The head's values are a view of its product; nothing here writes into them.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def shard(critic: Critic, compute: Compute) -> Critic:
+    """Spread a critic over the ranks of `compute`, in place. All ranks call it; its weights may be on "meta".
+
+    Args:
+        critic: the same on every rank; one that is spread already is left as it is. A layer at a time visits the
+            device.
+        compute: device, precision and ranks; with `offload` "all" the parts lie in host memory.
+    """
+    if isinstance(critic.trunk, FSDPModule):
+        return critic
+    mesh = init_device_mesh(compute.device.type, (compute.ranks.size,))
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    both: dict[str, Any] = {"mesh": mesh}
+    if compute.offload == "all":
+        both["offload_policy"] = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
+    inner = {"mp_policy": rounded if compute.precision == "bf16" else exact, **both}
+    for layer in decoder_layers(critic.trunk):
+        fully_shard(layer, **inner)
+    # Between forward and backward these stay whole: embeddings are not gathered twice. See `in_parts`. They are a unit
+    # of their own, for with kept states nobody looks tokens up, and they may be most of what there is.
+    for part in (critic.head, critic.trunk.get_input_embeddings(), critic.trunk):
+        fully_shard(part, mp_policy=exact, **both, reshard_after_forward=False)
+    for module in critic.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    compute.ranks.spread(critic, mesh)
+    return critic
+
+
+@contextmanager
+def full_precision_params(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, layers are gathered in float32 whatever they are trained in: the self-check compares to 1e-3.
+
+    FSDP2 has no public way to change its policy; what is set here is what it reads again before each run.
+    """
+    groups = [
+        group
+        for root in modules
+        for module in root.modules()
+        if isinstance(module, FSDPModule)
+        for group in gathered_groups(module)
+    ]
+    before = [group.mp_policy for group in groups]
+    try:
+        for group in groups:
+            _set_policy(group, MixedPrecisionPolicy(cast_forward_inputs=False))
+        yield
+    finally:
+        reshard(modules)
+        for group, policy in zip(groups, before, strict=True):
+            _set_policy(group, policy)
+
+
+def gathered_groups(module: FSDPModule) -> list[Any]:
+    """The parameters of a module that are gathered together: one group before torch 2.13, a list of them since."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
+    group.mp_policy = policy
+    group._init_mp_dtypes()
+    for parameter in group.fsdp_params:
+        # Where a layer was put together before, in another dtype; both are made anew when they are missing.
+        parameter.all_gather_outputs = []
+        vars(parameter).pop("_unsharded_param", None)
+
+
+def reshard(modules: Sequence[nn.Module]) -> None:
+    """Let go of what a pass without gradients has left whole: it would hide the parts that the optimizer moves."""
+    for root in modules:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def decoder_layers(trunk: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a decoder, whatever it calls their list; none where it keeps no list of them."""
+    count = trunk.config.num_hidden_layers
+    lists = (module for module in trunk.modules() if isinstance(module, nn.ModuleList))
+    return list(next((layers for layers in lists if len(layers) == count), []))
+
+
+def sum_gradients(modules: Sequence[nn.Module], *, now: bool) -> None:
+    """Say whether the next backward pass sums gradients over ranks, or leaves that to a later one.
+
+    A rank that does not sum keeps the gradient of every weight whole. That is kept until the last micro-batch where
+    memory allows; where it would not, every micro-batch sums.
+
+    Args:
+        modules: roots of a sharded critic.
+        now: whether this is the mini-batch's last micro-batch.
+    """
+    fits = _gradient_fits(modules)
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(now or not fits)
+
+
+def _gradient_fits(modules: Sequence[nn.Module]) -> bool:
+    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    device = trained[0].device
+    if device.type != trained[0].device_mesh.device_type:  # type: ignore[attr-defined]
+        return False  # the gradient is to wait on the host
+    if device.type != "cuda":
+        return True
+    whole = sum(4 * parameter.numel() for parameter in trained)
+    return whole <= WHOLE_GRADIENT_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def cost_of(critic: Critic) -> Cost:
+    """What a rollout costs this critic's trunk."""
+    config = critic.trunk.config
+    parameters = sum(p.numel() for layer in decoder_layers(critic.trunk) for p in layer.parameters())
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    return Cost.of(parameters, layers=config.num_hidden_layers, width=width)

@@ -1,1 +1,0 @@
-"""Ways to compute attention on a forest; each is exact, and none builds a mask over all pairs."""

@@ -1,0 +1,278 @@
+"""Several processes on one data set: each takes every N-th file.
+
+The steps of `predict`: values into logs, logs and rows into files.
+
+`critic-train predict`, from top to bottom: read, check, predict, write.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from critic_train.data.bad_input import BadFiles
+from critic_train.data.copying import CopyStoppedError, OutputDirectory, places
+from critic_train.data.reading import Needs, RolloutReader, RowLimits
+from critic_train.data.returns import ReturnRecipe
+from critic_train.data.scanning import blocks
+from critic_train.data.shards import Shard, find_shards, fingerprint
+from critic_train.errors import ConfigError, ModelError
+from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.critic import Critic
+from critic_train.model.loading import ModelSource, load_critic
+from critic_train.model.microbatches import predict_values
+from critic_train.model.selfcheck import select_packing
+from critic_train.predict.first_pass import critic_source, first_pass
+from critic_train.predict.value_columns import Filled, NewColumns, Whitening, written_again
+from critic_train.predict.value_log import LoggedValues, ValueLog
+from critic_train.rollouts import Rollouts
+from critic_train.run.manifest import model_digest
+from critic_train.run.storage import remove
+from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames
+from critic_train.settings.predict import part_of
+from critic_train.stopping import StopRequest
+from critic_train.versions import versions
+
+
+def part_of_this_process(settings: PredictSettings) -> tuple[int, int]:
+    """(K, N) of `--part`, else of torchrun's RANK and WORLD_SIZE, else (1, 1).
+
+    Raises:
+        ConfigError: whitening was asked for, which needs the advantages of all files in one process.
+    """
+    named = part_of(settings.part) if settings.part else None
+    part = named or (int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1")))
+    if settings.whiten_advantages and part[1] > 1:
+        raise ConfigError(
+            f"--whiten-advantages needs all files in one process, and this is part {part[0]} of {part[1]}",
+            hint="write the advantages as they are; whiten where they are used, over each batch",
+        )
+    return part
+
+
+def device_of(name: str) -> str:
+    """`auto` under torchrun -> this process's own GPU; any other name as it is."""
+    local = os.environ.get("LOCAL_RANK")
+    if name == "auto" and local is not None and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return name
+
+
+class StoppedError(Exception):
+    """Somebody asked the job to stop."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """What all steps need."""
+
+    settings: PredictSettings
+    source: ModelSource
+    compute: Compute
+    output: OutputDirectory
+    places: dict[str, Path]
+    bad_files: BadFiles
+    stop: StopRequest
+    rows_left_out: dict[str, Any] | None = None
+
+    @property
+    def columns(self) -> NewColumns:
+        """What is written."""
+        return NewColumns(recipe=ReturnRecipe.of(self.settings), written=self.settings.written)
+
+    def run(self, shards: list[Shard]) -> Iterator[Event]:
+        """Check all files, then predict and write one after the other; with whitening, predict all of them first."""
+        reader = self._reader(shards, self.settings.on_bad_rows)
+        found = yield from first_pass(reader, sum(shard.num_rows for shard in shards), self.stop)
+        if self.stop.requested:
+            raise StoppedError
+        self.rows_left_out = reader.bad_rows.summary()
+        sound = [shard for shard in shards if shard.name not in self.bad_files]
+        left = [shard for shard in sound if not self.output.is_written(shard.name)]
+        if left:
+            assert found.sample is not None, "the reader raises where no row is good"
+            critic = load_critic(self.source).to(self.compute.device).eval()
+            choice, said = select_packing(critic, found.sample, self.settings, self.compute)
+            for sentence in said:
+                yield Notice(message=sentence, level="warning")
+            # What has no row that can be used is written with nothing filled in.
+            usable = [shard for shard in sound if shard.name in found.rollouts]
+            whitening: Whitening | None = None
+            if self.settings.whiten_advantages:
+                for shard in usable:
+                    yield from self._predict(critic, shard, forest=choice.forest)
+                whitening = yield from self._moments(usable)
+            for shard in left:
+                if shard in usable and whitening is None:
+                    yield from self._predict(critic, shard, forest=choice.forest)
+                yield from self._write(shard, whitening, empty=shard not in usable)
+        for shard in sound:
+            remove(self._log(shard))
+
+    def _reader(self, shards: list[Shard], on_bad_rows: OnBadRows = "skip") -> RolloutReader:
+        recipe, columns = ReturnRecipe.of(self.settings), self.columns
+        return RolloutReader(
+            shards,
+            renames=column_renames(self.settings.column),
+            on_bad_rows=on_bad_rows,
+            on_bad_file=self.settings.on_bad_file,
+            bad_files=self.bad_files,
+            limits=RowLimits(vocab_size=self.source.vocab_size, max_length=self.source.max_length).at_most(
+                self.settings.max_length
+            ),
+            needs=Needs(
+                returns=False,
+                values=False,
+                rewards="yes" if columns.computes else "no",
+                truncated=columns.computes and recipe.reads_truncated,
+            ),
+            stop=self.stop,
+        )
+
+    def _batches(self, shard: Shard) -> Iterator[Rollouts]:
+        for batch in self._reader([shard]):
+            if self.stop.requested:
+                raise StoppedError
+            yield batch
+        if self.stop.requested:
+            raise StoppedError
+
+    def _predict(self, critic: Critic, shard: Shard, *, forest: bool) -> Iterator[Event]:
+        """Have all values of a file in its log."""
+        with ValueLog(self._log(shard)) as log:
+            for block in blocks(self._reader([shard])):
+                if self.stop.requested:
+                    raise StoppedError
+                if not log.has(int(block.response_mask.sum())):
+                    values = predict_values(critic, block, self.compute, forest=forest, stop=self.stop)
+                    if values is None:
+                        raise StoppedError
+                    if not np.isfinite(values).all():
+                        raise ModelError(
+                            f"{self.settings.model} predicts NaN or infinite values on {shard.name}",
+                            hint="--precision fp32 may help; a run that diverged has earlier checkpoints",
+                        )
+                    log.append(values[block.response_mask])
+                    if sentence := self.compute.lowered():
+                        yield Notice(message=sentence, level="warning")
+                yield Progress(stage=f"predicting {shard.name}", done=int(block.row[-1]) + 1, total=shard.num_rows)
+        if self.stop.requested:
+            raise StoppedError
+
+    def _log(self, shard: Shard) -> Path:
+        """Where a file's values are kept until it stands."""
+        return self.output.work / self.places[shard.name].relative_to(self.output.path).with_suffix(".values")
+
+    def _moments(self, shards: list[Shard]) -> Generator[Event, None, Whitening]:
+        """Mean and variance of all advantages."""
+        whitening = Whitening()
+        for done, shard in enumerate(shards):
+            with LoggedValues(self._log(shard)) as log:
+                for batch in self._batches(shard):
+                    whitening.add(self.columns.advantages(batch, log.over(batch.response_mask)))
+            yield Progress(stage="whitening", done=done + 1, total=len(shards), unit="files")
+        return whitening
+
+    def _write(self, shard: Shard, whitening: Whitening | None, *, empty: bool) -> Iterator[Event]:
+        """Write a file from its log."""
+        filled = iter(()) if empty else self._filled(shard, whitening)
+        renames, place = column_renames(self.settings.column), self.places[shard.name]
+        for row in written_again(shard, place, self.columns, renames, filled, self.stop):
+            yield Progress(stage=f"writing {place}", done=row, total=shard.num_rows)
+        if whitening is None:
+            remove(self._log(shard))
+
+    def _filled(self, shard: Shard, whitening: Whitening | None) -> Iterator[Filled]:
+        with LoggedValues(self._log(shard)) as log:
+            for batch in self._batches(shard):
+                yield self.columns.of(batch, log.over(batch.response_mask), whitening)
+
+    def result(self, status: str, shards: list[Shard], part: tuple[int, int]) -> dict[str, Any]:
+        """What `--json` prints."""
+        done = [shard for shard in shards if self.output.is_written(shard.name)]
+        return {
+            "status": status,
+            "to": str(self.output.path),
+            "model": self.settings.model,
+            "columns": list(self.settings.written),
+            "part": f"{part[0]}/{part[1]}",
+            "files": len(done),
+            "files_in_all": len(shards),
+            "rows": sum(shard.num_rows for shard in done),
+            "rows_left_out": self.rows_left_out,
+            "files_left_out": self.bad_files.summary(),
+        }
+
+
+NOT_PART_OF_THE_RESULT = ("to", "part")
+
+
+def predict(settings: PredictSettings, stop: StopRequest) -> Iterator[Event]:
+    """Write shards again with a critic's values, and returns and advantages made of them. Streams.
+
+    All rows are read and checked before the model runs. Values are kept on the disk as they are computed, so a job that
+    was stopped or killed goes on where it was; a file that stands is done.
+
+    Args:
+        settings: what to predict, and what to write.
+        stop: looked at between micro-batches and pieces of files.
+
+    Yields:
+        Progress and notices; RunEnded last.
+
+    Raises:
+        CriticTrainError: a fault that the user can mend.
+    """
+    part = part_of_this_process(settings)
+    compute = Compute(
+        device=resolve_device(device_of(settings.device)), precision=settings.precision, max_tokens=settings.max_tokens
+    )
+    bad_files = BadFiles()
+    shards = find_shards(settings.data, bad_files)
+    target = places(shards, settings.data, Path(settings.to or ""))
+    source = critic_source(Path(settings.model or ""))
+    with OutputDirectory(Path(settings.to or ""), "predict", target, part) as output:
+        for message in output.compare(_record(settings, shards, source)):
+            yield Notice(message=message, level="warning")
+        mine = shards[part[0] - 1 :: part[1]]
+        job = Job(
+            settings=settings,
+            source=source,
+            compute=compute,
+            output=output,
+            places=target,
+            bad_files=bad_files,
+            stop=stop,
+        )
+        if all(output.is_written(shard.name) for shard in mine):
+            output.clear()
+            yield RunEnded(status="already finished", result=job.result("already finished", mine, part))
+            return
+        try:
+            yield from job.run(mine)
+        except (StoppedError, CopyStoppedError):
+            yield RunEnded(
+                status="interrupted",
+                result=job.result("interrupted", mine, part),
+                signal_number=stop.signal_number,
+            )
+            return
+        output.clear()
+        yield RunEnded(status="finished", result=job.result("finished", mine, part))
+
+
+def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource) -> dict[str, Any]:
+    """What the output depends on, for the comparison with how it was begun."""
+    told = {name: value for name, value in as_dict(settings).items() if name not in NOT_PART_OF_THE_RESULT}
+    return {
+        "settings": told,
+        "data": fingerprint(shards),
+        "model": model_digest(source.path),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }

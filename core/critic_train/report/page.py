@@ -1,0 +1,202 @@
+"""The page put together and written: sources -> one HTML text -> one file.
+
+`critic-train report`, from top to bottom: read runs and evaluations, write one page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from critic_train import __version__
+from critic_train.errors import ConfigError, MachineError
+from critic_train.report.compared_critics import Subject, data_sets, subjects_of
+from critic_train.report.curve_charts import curves
+from critic_train.report.position_charts import verdict_charts, where_charts
+from critic_train.report.provenance import different_settings, provenance_of
+from critic_train.report.report_sources import Cell, Source, default_place, read_sources, refuse_place, titles
+from critic_train.report.rollout_pages import (
+    SHADES,
+    TOKENS_ON_A_PAGE,
+    Reading,
+    decoder_of,
+    extreme_of,
+    readings,
+    scale_of,
+)
+from critic_train.report.svg_charts import Key
+from critic_train.report.verdict_page import card, comparison, differences, groups
+from critic_train.run.storage import replace_file
+from critic_train.settings import ReportSettings
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageSection:
+    """A critic's rollouts to read.
+
+    Attributes:
+        subject: the critic.
+        readings: the rollouts.
+        keys: legend of their charts.
+        extreme: the value with the deepest shade.
+        has_text: whether there is a tokenizer; else tokens are numbers.
+    """
+
+    subject: Subject
+    readings: Sequence[Reading]
+    keys: Sequence[Key]
+    extreme: Cell
+    has_text: bool
+
+
+def render(sources: Sequence[Source], *, tokenizer: str | None = None) -> str:
+    """The page as HTML text: complete in itself, no script, no network. The same sources give the same page.
+
+    Args:
+        sources: runs and evaluations, at least one.
+        tokenizer: a directory with a tokenizer.json, where the sources have none of their own.
+    """
+    subjects = subjects_of(sources)
+    shelves = _shelves(subjects, tokenizer)
+    judged = [subject for subject in subjects if subject.metrics]
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            version=__version__,
+            title=", ".join(titles(sources)),
+            several=len(subjects) > 1,
+            cards=[card(subject) for subject in subjects],
+            verdicts=verdict_charts(judged),
+            comparison=comparison(subjects),
+            differences=differences(subjects),
+            between=_between(sources),
+            mixed=len(data_sets(subjects)) > 1,
+            curves=curves(subjects),
+            where=where_charts(judged),
+            groups=[(subject, found) for subject in subjects if (found := groups(subject))],
+            shelves=shelves,
+            shades=SHADES,
+            sources=[provenance_of(source) for source in sources],
+            labels=titles([source for source in sources if source.is_run]),
+            different=different_settings(sources),
+        )
+    )
+
+
+def write_page(path: Path, sources: Sequence[Source], *, tokenizer: str | None = None) -> int:
+    """Render the page and put it under its name, whole or not at all.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        MachineError: there is no room or no permission; an older page stands unchanged.
+    """
+    content = render(sources, tokenizer=tokenizer).encode("utf-8", errors="replace")
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise MachineError(
+            f"the page {path} cannot be written: {error.strerror}", hint="free some space, or name another place"
+        ) from error
+    return len(content)
+
+
+def _between(sources: Sequence[Source]) -> list[str]:
+    """Sentences of the verdicts that speak of several critics at once."""
+    found = []
+    for source in sources:
+        names = list(source.evaluation.part("critics").data)
+        if len(names) > 1:
+            words: list[str] = source.evaluation.get("words") or []
+            found += [said for said in words if not said.startswith(tuple(f"{name}: " for name in names))]
+    return found
+
+
+def _shelves(subjects: Sequence[Subject], tokenizer: str | None) -> list[PageSection]:
+    found = []
+    filled = [subject for subject in subjects if subject.examples]
+    for subject in filled:
+        decode = decoder_of(subject.source, tokenizer)
+        scale = scale_of(subject.examples, _mean_value(subject))
+        shown = readings(subject, decode, scale, TOKENS_ON_A_PAGE // len(filled))
+        if shown:
+            keys = [Key(text="value", ink=subject.ink), Key(text="return", ink="group-mean")]
+            if any(reading.has_old_values for reading in shown):
+                keys.append(Key(text="old value", ink="stored", mark="stored"))
+            extreme = extreme_of(subject.examples, scale)
+            found.append(
+                PageSection(subject=subject, readings=shown, keys=keys, extreme=extreme, has_text=decode is not None)
+            )
+    return found
+
+
+def _mean_value(subject: Subject) -> float | None:
+    """Of all tokens it was judged on."""
+    mean_return, bias = subject.verdict.part("returns").get("mean"), subject.metrics.get("bias")
+    return None if mean_return is None or bias is None else float(mean_return + bias)
+
+
+def _environment() -> "Environment":
+    """Jinja with everything from data escaped; drawings are the only markup that is let through."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("critic_train.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["drawing"] = Markup
+    environment.tests["cell"] = lambda value: hasattr(value, "at")
+    return environment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A page that was written.
+
+    Attributes:
+        path: the page.
+        size_bytes: its size.
+        sources: what it is about.
+    """
+
+    path: Path
+    size_bytes: int
+    sources: Sequence[Source]
+
+
+def report(settings: ReportSettings) -> Report:
+    """Write the page of some runs and evaluations.
+
+    Raises:
+        ConfigError: one of them is no run and no evaluation, or the page cannot go where it should.
+        MachineError: there is no room or no permission.
+    """
+    if settings.tokenizer is not None and not _has_tokenizer(Path(settings.tokenizer)):
+        raise ConfigError(
+            f"--tokenizer: no tokenizer.json in {settings.tokenizer}",
+            hint="give the directory of a model that has one",
+        )
+    sources = read_sources(settings.runs)
+    path = Path(settings.to) if settings.to else default_place(sources)
+    refuse_place(path, "--to")
+    try:
+        size = write_page(path, sources, tokenizer=settings.tokenizer)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"{', '.join(settings.runs)}: not as fit and eval write it ({type(error).__name__}: {error})",
+            hint="report what fit or eval --json wrote, unchanged; --debug shows where it stopped",
+        ) from error
+    return Report(path=path, size_bytes=size, sources=sources)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return path.is_file() or (path / "tokenizer.json").is_file()

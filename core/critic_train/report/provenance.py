@@ -1,0 +1,123 @@
+"""How a run or an evaluation came about: settings, data, model, versions, and the command that does it again."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from critic_train.report.report_sources import Record, Source
+from critic_train.settings import EvalSettings, FitSettings, Settings, settings_fields
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What the page tells of one source.
+
+    Attributes:
+        label: the run's directory or the evaluation's file.
+        command: the command line that does the same again; empty where it is not known.
+        chosen: settings that are not the default, name -> value.
+        defaults: settings that are.
+        resolved: what a run found: rollouts, parameters, device and so on.
+        data: fingerprints of data and model.
+        versions: of this program and what it computes with.
+    """
+
+    label: str
+    command: str
+    chosen: Rows
+    defaults: Rows
+    resolved: Rows
+    data: Rows
+    versions: Rows
+
+
+def provenance_of(source: Source) -> Provenance:
+    """Gather it from run.json, or from eval's result."""
+    record = source.started if source.is_run else source.evaluation
+    kind: type[Settings] = FitSettings if source.is_run else EvalSettings
+    settings = record.part("settings").data
+    usual = defaults_of(kind)
+    chosen = {name: value for name, value in settings.items() if name not in usual or value != usual[name]}
+    return Provenance(
+        label=source.label,
+        command=command_line(kind, settings) if settings else "",
+        chosen=_rows(chosen),
+        defaults=_rows({name: value for name, value in settings.items() if name not in chosen}),
+        resolved=_rows(record.part("resolved").data) if source.is_run else [],
+        data=_fingerprints(record),
+        versions=_rows(record.part("versions").data),
+    )
+
+
+def defaults_of(kind: type[Settings]) -> dict[str, Any]:
+    """Field name -> the value when nothing is said."""
+    from dataclasses import MISSING
+
+    return {
+        declared.name: declared.default if declared.default is not MISSING else [] for declared in settings_fields(kind)
+    }
+
+
+def command_line(kind: type[Settings], settings: Mapping[str, Any]) -> str:
+    """The shell command that gives these settings; what is at its default is left unsaid."""
+    usual = defaults_of(kind)
+    words = ["critic-train", kind.command]
+    for declared in settings_fields(kind):
+        name = declared.name
+        value = settings.get(name, usual[name])
+        if value == usual[name] or value is None:
+            continue
+        flag = declared.metadata.get("flag") or "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            words += [flag, str(one)]
+    return shlex.join(words)
+
+
+def different_settings(sources: Sequence[Source]) -> list[list[str]]:
+    """The settings in which runs differ, as a table: headings first, a run a column."""
+    runs = [source.started.part("settings").data for source in sources if source.is_run]
+    if len(runs) < 2:
+        return []
+    names = [name for name in dict.fromkeys(name for run in runs for name in run) if name != "out"]
+    differing = [name for name in names if any(run.get(name) != runs[0].get(name) for run in runs)]
+    return [[name, *(told(run.get(name)) for run in runs)] for name in differing]
+
+
+def told(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(told(inner) for inner in value) or "none"
+    return str(value)
+
+
+def _rows(values: Mapping[str, Any]) -> Rows:
+    return [(name.replace("_", " "), told(value)) for name, value in values.items() if not isinstance(value, Mapping)]
+
+
+def _fingerprints(record: Record) -> Rows:
+    """Digests of the data, and of the model's files."""
+    rows: Rows = []
+    for key, what in (("data", "rollouts"), ("val_data", "held-out rollouts")):
+        part = record.part(key)
+        if part.get("digest"):
+            files = part.rows("files")
+            rows.append((what, f"{part.get('digest')} ({len(files)} file{'' if len(files) == 1 else 's'})"))
+    if record.get("data_digest"):
+        rows.append(("rollouts", str(record.get("data_digest"))))
+    for name, file in record.part("model").part("files").parts().items():
+        rows.append((name, f"{file.get('sampled_sha256')} (sampled, {told(file.get('bytes'))} bytes)"))
+    return rows

@@ -1,0 +1,255 @@
+"""The text of each token, by the tokenizer that stands beside the model.
+
+Rollouts to read: each token of the response shaded by its value.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from critic_train.report.compared_critics import Subject
+from critic_train.report.report_sources import Cell, Record, Source, pointer
+from critic_train.report.svg_charts import LOW, dash, ink, svg
+from critic_train.run.checkpoint import checkpoints
+from critic_train.text import fixed, three
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Decode = Callable[[Sequence[int]], str]
+
+UNFINISHED = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Bytes, and so tokens at most, of a character in UTF-8."""
+
+
+def pieces(ids: Sequence[int], decode: Decode | None) -> list[str]:
+    """The text that each token adds.
+
+    A token's text may depend on the one before it (a leading space), and a character may be spread over several
+    tokens: then the last of them has it and the others have none. So each token is decoded together with the
+    text just before it, and what that gives beyond the text without it is the token's own.
+
+    Args:
+        ids: tokens.
+        decode: token ids -> text, special tokens included; None where there is no tokenizer.
+
+    Returns:
+        As many texts as ids; the number itself where there is no tokenizer.
+    """
+    if decode is None:
+        return [f" {number}" for number in ids]
+    found: list[str] = []
+    start = settled = 0  # ids[start:settled] is the text before, all of its characters whole
+    before = ""
+    for place in range(1, len(ids) + 1):
+        text = decode(ids[start:place])
+        waits = text.endswith(UNFINISHED) and place - settled < LONGEST_CHARACTER and place < len(ids)
+        if waits:
+            found.append("")
+            continue
+        found.append(text[len(before) :] if text.startswith(before) else decode(ids[settled:place]))
+        start, settled = settled, place
+        before = decode(ids[start:settled])
+    return found
+
+
+def decoder_of(source: Source, tokenizer: str | None = None) -> Decode | None:
+    """A decoder from the first place that has a tokenizer: the one named, the critic judged, the model trained.
+
+    Args:
+        source: a run or an evaluation.
+        tokenizer: a directory with tokenizer.json, or such a file.
+    """
+    for folder in _places(source, tokenizer):
+        file = folder if os.path.isfile(folder) else folder / "tokenizer.json"
+        if os.path.isfile(file):  # unlike Path's own, no error for a name that can be none
+            return _decoder(file)
+    return None
+
+
+def _places(source: Source, tokenizer: str | None) -> list[Path]:
+    if tokenizer is not None:
+        return [Path(tokenizer)]
+    named = [str(path) for path in source.evaluation.get("models") or []]
+    named += [str(source.path)] if source.is_run and source.path else []
+    based_on = source.started.part("settings").get("model")
+    named += [str(based_on)] if based_on else []
+    return [folder for name in named for folder in _folders(Path(name))]
+
+
+def _folders(path: Path) -> list[Path]:
+    """A model's directory, or the checkpoints of a run; no path at all where the name can be none."""
+    try:
+        return [path, path / "best", *reversed(checkpoints(path / "checkpoints"))]
+    except (OSError, ValueError):
+        return []
+
+
+def _decoder(file: Path) -> Decode | None:
+    """None where the file cannot be read: the page then shows numbers."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # the library raises bare Exceptions
+        return None
+    # A token beyond the vocabulary has no text.
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+SHADES = 10
+"""Shades on each side of the middle."""
+TOKENS_ON_A_PAGE = 12_000
+"""Tokens shown at most, over all critics: about 120 bytes each."""
+
+REASONS = {
+    "worst": "Furthest off",
+    "best": "Closest",
+    "swing": "Value moves most",
+    "drawn": "Drawn by lot",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token on the page: its text, the class of its shade (empty for none), and its figures in words."""
+
+    text: str
+    shade: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A rollout on the page.
+
+    Attributes:
+        reason: why it is shown.
+        figures: name -> figure.
+        prompt: the text before the response; `cut` says whether more stood before it.
+        tokens: the response.
+        rest: tokens of the response beyond what was kept.
+        svg: value, old value and return along the response.
+    """
+
+    reason: str
+    figures: dict[str, Cell]
+    prompt: str
+    cut: bool
+    tokens: Sequence[Token]
+    rest: int
+    svg: str
+    has_old_values: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """From value to shade: the middle has none, `span` away from it the shade is full."""
+
+    middle: float
+    span: float
+
+    def shade(self, value: float) -> str:
+        """`u1` to `u10` above the middle, `d1` to `d10` below, `m` at it."""
+        step = round(SHADES * (value - self.middle) / self.span) if self.span else 0
+        step = max(-SHADES, min(SHADES, step))
+        return f"{'u' if step > 0 else 'd'}{abs(step)}" if step else "m"
+
+
+def extreme_of(examples: Sequence[Record], scale: Scale) -> Cell:
+    """The value furthest from the middle."""
+    for row in examples:
+        for place, value in enumerate(row.get("values")):
+            if value is not None and row.get("response_mask")[place] and abs(value - scale.middle) == scale.span:
+                return Cell(fixed(value), json.dumps(value), pointer(pointer(row.at, "values"), place))
+    return Cell(fixed(None))
+
+
+def scale_of(examples: Sequence[Record], mean_value: float | None) -> Scale:
+    """A scale about the critic's mean value: what moves it, not how far off it is on the whole, is to be seen."""
+    shown = [v for row in examples for v, m in zip(row.get("values"), row.get("response_mask"), strict=True) if m]
+    shown = [value for value in shown if value is not None]
+    if not shown:
+        return Scale(0.0, 0.0)
+    middle = sum(shown) / len(shown) if mean_value is None else mean_value
+    return Scale(middle, max(abs(value - middle) for value in shown))
+
+
+def readings(subject: Subject, decode: Decode | None, scale: Scale, budget: int) -> list[Reading]:
+    """A critic's rollouts to read, as many as the page has room for, each reason in turn."""
+    found: list[Reading] = []
+    for number, row in enumerate(_in_turn(subject.examples)):
+        budget -= len(row.get("input_ids"))
+        if found and budget < 0:
+            break
+        found.append(_reading(subject, number, row, decode, scale))
+    order = list(REASONS.values())
+    return sorted(found, key=lambda reading: order.index(reading.reason))
+
+
+def _in_turn(examples: Sequence[Record]) -> list[Record]:
+    """The first of each reason, then the second of each, and so on."""
+    of_reason: dict[str, int] = {}
+    placed = []
+    for row in examples:
+        why = row.get("why")
+        if why in REASONS and row.get("input_ids"):
+            of_reason[why] = of_reason.get(why, 0) + 1
+            placed.append((of_reason[why], row))
+    return [row for _, row in sorted(placed, key=lambda entry: entry[0])]
+
+
+def _reading(subject: Subject, number: int, row: Record, decode: Decode | None, scale: Scale) -> Reading:
+    ids, mask = row.get("input_ids"), row.get("response_mask")
+    texts = pieces(ids, decode)
+    first = mask.index(True)
+    values, returns, old = row.get("values"), row.get("returns"), row.get("old_values")
+    tokens = []
+    for place in range(first, len(ids)):
+        if not mask[place] or values[place] is None:
+            tokens.append(Token(texts[place], "", ""))
+            continue
+        title = f"value {fixed(values[place])}, return {fixed(returns[place])}"
+        title += f", old value {fixed(old[place])}" if old else ""
+        title += "" if decode else f", token {ids[place]}"
+        tokens.append(Token(texts[place], scale.shade(values[place]), title))
+    figures = {
+        "mean value": row.cell("mean_value"),
+        "mean return": row.cell("mean_return"),
+        "MSE": row.cell("mse", three),
+        "row": row.cell("row", str),
+    }
+    if row.get("uid") is not None:
+        figures["prompt group"] = row.cell("uid", str)
+    return Reading(
+        reason=REASONS[row.get("why")],
+        figures=figures,
+        prompt="".join(texts[:first]),
+        cut=bool(row.get("shown_from")),
+        tokens=tokens,
+        rest=row.get("tokens") - row.get("shown_from") - len(ids),
+        svg=_course(f"reading-{subject.number}-{number}", subject.ink, row),
+        has_old_values=bool(old),
+    )
+
+
+def _course(name: str, colour: str, row: Record) -> str:
+    """Value, old value and return along the response."""
+    mask = row.get("response_mask")
+
+    def along(key: str) -> list[Any]:
+        return [x for x, masked in zip(row.get(key) or [], mask, strict=False) if masked]
+
+    def draw(axes: "Axes") -> None:
+        for key, style in (("returns", "group-mean"), ("old_values", "stored"), ("values", colour)):
+            line = dash(style) if key == "old_values" else "solid"
+            up = [float("nan") if y is None else y for y in along(key)]
+            marker = "o" if len(up) == 1 else None
+            axes.plot(range(1, len(up) + 1), up, color=ink(style), linestyle=line, linewidth=1.5, marker=marker)
+        axes.margins(y=0.12)
+
+    return svg(draw, name=name, described="Value and return along the response", height=LOW, whole_steps=True)

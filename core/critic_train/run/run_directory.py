@@ -1,0 +1,196 @@
+"""A run's directory: who holds it, what it was started with, what it has logged.
+
+A run's directory as the ranks see it that do not lead: they read what rank 0 has written, and write nothing.
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from critic_train.errors import MachineError
+from critic_train.jsonio import read_json_object
+from critic_train.run.lock import Lock
+from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory, write_json
+
+LONGEST_LINE = 2**20
+"""No line of a log is longer, in bytes."""
+
+
+class RunDirectory:
+    """A run directory held by this process, from `with` to its end.
+
+    Args:
+        path: the directory; created where it is missing.
+
+    Attributes:
+        warnings: what could not be cleared away, in words; whoever tells of them takes them out.
+
+    Raises:
+        MachineError: it cannot be written, or another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.cache = path / "cache"
+        self._metrics: File | None = None
+        self._timings: File | None = None
+        self._lock = Lock(path / ".lock")
+        self.warnings: list[str] = []
+
+    def __enter__(self) -> "RunDirectory":
+        try:
+            make_directory(self.checkpoints, exist_ok=True)
+            self._lock.__enter__()
+        except OSError as error:
+            raise MachineError(
+                f"the run directory {self.path} cannot be written: {error.strerror}",
+                hint="give a place that can be written to with --out",
+            ) from error
+        try:
+            for leftover in (*self.checkpoints.glob(".*.tmp-*"), *self.cache.glob(".*.tmp-*")):
+                self._clear(leftover)
+        except BaseException as error:
+            self._lock.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._metrics, self._timings):
+            if file is not None:
+                file.close()
+        self._lock.__exit__(kind, error, trace)
+        if isinstance(error, OSError):
+            raise MachineError(self._refused(error), hint="see to it and run the same command again") from error
+
+    def _refused(self, error: OSError) -> str:
+        if not self.path.is_dir():
+            return f"the run directory {self.path} vanished while the run was going"
+        return f"{error.strerror or error}: {error.filename or self.path}"
+
+    def _clear(self, folder: Path) -> None:
+        error = remove_tree(folder)
+        if error is not None:
+            self.warnings.append(f"{folder} cannot be removed: {error.strerror or error}; it is no longer needed")
+
+    @property
+    def left_by(self) -> str:
+        """The process that held the run last, where it ended without letting go; empty where none did."""
+        return self._lock.left_by
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object of the run (`run.json`, `result.json`), None where it does not stand or cannot be read."""
+        try:
+            return read_json_object(self.path / name)
+        except (OSError, ValueError):
+            return None
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Put a JSON object under its name, whole or not at all."""
+        write_json(self.path / name, value)
+
+    def start_afresh(self) -> None:
+        """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
+        for name in ("result.json", "best", "timings.jsonl", "evaluation.json", "report.html"):
+            remove(self.path / name)
+        for column in (*self.cache.glob("*/old_values-*"), *self.cache.glob("*/state-rows")):
+            remove(column)
+
+    def reopen(self) -> None:
+        """A finished run is to go on: forget its result."""
+        remove(self.path / "result.json")
+        sync_directory(self.path)
+
+    def drop_cache(self) -> None:
+        """Remove what can be made again from the shards; whatever cannot be removed stays."""
+        self._clear(self.cache)
+
+    def open_logs(self, metrics_bytes: int) -> None:
+        """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""
+        self._metrics = File(self.path / "metrics.jsonl", "append")
+        # Never lengthen: a log that somebody has cut would be filled up with NUL bytes.
+        self._metrics.truncate(min(metrics_bytes, self._metrics.size))
+        self._timings = File(self.path / "timings.jsonl", "append")
+        whole = _whole_lines(self.path / "timings.jsonl")
+        if whole < self._timings.size:  # a kill in the middle of a line
+            self._timings.truncate(whole)
+        sync_directory(self.path)
+
+    def log_metrics(self, record: dict[str, Any]) -> None:
+        """Append one reproducible record."""
+        _append(self._metrics, record)
+
+    def log_timing(self, record: dict[str, Any]) -> None:
+        """Append one record of what differs from run to run: seconds, speed, memory."""
+        _append(self._timings, record)
+
+    def synced_metrics_bytes(self) -> int:
+        """Put metrics.jsonl on the disk and say how long it is."""
+        assert self._metrics is not None
+        self._metrics.sync()
+        return self._metrics.size
+
+    def point_best_at(self, checkpoint: Path) -> None:
+        """Make `best` a link to a checkpoint, at once."""
+        temporary = self.path / ".best.tmp"
+        remove(temporary)
+        link(temporary, Path("checkpoints") / checkpoint.name)
+        rename(temporary, self.path / "best")
+        sync_directory(self.path)
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint that `best` points at, None where it points at nothing."""
+        link = self.path / "best"
+        target = self.checkpoints / link.readlink().name if link.is_symlink() else None
+        return target if target is not None and target.is_dir() else None
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - LONGEST_LINE))
+        tail = file.read()
+    return size - len(tail) + tail.rfind(b"\n") + 1
+
+
+def _append(file: File | None, record: dict[str, Any]) -> None:
+    assert file is not None, "open_logs comes first"
+    file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+
+
+class ReadOnlyRun(RunDirectory):
+    """A run directory that rank 0 holds. Its file system is one that all ranks see."""
+
+    def __enter__(self) -> "ReadOnlyRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is held."""
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Rank 0 does."""
+
+    def start_afresh(self) -> None:
+        """Rank 0 does."""
+
+    def drop_cache(self) -> None:
+        """Rank 0 does."""
+
+    def open_logs(self, metrics_bytes: int) -> None:
+        """Rank 0 does."""
+
+    def log_metrics(self, record: dict[str, Any]) -> None:
+        """Rank 0 does."""
+
+    def log_timing(self, record: dict[str, Any]) -> None:
+        """Rank 0 does."""
+
+    def point_best_at(self, checkpoint: Path) -> None:
+        """Rank 0 does."""

@@ -1,0 +1,366 @@
+"""Hidden states of a frozen trunk, kept on disk: each position that was computed once, whoever shares it.
+
+Each rank writes the states of its share of the rollouts to a file of its own, and every rank maps them all. `ROWS` is a
+column of the spool that says, for every token, which row of which file holds its state; it is written last, so that
+where it stands the states do. Files are mapped into memory: what is read lately stays at hand and nothing has to fit.
+
+Kept states while they are being computed: a file for each rank, and last the column that tells that they stand.
+
+A frozen trunk is computed once: its states are kept, and given to the trained part in place of tokens.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from critic_train.data.rollout_cache import ColumnWriter, RolloutCache, bytes_of
+from critic_train.distributed.rank_errors import looks_lost
+from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
+from critic_train.errors import MachineError
+from critic_train.events import Event, Progress
+from critic_train.jsonio import read_json_object
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic, upper_part_agrees
+from critic_train.model.memory import is_out_of_memory, with_oom_retry
+from critic_train.model.microbatches import micro_batches
+from critic_train.model.model_input import ModelInput
+from critic_train.rollouts import Rollouts, offsets_from_lengths
+from critic_train.run.storage import File, remove, rename, sync_directory, write_json
+from critic_train.stopping import StopRequest
+from critic_train.training.dataset import ROLLOUTS_AT_ONCE, RolloutSet
+
+ROWS = "state-rows"
+FILES = "states.json"
+"""How many rows each file has."""
+NOT_KEPT = -1
+ROW_BITS = 40
+"""A token's number in `ROWS` is its row in a file, and above these bits the file."""
+STATE_BYTES, ROW_BYTES = 4, 8
+"""Of a number of a state (float32), and of a token's row."""
+
+
+def file_of(spool: RolloutCache, rank: int) -> Path:
+    """Where a rank keeps its states."""
+    return spool.directory / f"states-{rank:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedStates:
+    """The states of some rollouts of a spool.
+
+    Attributes:
+        spool: whose rollouts these are.
+        files: float32 [K, hidden_size] each, mapped from disk; as many as ranks have written.
+        read_only: whether only states that are read are kept, for the head; else those of every position.
+    """
+
+    spool: RolloutCache
+    files: list[NDArray[np.float32]]
+    read_only: bool
+
+    def given_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
+        """A micro-batch with its states.
+
+        Args:
+            batch: laid out.
+            rollouts: the mini-batch it is a part of, out of the spool.
+        """
+        if self.read_only:
+            rows = np.full(len(batch.read), NOT_KEPT, dtype=np.int64)
+            rows[batch.pair.cpu().numpy()] = self._rows(rollouts, batch.tokens)
+        else:
+            rows = np.full(batch.trunk_arguments["input_ids"].numel(), NOT_KEPT, dtype=np.int64)
+            rows[batch.where] = self._rows(rollouts, batch.all_tokens)
+        return replace(batch, states=torch.from_numpy(self._taken(rows)).to(batch.read.device, non_blocking=True))
+
+    def _rows(self, rollouts: Rollouts, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers in `ROWS` of some tokens of a mini-batch."""
+        if not len(tokens):
+            return tokens
+        owner = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
+        present, owner = np.unique(owner, return_inverse=True)
+        index = self.spool.places(rollouts.row[present])
+        rows = self.spool.read_column(ROWS, np.int64, index)
+        starts = offsets_from_lengths(self.spool.lengths[index])[:-1]
+        return rows[starts[owner] + tokens - rollouts.offsets[present][owner]]  # type: ignore[no-any-return]
+
+    def _taken(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [len(rows), hidden_size]; 0 for padding, to which nobody attends."""
+        files, places = rows >> ROW_BITS, rows & ((1 << ROW_BITS) - 1)
+        numbers = np.unique(files).tolist()
+        if len(numbers) == 1 and numbers[0] >= 0:
+            return np.asarray(self.files[numbers[0]][places])
+        states = np.zeros((len(rows), self.files[0].shape[1]), dtype=np.float32)
+        for number in numbers:
+            if number >= 0:
+                states[files == number] = self.files[number][places[files == number]]
+        return states
+
+
+def open_states(spool: RolloutCache, hidden_size: int, *, read_only: bool) -> CachedStates | None:
+    """The states of a spool's rollouts, None where none stand."""
+    if not spool.has_column(ROWS):
+        return None
+    try:
+        counts = [int(count) for count in read_json_object(spool.directory / FILES)["rows"]]
+        files = [_mapped(file_of(spool, rank), count, hidden_size) for rank, count in enumerate(counts)]
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    return CachedStates(spool, files, read_only)
+
+
+def _mapped(file: Path, count: int, hidden_size: int) -> NDArray[np.float32]:
+    """Raises OSError or ValueError where the file is missing or has another size."""
+    if file.stat().st_size != count * hidden_size * STATE_BYTES:
+        raise ValueError(f"{file} has another size")
+    if count == 0:  # which cannot be mapped
+        return np.zeros((0, hidden_size), dtype=np.float32)
+    return np.memmap(file, dtype=np.float32, mode="r", shape=(count, hidden_size))
+
+
+def clear_states(spool: RolloutCache) -> None:
+    """Remove what an earlier start has left, of however many ranks."""
+    spool.drop_column(ROWS)
+    for pattern in ("states*", ".states*"):
+        for file in spool.directory.glob(pattern):
+            remove(file)
+
+
+Computed = tuple[ModelInput, NDArray[np.float32]]
+"""A micro-batch and its states, on the CPU."""
+
+
+class Share(NamedTuple):
+    """What one rank has computed of some rollouts.
+
+    Attributes:
+        rows: int64 [T], numbers in `ROWS`, of all ranks together.
+        end: rows in this rank's file behind it.
+    """
+
+    rows: NDArray[np.int64]
+    end: int
+
+
+class StatesWriter:
+    """Kept states while they are being computed; they stand when the `with` block ends without an error on all ranks.
+
+    Args:
+        spool: whose rollouts these are.
+        hidden_size: of a state.
+        read_only: see KeptStates.
+        ranks: which all write, each to its own file; rank 0 writes `ROWS`.
+    """
+
+    def __init__(
+        self, spool: RolloutCache, hidden_size: int, *, read_only: bool, ranks: Ranks = SINGLE_PROCESS
+    ) -> None:
+        self._spool = spool
+        self._stride = STATE_BYTES * hidden_size
+        self._read_only = read_only
+        self._ranks = ranks
+        self._count = 0
+        self._target = file_of(spool, ranks.rank)
+        self._temporary = self._target.with_name(f".{self._target.name}.tmp")
+        self._rows: ColumnWriter | None = spool.new_column(ROWS, np.int64) if ranks.leads else None
+        self._file: File | None = None
+
+    def __enter__(self) -> "StatesWriter":
+        self._file = File(self._temporary, "create")
+        if self._rows is not None:
+            self._rows.__enter__()
+        return self
+
+    def write(self, rollouts: Rollouts, parts: Iterator[Computed]) -> Share:
+        """Write this rank's states of some rollouts; until `keep` they may be written again. All ranks call it.
+
+        Args:
+            rollouts: the rollouts, the same on all ranks.
+            parts: every micro-batch of this rank's share of them, with its states on the CPU.
+        """
+        assert self._file is not None
+        rows = np.zeros(len(rollouts.input_ids), dtype=np.int64)  # 1 more than the number: ranks' are summed
+        first, count = (self._ranks.rank << ROW_BITS) + 1, self._count
+        for batch, states in parts:
+            if self._read_only:
+                rows[batch.tokens] = first + count + batch.pair.cpu().numpy()
+            else:
+                rows[batch.all_tokens] = first + count + batch.where
+            self._file.write_at(bytes_of(np.ascontiguousarray(states).reshape(-1)), count * self._stride)
+            count += len(states)
+        return Share(self._ranks.total(torch.from_numpy(rows)).numpy() - 1, count)
+
+    def keep(self, index: NDArray[np.int64], share: Share) -> None:
+        """Go on behind what was written.
+
+        Args:
+            index: int64 [n], the rollouts' places in the spool.
+            share: what `write` gave.
+        """
+        self._count = share.end
+        if self._rows is not None:
+            self._rows.write(index, share.rows)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        try:
+            with self._file:
+                if error is None:
+                    self._file.truncate(self._count * self._stride)
+                    self._file.sync()
+            if error is None:
+                self._stand()
+        except BaseException as fault:
+            if self._rows is not None:
+                self._rows.__exit__(type(fault), fault, fault.__traceback__)
+            raise
+        finally:
+            remove(self._temporary)
+        if self._rows is not None:  # what tells that the states stand comes last
+            self._rows.__exit__(kind, error, trace)
+
+    def _stand(self) -> None:
+        rename(self._temporary, self._target)
+        sync_directory(self._target.parent)
+        counts = torch.zeros(self._ranks.size, dtype=torch.int64)
+        counts[self._ranks.rank] = self._count
+        counts = self._ranks.total(counts)  # and all files are there
+        if self._ranks.leads:
+            write_json(self._spool.directory / FILES, {"rows": counts.tolist()})
+
+
+TOLERANCE = 1e-4
+"""Largest difference of a hidden state, relative to the largest: right is exact, or a rounding."""
+
+
+def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, compute: Compute, *, forest: bool) -> bool:
+    """Have the critic take kept states in place of tokens, where its last layers work on them.
+
+    Args:
+        critic: frozen below its last layers.
+        layers: how many of them are trained; 0 for the head alone.
+        sample: a few rollouts to try.
+        compute: device, precision and token budget.
+        forest: lay rollouts out as a forest, or as padded rows.
+
+    Returns:
+        Whether the critic will take them, on all ranks alike.
+    """
+    critic.give_states_to_last(layers)
+    upper = critic.upper
+    if upper is None:
+        return True
+
+    def agree() -> bool:
+        batch = next(iter(micro_batches(sample, compute, forest=forest)))
+        try:
+            with compute.ranks.in_float32((critic.trunk, critic.head)):
+                agrees = upper_part_agrees(critic.trunk, upper, batch, TOLERANCE)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error) or looks_lost(error):
+                raise
+            agrees = False
+        return not int(compute.ranks.total(torch.tensor([not agrees], dtype=torch.int64)))
+
+    return with_oom_retry(agree, sample, compute, critic)
+
+
+def not_kept(critic: Critic) -> str:
+    """What to tell the user where the critic takes no kept states."""
+    return (
+        f"the last layers of {critic.trunk.config.model_type} do not work on kept states: every epoch goes through the "
+        "frozen part again"
+    )
+
+
+def cache_states(
+    critic: Critic, rollouts: RolloutSet, compute: Compute, *, forest: bool, stop: StopRequest
+) -> Generator[Event, None, CachedStates | None]:
+    """Compute the states of a frozen trunk once, or find them from an earlier start. All ranks call it.
+
+    Args:
+        critic: with its frozen part in place.
+        rollouts: all rollouts of one spool whose states will be wanted; its directory is one that all ranks see.
+        compute: device, precision and token budget, which is lowered where memory runs out.
+        forest: lay rollouts out as a forest, or as padded rows.
+        stop: looked at between micro-batches.
+
+    Yields:
+        Progress.
+
+    Returns:
+        The states; None when asked to stop.
+
+    Raises:
+        OSError: the disk is full.
+        MachineError: a rank does not see what the others wrote, or has no memory for a single rollout.
+    """
+    spool, read_only, ranks = rollouts.spool, critic.upper is None, compute.ranks
+    hidden_size = int(critic.trunk.config.hidden_size)
+    stand = False
+    if ranks.leads:
+        stand = open_states(spool, hidden_size, read_only=read_only) is not None
+        if not stand:
+            clear_states(spool)
+    if not ranks.told(stand):
+        done = 0
+        yield Progress(stage="keeping the frozen trunk's states", done=0, total=len(rollouts))
+        try:
+            with StatesWriter(spool, hidden_size, read_only=read_only, ranks=ranks) as writer:
+                for places, batch in rollouts.by_group(ROLLOUTS_AT_ONCE):
+                    writer.keep(rollouts.index[places], _share(writer, critic, batch, compute, forest, stop))
+                    done += len(places)
+                    yield Progress(stage="keeping the frozen trunk's states", done=done, total=len(rollouts))
+        except _StoppedError:
+            return None
+        ranks.told(True)  # from here on they stand
+    states = open_states(spool, hidden_size, read_only=read_only)
+    if states is None:
+        raise MachineError(
+            f"rank {ranks.rank} does not see the states that were kept in {spool.directory}",
+            hint="--out must be on a file system that all machines share",
+        )
+    return states
+
+
+class _StoppedError(Exception):
+    """Asked to stop; what was begun is removed."""
+
+
+def _share(
+    writer: StatesWriter, critic: Critic, batch: Rollouts, compute: Compute, forest: bool, stop: StopRequest
+) -> Share:
+    """This rank's share of some rollouts, computed and written, in smaller micro-batches where memory runs out."""
+
+    def attempt() -> Share | None:
+        try:
+            return writer.write(batch, _computed(critic, batch, compute, forest=forest, stop=stop))
+        except _StoppedError:
+            return None
+        finally:
+            compute.ranks.in_parts((critic.trunk, critic.head))
+
+    share = with_oom_retry(attempt, batch, compute, critic)
+    if share is None:
+        raise _StoppedError
+    return share
+
+
+@torch.no_grad()
+def _computed(
+    critic: Critic, rollouts: Rollouts, compute: Compute, *, forest: bool, stop: StopRequest
+) -> Iterator[Computed]:
+    for batch in micro_batches(rollouts, compute, forest=forest):
+        if stop.look():
+            raise _StoppedError
+        with compute.autocast():
+            states = critic.states_below(batch)
+        yield batch, states.float().cpu().numpy()

@@ -1,0 +1,62 @@
+"""Whether a checkpoint is what was written, loads, and predicts."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from critic_train.errors import ModelError
+from critic_train.model.compute import Compute
+from critic_train.model.loading import load_critic, read_model
+from critic_train.model.microbatches import predict_values
+from critic_train.model.selfcheck import choose_packing
+from critic_train.rollouts import Rollouts
+from critic_train.run.manifest import MANIFEST, condition
+from critic_train.verify.outcome import Finding
+
+TOKENS = 8
+
+
+def verify_model(path: Path) -> Finding:
+    """Digests where there is a manifest; then load the weights and have values predicted for a tiny rollout."""
+    with_manifest = (path / MANIFEST).exists()
+    if with_manifest:
+        found = condition(path)
+        if found.kind != "whole":
+            return Finding(path.name, "unsound", f"{found.kind}: {found.fault}")
+    try:
+        fault = _does_not_predict(path)
+    except ModelError as error:
+        fault = error.message
+    if fault:
+        return Finding(path.name, "unsound", fault)
+    digests = "digests hold, " if with_manifest else "no manifest to hold it against; "
+    return Finding(path.name, "sound", f"{digests}loads, predicts finite values")
+
+
+def _does_not_predict(path: Path) -> str:
+    """What is wrong with a model's numbers; an empty string where nothing is. A causal LM has no head to ask."""
+    source = read_model(path)
+    critic = load_critic(source).eval()
+    wrong = [name for name, weight in critic.named_parameters() if not torch.isfinite(weight).all()]
+    if wrong:
+        return f"{len(wrong)} tensors hold NaN or infinite numbers, {wrong[0]} first"
+    rollouts = _tiny_rollout(source.vocab_size)
+    forest = choose_packing(critic, rollouts, "auto").forest
+    compute = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=4 * TOKENS)
+    values = predict_values(critic, rollouts, compute, forest=forest)
+    assert values is not None, "nobody asks it to stop"
+    return "" if np.isfinite(values).all() else "it predicts NaN or infinite values"
+
+
+def _tiny_rollout(vocab_size: int) -> Rollouts:
+    """Two of prompt, the rest response."""
+    return Rollouts(
+        input_ids=(np.arange(TOKENS) % vocab_size).astype(np.int32),
+        offsets=np.asarray([0, TOKENS], dtype=np.int64),
+        response_mask=np.arange(TOKENS) >= 2,
+        returns=np.zeros(TOKENS, dtype=np.float32),
+        values=None,
+        group=np.zeros(1, dtype=np.int64),
+        row=np.zeros(1, dtype=np.int64),
+    )
