@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from critic_train.events import RunEnded
 from critic_train.settings import FitSettings
-from critic_train.text import count, duration, number, short, size, with_interval
+from critic_train.text import count, duration, format_bytes, number, short, with_interval
 from critic_train_cli.table_columns import shown_name
 from critic_train_cli.terminal import is_terminal, sparkline
 
@@ -149,21 +149,25 @@ def estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     computed = f", {count(found['computed_tokens'])} through the model" if found["packing"] == "forest" else ""
     some = found["trained_parameters"] != found["parameters"]
     trained = f", {count(found['trained_parameters'])} of them trained" if some else ""
-    states = f", {size(disk['states'])} for the frozen trunk's states" if disk["states"] else ""
+    states = f", {format_bytes(disk['states'])} for the frozen trunk's states" if disk["states"] else ""
     keeping = seconds["keeping_states"]
     first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
-    device = f" of {size(memory['device'])}" if memory["device"] else ""
+    device = f" of {format_bytes(memory['device'])}" if memory["device"] else ""
     elsewhere = {"none": "", "optimizer": " (in host memory)", "all": " (all in host memory)"}[found["offload"]]
     return [
         ("rollouts", f"{found['rollouts']:,} to train on, {found['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(found['tokens'])}{computed}"),
         ("steps", f"{found['steps']:,} in {found['epochs']:.3g} epochs, {found['evaluations']:,} evaluations"),
         ("parameters", f"{count(found['parameters'])}{trained}"),
-        ("memory", f"{size(memory['peak'])}{device} at the peak of the timed steps, on {found['device']}"),
-        ("  of it", f"weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, "
-                    f"moments {size(memory['moments'])}{elsewhere}"),
-        ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free at {found['out']}"),
-        ("  of it", f"{size(disk['checkpoint'])} a checkpoint, {size(disk['cache'])} for the run's cache{states}"),
+        ("memory", f"{format_bytes(memory['peak'])}{device} at the peak of the timed steps, on {found['device']}"),
+        ("  of it", f"weights {format_bytes(memory['weights'])}, gradients {format_bytes(memory['gradients'])}, "
+                    f"moments {format_bytes(memory['moments'])}{elsewhere}"),
+        ("disk", f"{format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {found['out']}"),
+        (
+            "  of it",
+            f"{format_bytes(disk['checkpoint'])} a checkpoint, {format_bytes(disk['cache'])} "
+            f"for the run's cache{states}",
+        ),
         ("speed", f"{count(found['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),
         ("time", f"{duration(seconds['total'])}, of which evaluating {duration(seconds['evaluating'])}{first}"),
     ]  # fmt: skip
@@ -238,4 +242,4 @@ def draw_report(console: "Console", written: "Report", *, in_full: bool) -> None
             draw_charts(console, source.evaluation.data, [record.data for record in source.evaluations])
             console.print()
     # Unwrapped, so that it can be copied.
-    console.print(f"{written.path} ({size(written.size_bytes)})", soft_wrap=True)
+    console.print(f"{written.path} ({format_bytes(written.size_bytes)})", soft_wrap=True)

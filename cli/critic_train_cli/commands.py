@@ -33,7 +33,7 @@ from critic_train.settings import (
 from critic_train.settings.check import CheckSettings
 from critic_train.settings.verify import VerifySettings
 from critic_train.stopping import StopRequest
-from critic_train.text import size
+from critic_train.text import format_bytes
 from critic_train_cli.command import Command
 from critic_train_cli.exit_codes import DONE, REFUSED
 from critic_train_cli.job import run_inspection
@@ -143,7 +143,7 @@ def run_eval(settings: EvalSettings, output: Output) -> int:
         from critic_train.report.report_sources import evaluation_source
 
         written = write_page(Path(settings.report), [evaluation_source(ended.result)])
-        output.line(f"report: {settings.report} ({size(written)})")
+        output.line(f"report: {settings.report} ({format_bytes(written)})")
     failed = [gate for gate in ended.result.get("gates") or [] if not gate["passed"]]
     for gate in failed:
         output.line(paint("failed:", RED, sys.stderr) + f" {gate['reason']} ({gate['flag']})")

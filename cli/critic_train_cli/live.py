@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from critic_train.events import CheckpointSaved, Event, Progress, StepEnded
-from critic_train.text import count, duration, number, percent, short, size, with_interval
+from critic_train.text import count, duration, format_bytes, number, percent, short, with_interval
 from critic_train_cli.output import Output
 from critic_train_cli.plain_view import PlainView, progress_line
 from critic_train_cli.terminal import console_on, is_unicode, sparkline
@@ -103,7 +103,7 @@ class LiveView(PlainView):
         rows.append(("held out", self._held_out()))
         rollout = f"{count(timing.get('rollout_tokens_per_second'))} rollout tokens/s"
         computed = f"{count(timing.get('computed_tokens_per_second'))} computed tokens/s"
-        rows.append(("speed", [rollout, computed, f"memory {size(timing.get('memory_bytes'))}"]))
+        rows.append(("speed", [rollout, computed, f"memory {format_bytes(timing.get('memory_bytes'))}"]))
         times = [f"{duration(course.elapsed_seconds)} elapsed", f"{duration(course.left_seconds)} left"]
         if course.checkpoint:
             times.append(f"checkpoint at step {course.checkpoint.step}")

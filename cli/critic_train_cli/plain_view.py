@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, Progress, RunStarted, StepEnded
-from critic_train.text import DASH, count, duration, number, percent, short, size, with_interval
+from critic_train.text import DASH, count, duration, format_bytes, number, percent, short, with_interval
 from critic_train_cli.output import Output
 from critic_train_cli.run_state import RunState
 from critic_train_cli.terminal import width_of
@@ -64,7 +64,7 @@ def step_line(course: RunState) -> str:
         f"grad norm {short(metrics.get('grad_norm'))}",
         f"lr {short(metrics.get('lr'))}",
         speed(timing),
-        f"memory {size(timing.get('memory_bytes'))}",
+        f"memory {format_bytes(timing.get('memory_bytes'))}",
         f"left {duration(course.left_seconds)}",
     ]
     return "  ".join(parts)
@@ -89,7 +89,7 @@ def evaluation_line(event: EvaluationEnded) -> str:
 
 def checkpoint_line(event: CheckpointSaved) -> str:
     """Where the checkpoint stands."""
-    return f"step {event.step} checkpoint: {event.path} ({size(event.size_bytes)})"
+    return f"step {event.step} checkpoint: {event.path} ({format_bytes(event.size_bytes)})"
 
 
 def progress_line(event: Progress) -> str:

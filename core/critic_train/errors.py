@@ -36,3 +36,8 @@ class DivergedError(CriticTrainError):
 
 class MachineError(CriticTrainError):
     """Disk, memory, lock or device: the machine, not the command, is in the way."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

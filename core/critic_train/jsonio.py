@@ -1,4 +1,4 @@
-"""JSON that others wrote: an object of bearable size, or an error that says what it is instead."""
+"""JSON objects of files that others may have written: of bounded size, or an error that says what is there."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ValueError: it is too large, no JSON, nested too deeply, or no object; says which.
     """
     with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
+        return parse_json_object(file.read(MOST_BYTES + 1))
+
+
+def read_json_object_or_none(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none that can be read."""
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError):
+        return None
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that some bytes are.
+
+    Raises:
+        ValueError: they are too many, no JSON, nested too deeply, or no object; says which.
+    """
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     try:

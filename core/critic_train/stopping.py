@@ -1,6 +1,14 @@
-"""How a long job is asked to stop: a flag that is looked at between micro-batches and row batches."""
+"""How a long job is asked to stop.
+
+A signal handler sets a StopRequest; the job calls `check` between row batches and `check_on_all_ranks` between
+micro-batches, either of which raises Stopped; each command catches it once, at its top.
+"""
 
 from dataclasses import dataclass
+
+
+class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
+    """The job was asked to stop and has come to a place where it can."""
 
 
 @dataclass(slots=True)
@@ -17,6 +25,24 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether somebody has asked the job to stop."""
         return self.signal_number is not None
+
+    def check(self) -> None:
+        """Stop here if this process was asked to.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self.requested:
+            raise Stopped
+
+    def check_on_all_ranks(self) -> None:
+        """Stop here if any rank was asked to: all ranks call this at the same places, and all stop or none.
+
+        Raises:
+            Stopped: one was.
+        """
+        if self.look():
+            raise Stopped
 
     def look(self) -> bool:
         """Whether to stop here. Several ranks look together, at the same places, and get the same answer."""

@@ -1,7 +1,4 @@
-"""How figures are written: short, with a dash where there is none.
-
-Keep secrets out of whatever is written: logs, records, reports, error messages, crash logs.
-"""
+"""Text for people: figures in few digits, a dash where there is none, and secrets hidden."""
 
 import json
 import math
@@ -77,13 +74,13 @@ def count(value: Any) -> str:
     return DASH
 
 
-def size(value: Any) -> str:
-    """Bytes: `5.1 MB`."""
+def format_bytes(value: Any) -> str:
+    """A number of bytes: `950 B`, `5.1 MB`, `1.2 TB`."""
     known = number(value)
     if known is None:
         return DASH
-    for unit, one in (("B", 1.0), ("KB", 1e3), ("MB", 1e6), ("GB", 1e9)):
-        if known < 999.5 * one or unit == "GB":
+    for unit, one in (("B", 1.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
+        if known < 999.5 * one or unit == "TB":
             return f"{known / one:.{0 if unit == 'B' or known >= 99.5 * one else 1}f} {unit}"
     return DASH
 

@@ -8,7 +8,7 @@ from critic_train import text as figures
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, "words", True])
-@pytest.mark.parametrize("write", ["fixed", "short", "three", "signed", "share", "count", "size", "duration"])
+@pytest.mark.parametrize("write", ["fixed", "short", "three", "signed", "percent", "count", "format_bytes", "duration"])
 def test_a_figure_that_does_not_exist_is_a_dash(write, missing):
     assert getattr(figures, write)(missing) == "-"
 
@@ -28,18 +28,18 @@ def test_a_figure_that_does_not_exist_is_a_dash(write, missing):
         ("signed", 1e-7, "+1e-07"),
         ("signed", -1234.5, "-1.23e+03"),
         ("signed", -0.12, "-0.1200"),
-        ("share", 0.031, "3.1 %"),
-        ("share", 0, "0.0 %"),
+        ("percent", 0.031, "3.1 %"),
+        ("percent", 0, "0.0 %"),
         ("count", 0, "0"),
         ("count", 950, "950"),
         ("count", 7.254, "7.25"),
         ("count", 12345.6, "12.3k"),
         ("count", 999_600, "1.00M"),
         ("count", 4_560_000, "4.56M"),
-        ("size", 812, "812 B"),
-        ("size", 5_100_000, "5.1 MB"),
-        ("size", 272_000_000, "272 MB"),
-        ("size", 1.23e12, "1230 GB"),
+        ("format_bytes", 812, "812 B"),
+        ("format_bytes", 5_100_000, "5.1 MB"),
+        ("format_bytes", 272_000_000, "272 MB"),
+        ("format_bytes", 1.23e12, "1.2 TB"),
         ("duration", 7, "0:07"),
         ("duration", 59.6, "1:00"),
         ("duration", 754, "12:34"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from critic_train.errors import first_line
 from critic_train.events import Event, Notice
 
 
@@ -51,7 +52,7 @@ def _failure(observer: Observer, act: Callable[[], None]) -> Notice | None:
     try:
         act()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return Notice(
             message=f"{observer.name} failed and gets nothing more of this run: {reason}; metrics.jsonl has everything",
             level="warning",

@@ -1,11 +1,11 @@
 """Keep a run's page up to date: the whole verdict beside the run at each evaluation, and the page that shows it."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from critic_train.events import EvaluationEnded, Event
+from critic_train.jsonio import read_json_object_or_none
 from critic_train.report.report_sources import EVALUATION, PAGE
 from critic_train.run.storage import write_json
 
@@ -65,7 +65,4 @@ class ReportWriter:
 
 def _is_of_the_best(path: Path) -> bool:
     """Whether an evaluation from before a run was stopped is of the best critic until then."""
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["best"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return bool((read_json_object_or_none(path) or {}).get("best"))

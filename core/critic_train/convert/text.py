@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from critic_train.convert.records import Records, Rows
-from critic_train.errors import ModelError
+from critic_train.errors import ModelError, first_line
 
 VERL, TRL, TEXT = "verl rollout data (text)", "TRL completions (text)", "text"
 NAMES = {
@@ -68,7 +68,7 @@ class Retokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
         except Exception as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             raise ModelError(
                 f"--tokenizer {self.directory} holds no tokenizer that can be loaded: {why}",
                 hint="give the policy's Hugging Face folder (tokenizer.json, tokenizer_config.json)",

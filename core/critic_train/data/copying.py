@@ -17,6 +17,7 @@ from critic_train.data.shards import Shard, place_of
 from critic_train.data.stores import parquet_file
 from critic_train.data.writing import ShardFile
 from critic_train.errors import ConfigError, MachineError
+from critic_train.jsonio import read_json_object_or_none
 from critic_train.run.changes import refuse_changes
 from critic_train.run.lock import Lock
 from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, write_file
@@ -90,10 +91,7 @@ class OutputDirectory:
         return []
 
     def _begun_with(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads((self._record).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return None
+        return read_json_object_or_none(self._record)
 
     def is_written(self, key: str) -> bool:
         """Whether a file stands: files stand whole or not at all."""

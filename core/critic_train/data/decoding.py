@@ -26,7 +26,7 @@ from critic_train.data.parquet_footer import (
 )
 from critic_train.data.shards import Shard
 from critic_train.data.stores import open_file, parquet_file
-from critic_train.errors import DataError
+from critic_train.errors import DataError, first_line
 
 FIRST_ROWS = 64
 """Rows decoded at once, at most: one look at a batch's weight comes after so many."""
@@ -229,5 +229,5 @@ def refuse_oversized_rows(shard: Shard, piece: Piece) -> None:
 
 def damaged(shard: Shard, error: BaseException) -> DataError:
     """What is said of a file that Arrow cannot make sense of."""
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    why = first_line(error)
     return DataError(f"{shard.name} is damaged: {why}", hint=COPY_AGAIN)

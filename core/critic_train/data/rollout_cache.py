@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.data.labels import prompt_keys
+from critic_train.jsonio import read_json_object
 from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.run.storage import File, make_directory, remove, remove_tree, rename, sync_directory, write_file
 
@@ -65,7 +66,7 @@ class RolloutCache:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json_object(directory / "meta.json")
             if meta["format_version"] != FORMAT_VERSION:
                 raise CacheDamaged(f"{directory} has format version {meta['format_version']}")
             index = {name: np.load(directory / f"{name}.npy", allow_pickle=False) for name in INDEX}

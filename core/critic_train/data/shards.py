@@ -13,7 +13,7 @@ import pyarrow as pa
 from critic_train.data.bad_input import BadFile, BadFiles
 from critic_train.data.parquet_footer import MAGIC, FooterError, check_head, read_footer
 from critic_train.data.stores import is_remote, open_file, parquet_file, remote_files
-from critic_train.errors import DataError
+from critic_train.errors import DataError, first_line
 
 SUFFIXES = (".parquet", ".parq")
 SHOWN = 20
@@ -210,4 +210,4 @@ def _content(shard: Shard) -> str:
 def _reason(fault: Exception) -> str:
     if isinstance(fault, OSError) and fault.strerror:
         return fault.strerror
-    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    return first_line(fault)

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from critic_train.errors import ConfigError, DataError, MachineError
+from critic_train.errors import ConfigError, DataError, MachineError, first_line
 
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 CONNECT_SECONDS, REQUEST_SECONDS = 10.0, 60.0
@@ -96,7 +96,7 @@ def _from_fsspec(scheme: str) -> pafs.FileSystem:
 
 
 def store_fault(address: str, error: Exception) -> DataError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     scheme = (SCHEME.match(address) or [""] * 2)[1].lower()
     needed = CREDENTIALS.get(scheme, "")
     hint = f"credentials come from the environment: {needed}" if needed else ""

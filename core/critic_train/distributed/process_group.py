@@ -26,7 +26,7 @@ from critic_train.distributed.launch import Workers, meet
 from critic_train.distributed.rank_errors import as_error, as_record, looks_lost
 from critic_train.distributed.ranks import RankInfo, Ranks
 from critic_train.distributed.regrouping import Shortage, Spread
-from critic_train.errors import MachineError
+from critic_train.errors import MachineError, first_line
 from critic_train.model.compute import on_cuda
 from critic_train.stopping import StopRequest
 
@@ -254,7 +254,7 @@ class Group(Ranks):
             if lost is not None:
                 return lost
             time.sleep(POLL_SECONDS)
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        first = first_line(error)[:300]
         return MachineError(
             f"rank {self.rank} of {self.size} lost contact with another rank: {first}",
             hint="the other ranks' output tells why; the last checkpoint stands, the same command goes on from it",

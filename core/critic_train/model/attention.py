@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
-from critic_train.errors import ConfigError, MachineError
+from critic_train.errors import ConfigError, MachineError, first_line
 from critic_train.model import cuda_kernels as varlen
 from critic_train.model import sdpa_kernels as pieces
 from critic_train.model.cuda_kernels import Flex, Varlen
@@ -123,7 +123,7 @@ def fault_of(make: Callable[[Queries], Kernel], forest: PrefixTrees, device: tor
     try:
         found = run(make(queries))
     except Exception as error:  # a kernel that does not run here raises anything
-        return f"it fails on {device}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"it fails on {device}: {first_line(error)}"
     errors = [
         float((one.float() - other.float()).norm() / other.float().norm())
         for one, other in zip(found, expected, strict=True)

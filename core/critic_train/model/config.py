@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 
-from critic_train.errors import ModelError
+from critic_train.errors import ModelError, first_line
 from critic_train.settings import Preset
 
 OF_ANOTHER_MODEL = "the directory is incomplete, or its config.json belongs to another model"
@@ -69,7 +69,7 @@ def check_config_against_weights(path: Path, config: PreTrainedConfig, shapes: M
         with torch.device("meta"):
             trunk = AutoModel.from_config(config)
     except Exception as error:  # transformers raises many kinds for a configuration that makes no model
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ModelError(f"{path}/config.json makes no model: {first}", hint=OF_ANOTHER_MODEL) from error
     described = sum(parameter.numel() for parameter in trunk.parameters())
     if described > MISSING_SHARE * elements + MISSING_FEW:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from critic_train.errors import ModelError
+from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
 from critic_train.model.attention import NAME
 from critic_train.model.compute import Compute
@@ -136,7 +136,7 @@ def load_critic(
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises many kinds for weights it cannot place
-        raise ModelError(f"{source.path}: the weights cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{source.path}: the weights cannot be loaded: {first_line(error)}") from error
     wrong = [f"{name}: missing" for name in sorted(report["missing_keys"])]
     wrong += [
         f"{name}: its shape differs from the configuration's" for name in sorted(map(str, report["mismatched_keys"]))
@@ -196,7 +196,7 @@ def _raw_config(path: Path) -> dict[str, Any]:
             hint="--model takes a run, a checkpoint or a Hugging Face directory with safetensors weights",
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -204,7 +204,7 @@ def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         without_kernels(config)
     except Exception as error:  # transformers raises many kinds for a configuration it does not know
-        reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else _first_line(error)
+        reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else first_line(error)
         raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise ModelError(
@@ -225,7 +225,7 @@ def weight_files(path: Path) -> list[Path]:
         try:
             named = set(read_json_object(index)["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} cannot be read: {_first_line(error)}") from error
+            raise ModelError(f"{index} cannot be read: {first_line(error)}") from error
         escaping = [name for name in named if not isinstance(name, str) or Path(name).name != name]
         if escaping or not named:
             raise ModelError(f"{index} names a file outside its directory: {(escaping or [''])[0]!r}")
@@ -251,7 +251,7 @@ def _shapes(files: list[Path]) -> dict[str, list[int]]:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} is damaged or no safetensors file: {_first_line(error)}") from error
+            raise ModelError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
     return shapes
 
 
@@ -284,7 +284,3 @@ def _fill_head(head: ValueHead, source: ModelSource) -> None:
                             f"{source.path}: {name} has shape {list(stored.shape)}, expected {list(target.shape)}"
                         )
                     target.copy_(stored.reshape(target.shape))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

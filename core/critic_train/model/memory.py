@@ -16,6 +16,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ActivationCheckpointing, MemorySettings
+from critic_train.text import format_bytes
 
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm")
 ATTENTION = (
@@ -167,13 +168,9 @@ def _too_long(tokens: int, critic: Critic, compute: Compute, fault: str) -> Mach
     static, activations = 16 * parameters // compute.ranks.size, activation_bytes(critic.trunk, tokens, compute)
     room = ""
     if compute.device.type == "cuda":
-        room = f"; {compute.device} has {_gib(torch.cuda.mem_get_info(compute.device)[1])}"
+        room = f"; {compute.device} has {format_bytes(torch.cuda.mem_get_info(compute.device)[1])}"
     return MachineError(
         f"memory ran out on a single rollout of {tokens:,} tokens: weights, gradients and moments take about "
-        f"{_gib(static)} and its activations {_gib(activations)}{room}\n{fault.strip()[:200]}".rstrip(),
+        f"{format_bytes(static)} and its activations {format_bytes(activations)}{room}\n{fault.strip()[:200]}".rstrip(),
         hint="--activation-checkpointing layer, --precision bf16, a smaller model, or leave such rollouts out",
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -18,13 +18,13 @@ from critic_train.run.manifest import MANIFEST, Condition, condition, recorded_s
 from critic_train.run.storage import (
     DISK_FULL,
     free_bytes,
-    in_units,
     make_directory,
     remove_tree,
     rename,
     sync_directory,
     sync_file,
 )
+from critic_train.text import format_bytes
 
 PREFIX = "step-"
 
@@ -215,7 +215,7 @@ class CheckpointManager:
             remedy = "make room" if error.errno in DISK_FULL else "see to it"
             raise MachineError(
                 f"the checkpoint of step {step} cannot be written to {self.folder}: {error.strerror or error}; "
-                f"it needs {in_units(bytes_needed)}, {in_units(free_bytes(self.folder))} are free",
+                f"it needs {format_bytes(bytes_needed)}, {format_bytes(free_bytes(self.folder))} are free",
                 hint=f"{remedy} and run the same command again: it goes on from the checkpoint before",
             ) from error
         self._whole.add(path)

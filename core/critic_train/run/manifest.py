@@ -7,13 +7,13 @@ incomplete: it was copied or removed in part, for critic-train itself never leav
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from critic_train import __version__
+from critic_train.jsonio import read_json_object
 from critic_train.run.storage import sha256, write_json
 
 SAMPLES = 64
@@ -136,12 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Raises OSError, ValueError, KeyError or TypeError where it is no manifest."""
     if path.stat().st_size > MANIFEST_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes")
-    try:
-        recorded = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(recorded, dict):
-        raise TypeError("it is no JSON object")
+    recorded = read_json_object(path)
     version = recorded["format_version"]
     if type(version) is not int or version < 1:
         raise ValueError(f"format version {version!r}")

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from critic_train.errors import MachineError
-from critic_train.jsonio import read_json_object
+from critic_train.jsonio import read_json_object_or_none
 from critic_train.run.lock import Lock
 from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory, write_json
 
@@ -83,10 +83,7 @@ class RunDirectory:
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON object of the run (`run.json`, `result.json`), None where it does not stand or cannot be read."""
-        try:
-            return read_json_object(self.path / name)
-        except (OSError, ValueError):
-            return None
+        return read_json_object_or_none(self.path / name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Put a JSON object under its name, whole or not at all."""

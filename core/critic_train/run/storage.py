@@ -25,7 +25,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from critic_train.errors import MachineError
-from critic_train.text import without_secrets
+from critic_train.text import format_bytes, without_secrets
 
 Kind = Literal[
     "create", "append", "write", "truncate", "sync", "mkdir", "rename", "link", "remove", "library", "library done"
@@ -287,7 +287,6 @@ def sha256(path: Path) -> str:
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No space, no quota, no larger files: what removing something may help against."""
-UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def free_bytes(path: Path) -> int:
@@ -295,14 +294,6 @@ def free_bytes(path: Path) -> int:
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def in_units(count: int) -> str:
-    """`1234567` -> `1.2 MB`."""
-    number, unit = float(count), 0
-    while number >= 1000 and unit < len(UNITS) - 1:
-        number, unit = number / 1000, unit + 1
-    return f"{number:.1f} {UNITS[unit]}" if unit else f"{count} bytes"
 
 
 def require_room(path: Path, needed: int, what: str, *, hint: str) -> None:
@@ -320,6 +311,6 @@ def require_room(path: Path, needed: int, what: str, *, hint: str) -> None:
     free = free_bytes(path)
     if needed > free:
         raise MachineError(
-            f"not enough room at {path} for {what}: {in_units(needed)} needed, {in_units(free)} free",
+            f"not enough room at {path} for {what}: {format_bytes(needed)} needed, {format_bytes(free)} free",
             hint=hint,
         )

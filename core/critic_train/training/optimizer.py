@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
-from critic_train.errors import ModelError
+from critic_train.errors import ModelError, first_line
 from critic_train.model.critic import Critic
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
@@ -132,7 +132,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: 
         try:
             optimizer.state[parameter] = _stored(optimizer, parameter, file, name, names)
         except (RuntimeError, SafetensorError) as error:
-            first = str(error).strip().splitlines()[0]
+            first = first_line(error)
             raise ModelError(f"{file}: the moments of {name} do not fit this model: {first}") from error
 
 

@@ -25,9 +25,10 @@ from critic_train.run.changes import is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, set_aside
 from critic_train.run.manifest import model_digest, tokenizer_digest
 from critic_train.run.run_directory import RunDirectory
-from critic_train.run.storage import in_units, require_room
+from critic_train.run.storage import require_room
 from critic_train.settings import FitSettings, as_dict
 from critic_train.settings.fields import defaults_of
+from critic_train.text import format_bytes
 from critic_train.training.dataset import RunShards
 from critic_train.training.trainer import Trainer
 from critic_train.versions import versions
@@ -198,6 +199,6 @@ def require_room_for_checkpoints(trainer: Trainer) -> None:
     require_room(
         trainer.run.path,
         count * size,
-        f"{count} checkpoints of {in_units(size)}" if count > 1 else "a checkpoint",
+        f"{count} checkpoints of {format_bytes(size)}" if count > 1 else "a checkpoint",
         hint="make room, give another --out, or keep fewer with --keep",
     )

@@ -12,8 +12,9 @@ from typing import Any
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.scanning import full_reader, read_through
 from critic_train.data.shards import find_shards, fingerprint
-from critic_train.errors import CriticTrainError, DataError
+from critic_train.errors import CriticTrainError, DataError, first_line
 from critic_train.events import Event, Progress, RunEnded
+from critic_train.jsonio import read_json_object
 from critic_train.run.checkpoint import checkpoint_step, checkpoints, inspect, resolve_model
 from critic_train.run.manifest import MANIFEST, model_digest
 from critic_train.settings.verify import VerifySettings
@@ -40,10 +41,8 @@ def verify_run(path: Path) -> Iterator[Finding]:
 
 def _record(path: Path) -> tuple[dict[str, Any] | None, Finding]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json_object(path)
+    except (OSError, ValueError) as error:
         return None, Finding(path.name, "unsound", f"cannot be read: {error}")
     return value, Finding(path.name, "sound", "readable")
 
@@ -90,7 +89,7 @@ def _data(what: str, sources: list[str], before: dict[str, Any]) -> Finding:
     try:
         now = fingerprint(find_shards(sources))
     except CriticTrainError as error:
-        return Finding(what, "unknown", f"not there to be compared: {error.message.splitlines()[0]}")
+        return Finding(what, "unknown", f"not there to be compared: {first_line(error)}")
     if now["digest"] == before["digest"]:
         return Finding(what, "sound", f"{len(now['files'])} files, as when the run began")
     files = {name["name"]: name for name in before["files"]}
