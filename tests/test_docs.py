@@ -61,7 +61,7 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_aliases_on_the_page_are_those_of_the_code():
-    page = (ROOT / "docs" / "data.md").read_text()
+    page = (ROOT / "docs" / "reference" / "data.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", page, flags=re.MULTILINE))
     written = {name: tuple(re.findall(r"`(\w+)`", names)) for name, names in table.items()}
     assert written == {name: names for name, names in ALIASES.items() if names}
@@ -80,7 +80,7 @@ def test_the_readme_opens_with_the_two_commands():
 
 
 def test_every_scenario_on_the_reliability_page_has_a_test_that_exists():
-    page = (ROOT / "docs" / "reliability.md").read_text()
+    page = (ROOT / "docs" / "concepts" / "reliability.md").read_text()
     rows = {int(number): row for number, row in re.findall(r"^\| (\d+) \|(.*)$", page, flags=re.MULTILINE)}
     assert sorted(rows) == list(range(1, 32))
     there = {
