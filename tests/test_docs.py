@@ -1,23 +1,26 @@
 """The documentation cannot rot: flags, aliases and exit codes in it are those of the code."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from critic_train import __version__
 from critic_train.data.schema import ALIASES
 from critic_train_cli.main import COMMANDS
 from critic_train_cli.manual import pages
 from critic_train_cli.options import options_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sample_data" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "sample_data" / "README.md"]
 OF_EVERY_COMMAND = {"--config", "--print-config", "--json", "--quiet", "--debug", "--help", "--version"}
 OF_OTHER_PROGRAMS = {
     "--save-debug-train-data",
     "--save-debug-rollout-data",
     "--critic.model_name_or_path",
     "--no-deps",
+    "--wheel-dir",
     "--strict",
     "--size",
     "--rounds",
@@ -61,16 +64,46 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_aliases_on_the_page_are_those_of_the_code():
-    page = (ROOT / "docs" / "data.md").read_text()
+    page = (ROOT / "docs" / "reference" / "data.md").read_text()
     table = dict(re.findall(r"^\| `(\w+)` \| ((?:`\w+`(?:, )?)+) \|$", page, flags=re.MULTILINE))
     written = {name: tuple(re.findall(r"`(\w+)`", names)) for name, names in table.items()}
     assert written == {name: names for name, names in ALIASES.items() if names}
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+LINKED_PAGES = [*PAGES, ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED_PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = [(target, page.parent / target if target else page, anchor) for target, anchor in LINK.findall(prose)]
+    assert [target for target, file, _ in links if not file.exists()] == []
+    assert [f"{target}#{anchor}" for target, file, anchor in links if anchor and anchor not in anchors(file)] == []
+
+
+def test_the_index_links_every_page_of_the_documentation():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target, _ in LINK.findall(index.read_text()) if target}
+    pages = {page for folder in ("guides", "concepts", "reference") for page in (ROOT / "docs" / folder).glob("*.md")}
+    assert pages <= linked
+
+
+def test_the_version_stands_in_one_place_and_heads_the_changelog():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "core/critic_train/__init__.py"
+    released = re.findall(
+        r"^## \[(\d[^\]]*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+    assert released[0] == __version__
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -80,7 +113,7 @@ def test_the_readme_opens_with_the_two_commands():
 
 
 def test_every_scenario_on_the_reliability_page_has_a_test_that_exists():
-    page = (ROOT / "docs" / "reliability.md").read_text()
+    page = (ROOT / "docs" / "concepts" / "reliability.md").read_text()
     rows = {int(number): row for number, row in re.findall(r"^\| (\d+) \|(.*)$", page, flags=re.MULTILINE)}
     assert sorted(rows) == list(range(1, 32))
     there = {

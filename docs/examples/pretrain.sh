@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Pretrain a value model before PPO starts, the way VC-PPO and VAPO do: a fixed policy's rollouts, Monte-Carlo returns, until the
-# held-out explained variance settles; then a gate. Run it again after a preemption: each command goes on where it was, or says
-# that it is done.
+# Pretrain a value model before PPO starts, as VC-PPO and VAPO do: rollouts of a fixed policy, Monte-Carlo returns, until the
+# held-out explained variance stops rising; then a gate. Run it again after a preemption: each command resumes, or says that it
+# is finished.
 #
 #   DATA=rollouts/train VAL=rollouts/val OUT=runs/pretrained docs/examples/pretrain.sh --model Qwen2.5-0.5B/ --precision bf16
 set -euo pipefail
 DATA="${DATA:-sample_data/train}" VAL="${VAL:-sample_data/val}" OUT="${OUT:-runs/pretrained}"
 [[ $# -gt 0 ]] || set -- --preset tiny
 
-# Exit 1 where rows cannot be used, or held-out prompts are trained on.
+# Exit 1 if rows cannot be used, or if held-out prompts are trained on.
 critic-train check "$DATA" --against "$VAL"
 
-# A constant learning rate and patience in place of a plan: nobody knows ahead when it settles.
+# A constant learning rate and patience: how many steps are enough is not known in advance.
 critic-train fit --data "$DATA" --val-data "$VAL" --out "$OUT" --returns mc --old-values none \
     --epochs 20 --lr-schedule constant --eval-every 8 --patience 6 "$@"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Several learning rates one after the other, then all of them against each other on held-out rollouts. Finished runs are
-# skipped when the script is run again.
+# Train with several learning rates one after the other, then compare them on held-out rollouts. Finished runs are skipped when
+# the script is run again.
 #
 #   DATA=rollouts/train VAL=rollouts/val docs/examples/sweep.sh --model SmolLM2-135M/
 set -euo pipefail
@@ -9,7 +9,7 @@ DATA="${DATA:-sample_data/train}" VAL="${VAL:-sample_data/val}" OUT="${OUT:-runs
 
 models=()
 for rate in $RATES; do
-    # Exit 5: this one diverged. The others may not.
+    # Exit 5 means that this one diverged; go on with the others.
     critic-train fit --data "$DATA" --val-data "$VAL" --out "$OUT/lr-$rate" --lr "$rate" "$@" || [[ $? -eq 5 ]] || exit
     [[ -e "$OUT/lr-$rate/best" ]] && models+=(--model "$OUT/lr-$rate")
 done

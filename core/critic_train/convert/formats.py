@@ -24,8 +24,8 @@ PICKLED: dict[str, Any] = {"slime": slime, "verl": verl, "openrlhf": openrlhf}
 IDS = {"input_ids", "responses"}
 SHOWN_FIELDS = 12
 KNOWN = (
-    "slime .pt, verl DataProto or JSONL, NeMo-RL JSONL, OpenRLHF .pt of the snippet in docs/convert.md, TRL Parquet, "
-    "and JSONL or Parquet of token ids, of messages, or of prompt, response and score"
+    "slime .pt, verl DataProto or JSONL, NeMo-RL JSONL, OpenRLHF .pt of the snippet in docs/guides/convert.md, "
+    "TRL Parquet, and JSONL or Parquet of token ids, of messages, or of prompt, response and score"
 )
 
 

@@ -1,4 +1,4 @@
-"""Files of the snippet in docs/convert.md, which keeps OpenRLHF's `Experience` batches.
+"""Files of the snippet in docs/guides/convert.md, which keeps OpenRLHF's `Experience` batches.
 
 Fields as in OpenRLHF 0.11 (openrlhf/trainer/ppo_utils/experience.py). `sequences` [B, T] are padded; columns of
 actions are [B, A] with A below T, and pair with the last A tokens.

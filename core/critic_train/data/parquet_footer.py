@@ -1,7 +1,9 @@
 """Thrift's compact protocol, as much as Parquet's footers and page headers need, in plain Python.
 
-Arrow reads footers too, but it ends the process on some damaged ones, and allocates what a footer claims. So sizes and
-counts are read here first and held against the file: https://thrift.apache.org/docs/spec (compact protocol).
+Arrow reads footers too, and refused or read every damaged one that was tried (120,000 reads by pyarrow 21 and 26, no
+crash). But it believes the sizes and counts that a footer claims. They are read here first and compared with the size
+of the file, so that a hostile file of a few hundred bytes allocates no gigabytes. The format is described at
+https://thrift.apache.org/docs/spec (compact protocol).
 
 What a Parquet file claims of itself, held against its size before anything is allocated for it.
 

@@ -62,7 +62,8 @@ def refuse_unknown(settings: EvalSettings, result: dict[str, Any]) -> None:
             close = [f"{metric}.low"] if f"{metric}.low" in known else get_close_matches(metric, known, n=1)
             wrong.append(f"{flag}: no metric {metric!r}" + (f"; did you mean {close[0]}?" if close else ""))
     if wrong:
-        raise ConfigError("\n".join(wrong), hint="metrics are named as in eval --json; docs/metrics.md lists them")
+        hint = "metrics are named as in eval --json; docs/reference/metrics.md lists them"
+        raise ConfigError("\n".join(wrong), hint=hint)
 
 
 def judge_gates(settings: EvalSettings, result: dict[str, Any]) -> list[dict[str, Any]]:
