@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from critic_train.events import Event
 from critic_train.settings.check import CheckSettings
+
+from critic_train.events import Event
 from critic_train.stopping import StopRequest
 from critic_train_cli.command import Command
 from critic_train_cli.looking import look_over
