@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from critic_train import __version__
+from critic_train.settings import defaults_of
 from critic_train_cli.command import add_command
 from critic_train_cli.commands.check import CHECK
 from critic_train_cli.commands.convert import CONVERT
@@ -101,7 +102,7 @@ def spoken_for(arguments: list[str], environment: Mapping[str, str]) -> bool:
 
     The ranks of `predict` each do a part by themselves, and each speaks.
     """
-    together = any(hasattr(each.settings, "nproc") for each in COMMANDS if each.name in arguments[:1])
+    together = any("nproc" in defaults_of(each.settings) for each in COMMANDS if each.name in arguments[:1])
     return together and environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
 
 
