@@ -39,7 +39,10 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of the sections: settings that are used together, each declared with `setting`."""
+    """Base of the sections: settings that are used together, each declared with `setting`.
+
+    A field's type says how its flag is read, so modules that declare sections must not postpone annotations.
+    """
 
     def validate(self) -> list[str]:
         """The rules that the values break, one line each, naming the flag."""
