@@ -102,7 +102,7 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
         expected = gradients(critic, compute, **case)
         before = len(runs)
         apply_memory_options(
-            critic, replace(SETTINGS, activation_checkpointing=activation_checkpointing, compile=compiled)
+            critic, SETTINGS.replace(activation_checkpointing=activation_checkpointing, compile=compiled).compute
         )
         found = gradients(critic, compute, **case)
         worst = max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
@@ -219,7 +219,7 @@ def check_with_less() -> tuple[bool, list[str], float]:
 
         spread.trunk.layers[1].register_forward_pre_hook(fail)
         rollouts = branching_rollouts()
-        choice, said = select_packing(spread, rollouts, SETTINGS, compute)
+        choice, said = select_packing(spread, rollouts, SETTINGS.compute, compute)
         ours = predict_values(spread, rollouts, compute, forest=choice.forest)
         theirs = predict_values(alone, rollouts, ONE, forest=True)
         return choice.forest, said, float(np.abs(ours - theirs).max())

@@ -23,7 +23,7 @@ class Command:
 
     Attributes:
         name: the word that calls it.
-        settings: the dataclass that declares its options.
+        settings: the class that declares its options.
         about: what it does, in a sentence or two; the first sentence also stands on the program's page.
         examples: command lines for the help page.
         work: does it, given the settings and the output; returns the exit code.

@@ -112,10 +112,10 @@ def next_lines(ended: RunEnded, settings: FitSettings) -> list[str]:
     model = result.get("best") or result.get("checkpoint")
     if not isinstance(model, str):
         return []
-    data = settings.val_data or settings.data
+    data = settings.reading.val_data or settings.reading.data
     flags = " ".join(f"--data {shlex.quote(path)}" for path in data)
     lines = ["", f"Next: critic-train eval --model {shlex.quote(model)} {flags}"]
-    if not settings.val_data:
+    if not settings.reading.val_data:
         lines.append("(it was trained on most of these; rollouts it has not seen say more)")
     if ended.status == "already finished":
         lines.append("Another run: the same command with another --out")

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from critic_train.events import Event
 from critic_train.settings import (
+    CheckSettings,
     ConvertSettings,
     EvalSettings,
     FitSettings,
     PredictSettings,
     ReportSettings,
     SplitSettings,
+    VerifySettings,
 )
-from critic_train.settings.check import CheckSettings
-from critic_train.settings.verify import VerifySettings
 from critic_train.stopping import StopRequest
 from critic_train.text import format_bytes
 from critic_train_cli.command import Command
@@ -53,11 +53,11 @@ def run_fit(settings: FitSettings, output: Output) -> int:
 
         yield from fit(settings, stop)
 
-    if settings.dry_run:
+    if settings.run.dry_run:
         return run_dry_run(settings, output)
-    output.run_directory = settings.out
+    output.run_directory = settings.run.out
     view = choose_view(output, stopping="stopping after this micro-batch; a checkpoint will be written")
-    view.log_every = settings.log_every
+    view.log_every = settings.run.log_every
     ended = run_job(start, view, output)
 
     from critic_train.report.report_sources import reread_run
@@ -123,10 +123,10 @@ def run_eval(settings: EvalSettings, output: Output) -> int:
 
         yield from evaluate(settings, stop)
 
-    if settings.report is not None:
+    if settings.evaluation.report is not None:
         from critic_train.report.report_sources import refuse_place
 
-        refuse_place(Path(settings.report), "--report")
+        refuse_place(Path(settings.evaluation.report), "--report")
     view = choose_view(output, stopping="stopping")
     ended = run_job(start, view, output)
 
@@ -138,12 +138,12 @@ def run_eval(settings: EvalSettings, output: Output) -> int:
         draw_charts(console, ended.result, [], beside_tables=True)
 
     output.result(ended.result or {"status": ended.status}, draw)
-    if settings.report is not None and ended.result:
+    if settings.evaluation.report is not None and ended.result:
         from critic_train.report.page import write_page
         from critic_train.report.report_sources import evaluation_source
 
-        written = write_page(Path(settings.report), [evaluation_source(ended.result)])
-        output.line(f"report: {settings.report} ({format_bytes(written)})")
+        written = write_page(Path(settings.evaluation.report), [evaluation_source(ended.result)])
+        output.line(f"report: {settings.evaluation.report} ({format_bytes(written)})")
     failed = [gate for gate in ended.result.get("gates") or [] if not gate["passed"]]
     for gate in failed:
         output.line(paint("failed:", RED, sys.stderr) + f" {gate['reason']} ({gate['flag']})")
@@ -267,7 +267,7 @@ def run_check(settings: CheckSettings, output: Output) -> int:
     def draw(console: "Console", result: dict[str, Any]) -> None:
         from critic_train_cli.check_view import draw_check
 
-        draw_check(console, result, settings.show)
+        draw_check(console, result, settings.output.show)
 
     return run_inspection(start, draw, output)
 
@@ -333,7 +333,7 @@ def run_report(settings: ReportSettings, output: Output) -> int:
         "bytes": written.size_bytes,
         "sources": [source.label for source in written.sources],
     }
-    output.result(told, lambda console: draw_report(console, written, in_full=settings.to is None))
+    output.result(told, lambda console: draw_report(console, written, in_full=settings.page.to is None))
     return DONE
 
 

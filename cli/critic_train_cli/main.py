@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from critic_train import __version__
+from critic_train.settings import defaults_of
 from critic_train_cli.command import add_command
 from critic_train_cli.commands import CHECK, CONVERT, EVAL, FIT, PREDICT, REPORT, SPLIT, VERIFY
 from critic_train_cli.exit_codes import DONE, USAGE
@@ -94,7 +95,7 @@ def wants_no_messages(arguments: list[str], environment: Mapping[str, str]) -> b
 
     The ranks of `predict` each do a part by themselves, and each speaks.
     """
-    together = any(hasattr(each.settings, "nproc") for each in COMMANDS if each.name in arguments[:1])
+    together = any("nproc" in defaults_of(each.settings) for each in COMMANDS if each.name in arguments[:1])
     return together and environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
 
 

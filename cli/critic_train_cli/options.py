@@ -1,4 +1,4 @@
-"""A command's options, derived from its settings dataclass: declared once, shown and read everywhere.
+"""A command's options, derived from its settings: declared once, shown and read everywhere.
 
 Typer splits the command line and completes it; it hands every value over as text. Reading the text is done
 here, by one rule for flags and environment alike, so that a complaint can name where the value came from.
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from critic_train.errors import ConfigError
 from critic_train.settings import Settings, flag_of, settings_fields
@@ -27,7 +27,7 @@ class Option:
     """One setting as the command line sees it.
 
     Attributes:
-        name: the field of the settings dataclass.
+        name: the field of a section of the settings.
         flag: the long flag; the metavar where there is none.
         positional: whether the values stand on the command line without a flag.
         kind: type of one value.
@@ -71,12 +71,12 @@ class Chosen:
 
 def options_of(settings: type[Settings]) -> list[Option]:
     """The options of a command's settings, in the order of the help page."""
-    hints = get_type_hints(settings)
-    return [option_of(field, hints[field.name]) for field in settings_fields(settings)]
+    return [option_of(field) for field in settings_fields(settings)]
 
 
-def option_of(field: "Field[Any]", hint: Any) -> Option:
+def option_of(field: "Field[Any]") -> Option:
     """One field as an option; its type says how a value is read."""
+    hint: Any = field.type
     if get_origin(hint) in (Union, UnionType):
         hint = next(inner for inner in get_args(hint) if inner is not type(None))
     repeatable = get_origin(hint) is list

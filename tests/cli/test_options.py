@@ -7,20 +7,25 @@ import pytest
 import typer
 
 from critic_train.errors import ConfigError
-from critic_train.settings import EvalSettings, FitSettings, Settings, setting
+from critic_train.settings import EvalSettings, FitSettings, Section, Settings, setting
 from critic_train_cli.command import Command, add_command
 from critic_train_cli.help_page import command_page
 from critic_train_cli.options import Chosen, misspelt_variables, options_of, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
-class SomeSettings(Settings):
+class SomeSection(Section):
     paths: list[str] = setting([], "Where.", panel="Data", metavar="PATH")
     rate: float | None = setting(None, "How fast. [default: 1e-5, or so]", panel="Training")
     size: int = setting(64, "How many.", panel="Training")
     mode: Literal["slow", "fast"] = setting("slow", "Which.", panel="Training")
     no_clip: bool = setting(False, "Off.", panel="Training")
     where: str = setting("auto", "Device.", panel="Training", flag="--on")
+
+
+@dataclass(frozen=True, init=False)
+class SomeSettings(Settings):
+    some: SomeSection
 
 
 OPTIONS = options_of(SomeSettings)
@@ -139,9 +144,14 @@ def test_misspelt_variable_is_warned_of(program):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakingArguments(Settings):
+class ArgumentsSection(Section):
     runs: list[str] = setting([], "Which runs.", panel="Data", metavar="RUN", positional=True)
     to: str | None = setting(None, "Where.", panel="Data", metavar="FILE")
+
+
+@dataclass(frozen=True, init=False)
+class TakingArguments(Settings):
+    page: ArgumentsSection
 
 
 def called(*words: str) -> dict[str, object]:
@@ -149,7 +159,7 @@ def called(*words: str) -> dict[str, object]:
     given: dict[str, object] = {}
 
     def work(settings: TakingArguments, _: object) -> int:
-        given.update(runs=settings.runs, to=settings.to)
+        given.update(runs=settings.page.runs, to=settings.page.to)
         return 0
 
     command = Command(name="look", settings=TakingArguments, about="Look.", examples=(), work=work)

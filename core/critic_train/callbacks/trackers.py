@@ -22,7 +22,7 @@ from typing import Any
 from critic_train.callbacks.observer import Observer
 from critic_train.errors import ConfigError
 from critic_train.events import EvaluationEnded, Event, StepEnded
-from critic_train.settings.tracking import TrackingSettings
+from critic_train.settings import RunSettings
 
 STEP_NAMES = {
     "value_loss": "critic/vf_loss",
@@ -258,7 +258,7 @@ class ToTrackio(Tracker):
 PACKAGES = ("tensorboard", "wandb", "trackio")
 
 
-def require_packages(settings: TrackingSettings) -> None:
+def require_packages(settings: RunSettings) -> None:
     """See that the trackers asked for are installed, before anything is read.
 
     Raises:
@@ -273,7 +273,7 @@ def require_packages(settings: TrackingSettings) -> None:
 
 
 def trackers(
-    settings: TrackingSettings, out: Path, *, run_id: str, first_step: int, config: dict[str, Any]
+    settings: RunSettings, out: Path, *, run_id: str, first_step: int, config: dict[str, Any]
 ) -> list[Observer]:
     """The trackers that were asked for. Each opens its run when the first event comes.
 

@@ -18,9 +18,7 @@ from critic_train.data.scanning import full_reader, read_through
 from critic_train.data.shards import find_shards, fingerprint
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.rollouts import Rollouts
-from critic_train.settings import FitSettings
-from critic_train.settings.check import CheckSettings
-from critic_train.settings.fields import default_of
+from critic_train.settings import CheckSettings, ComputeSettings, LossSettings
 from critic_train.stopping import StopRequest
 
 HELD_BACK = 0.2
@@ -50,7 +48,7 @@ def advice(found: dict[str, Any], settings_data: list[str], columns: list[str]) 
         advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
     advised += _old_values(found)
     longest = found["tokens_of_the_longest"]
-    if longest > default_of(FitSettings, "max_tokens"):
+    if longest > ComputeSettings.max_tokens:
         advised.append((["--max-tokens", str(longest)], "the longest rollout goes through the model at once"))
     return advised
 
@@ -91,12 +89,12 @@ def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
         DataError: there is not one row that can be used.
     """
     bad_files = BadFiles()
-    shards = find_shards(settings.data, bad_files)
-    reader = full_reader(shards, settings.column, stop, bad_files, MOST_BAD_ROWS)
+    shards = find_shards(settings.reading.data, bad_files)
+    reader = full_reader(shards, settings.reading.column, stop, bad_files, MOST_BAD_ROWS)
     survey, other = Survey(), None
     yield from read_through(reader, stop, survey.add)
-    if settings.against and not stop.requested:
-        apart = full_reader(find_shards(settings.against), settings.column, stop, None)
+    if settings.reading.against and not stop.requested:
+        apart = full_reader(find_shards(settings.reading.against), settings.reading.column, stop, None)
         other = Survey()
         yield from read_through(apart, stop, other.add, "reading the other rollouts")
     if stop.requested:
@@ -107,7 +105,7 @@ def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
     yield Progress(stage="matching returns", done=0, total=1, unit="data set")
     found = _found(survey, reader, fingerprint(shards)["digest"])
     found["leak"] = None if other is None else leak(survey, other)
-    advised = advice(found, settings.data, settings.column)
+    advised = advice(found, settings.reading.data, settings.reading.column)
     found |= {
         "advice": [{"flags": flags, "why": why} for flags, why in advised],
         "command": command_line(advised),
@@ -139,6 +137,6 @@ def _clip(sample: Rollouts) -> dict[str, float] | None:
     """How much of the data lies beyond the clip's reach, at its default width."""
     if sample.values is None:
         return None
-    eps: Any = default_of(FitSettings, "cliprange_value")
+    eps: Any = LossSettings.cliprange_value
     apart = np.abs(sample.returns - sample.values)[sample.response_mask]
     return {"eps": eps, "held_back": float((apart > eps).mean())}

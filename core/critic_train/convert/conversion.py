@@ -35,22 +35,22 @@ def convert(settings: ConvertSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
-    sources = find_sources(settings.source)
+    sources = find_sources(settings.reading.source)
     options = Options(
-        format=settings.source_format,
-        renames=column_renames(settings.column),
-        retokenizer=Retokenizer(Path(settings.tokenizer)) if settings.tokenizer else None,
-        allow_retokenize=settings.allow_retokenize,
+        format=settings.reading.source_format,
+        renames=column_renames(settings.reading.column),
+        retokenizer=Retokenizer(Path(settings.reading.tokenizer)) if settings.reading.tokenizer else None,
+        allow_retokenize=settings.reading.allow_retokenize,
     )
-    assert settings.to is not None, "settings.faults sees to it"
-    with ConvertedFolder(Path(settings.to), _what_it_depends_on(settings)) as folder:
-        work = _Work(folder=folder, options=options, on_bad_rows=settings.on_bad_rows)
+    assert settings.output.to is not None, "settings.output.validate requires it"
+    with ConvertedFolder(Path(settings.output.to), _what_it_depends_on(settings)) as folder:
+        work = _Work(folder=folder, options=options, on_bad_rows=settings.reading.on_bad_rows)
         for source in sources:
             yield from work.convert(source, stop)
             if stop.requested:
                 yield RunEnded(status="interrupted", result=work.result(), signal_number=stop.signal_number)
                 return
-        work.judge(settings.on_bad_file)
+        work.judge(settings.reading.on_bad_file)
         yield from work.closing_notices()
         yield RunEnded(status="already finished" if work.all_were_there else "finished", result=work.result())
 
@@ -224,9 +224,9 @@ def _made(retokenizer: Retokenizer | None) -> dict[str, int]:
 def _what_it_depends_on(settings: ConvertSettings) -> dict[str, Any]:
     """Settings that change the result; on which files are left out depends nothing of what stands."""
     return {
-        "--from": settings.source_format,
-        "--column": settings.column,
-        "--on-bad-rows": settings.on_bad_rows,
-        "--tokenizer": settings.tokenizer,
-        "--allow-retokenize": settings.allow_retokenize,
+        "--from": settings.reading.source_format,
+        "--column": settings.reading.column,
+        "--on-bad-rows": settings.reading.on_bad_rows,
+        "--tokenizer": settings.reading.tokenizer,
+        "--allow-retokenize": settings.reading.allow_retokenize,
     }

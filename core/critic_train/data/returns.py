@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.rollouts import Rollouts, offsets_from_lengths
-from critic_train.settings.returns import AUTO, Returns, ReturnsSettings, Truncated
+from critic_train.settings import AUTO, Returns, ReturnsSettings, Truncated
 
 Floats = NDArray[np.float64]
 

@@ -40,20 +40,20 @@ def split(settings: SplitSettings, stop: StopRequest) -> Iterator[Event]:
         CriticTrainError: a fault that the user can mend.
     """
     bad_files = BadFiles()
-    shards = find_shards(settings.data, bad_files)
-    to = Path(settings.to or "")
-    sides = {side: places(shards, settings.data, to / side) for side in (TRAIN, VAL)}
+    shards = find_shards(settings.reading.data, bad_files)
+    to = Path(settings.output.to or "")
+    sides = {side: places(shards, settings.reading.data, to / side) for side in (TRAIN, VAL)}
     files = {f"{side}/{name}": path for side, found in sides.items() for name, path in found.items()}
     told = {name: value for name, value in as_dict(settings).items() if name != "to"}
     with OutputDirectory(to, "split", files) as output:
         output.compare({"settings": told, "data": fingerprint(shards)})
         reader = RolloutReader(
             shards,
-            renames=column_renames(settings.column),
-            on_bad_rows=settings.on_bad_rows,
-            on_bad_file=settings.on_bad_file,
+            renames=column_renames(settings.reading.column),
+            on_bad_rows=settings.reading.on_bad_rows,
+            on_bad_file=settings.reading.on_bad_file,
             bad_files=bad_files,
-            limits=RowLimits().at_most(settings.max_length),
+            limits=RowLimits().at_most(settings.reading.max_length),
             needs=Needs(returns=False, values=False),
             stop=stop,
         )
@@ -61,7 +61,7 @@ def split(settings: SplitSettings, stop: StopRequest) -> Iterator[Event]:
         try:
             if stop.requested:
                 raise CopyStoppedError
-            held = found.held_out(settings.val_fraction, settings.seed)
+            held = found.held_out(settings.output.val_fraction, settings.output.seed)
             by_name = {shard.name: shard for shard in shards}
             first_row = 0
             for name, rows in reader.files_read:
@@ -71,13 +71,13 @@ def split(settings: SplitSettings, stop: StopRequest) -> Iterator[Event]:
                         yield from _write(by_name[name], sides[side][name], mine, stop)
                 first_row += rows
         except CopyStoppedError:
-            yield RunEnded(status="interrupted", signal_number=stop.signal_number, result={"to": settings.to})
+            yield RunEnded(status="interrupted", signal_number=stop.signal_number, result={"to": settings.output.to})
             return
         output.clear()
         for sentence in reader.notices:
             yield Notice(message=sentence)
         left_out = {"rows_left_out": reader.bad_rows.summary(), "files_left_out": bad_files.summary()}
-        yield RunEnded(status="finished", result={"to": settings.to, **found.counts(held), **left_out})
+        yield RunEnded(status="finished", result={"to": settings.output.to, **found.counts(held), **left_out})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

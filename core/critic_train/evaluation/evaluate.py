@@ -32,8 +32,7 @@ from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
 from critic_train.predict.first_pass import critic_source, first_pass
 from critic_train.rollouts import Rollouts
-from critic_train.settings import EvalSettings, as_dict, column_renames
-from critic_train.settings.eval import read_gate
+from critic_train.settings import EvalSettings, as_dict, column_renames, read_gate
 from critic_train.stopping import StopRequest
 from critic_train.versions import versions
 
@@ -96,7 +95,7 @@ def judge_gates(settings: EvalSettings, result: dict[str, Any]) -> list[dict[str
 
 def _gates(settings: EvalSettings) -> Iterator[tuple[str, str, float]]:
     """(flag, metric, value) of every gate."""
-    for flag, pairs in ((UNDER, settings.fail_under), (OVER, settings.fail_over)):
+    for flag, pairs in ((UNDER, settings.evaluation.fail_under), (OVER, settings.evaluation.fail_over)):
         for pair in pairs:
             yield flag, *read_gate(pair)
 
@@ -135,17 +134,17 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
-    with init_ranks(settings, nproc=settings.nproc, device=settings.device) as ranks:
-        yield from _evaluate(settings, resolve_compute(settings, ranks), ranks.agreeing(stop))
+    with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device) as ranks:
+        yield from _evaluate(settings, resolve_compute(settings.compute, ranks), ranks.agreeing(stop))
 
 
 def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     bad_files = BadFiles()
-    shards = find_shards(settings.data, bad_files)
-    sources = {name: critic_source(Path(name)) for name in dict.fromkeys(settings.model)}
+    shards = find_shards(settings.reading.data, bad_files)
+    sources = {name: critic_source(Path(name)) for name in dict.fromkeys(settings.evaluation.model)}
     reader = _reader(settings, shards, bad_files, list(sources.values()), stop)
     names = list(sources) or [STORED]
-    refuse_unknown(settings, _figures(names, Judge(names, by=settings.by).verdict()))
+    refuse_unknown(settings, _figures(names, Judge(names, by=settings.evaluation.by).verdict()))
     total = sum(shard.num_rows for shard in shards)
     found = yield from first_pass(reader, total, stop)
     if stop.requested:
@@ -159,18 +158,18 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
     if not found.has_values:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
     assert found.sample is not None, "the reader raises where no row is good"
-    recipe = ReturnRecipe.of(settings)
-    uids = UidLookup(shards, column_renames(settings.column), bad_files.found)
+    recipe = ReturnRecipe.of(settings.returns)
+    uids = UidLookup(shards, column_renames(settings.reading.column), bad_files.found)
     judge = Judge(
         names,
-        cliprange_value=settings.cliprange_value,
-        by=settings.by,
-        resamples=settings.resamples,
-        seed=settings.seed,
+        cliprange_value=settings.evaluation.cliprange_value,
+        by=settings.evaluation.by,
+        resamples=settings.evaluation.resamples,
+        seed=settings.evaluation.seed,
         uids=uids,
         advantage=AdvantageRecipe.of(recipe),
     )
-    examples = Examples(seed=settings.seed, uids=uids) if settings.report else None
+    examples = Examples(seed=settings.evaluation.seed, uids=uids) if settings.evaluation.report else None
     critics = {name: load_critic(source, compute).to(compute.device).eval() for name, source in sources.items()}
     if compute.ranks.size > 1 and critics:
         from critic_train.model.fsdp import cost_of
@@ -178,7 +177,7 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         compute.pair_cost = cost_of(next(iter(critics.values()))).pair
     forest: dict[str, bool] = {}
     for name, critic in critics.items():
-        choice, said = select_packing(critic, found.sample, settings, compute)
+        choice, said = select_packing(critic, found.sample, settings.compute, compute)
         forest[name] = choice.forest
         for sentence in said:
             yield Notice(message=sentence, level="warning")
@@ -207,26 +206,26 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
 def _reader(
     settings: EvalSettings, shards: list[Shard], bad_files: BadFiles, sources: list[ModelSource], stop: StopRequest
 ) -> RolloutReader:
-    recipe = ReturnRecipe.of(settings)
+    recipe = ReturnRecipe.of(settings.returns)
     lengths = [source.max_length for source in sources if source.max_length is not None]
     return RolloutReader(
         shards,
-        renames=column_renames(settings.column),
-        on_bad_rows=settings.on_bad_rows,
-        on_bad_file=settings.on_bad_file,
+        renames=column_renames(settings.reading.column),
+        on_bad_rows=settings.reading.on_bad_rows,
+        on_bad_file=settings.reading.on_bad_file,
         bad_files=bad_files,
         limits=RowLimits(
             vocab_size=min((source.vocab_size for source in sources), default=None),
             max_length=min(lengths, default=None),
-        ).at_most(settings.max_length),
-        labels=settings.by or None,
+        ).at_most(settings.reading.max_length),
+        labels=settings.evaluation.by or None,
         needs=Needs(
             returns=not recipe.from_rewards,
             values=recipe.uses_values,
             rewards="yes" if recipe.from_rewards else "where there",
             truncated=recipe.reads_truncated,
         ),
-        drop_truncated=settings.truncated == "drop",
+        drop_truncated=settings.returns.truncated == "drop",
         stop=stop,
     )
 
@@ -251,9 +250,9 @@ def _result(
     figures = _figures(names, verdict)
     return {
         **figures,
-        "data": settings.data,
+        "data": settings.reading.data,
         "data_digest": fingerprint(shards)["digest"],
-        "models": settings.model,
+        "models": settings.evaluation.model,
         "rows_left_out": reader.bad_rows.summary(),
         "files_left_out": reader.bad_files.summary(),
         "words": summary_text(verdict),

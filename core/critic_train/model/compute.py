@@ -8,7 +8,7 @@ from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import ConfigError, MachineError
 from critic_train.model.attention import candidates
 from critic_train.model.model_input import StateSource
-from critic_train.settings import Attention, ComputeSettings, MemorySettings, Offload, Precision
+from critic_train.settings import Attention, ComputeSettings, Offload, Precision, TrainComputeSettings
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +88,7 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) ->
 
 def resolve_offload(settings: ComputeSettings) -> Offload:
     """What a run keeps in host memory: on a CPU, which has no other, nothing in particular."""
-    return settings.offload if isinstance(settings, MemorySettings) and on_cuda(settings.device) else "none"
+    return settings.offload if isinstance(settings, TrainComputeSettings) and on_cuda(settings.device) else "none"
 
 
 def on_cuda(device: str) -> bool:

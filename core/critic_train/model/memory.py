@@ -15,7 +15,7 @@ from critic_train.errors import MachineError, ModelError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.rollouts import Rollouts
-from critic_train.settings import ActivationCheckpointing, MemorySettings
+from critic_train.settings import ActivationCheckpointing, TrainComputeSettings
 from critic_train.text import format_bytes
 
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm")
@@ -32,7 +32,7 @@ ATTENTION = (
 T = TypeVar("T")
 
 
-def apply_memory_options(critic: Critic, settings: MemorySettings) -> None:
+def apply_memory_options(critic: Critic, settings: TrainComputeSettings) -> None:
     """Set a critic up for training as the settings say, once its packing is chosen.
 
     Raises:

@@ -33,8 +33,7 @@ from critic_train.predict.value_log import LoggedValues, ValueLog
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest
 from critic_train.run.storage import remove
-from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames
-from critic_train.settings.predict import part_of
+from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames, part_of
 from critic_train.stopping import StopRequest
 from critic_train.versions import versions
 
@@ -45,9 +44,9 @@ def part_of_this_process(settings: PredictSettings) -> tuple[int, int]:
     Raises:
         ConfigError: whitening was asked for, which needs the advantages of all files in one process.
     """
-    named = part_of(settings.part) if settings.part else None
+    named = part_of(settings.prediction.part) if settings.prediction.part else None
     part = named or (int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1")))
-    if settings.whiten_advantages and part[1] > 1:
+    if settings.prediction.whiten_advantages and part[1] > 1:
         raise ConfigError(
             f"--whiten-advantages needs all files in one process, and this is part {part[0]} of {part[1]}",
             hint="write the advantages as they are; whiten where they are used, over each batch",
@@ -83,11 +82,11 @@ class Job:
     @property
     def columns(self) -> NewColumns:
         """What is written."""
-        return NewColumns(recipe=ReturnRecipe.of(self.settings), written=self.settings.written)
+        return NewColumns(recipe=ReturnRecipe.of(self.settings.returns), written=self.settings.written)
 
     def run(self, shards: list[Shard]) -> Iterator[Event]:
         """Check all files, then predict and write one after the other; with whitening, predict all of them first."""
-        reader = self._reader(shards, self.settings.on_bad_rows)
+        reader = self._reader(shards, self.settings.reading.on_bad_rows)
         found = yield from first_pass(reader, sum(shard.num_rows for shard in shards), self.stop)
         if self.stop.requested:
             raise StoppedError
@@ -97,13 +96,13 @@ class Job:
         if left:
             assert found.sample is not None, "the reader raises where no row is good"
             critic = load_critic(self.source).to(self.compute.device).eval()
-            choice, said = select_packing(critic, found.sample, self.settings, self.compute)
+            choice, said = select_packing(critic, found.sample, self.settings.compute, self.compute)
             for sentence in said:
                 yield Notice(message=sentence, level="warning")
             # What has no row that can be used is written with nothing filled in.
             usable = [shard for shard in sound if shard.name in found.rollouts]
             whitening: Whitening | None = None
-            if self.settings.whiten_advantages:
+            if self.settings.prediction.whiten_advantages:
                 for shard in usable:
                     yield from self._predict(critic, shard, forest=choice.forest)
                 whitening = yield from self._moments(usable)
@@ -115,15 +114,15 @@ class Job:
             remove(self._log(shard))
 
     def _reader(self, shards: list[Shard], on_bad_rows: OnBadRows = "skip") -> RolloutReader:
-        recipe, columns = ReturnRecipe.of(self.settings), self.columns
+        recipe, columns = ReturnRecipe.of(self.settings.returns), self.columns
         return RolloutReader(
             shards,
-            renames=column_renames(self.settings.column),
+            renames=column_renames(self.settings.reading.column),
             on_bad_rows=on_bad_rows,
-            on_bad_file=self.settings.on_bad_file,
+            on_bad_file=self.settings.reading.on_bad_file,
             bad_files=self.bad_files,
             limits=RowLimits(vocab_size=self.source.vocab_size, max_length=self.source.max_length).at_most(
-                self.settings.max_length
+                self.settings.reading.max_length
             ),
             needs=Needs(
                 returns=False,
@@ -154,7 +153,7 @@ class Job:
                         raise StoppedError
                     if not np.isfinite(values).all():
                         raise ModelError(
-                            f"{self.settings.model} predicts NaN or infinite values on {shard.name}",
+                            f"{self.settings.prediction.model} predicts NaN or infinite values on {shard.name}",
                             hint="--precision fp32 may help; a run that diverged has earlier checkpoints",
                         )
                     log.append(values[block.response_mask])
@@ -181,7 +180,7 @@ class Job:
     def _write(self, shard: Shard, whitening: Whitening | None, *, empty: bool) -> Iterator[Event]:
         """Write a file from its log."""
         filled = iter(()) if empty else self._filled(shard, whitening)
-        renames, place = column_renames(self.settings.column), self.places[shard.name]
+        renames, place = column_renames(self.settings.reading.column), self.places[shard.name]
         for row in written_again(shard, place, self.columns, renames, filled, self.stop):
             yield Progress(stage=f"writing {place}", done=row, total=shard.num_rows)
         if whitening is None:
@@ -198,7 +197,7 @@ class Job:
         return {
             "status": status,
             "to": str(self.output.path),
-            "model": self.settings.model,
+            "model": self.settings.prediction.model,
             "columns": list(self.settings.written),
             "part": f"{part[0]}/{part[1]}",
             "files": len(done),
@@ -230,13 +229,15 @@ def predict(settings: PredictSettings, stop: StopRequest) -> Iterator[Event]:
     """
     part = part_of_this_process(settings)
     compute = Compute(
-        device=resolve_device(device_of(settings.device)), precision=settings.precision, max_tokens=settings.max_tokens
+        device=resolve_device(device_of(settings.compute.device)),
+        precision=settings.compute.precision,
+        max_tokens=settings.compute.max_tokens,
     )
     bad_files = BadFiles()
-    shards = find_shards(settings.data, bad_files)
-    target = places(shards, settings.data, Path(settings.to or ""))
-    source = critic_source(Path(settings.model or ""))
-    with OutputDirectory(Path(settings.to or ""), "predict", target, part) as output:
+    shards = find_shards(settings.reading.data, bad_files)
+    target = places(shards, settings.reading.data, Path(settings.prediction.to or ""))
+    source = critic_source(Path(settings.prediction.model or ""))
+    with OutputDirectory(Path(settings.prediction.to or ""), "predict", target, part) as output:
         for message in output.compare(_record(settings, shards, source)):
             yield Notice(message=message, level="warning")
         mine = shards[part[0] - 1 :: part[1]]

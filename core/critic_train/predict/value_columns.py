@@ -21,7 +21,7 @@ from critic_train.data.returns import ReturnRecipe
 from critic_train.data.schema import Columns, Needs, resolve_schema
 from critic_train.data.shards import Shard
 from critic_train.rollouts import Rollouts, offsets_from_lengths, ragged_take, repeat_by_length
-from critic_train.settings.predict import Written
+from critic_train.settings import Written
 from critic_train.stopping import StopRequest
 
 EPSILON = 1e-8

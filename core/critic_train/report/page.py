@@ -180,19 +180,19 @@ def report(settings: ReportSettings) -> Report:
         ConfigError: one of them is no run and no evaluation, or the page cannot go where it should.
         MachineError: there is no room or no permission.
     """
-    if settings.tokenizer is not None and not _has_tokenizer(Path(settings.tokenizer)):
+    if settings.page.tokenizer is not None and not _has_tokenizer(Path(settings.page.tokenizer)):
         raise ConfigError(
-            f"--tokenizer: no tokenizer.json in {settings.tokenizer}",
+            f"--tokenizer: no tokenizer.json in {settings.page.tokenizer}",
             hint="give the directory of a model that has one",
         )
-    sources = read_sources(settings.runs)
-    path = Path(settings.to) if settings.to else default_place(sources)
+    sources = read_sources(settings.page.runs)
+    path = Path(settings.page.to) if settings.page.to else default_place(sources)
     refuse_place(path, "--to")
     try:
-        size = write_page(path, sources, tokenizer=settings.tokenizer)
+        size = write_page(path, sources, tokenizer=settings.page.tokenizer)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(
-            f"{', '.join(settings.runs)}: not as fit and eval write it ({type(error).__name__}: {error})",
+            f"{', '.join(settings.page.runs)}: not as fit and eval write it ({type(error).__name__}: {error})",
             hint="report what fit or eval --json wrote, unchanged; --debug shows where it stopped",
         ) from error
     return Report(path=path, size_bytes=size, sources=sources)

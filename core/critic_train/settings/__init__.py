@@ -4,36 +4,81 @@ The flags, the configuration file, the environment variables, `run.json` and the
 these dataclasses. Nothing heavy is imported here, so that `--help` stays instant.
 """
 
-from critic_train.settings.compute import Attention, ComputeSettings, Packing, Precision
-from critic_train.settings.convert import ConvertSettings, DumpFormat
-from critic_train.settings.eval import EvalSettings
-from critic_train.settings.fields import Settings, as_dict, flag_of, setting, settings_fields
-from critic_train.settings.fit import FitSettings
-from critic_train.settings.loss import LossAggMode, LossSettings, OldValues
-from critic_train.settings.memory import ActivationCheckpointing, MemorySettings, Offload
-from critic_train.settings.model import ModelSettings, Preset
-from critic_train.settings.predict import PredictSettings
-from critic_train.settings.ranks import RanksSettings
-from critic_train.settings.reading import OnBadFile, OnBadRows, ReadingSettings, column_renames
-from critic_train.settings.report import ReportSettings
-from critic_train.settings.returns import Returns, ReturnsSettings, Truncated
-from critic_train.settings.run import RunSettings
-from critic_train.settings.split import SplitSettings
-from critic_train.settings.tracking import TrackingSettings
-from critic_train.settings.training import OnNonFinite, OptimizerKind, Schedule, TrainingSettings
-from critic_train.settings.verify import VerifySettings
+from critic_train.settings.base import (
+    Section,
+    Settings,
+    as_dict,
+    defaults_of,
+    flag_of,
+    setting,
+    settings_fields,
+)
+from critic_train.settings.commands import (
+    CheckSettings,
+    ConvertSettings,
+    EvalSettings,
+    EvaluationSettings,
+    FitSettings,
+    PredictionSettings,
+    PredictSettings,
+    ReportSettings,
+    SplitSettings,
+    VerifySettings,
+    Written,
+    part_of,
+    read_gate,
+)
+from critic_train.settings.data_sections import (
+    AUTO,
+    DumpFormat,
+    OnBadFile,
+    OnBadRows,
+    ReadingSettings,
+    Returns,
+    ReturnsSettings,
+    SourceSettings,
+    TrainReadingSettings,
+    Truncated,
+    column_renames,
+)
+from critic_train.settings.training_sections import (
+    LOWER_IS_BETTER,
+    ActivationCheckpointing,
+    Attention,
+    ComputeSettings,
+    EvalComputeSettings,
+    LossAggMode,
+    LossSettings,
+    ModelSettings,
+    Offload,
+    OldValues,
+    OnNonFinite,
+    OptimizerKind,
+    OptimizerSettings,
+    Packing,
+    Precision,
+    Preset,
+    RunSettings,
+    Schedule,
+    TrainComputeSettings,
+    trained_layers,
+)
 
 __all__ = [
+    "AUTO",
+    "LOWER_IS_BETTER",
     "ActivationCheckpointing",
     "Attention",
+    "CheckSettings",
     "ComputeSettings",
     "ConvertSettings",
     "DumpFormat",
+    "EvalComputeSettings",
     "EvalSettings",
+    "EvaluationSettings",
     "FitSettings",
     "LossAggMode",
     "LossSettings",
-    "MemorySettings",
     "ModelSettings",
     "Offload",
     "OldValues",
@@ -41,26 +86,34 @@ __all__ = [
     "OnBadRows",
     "OnNonFinite",
     "OptimizerKind",
+    "OptimizerSettings",
     "Packing",
     "Precision",
     "PredictSettings",
+    "PredictionSettings",
     "Preset",
-    "RanksSettings",
     "ReadingSettings",
     "ReportSettings",
     "Returns",
     "ReturnsSettings",
     "RunSettings",
     "Schedule",
+    "Section",
     "Settings",
+    "SourceSettings",
     "SplitSettings",
-    "TrackingSettings",
-    "TrainingSettings",
+    "TrainComputeSettings",
+    "TrainReadingSettings",
     "Truncated",
     "VerifySettings",
+    "Written",
     "as_dict",
     "column_renames",
+    "defaults_of",
     "flag_of",
+    "part_of",
+    "read_gate",
     "setting",
     "settings_fields",
+    "trained_layers",
 ]

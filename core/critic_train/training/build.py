@@ -21,8 +21,7 @@ from critic_train.model.memory import apply_memory_options
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
 from critic_train.run.run_directory import RunDirectory
-from critic_train.settings import FitSettings
-from critic_train.settings.model import trained_layers
+from critic_train.settings import FitSettings, trained_layers
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
 from critic_train.training.frozen_cache import not_kept, supports_cached_states
@@ -66,7 +65,7 @@ def build_run_critic(
         ConfigError: peft is not installed.
     """
     critic = _critic(settings, source, checkpoint, compute, shape)
-    layers = trained_layers(settings.train)
+    layers = trained_layers(settings.model.train)
     if layers is not None:
         freeze(critic.trunk, layers)
     return critic
@@ -89,18 +88,20 @@ def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Comput
 def _critic(
     settings: FitSettings, source: ModelSource | None, checkpoint: Path | None, compute: Compute, shape: Shape
 ) -> Critic:
-    if checkpoint is not None and settings.train != "lora":
+    if checkpoint is not None and settings.model.train != "lora":
         return load_critic(read_model(checkpoint), compute)
     if source is None:
-        config = preset_config(settings.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
-        critic = build_critic(config, settings.seed)
+        config = preset_config(settings.model.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
+        critic = build_critic(config, settings.optimizer.seed)
         critic.head.start_at(shape.mean_return)
         return critic
-    adapters = partial(add_adapters, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=settings.seed)
-    critic = load_critic(source, compute, adapters if settings.train == "lora" else None)
+    adapters = partial(
+        add_adapters, rank=settings.model.lora_rank, alpha=settings.model.lora_alpha, seed=settings.optimizer.seed
+    )
+    critic = load_critic(source, compute, adapters if settings.model.train == "lora" else None)
     if source.head is None:
         critic.head.start_at(shape.mean_return)
-    if settings.train == "lora" and checkpoint is not None:
+    if settings.model.train == "lora" and checkpoint is not None:
         load_adapters(critic, checkpoint)
     return critic
 
@@ -123,8 +124,10 @@ def build_trainer(
     """Model, plan and optimizer, at the checkpoint to go on from; yields notices and RunStarted."""
     new_head = source is None or source.head is None
     yield from _head_notices(source, data, checkpoint)
-    if settings.offload != compute.offload:
-        yield Notice(message=f"--offload {settings.offload} changes nothing on a CPU: all is in host memory already")
+    if settings.compute.offload != compute.offload:
+        yield Notice(
+            message=f"--offload {settings.compute.offload} changes nothing on a CPU: all is in host memory already"
+        )
     shape = Shape(max_token_id=data.max_token_id, max_length=data.max_length, mean_return=data.train.mean_return)
     critic = build_run_critic(settings, source, checkpoint, compute, shape)
     critic, compute = to_device_or_shard(critic, compute)
@@ -137,15 +140,23 @@ def build_trainer(
         )
     plan = make_plan(settings, data.train.groups)
     sample = data.train.read(_sample(data, plan))
-    choice, said = select_packing(critic, sample, settings, compute)
+    choice, said = select_packing(critic, sample, settings.compute, compute)
     yield from _rope_notice(critic, data.max_length)
     for sentence in said:
         yield Notice(message=sentence, level="warning")
-    apply_memory_options(critic, settings)
-    fine_tuning = LR_ADAPTERS if settings.train == "lora" else LR_FINE_TUNING
-    lr = settings.lr if settings.lr is not None else (fine_tuning if source else LEARNING_RATES[settings.preset])
-    head_lr = settings.head_lr if settings.head_lr is not None else (max(lr, LR_NEW_HEAD) if new_head else lr)
-    clip = None if settings.no_clip or settings.old_values == "none" else settings.cliprange_value
+    apply_memory_options(critic, settings.compute)
+    fine_tuning = LR_ADAPTERS if settings.model.train == "lora" else LR_FINE_TUNING
+    lr = (
+        settings.optimizer.lr
+        if settings.optimizer.lr is not None
+        else (fine_tuning if source else LEARNING_RATES[settings.model.preset])
+    )
+    head_lr = (
+        settings.optimizer.head_lr
+        if settings.optimizer.head_lr is not None
+        else (max(lr, LR_NEW_HEAD) if new_head else lr)
+    )
+    clip = None if settings.loss.no_clip or settings.loss.old_values == "none" else settings.loss.cliprange_value
     trainer = Trainer(
         settings=settings,
         run=run,
@@ -156,18 +167,20 @@ def build_trainer(
             critic,
             lr=lr,
             head_lr=head_lr,
-            weight_decay=settings.weight_decay,
-            kind=settings.optimizer,
+            weight_decay=settings.optimizer.weight_decay,
+            kind=settings.optimizer.optimizer,
             offload=compute.offload,
         ),
         compute=compute,
-        recipe=LossRecipe(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor),
+        recipe=LossRecipe(
+            cliprange_value=clip, mode=settings.loss.loss_agg_mode, scale_factor=settings.loss.loss_scale_factor
+        ),
         targets=Targets.of(settings),
         forest=choice.forest,
         tokenizer_from=source.path if source else None,
         stop=stop,
     )
-    layers = trained_layers(settings.train)
+    layers = trained_layers(settings.model.train)
     if layers is not None:
         trainer.keeps_states = supports_cached_states(critic, layers, sample, compute, forest=choice.forest)
         if not trainer.keeps_states:

@@ -153,8 +153,8 @@ def find_run_shards(settings: FitSettings) -> RunShards:
         DataError: a source is missing; all of them are named.
     """
     bad, val_bad = BadFiles(), BadFiles()
-    data = find_shards(settings.data, bad)
-    val_data = find_shards(settings.val_data, val_bad) if settings.val_data else []
+    data = find_shards(settings.reading.data, bad)
+    val_data = find_shards(settings.reading.val_data, val_bad) if settings.reading.val_data else []
     return RunShards(
         data=data,
         val_data=val_data,
@@ -168,10 +168,12 @@ def find_run_shards(settings: FitSettings) -> RunShards:
 def limits_of(settings: FitSettings, source: ModelSource | None) -> RowLimits:
     """What the model can take, or what one made for the data may be asked to."""
     if source is not None:
-        return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length).at_most(settings.max_length)
-    if settings.max_length is None:
+        return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length).at_most(
+            settings.reading.max_length
+        )
+    if settings.reading.max_length is None:
         return FROM_SCRATCH
-    return replace(FROM_SCRATCH, max_length=None).at_most(settings.max_length)
+    return replace(FROM_SCRATCH, max_length=None).at_most(settings.reading.max_length)
 
 
 def open_data(
@@ -220,7 +222,7 @@ def open_data(
         raise DataError("no rollouts are left to train on", hint="a lower --val-fraction holds out fewer prompts")
     judged = "val" if "val" in spools else "train"
     lost = {file["file"] for file in files_left_out[judged]["files"]}
-    uids = UidLookup(shards.val_data or shards.data, column_renames(settings.column), lost)
+    uids = UidLookup(shards.val_data or shards.data, column_renames(settings.reading.column), lost)
     return RunData(train=train, held_out=held_out, left_out=left_out, files_left_out=files_left_out, uids=uids)
 
 
@@ -257,7 +259,7 @@ def _sets(
     train, held_out = everything["train"], everything.get("val")
     if held_out is None:
         together = kept_together(train.groups, train.prompts)
-        kept, held = split_groups(together, settings.val_fraction, settings.seed)
+        kept, held = split_groups(together, settings.reading.val_fraction, settings.optimizer.seed)
         held_out = replace(train, index=held) if len(held) else None
         train = replace(train, index=kept)
     targets = Targets.of(settings)
@@ -295,11 +297,11 @@ def _spool(
     targets = Targets.of(settings)
     read_as = {
         "shards": digest,
-        "columns": settings.column,
+        "columns": settings.reading.column,
         "limits": [limits.vocab_size, limits.max_length],
         "targets": targets.as_record(),
-        "on_bad_rows": settings.on_bad_rows,
-        "on_bad_file": settings.on_bad_file,
+        "on_bad_rows": settings.reading.on_bad_rows,
+        "on_bad_file": settings.reading.on_bad_file,
         "bad_files": list(bad_files.found),
     }
     known = directory / "read_as.json"
@@ -313,13 +315,13 @@ def _spool(
     make_directory(cache, exist_ok=True)
     reader = RolloutReader(
         files,
-        renames=column_renames(settings.column),
-        on_bad_rows=settings.on_bad_rows,
-        on_bad_file=settings.on_bad_file,
+        renames=column_renames(settings.reading.column),
+        on_bad_rows=settings.reading.on_bad_rows,
+        on_bad_file=settings.reading.on_bad_file,
         bad_files=bad_files,
         limits=limits,
         needs=targets.needs,
-        drop_truncated=settings.truncated == "drop",
+        drop_truncated=settings.returns.truncated == "drop",
         stop=stop,
     )
     total = sum(shard.num_rows for shard in files)

@@ -22,8 +22,7 @@ from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
 from critic_train.run.storage import free_bytes
-from critic_train.settings import FitSettings, column_renames
-from critic_train.settings.model import trained_layers
+from critic_train.settings import FitSettings, column_renames, trained_layers
 from critic_train.stopping import StopRequest
 from critic_train.training.build import Shape, build_run_critic, to_device_or_shard
 from critic_train.training.dataset import find_run_shards, limits_of
@@ -56,14 +55,14 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
         CriticTrainError: what would stop the run before its first step.
     """
     alone = nullcontext(SINGLE_PROCESS)
-    offloads = resolve_offload(settings) == "all"
-    with init_ranks(settings, nproc=1, device=settings.device, sharded=True) if offloads else alone as ranks:
-        yield from _estimated(settings, out, resolve_compute(settings, ranks), stop)
+    offloads = resolve_offload(settings.compute) == "all"
+    with init_ranks(settings, nproc=1, device=settings.compute.device, sharded=True) if offloads else alone as ranks:
+        yield from _estimated(settings, out, resolve_compute(settings.compute, ranks), stop)
 
 
 def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     shards = find_run_shards(settings)
-    source = read_model(resolve_model(Path(settings.model))) if settings.model else None
+    source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
     targets = Targets.of(settings)
     train = yield from _surveyed(settings, shards.data, source, targets, stop)
     held_out = None
@@ -74,7 +73,7 @@ def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopReq
         return
     groups = train.groups
     together = kept_together(groups, train.prompts)
-    kept, held = split_groups(together, 0.0 if held_out else settings.val_fraction, settings.seed)
+    kept, held = split_groups(together, 0.0 if held_out else settings.reading.val_fraction, settings.optimizer.seed)
     plan = make_plan(settings, groups[kept])
     sample = train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
@@ -86,9 +85,9 @@ def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopReq
     )
     critic, compute = to_device_or_shard(build_run_critic(settings, source, None, compute, shape), compute)
     tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
-    choice, said = select_packing(critic, tried, settings, compute)
-    apply_memory_options(critic, settings)
-    layers = trained_layers(settings.train)
+    choice, said = select_packing(critic, tried, settings.compute, compute)
+    apply_memory_options(critic, settings.compute)
+    layers = trained_layers(settings.model.train)
     keeps = layers is not None and supports_cached_states(critic, layers, tried, compute, forest=choice.forest)
     for sentence in [*said, *([] if keeps or layers is None else [not_kept(critic)])]:
         yield Notice(message=sentence, level="warning")
@@ -139,9 +138,9 @@ def _surveyed(
 ) -> Generator[Event, None, Survey]:
     reader = RolloutReader(
         files,
-        renames=column_renames(settings.column),
-        on_bad_rows=settings.on_bad_rows,
-        on_bad_file=settings.on_bad_file,
+        renames=column_renames(settings.reading.column),
+        on_bad_rows=settings.reading.on_bad_rows,
+        on_bad_file=settings.reading.on_bad_file,
         limits=limits_of(settings, source),
         needs=targets.needs,
         stop=stop,
@@ -196,6 +195,6 @@ def _disk(settings: FitSettings, critic: Critic, tokens: int, states: int, out: 
         "checkpoint": checkpoint,
         "cache": cache,
         "states": states,
-        "needed": checkpoint * (settings.keep + 2) + cache + states,
+        "needed": checkpoint * (settings.run.keep + 2) + cache + states,
         "free": free_bytes(out.absolute()),
     }

@@ -42,10 +42,10 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend; the run directory stays usable.
     """
-    require_packages(settings)
-    sharded = resolve_offload(settings) == "all"
-    with init_ranks(settings, nproc=settings.nproc, device=settings.device, sharded=sharded) as ranks:
-        compute = resolve_compute(settings, ranks)
+    require_packages(settings.run)
+    sharded = resolve_offload(settings.compute) == "all"
+    with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
+        compute = resolve_compute(settings.compute, ranks)
         yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
 
 
@@ -53,9 +53,11 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
     """The run as rank 0 goes through it, or the only process: all that is read, decided, judged and written."""
     began, ranks = time.monotonic(), compute.ranks
     shards = find_run_shards(settings)
-    if settings.model and Path(settings.model).resolve() == run_path(settings).resolve():
-        raise ConfigError(f"--model and --out are both {settings.model}", hint="give the new run an --out of its own")
-    source = read_model(resolve_model(Path(settings.model))) if settings.model else None
+    if settings.model.model and Path(settings.model.model).resolve() == run_path(settings).resolve():
+        raise ConfigError(
+            f"--model and --out are both {settings.model.model}", hint="give the new run an --out of its own"
+        )
+    source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
     with RunDirectory(run_path(settings)) as run:
         if run.left_by:
             yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
@@ -116,13 +118,13 @@ def _observers(trainer: Trainer) -> list[Observer]:
     """Those who look on while this run goes."""
     record = trainer.run.read_json("run.json") or {}
     tracking = trackers(
-        trainer.settings,
+        trainer.settings.run,
         trainer.run.path,
         run_id=str(record.get("id", "")),
         first_step=trainer.position.step,
         config=record,
     )
-    return tracking if trainer.settings.no_report else [*tracking, ReportWriter(trainer.run.path)]
+    return tracking if trainer.settings.run.no_report else [*tracking, ReportWriter(trainer.run.path)]
 
 
 def _warnings(run: RunDirectory) -> Iterator[Event]:
@@ -134,8 +136,8 @@ def _warnings(run: RunDirectory) -> Iterator[Event]:
 
 def run_path(settings: FitSettings) -> Path:
     """Where the run goes: --out, or runs/ and the name of the first data folder or file."""
-    if settings.out is not None:
-        return Path(settings.out)
-    parts = [part for part in Path(settings.data[0]).parts if not any(c in part for c in "*?[")]
+    if settings.run.out is not None:
+        return Path(settings.run.out)
+    parts = [part for part in Path(settings.reading.data[0]).parts if not any(c in part for c in "*?[")]
     named = Path(*parts).resolve()
     return Path("runs") / (named.stem if named.suffix in SUFFIXES else named.name)

@@ -62,7 +62,7 @@ def budget_record(settings: FitSettings, compute: Compute) -> dict[str, int]:
 
     `asked` is --max-tokens and `max_tokens` what memory had room for, on each of `ranks` processes.
     """
-    return {"asked": settings.max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
+    return {"asked": settings.compute.max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
 
 
 def restore_token_budget(record: dict[str, Any] | None, settings: FitSettings, compute: Compute) -> str:
@@ -87,7 +87,7 @@ def restore_token_budget(record: dict[str, Any] | None, settings: FitSettings, c
     asked, lowered, size = (record[name] for name in ("asked", "max_tokens", "ranks"))
     if not all(type(number) is int and number > 0 for number in (asked, lowered, size)):
         raise ValueError("a token budget that is no whole number")
-    if (asked, size) != (settings.max_tokens, compute.ranks.size) or lowered >= compute.max_tokens:
+    if (asked, size) != (settings.compute.max_tokens, compute.ranks.size) or lowered >= compute.max_tokens:
         return ""
     compute.start_at(lowered)
     return (
@@ -173,10 +173,10 @@ def make_plan(settings: FitSettings, groups: NDArray[np.int64]) -> TrainingPlan:
     """
     return TrainingPlan(
         groups,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        epochs=settings.epochs or (None if settings.max_steps else DEFAULT_EPOCHS),
-        max_steps=settings.max_steps,
-        eval_every=settings.eval_every,
-        warmup_steps=settings.warmup_steps,
+        batch_size=settings.optimizer.batch_size,
+        seed=settings.optimizer.seed,
+        epochs=settings.optimizer.epochs or (None if settings.optimizer.max_steps else DEFAULT_EPOCHS),
+        max_steps=settings.optimizer.max_steps,
+        eval_every=settings.run.eval_every,
+        warmup_steps=settings.optimizer.warmup_steps,
     )

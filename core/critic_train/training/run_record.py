@@ -26,8 +26,7 @@ from critic_train.run.checkpoint import checkpoints, newest_checkpoint, set_asid
 from critic_train.run.manifest import model_digest, tokenizer_digest
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import require_room
-from critic_train.settings import FitSettings, as_dict
-from critic_train.settings.fields import defaults_of
+from critic_train.settings import FitSettings, as_dict, defaults_of
 from critic_train.text import format_bytes
 from critic_train.training.dataset import RunShards
 from critic_train.training.trainer import Trainer
@@ -87,7 +86,7 @@ def summary_of(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
         "files_left_out": sum(int(part["count"]) for part in data.files_left_out.values()),
         "mean_return": data.train.mean_return,
         "returns": trainer.targets.in_words() if trainer.targets.recipe.from_rewards else None,
-        "model": settings.model or f"{settings.preset} (from scratch)",
+        "model": settings.model.model or f"{settings.model.preset} (from scratch)",
         "architecture": exported_class(trainer.critic),
         "parameters": sum(p.numel() for p in trainer.critic.parameters()),
         "packing": "forest" if choice.forest else "rows",
@@ -192,9 +191,9 @@ def require_room_for_checkpoints(trainer: Trainer) -> None:
     """Raise MachineError where the run's checkpoints will not fit: those kept, the best, and one being written."""
     settings, plan, step = trainer.settings, trainer.plan, trainer.position.step
     left = plan.total_steps - step
-    to_come = min(left, -(-left // settings.checkpoint_every) + -(-left // plan.eval_every))
+    to_come = min(left, -(-left // settings.run.checkpoint_every) + -(-left // plan.eval_every))
     standing = len(checkpoints(trainer.run.checkpoints))
-    count = min(to_come, max(1, settings.keep + 2 - standing))
+    count = min(to_come, max(1, settings.run.keep + 2 - standing))
     size = checkpoint_bytes(trainer.critic)
     require_room(
         trainer.run.path,

@@ -111,7 +111,7 @@ def measure(
             states, keeping = kept
             compute = replace(compute, states=states)
             # What is trained on them takes so little that a step's own cost counts: steps as large as the run's.
-            few = states.spool.read(np.arange(min(len(few), settings.batch_size)))
+            few = states.spool.read(np.arange(min(len(few), settings.optimizer.batch_size)))
         yield Progress(stage="timing steps", done=0, total=TIMED_STEPS, unit="steps")
         pace = _timed(critic, few, settings, compute, keeping, forest=forest, stop=stop)
     if sentence := compute.lowered():
@@ -160,7 +160,12 @@ def _timed(
 ) -> Pace | None:
     recipe = LossRecipe(cliprange_value=None, mode="token-mean", scale_factor=None)
     optimizer = build_optimizer(
-        critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer, offload=compute.offload
+        critic.train(),
+        lr=0.0,
+        head_lr=0.0,
+        weight_decay=0.0,
+        kind=settings.optimizer.optimizer,
+        offload=compute.offload,
     )
     rows: list[tuple[float, float, float, int]] = []
     for _ in range(1 + TIMED_STEPS):
@@ -169,7 +174,7 @@ def _timed(
         if result is None:
             return None
         trained = _now(compute)
-        apply_gradient(critic, optimizer, settings.grad_clip, result.value_loss)
+        apply_gradient(critic, optimizer, settings.optimizer.grad_clip, result.value_loss)
         stepped = _now(compute)
         if predict_values(critic, few, compute, forest=forest, stop=stop) is None:
             return None

@@ -28,11 +28,11 @@ class Targets:
     @classmethod
     def of(cls, settings: FitSettings) -> "Targets":
         """The targets that the settings describe."""
-        recipe = ReturnRecipe.of(settings)
+        recipe = ReturnRecipe.of(settings.returns)
         return cls(
             recipe=recipe,
-            moving=recipe.uses_values and settings.old_values == "epoch",
-            clip_to_stored=settings.old_values == "column" and not settings.no_clip,
+            moving=recipe.uses_values and settings.loss.old_values == "epoch",
+            clip_to_stored=settings.loss.old_values == "column" and not settings.loss.no_clip,
         )
 
     @property

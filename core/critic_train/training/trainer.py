@@ -23,8 +23,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import write_json
-from critic_train.settings import FitSettings, column_renames
-from critic_train.settings.run import LOWER_IS_BETTER
+from critic_train.settings import LOWER_IS_BETTER, FitSettings, column_renames
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_diverged_rollouts, save_diverged_rollouts
@@ -72,7 +71,7 @@ class Trainer:
     reading: ReadAhead[tuple[int, int, str | None], Rollouts] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.keeper = CheckpointManager(self.run.checkpoints, self.settings.keep)
+        self.keeper = CheckpointManager(self.run.checkpoints, self.settings.run.keep)
         self.judging = self.compute
         self.reading = ReadAhead(self._read)
 
@@ -119,7 +118,7 @@ class Trainer:
     @property
     def out_of_patience(self) -> bool:
         """Whether --patience ends the run before its plan does."""
-        patience = self.settings.patience
+        patience = self.settings.run.patience
         return patience is not None and self.position.evaluations_since_best >= patience
 
     def _is_done(self) -> bool:
@@ -132,7 +131,7 @@ class Trainer:
 
     def _checkpoint_is_due(self) -> bool:
         step = self.position.step
-        at_a_mark = step % self.settings.checkpoint_every == 0 or self._is_done()
+        at_a_mark = step % self.settings.run.checkpoint_every == 0 or self._is_done()
         return step > 0 and (at_a_mark or self.position.best_step == step)
 
     def _step(self) -> Iterator[Event]:
@@ -141,7 +140,7 @@ class Trainer:
         epoch, number = self.plan.locate(self.position.step)
         column: str | None = None
         clipped = self.recipe.cliprange_value is not None
-        if self.settings.old_values == "epoch" and (clipped or self.targets.moving):
+        if self.settings.loss.old_values == "epoch" and (clipped or self.targets.moving):
             column = f"old_values-epoch-{epoch}"
             yield from self._old_values(column, begun=number > 0)
             if self.stop.requested:
@@ -149,7 +148,7 @@ class Trainer:
         kept = self.reading.get((epoch, number, column), self._following(epoch, column))
         rollouts = self.targets.in_epoch(kept)
         factor = schedule_factor(
-            self.settings.lr_schedule,
+            self.settings.optimizer.lr_schedule,
             self.position.step,
             total_steps=self.plan.total_steps,
             warmup_steps=self.plan.warmup_steps,
@@ -163,7 +162,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             return
         try:
-            norm = apply_gradient(self.critic, self.optimizer, self.settings.grad_clip, result.value_loss)
+            norm = apply_gradient(self.critic, self.optimizer, self.settings.optimizer.grad_clip, result.value_loss)
         except NonFiniteError as fault:
             yield from self._not_finite(str(fault), epoch, rollouts)
             return
@@ -188,14 +187,14 @@ class Trainer:
         suspects = find_diverged_rollouts(self.critic, rollouts, self.recipe, self.compute, forest=self.forest)
         told = ""
         if self.compute.ranks.leads:
-            found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.column))
+            found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.reading.column))
             path = self.run.path / f"diverged-step-{step:08d}.parquet"
             told = f"at step {step} {fault}; {save_diverged_rollouts(path, rollouts, suspects, found_at, step)}"
         told = self.compute.ranks.told(told)
-        if settings.on_non_finite == "stop":
+        if settings.optimizer.on_non_finite == "stop":
             raise diverged(told)
-        if self.position.skips == settings.max_skips:
-            raise diverged(f"{settings.max_skips} steps were skipped, as many as --max-skips allows; {told}")
+        if self.position.skips == settings.optimizer.max_skips:
+            raise diverged(f"{settings.optimizer.max_skips} steps were skipped, as many as --max-skips allows; {told}")
         self.position.skips += 1
         self.position.step = step
         record = {"rollouts": len(rollouts), "skips": self.position.skips}
@@ -254,11 +253,11 @@ class Trainer:
         judge = Judge(
             ["critic"],
             cliprange_value=self.recipe.cliprange_value,
-            seed=self.settings.seed,
+            seed=self.settings.optimizer.seed,
             uids=self.data.uids,
             advantage=AdvantageRecipe.of(self.targets.recipe),
         )
-        examples = Examples(seed=self.settings.seed, uids=self.data.uids)
+        examples = Examples(seed=self.settings.optimizer.seed, uids=self.data.uids)
         found = yield from judge_held_out(self._pass(), self.data, self.judging, judge, examples)
         yield from self._memory_notice()
         if found is None:
@@ -269,9 +268,9 @@ class Trainer:
         self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})
         self.last_evaluation = metrics
         position.evaluated_step = position.step
-        best = self._is_best(metrics[self.settings.best_by])
+        best = self._is_best(metrics[self.settings.run.best_by])
         if best:
-            position.best_step, position.best_figure = position.step, metrics[self.settings.best_by]
+            position.best_step, position.best_figure = position.step, metrics[self.settings.run.best_by]
             position.evaluations_since_best = 0
             self.best_evaluation = metrics
         elif position.step > 0:
@@ -279,7 +278,7 @@ class Trainer:
         yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=verdict)
         if self.out_of_patience and position.step < self.plan.total_steps:
             yield Notice(
-                message=f"held-out {self.settings.best_by} has not improved in {position.evaluations_since_best} "
+                message=f"held-out {self.settings.run.best_by} has not improved in {position.evaluations_since_best} "
                 f"evaluations: stopping at step {position.step} of {self.plan.total_steps}"
             )
 
@@ -290,7 +289,7 @@ class Trainer:
             return False
         if before is None:
             return True
-        return figure < before if self.settings.best_by in LOWER_IS_BETTER else figure > before
+        return figure < before if self.settings.run.best_by in LOWER_IS_BETTER else figure > before
 
     def _pass(self) -> Pass:
         return Pass(critic=self.critic, step=self.position.step, forest=self.forest, stop=self.stop)
@@ -329,7 +328,7 @@ class Trainer:
                 "position": asdict(self.position),
                 "epoch": epoch,
                 "mini_batch": number,
-                "seed": self.settings.seed,
+                "seed": self.settings.optimizer.seed,
                 "token_budget": budget_record(self.settings, self.compute),
                 "last_metrics": self.last_metrics,
                 "last_evaluation": self.last_evaluation,
@@ -350,6 +349,6 @@ class Trainer:
 
     def _drop_old_values(self, epochs: set[int]) -> None:
         """Remove old values of epochs before any that a standing checkpoint could resume in."""
-        if self.settings.old_values == "epoch":
+        if self.settings.loss.old_values == "epoch":
             for epoch in range(min(epochs, default=0)):
                 self.data.train.spool.drop_column(f"old_values-epoch-{epoch}")

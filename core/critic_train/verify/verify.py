@@ -17,7 +17,7 @@ from critic_train.events import Event, Progress, RunEnded
 from critic_train.jsonio import read_json_object
 from critic_train.run.checkpoint import checkpoint_step, checkpoints, inspect, resolve_model
 from critic_train.run.manifest import MANIFEST, model_digest
-from critic_train.settings.verify import VerifySettings
+from critic_train.settings import VerifySettings
 from critic_train.stopping import StopRequest
 from critic_train.verify.outcome import Finding
 
@@ -123,8 +123,8 @@ def verify(settings: VerifySettings, stop: StopRequest) -> Iterator[Event]:
         [{"what", "state", "said"}]}]}. What cannot be read at all is a finding too, no error.
     """
     targets: list[dict[str, Any]] = []
-    for number, name in enumerate(settings.target):
-        yield Progress(stage="verifying", done=number, total=len(settings.target), unit="targets")
+    for number, name in enumerate(settings.reading.target):
+        yield Progress(stage="verifying", done=number, total=len(settings.reading.target), unit="targets")
         kind = kind_of(Path(name))
         findings: list[Finding] = []
         looking = {"run": verify_run, "checkpoint": _one_model, "model": _one_model}.get(kind)
@@ -162,7 +162,7 @@ def _rollouts(name: str, settings: VerifySettings, stop: StopRequest) -> Generat
     """Read everything: footers, pages and their checksums, every row's arrays."""
     bad_files = BadFiles()
     try:
-        reader = full_reader(find_shards([name], bad_files), settings.column, stop, bad_files)
+        reader = full_reader(find_shards([name], bad_files), settings.reading.column, stop, bad_files)
         yield from read_through(reader, stop)
     except DataError as error:
         return _bad(bad_files) or [Finding(name, "unsound", error.message)]

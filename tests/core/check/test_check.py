@@ -11,7 +11,7 @@ import pytest
 from critic_train.check.check import check
 from critic_train.errors import DataError
 from critic_train.events import RunEnded
-from critic_train.settings.check import CheckSettings
+from critic_train.settings import CheckSettings
 from critic_train.stopping import StopRequest
 
 SAMPLE = Path(__file__).parents[3] / "sample_data"

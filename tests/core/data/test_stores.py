@@ -17,8 +17,7 @@ from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards, fingerprint
 from critic_train.data.stores import parquet_file, remote_files
 from critic_train.errors import ConfigError, DataError, MachineError
-from critic_train.settings import ConvertSettings, EvalSettings, FitSettings
-from critic_train.settings.check import CheckSettings
+from critic_train.settings import CheckSettings, ConvertSettings, EvalSettings, FitSettings
 
 ROOT = Path(__file__).parents[3]
 SECRET = "S3cr3t/that+no-log.may~hold"

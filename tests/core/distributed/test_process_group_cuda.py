@@ -4,7 +4,6 @@ Skipped with fewer.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,15 @@ def losses(out: str) -> list[float]:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_two_gpus_give_the_loss_curve_of_one(settings, tmp_path, precision, tolerance):
-    alone, ours = (replace(settings, out=str(tmp_path / name), precision=precision) for name in ("one", "two"))
+    alone, ours = (settings.replace(out=str(tmp_path / name), precision=precision) for name in ("one", "two"))
     list(fit(alone, StopRequest()))
     assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
-    assert losses(ours.out) == pytest.approx(losses(alone.out), rel=tolerance)
+    assert losses(ours.run.out) == pytest.approx(losses(alone.run.out), rel=tolerance)
 
 
 def test_a_fault_of_one_gpus_rank_ends_both(settings, tmp_path):
     """A collective of NCCL waits for a partner that is gone; the fault ends it."""
-    leader, other = on_ranks(2, ranks.failing_run, replace(settings, out=str(tmp_path / "out")), 1, 3, "DataError")
+    leader, other = on_ranks(2, ranks.failing_run, settings.replace(out=str(tmp_path / "out")), 1, 3, "DataError")
     assert leader == {"fault": "DataError", "message": "rank 1: no such thing"}
     assert other["fault"] == "DataError"
 
@@ -62,8 +61,8 @@ def test_a_fault_of_one_gpus_rank_ends_both(settings, tmp_path):
 def test_memory_that_runs_out_on_one_gpu_is_gone_on_with_by_both(settings, tmp_path, rank, kind):
     """The other's NCCL kernels wait for a partner that never comes; they are ended, and a new communicator is made."""
     list(fit(settings, StopRequest()))
-    ours = replace(settings, out=str(tmp_path / "two"))
+    ours = settings.replace(out=str(tmp_path / "two"))
     ended = on_ranks(2, ranks.short_run, ours, [(rank, kind, 5), (1 - rank, kind, 6)])
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
     assert [len(end["told"]) for end in ended] == [1, 1]
-    assert losses(ours.out) == pytest.approx(losses(settings.out), rel=1e-4)
+    assert losses(ours.run.out) == pytest.approx(losses(settings.run.out), rel=1e-4)

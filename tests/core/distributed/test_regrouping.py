@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +51,11 @@ def records(out: str, event: str) -> list[dict[str, float]]:
 def require_the_same_run(ours: FitSettings, undisturbed: FitSettings) -> None:
     """Loss and norm of every step, and what was judged: sums of the same numbers in another order."""
     for event, names in (("step", ("value_loss", "grad_norm", "vpred_mean")), ("evaluation", ("explained_variance",))):
-        pairs = list(zip(records(ours.out, event), records(undisturbed.out, event), strict=True))
+        pairs = list(zip(records(ours.run.out, event), records(undisturbed.run.out, event), strict=True))
         for name in names:
             far = max(abs(one[name] - other[name]) / abs(other[name]) for one, other in pairs if other[name])
             assert far <= 1e-6, name
-    (mine, _), (theirs, _) = (newest_checkpoint(Path(run.out) / "checkpoints") for run in (ours, undisturbed))
+    (mine, _), (theirs, _) = (newest_checkpoint(Path(run.run.out) / "checkpoints") for run in (ours, undisturbed))
     for file in ("model.safetensors", "optimizer.safetensors"):
         found, expected = load_file(mine / file), load_file(theirs / file)
         assert found.keys() == expected.keys()
@@ -79,7 +78,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_where_one_rank_runs_out_all_go_on_with_less(settings, tmp_path, size, shortages, told):
-    ours = replace(settings, out=str(tmp_path / "out"))
+    ours = settings.replace(out=str(tmp_path / "out"))
     ended = on_ranks(size, ranks.short_run, ours, shortages)
     assert [end.get("status", end) for end in ended] == ["finished"] * size
     assert [len(end["told"]) for end in ended] == [told] * size
@@ -88,7 +87,7 @@ def test_where_one_rank_runs_out_all_go_on_with_less(settings, tmp_path, size, s
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
 def test_a_single_rollout_that_is_too_much_on_one_rank_ends_all(settings, tmp_path, rank):
-    ours = replace(settings, out=str(tmp_path / "out"))
+    ours = settings.replace(out=str(tmp_path / "out"))
     leader, other = on_ranks(2, ranks.short_run, ours, [(rank, "forward", 5)], always=True)
     assert leader["fault"] == other["fault"] == "MachineError"
     said = r"memory ran out on a single rollout of \d+ tokens: weights, gradients and moments take"
@@ -127,8 +126,8 @@ def test_the_self_check_goes_on_with_fewer_rollouts():
     ids=["kept-states", "last-layer", "adapters", "checkpointed"],
 )
 def test_other_ways_to_train_go_on_with_less(settings, tmp_path, changes, kind):
-    changes = {"model": settings.out, "max_steps": 4} | changes
-    undisturbed, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
+    changes = {"model": settings.run.out, "max_steps": 4} | changes
+    undisturbed, ours = (settings.replace(out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
     on_ranks(2, ranks.fit_run, undisturbed)
     ended = on_ranks(2, ranks.short_run, ours, [(1, kind, 0), (0, kind, 3)])
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
@@ -139,12 +138,12 @@ def test_other_ways_to_train_go_on_with_less(settings, tmp_path, changes, kind):
 @slow
 def test_gradients_of_bf16_layers_that_were_kept_in_float32_are_forgotten(settings, tmp_path):
     """They are the only ones that FSDP2 keeps beside the weights, until they are summed."""
-    changes = {"model": settings.out, "precision": "bf16", "max_steps": 1, "max_tokens": 30}
-    undisturbed, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
+    changes = {"model": settings.run.out, "precision": "bf16", "max_steps": 1, "max_tokens": 30}
+    undisturbed, ours = (settings.replace(out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
     on_ranks(2, ranks.fit_run, undisturbed)
     ended = on_ranks(2, ranks.short_run, ours, [(0, "backward", 1)])
     assert [len(end["told"]) for end in ended] == [1, 1]
-    files = [Path(run.out) / "checkpoints/step-00000001/optimizer.safetensors" for run in (ours, undisturbed)]
+    files = [Path(run.run.out) / "checkpoints/step-00000001/optimizer.safetensors" for run in (ours, undisturbed)]
     found, expected = (load_file(file) for file in files)
     matrices = [name for name in found if name.startswith("exp_avg.") and ".layers." in name and "proj" in name]
     far = {n: float(np.linalg.norm(found[n] - expected[n]) / np.linalg.norm(expected[n])) for n in matrices}
@@ -154,7 +153,7 @@ def test_gradients_of_bf16_layers_that_were_kept_in_float32_are_forgotten(settin
 
 @slow
 def test_a_run_that_went_on_with_less_is_resumed(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "out"))
+    ours = settings.replace(out=str(tmp_path / "out"))
     on_ranks(2, ranks.short_run, ours, [(1, "forward", 2), (0, "values", 1)], stop_at=(1, 5))
     ended = on_ranks(3, ranks.short_run, ours, [(2, "backward", 2)])
     assert [end.get("status", end) for end in ended] == ["finished"] * 3
@@ -164,7 +163,7 @@ def test_a_run_that_went_on_with_less_is_resumed(settings, tmp_path):
 @slow
 def test_old_values_are_taken_with_less_too(settings, tmp_path):
     changes = {"old_values": "epoch", "no_clip": False}
-    undisturbed, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
+    undisturbed, ours = (settings.replace(out=str(tmp_path / name), **changes) for name in ("undisturbed", "ours"))
     on_ranks(2, ranks.fit_run, undisturbed)
     ended = on_ranks(2, ranks.short_run, ours, [(0, "values", 1)])
     assert [len(end["told"]) for end in ended] == [1, 1]
@@ -180,10 +179,10 @@ def test_rollouts_that_are_not_finite_are_found_with_less(settings, tmp_path):
     changes = {"data": [str(shard)], "batch_size": 24, "val_fraction": 0.0, "max_steps": 1, "on_non_finite": "skip"}
     kept = []
     for name, shortages in (("undisturbed", []), ("ours", [(1, "backward", 6)])):
-        ours = replace(settings, out=str(tmp_path / name), max_tokens=40, **changes)
+        ours = settings.replace(out=str(tmp_path / name), max_tokens=40, **changes)
         ended = on_ranks(2, ranks.short_run, ours, shortages, huge=True)
         assert [end.get("status", end) for end in ended] == ["finished"] * 2
-        (file,) = Path(ours.out).glob("diverged-step-*.parquet")
+        (file,) = Path(ours.run.out).glob("diverged-step-*.parquet")
         kept.append(pq.read_table(file).to_pylist())
     assert [(row["row"], row["finite"]) for row in kept[1] if not row["finite"]] == [(6, False)]
     assert len({row["row"] for row in kept[1]}) == len(kept[1]) <= len(kept[0])

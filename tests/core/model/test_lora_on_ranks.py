@@ -1,7 +1,6 @@
 """Adapters on several ranks: the draw, the files and the run of one process."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,29 +138,29 @@ def assert_is_that_of_one(out: str, alone: str) -> None:
 
 
 def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "two"))
+    ours = settings.replace(out=str(tmp_path / "two"))
     assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
-    assert_is_that_of_one(ours.out, settings.out)
-    base = load_file(Path(settings.model or "") / "model.safetensors")
-    saved = load_file(last_checkpoint(ours.out) / "model.safetensors")
+    assert_is_that_of_one(ours.run.out, settings.run.out)
+    base = load_file(Path(settings.model.model or "") / "model.safetensors")
+    saved = load_file(last_checkpoint(ours.run.out) / "model.safetensors")
     assert {name for name in base if np.array_equal(base[name], saved[name])} >= {"model.embed_tokens.weight"}
-    moments = load_file(last_checkpoint(ours.out) / "optimizer.safetensors")
+    moments = load_file(last_checkpoint(ours.run.out) / "optimizer.safetensors")
     assert all(".lora_" in name or ".head." in name for name in moments)
 
 
 def test_three_ranks_and_then_one_go_on_with_what_two_began(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "elastic"))
+    ours = settings.replace(out=str(tmp_path / "elastic"))
     for size, until in ((2, 5), (3, 11)):
         ended = on_ranks(size, ranks.fit_run, ours, (1, until))
         assert [(end.get("status", end), end.get("step")) for end in ended] == [("interrupted", until)] * size
     assert list(fit(ours, StopRequest()))[-1].status == "finished"
-    assert_is_that_of_one(ours.out, settings.out)
+    assert_is_that_of_one(ours.run.out, settings.run.out)
 
 
 def test_two_ranks_go_on_with_what_one_began(settings, tmp_path):
-    ours, stop = replace(settings, out=str(tmp_path / "grown")), StopRequest()
+    ours, stop = settings.replace(out=str(tmp_path / "grown")), StopRequest()
     for event in fit(ours, stop):
         if getattr(event, "step", 0) == 4:
             stop.signal_number = ranks.SIGTERM
     assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
-    assert_is_that_of_one(ours.out, settings.out)
+    assert_is_that_of_one(ours.run.out, settings.run.out)

@@ -1,7 +1,6 @@
 """8-bit moments on several ranks: each updates its part, and what any number of ranks left is taken up by any other."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,10 +115,10 @@ def run_on(size: int, settings: FitSettings, stop_at: int | None = None) -> None
 
 
 def test_two_ranks_give_the_loss_curve_of_one_and_moments_of_its_kind(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "two"))
+    ours = settings.replace(out=str(tmp_path / "two"))
     run_on(2, ours)
-    assert losses(ours.out) == pytest.approx(losses(settings.out), rel=1e-3)
-    mine, theirs = (load_file(last_files(run.out)["optimizer.safetensors"]) for run in (ours, settings))
+    assert losses(ours.run.out) == pytest.approx(losses(settings.run.out), rel=1e-3)
+    mine, theirs = (load_file(last_files(run.run.out)["optimizer.safetensors"]) for run in (ours, settings))
     kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (mine, theirs)]
     assert kinds[0] == kinds[1]  # on two ranks the rows of this model make whole blocks
     assert {t.dtype for name, t in mine.items() if name.startswith("state1.trunk.layers.0.mlp")} == {torch.uint8}
@@ -127,20 +126,20 @@ def test_two_ranks_give_the_loss_curve_of_one_and_moments_of_its_kind(settings, 
 
 def test_three_ranks_resume_their_own_to_the_bit(settings, tmp_path):
     """A third of 64 rows of 64 is five blocks and a half: theirs are not the blocks of the whole."""
-    whole, parts = (replace(settings, out=str(tmp_path / name), max_steps=6) for name in ("whole", "parts"))
+    whole, parts = (settings.replace(out=str(tmp_path / name), max_steps=6) for name in ("whole", "parts"))
     run_on(3, whole)
     run_on(3, parts, stop_at=3)
     run_on(3, parts)
-    for name, file in last_files(whole.out).items():
-        assert last_files(parts.out)[name].read_bytes() == file.read_bytes(), name
+    for name, file in last_files(whole.run.out).items():
+        assert last_files(parts.run.out)[name].read_bytes() == file.read_bytes(), name
 
 
 def test_three_ranks_and_then_one_go_on_with_what_two_began(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "elastic"))
+    ours = settings.replace(out=str(tmp_path / "elastic"))
     run_on(2, ours, stop_at=3)
     run_on(3, ours, stop_at=6)
-    file = checkpoints(Path(ours.out) / "checkpoints")[-1] / "optimizer.safetensors"
+    file = checkpoints(Path(ours.run.out) / "checkpoints")[-1] / "optimizer.safetensors"
     with safe_open(file, framework="pt") as stored:
         assert stored.metadata() == {"parts": "3"}
     assert list(fit(ours, StopRequest()))[-1].status == "finished"
-    assert losses(ours.out) == pytest.approx(losses(settings.out), rel=1e-2)
+    assert losses(ours.run.out) == pytest.approx(losses(settings.run.out), rel=1e-2)

@@ -213,9 +213,9 @@ def test_a_fresh_start_takes_nothing_of_an_earlier_one(shards, tmp_path):
     next(event for event in going if isinstance(event, StepEnded) and event.epoch == 1)
     going.close()
     (tmp_path / "result.json").write_text(json.dumps({"steps": 2}))
-    again = replace(first, lr=1e-3)
+    again = first.replace(lr=1e-3)
     assert run(again)[-1].status == "finished"
-    run(replace(again, out=str(tmp_path / "other")))
+    run(again.replace(out=str(tmp_path / "other")))
     assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "other" / "metrics.jsonl").read_bytes()
 
 
@@ -251,10 +251,10 @@ def test_the_same_data_by_another_path_resumes(shards, tmp_path, monkeypatch):
     settings = settings_for(shards, tmp_path / "out", max_steps=5)
     run(settings, StopAfter(looks=20))
     monkeypatch.chdir(shards.parent)
-    ended = run(replace(settings, data=[shards.name]))[-1]
+    ended = run(settings.replace(data=[shards.name]))[-1]
     assert ended.status == "finished"
     monkeypatch.chdir(tmp_path)
-    again = run(replace(settings, out="out"))[-1]
+    again = run(settings.replace(out="out"))[-1]
     assert (again.status, again.result["out"], again.result["best"]) == ("already finished", "out", "out/best")
 
 

@@ -179,8 +179,8 @@ def test_weights_on_the_host_leave_the_device_to_one_layer(tmp_path):
         before = torch.cuda.memory_allocated()
         settings = FitSettings(data=["none"], device="cuda", offload=offload)
         with init_ranks(settings, nproc=1, device="cuda", sharded=offload == "all") as ranks:
-            critic, compute = to_device_or_shard(build_critic(config, seed=0), resolve_compute(settings, ranks))
-            select_packing(critic, rollouts, settings, compute)
+            critic, compute = to_device_or_shard(build_critic(config, seed=0), resolve_compute(settings.compute, ranks))
+            select_packing(critic, rollouts, settings.compute, compute)
             optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
             losses = []
             for _ in range(4):

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,15 +61,15 @@ def furthest(out: str, alone: str, name: str, event: str = "step") -> float:
 
 def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_path):
     """1e-5 over 50 steps in float32, as the issue asks; the checkpoint is the same directory."""
-    ours = replace(settings, out=str(tmp_path / "two"))
+    ours = settings.replace(out=str(tmp_path / "two"))
     ended = on_ranks(2, ranks.fit_run, ours)
     assert [end["status"] for end in ended] == ["finished", "finished"]
     for name in ("value_loss", "grad_norm", "vpred_mean"):
-        assert furthest(ours.out, settings.out, name) <= 1e-5, name
-    assert furthest(ours.out, settings.out, "explained_variance", "evaluation") <= 1e-4
+        assert furthest(ours.run.out, settings.run.out, name) <= 1e-5, name
+    assert furthest(ours.run.out, settings.run.out, "explained_variance", "evaluation") <= 1e-4
     for name in ("response_tokens", "rollout_tokens", "rollouts", "lr"):
-        assert furthest(ours.out, settings.out, name) == 0.0
-    (mine, _), (theirs, _) = (newest_checkpoint(Path(out) / "checkpoints") for out in (ours.out, settings.out))
+        assert furthest(ours.run.out, settings.run.out, name) == 0.0
+    (mine, _), (theirs, _) = (newest_checkpoint(Path(out) / "checkpoints") for out in (ours.run.out, settings.run.out))
     assert {p.name for p in mine.iterdir()} == {p.name for p in theirs.iterdir()}
     assert (mine / "config.json").read_bytes() == (theirs / "config.json").read_bytes()
     for file in ("model.safetensors", "optimizer.safetensors"):
@@ -82,15 +81,15 @@ def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_p
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_three_resume_what_two_began(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "elastic"))
+    ours = settings.replace(out=str(tmp_path / "elastic"))
     ended = on_ranks(2, ranks.fit_run, ours, (1, 12))
     assert {(end["status"], end["signal"]) for end in ended} == {("interrupted", ranks.SIGTERM)}
-    assert [path.name for path in checkpoints(Path(ours.out) / "checkpoints")] == ["step-00000012"]
+    assert [path.name for path in checkpoints(Path(ours.run.out) / "checkpoints")] == ["step-00000012"]
     ended = on_ranks(3, ranks.fit_run, ours)
     assert [(end["status"], end["step"]) for end in ended] == [("finished", STEPS)] * 3
-    assert len(records(ours.out, "step")) == STEPS
-    assert furthest(ours.out, settings.out, "value_loss") <= 1e-5
-    assert json.loads((Path(ours.out) / "run.json").read_text())["ranks"] == 2
+    assert len(records(ours.run.out, "step")) == STEPS
+    assert furthest(ours.run.out, settings.run.out, "value_loss") <= 1e-5
+    assert json.loads((Path(ours.run.out) / "run.json").read_text())["ranks"] == 2
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_three_resume_what_two_be
     ],
 )
 def test_a_fault_of_one_rank_ends_all_and_rank_0_says_it(settings, tmp_path, kind, raised, said):
-    ours = replace(settings, out=str(tmp_path / kind))
+    ours = settings.replace(out=str(tmp_path / kind))
     leader, other = on_ranks(2, ranks.failing_run, ours, 1, 3, kind)
     assert (leader["fault"], leader["message"]) == (raised, said)
     assert other["fault"] == kind
@@ -112,37 +111,37 @@ def test_a_fault_of_one_rank_ends_all_and_rank_0_says_it(settings, tmp_path, kin
 
 @pytest.mark.parametrize("kind", ["SIGKILL", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_or_hangs_is_not_waited_for(settings, tmp_path, kind):
-    ours = replace(settings, out=str(tmp_path / kind))
+    ours = settings.replace(out=str(tmp_path / kind))
     leader, _ = on_ranks(2, ranks.failing_run, ours, 1, 3, kind, rank_0_is_enough=True)
     assert leader["fault"] == "MachineError"
     assert leader["message"].startswith("rank 0 of 2 lost contact with another rank")
 
 
 def test_a_fault_of_rank_0_ends_the_others(settings, tmp_path):
-    ours = replace(settings, out=str(tmp_path / "leader"))
+    ours = settings.replace(out=str(tmp_path / "leader"))
     leader, other = on_ranks(2, ranks.failing_run, ours, 0, 3, "DataError")
     assert leader == {"fault": "DataError", "message": "no such thing"}
     assert other["message"].startswith(("rank 0: no such thing", "rank 1 of 2 lost contact with another rank"))
 
 
 def test_more_ranks_than_rollouts_in_a_mini_batch(settings, tmp_path):
-    few = replace(settings, batch_size=2, max_steps=6, val_fraction=0.5)
-    alone, ours = replace(few, out=str(tmp_path / "alone")), replace(few, out=str(tmp_path / "three"))
+    few = settings.replace(batch_size=2, max_steps=6, val_fraction=0.5)
+    alone, ours = few.replace(out=str(tmp_path / "alone")), few.replace(out=str(tmp_path / "three"))
     list(fit(alone, StopRequest()))
     ended = on_ranks(3, ranks.fit_run, ours)
     assert [end.get("status", end) for end in ended] == ["finished"] * 3
-    assert furthest(ours.out, alone.out, "value_loss") <= 1e-5
+    assert furthest(ours.run.out, alone.run.out, "value_loss") <= 1e-5
 
 
 @pytest.mark.slow
 def test_old_values_of_each_epoch_are_taken_by_all_ranks_together(settings, tmp_path):
     changes = {"old_values": "epoch", "no_clip": False, "max_steps": 14, "lr": 3e-3, "packing": "rows"}
-    alone, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("alone", "two"))
+    alone, ours = (settings.replace(out=str(tmp_path / name), **changes) for name in ("alone", "two"))
     list(fit(alone, StopRequest()))
     assert [end["status"] for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
-    assert furthest(ours.out, alone.out, "value_loss") <= 1e-4
-    assert furthest(ours.out, alone.out, "saturation") <= 1e-6
-    assert set(os.listdir(ours.out)) == set(os.listdir(alone.out))
+    assert furthest(ours.run.out, alone.run.out, "value_loss") <= 1e-4
+    assert furthest(ours.run.out, alone.run.out, "saturation") <= 1e-6
+    assert set(os.listdir(ours.run.out)) == set(os.listdir(alone.run.out))
 
 
 def test_rollouts_that_are_not_finite_are_found_by_all_ranks_together(settings, tmp_path):
@@ -150,7 +149,7 @@ def test_rollouts_that_are_not_finite_are_found_by_all_ranks_together(settings, 
     rollouts.returns[rollouts.offsets[6] : rollouts.offsets[7]] = 3e19  # float32 cannot hold its square
     shard = write_shard(tmp_path / "data" / "a.parquet", rollouts)
     changes = {"data": [str(shard)], "out": str(tmp_path / "out"), "batch_size": 8, "val_fraction": 0.0}
-    ended = on_ranks(2, ranks.huge_run, replace(settings, **changes, max_steps=3, on_non_finite="skip"))
+    ended = on_ranks(2, ranks.huge_run, settings.replace(**changes, max_steps=3, on_non_finite="skip"))
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
     (skip,) = records(str(tmp_path / "out"), "skip")
     (kept,) = (tmp_path / "out").glob("diverged-step-*.parquet")
@@ -170,7 +169,7 @@ def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings,
             started.append(self)
 
     monkeypatch.setattr(workers.subprocess, "Popen", Popen)
-    ours = replace(settings, out=str(tmp_path / "out"), nproc=2)
+    ours = settings.replace(out=str(tmp_path / "out"), nproc=2)
     events = fit(ours, StopRequest())
     while not (isinstance(event := next(events), StepEnded) and event.step == 3):
         assert not isinstance(event, RunEnded)
@@ -178,13 +177,13 @@ def test_nproc_starts_ranks_of_its_own_and_tells_of_one_that_is_killed(settings,
     with pytest.raises(MachineError, match=r"rank 1 \(process \d+\) was killed by SIGKILL"):
         list(events)
     assert started[0].poll() == -9
-    losses = [record["value_loss"] for record in records(ours.out, "step")]
-    expected = [record["value_loss"] for record in records(settings.out, "step")]
+    losses = [record["value_loss"] for record in records(ours.run.out, "step")]
+    expected = [record["value_loss"] for record in records(settings.run.out, "step")]
     assert losses == pytest.approx(expected[: len(losses)], rel=1e-5)
 
 
 def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
-    judged = EvalSettings(data=settings.data, model=[settings.out], max_tokens=200, device="cpu")
+    judged = EvalSettings(data=settings.reading.data, model=[settings.run.out], max_tokens=200, device="cpu")
     alone = list(evaluate(judged, StopRequest()))[-1].result
     ours, theirs = on_ranks(2, ranks.eval_run, judged)
     assert (ours["status"], theirs["status"], theirs["result"]) == ("finished", "finished", {})
@@ -196,22 +195,22 @@ def test_two_ranks_judge_as_one_does_and_stop_together(settings, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_on_as_many_ranks_is_bit_identical(settings, tmp_path):
-    short = replace(settings, max_steps=8, eval_every=8, no_report=True)
-    undisturbed, stopped = (replace(short, out=str(tmp_path / name)) for name in ("undisturbed", "stopped"))
+    short = settings.replace(max_steps=8, eval_every=8, no_report=True)
+    undisturbed, stopped = (short.replace(out=str(tmp_path / name)) for name in ("undisturbed", "stopped"))
     on_ranks(2, ranks.fit_run, undisturbed)
     on_ranks(2, ranks.fit_run, stopped, (0, 3))
-    assert [path.name for path in checkpoints(Path(stopped.out) / "checkpoints")] == ["step-00000003"]
+    assert [path.name for path in checkpoints(Path(stopped.run.out) / "checkpoints")] == ["step-00000003"]
     on_ranks(2, ranks.fit_run, stopped)
     last = "checkpoints/step-00000008"
     for file in (f"{last}/model.safetensors", f"{last}/optimizer.safetensors", "metrics.jsonl"):
-        assert (Path(stopped.out) / file).read_bytes() == (Path(undisturbed.out) / file).read_bytes(), file
+        assert (Path(stopped.run.out) / file).read_bytes() == (Path(undisturbed.run.out) / file).read_bytes(), file
 
 
 @pytest.mark.slow
 def test_bf16_layers_are_checked_in_float32_and_trained_in_bf16(settings, tmp_path):
     """A layer's norm weights are rounded as well: the losses agree to bf16's rounding, not to float32's."""
     changes = {"precision": "bf16", "max_steps": 6, "no_report": True}
-    alone, ours = (replace(settings, out=str(tmp_path / name), **changes) for name in ("alone", "two"))
+    alone, ours = (settings.replace(out=str(tmp_path / name), **changes) for name in ("alone", "two"))
     list(fit(alone, StopRequest()))
     assert [end.get("status", end) for end in on_ranks(2, ranks.fit_run, ours)] == ["finished"] * 2
-    assert 0.0 < furthest(ours.out, alone.out, "value_loss") <= 1e-2
+    assert 0.0 < furthest(ours.run.out, alone.run.out, "value_loss") <= 1e-2

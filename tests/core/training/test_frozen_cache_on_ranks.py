@@ -1,7 +1,6 @@
 """A frozen trunk on several ranks: each keeps its share of the states, all use them, whatever stops in between."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,7 @@ CASES = [
 
 
 def run_alone(settings: FitSettings, out: Path, **changes: object) -> FitSettings:
-    alone = replace(settings, out=str(out), **changes)  # type: ignore[arg-type]
+    alone = settings.replace(out=str(out), **changes)
     assert list(fit(alone, StopRequest()))[-1].status == "finished"
     return alone
 
@@ -66,33 +65,35 @@ def run_alone(settings: FitSettings, out: Path, **changes: object) -> FitSetting
 @pytest.mark.parametrize(("train", "packing", "size"), CASES)
 def test_ranks_that_keep_states_give_the_curve_of_one(settings, tmp_path, train, packing, size):
     alone = run_alone(settings, tmp_path / "alone", train=train, packing=packing)
-    ours = replace(alone, out=str(tmp_path / "ours"))
+    ours = alone.replace(out=str(tmp_path / "ours"))
     ended = on_ranks(size, ranks.kept_run, ours)
     assert [end.get("status", end) for end in ended] == ["finished"] * size
     assert all(end["kept"] >= STEPS > end["whole"] for end in ended)
     assert [end["gathered"] for end in ended] == [0] * size, "of the frozen part nothing is put together"
     for name in ("value_loss", "grad_norm", "vpred_mean"):
-        assert curve(ours.out, name) == pytest.approx(curve(alone.out, name), rel=1e-5), name
-    moments = [load_file(Path(run.out) / "checkpoints/step-00000012/optimizer.safetensors") for run in (ours, alone)]
+        assert curve(ours.run.out, name) == pytest.approx(curve(alone.run.out, name), rel=1e-5), name
+    moments = [
+        load_file(Path(run.run.out) / "checkpoints/step-00000012/optimizer.safetensors") for run in (ours, alone)
+    ]
     assert moments[0].keys() == moments[1].keys()
 
 
 def test_states_of_two_ranks_serve_three_and_one(settings, tmp_path):
     """Nothing goes through the frozen trunk again, however many go on."""
     alone = run_alone(settings, tmp_path / "alone", train="head")
-    ours = replace(alone, out=str(tmp_path / "ours"))
+    ours = alone.replace(out=str(tmp_path / "ours"))
     first, _ = on_ranks(2, ranks.kept_run, ours, (1, 4))
     for size, stop_at in ((3, (0, 8)), (1, None)):
         for later in on_ranks(size, ranks.kept_run, ours, stop_at):
             assert later["kept"] > 0
             assert later["whole"] == 2 < first["whole"], "only the self-check's"
     assert later["status"] == "finished"
-    assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-5)
+    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-5)
 
 
 @pytest.mark.parametrize("file", ["states-00001", "state-rows"])
 def test_a_rank_whose_disk_is_full_ends_all_and_leaves_nothing_half_trusted(settings, tmp_path, file):
-    ours = replace(settings, out=str(tmp_path / "ours"), train="head")
+    ours = settings.replace(out=str(tmp_path / "ours"), train="head")
     leader, _ = on_ranks(2, ranks.full_disk_run, ours, file)
     assert leader["fault"] in ("OSError", "MachineError")
     assert "No space left on device" in leader["message"]
@@ -105,23 +106,23 @@ def test_a_rank_whose_disk_is_full_ends_all_and_leaves_nothing_half_trusted(sett
 
 def test_a_kill_in_the_midst_leaves_nothing_half_trusted(settings, tmp_path):
     alone = run_alone(settings, tmp_path / "alone", train="last-1")
-    ours = replace(alone, out=str(tmp_path / "ours"))
+    ours = alone.replace(out=str(tmp_path / "ours"))
     leader, _ = on_ranks(2, ranks.full_disk_run, ours, "states.json", "SIGKILL", rank_0_is_enough=True)
     assert leader == {"fault": "gone", "message": "-9"}
     cache = tmp_path / "ours" / "cache" / "train"
     assert not (cache / "state-rows").exists()
     (cache / "states-00007").write_bytes(b"of more ranks than now")
     assert [end.get("status", end) for end in on_ranks(3, ranks.kept_run, ours)] == ["finished"] * 3
-    assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-5)
+    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-5)
 
 
 def test_memory_that_runs_out_on_one_rank_while_states_are_kept(settings, tmp_path):
     alone = run_alone(settings, tmp_path / "alone", train="head")
-    ours = replace(alone, out=str(tmp_path / "ours"), max_tokens=1000)
+    ours = alone.replace(out=str(tmp_path / "ours"), max_tokens=1000)
     for ended in on_ranks(2, ranks.short_run, ours, [(1, "values", 0)]):
         assert ended["status"] == "finished"
         assert ended["told"][0].startswith("memory ran out with 1,000 tokens at once: from now on ")
-    assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-5)
+    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-5)
 
 
 @SLOW
@@ -129,11 +130,11 @@ def test_memory_that_runs_out_on_one_rank_while_states_are_kept(settings, tmp_pa
 def test_more_ranks_than_rollouts(settings, tmp_path, train):
     """A rank without work writes no states, and none over another's."""
     write_shard(tmp_path / "data" / "a.parquet", readable_rollouts(1, responses=2))
-    few = replace(settings, data=[str(tmp_path / "data")], val_fraction=0.0, max_steps=3, train=train)
+    few = settings.replace(data=[str(tmp_path / "data")], val_fraction=0.0, max_steps=3, train=train)
     alone = run_alone(few, tmp_path / "alone")
-    ours = replace(few, out=str(tmp_path / "ours"))
+    ours = few.replace(out=str(tmp_path / "ours"))
     assert [end.get("status", end) for end in on_ranks(3, ranks.kept_run, ours)] == ["finished"] * 3
-    assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-5)
+    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-5)
 
 
 @SLOW
@@ -141,8 +142,8 @@ def test_more_ranks_than_rollouts(settings, tmp_path, train):
 def test_kept_states_go_with_what_trades_memory(settings, tmp_path, changes):
     """bf16 rounds a layer's norm weights on ranks and not on one process: the losses agree to its rounding."""
     alone = run_alone(settings, tmp_path / "alone", train="last-2", **changes)
-    ours = replace(alone, out=str(tmp_path / "ours"))
+    ours = alone.replace(out=str(tmp_path / "ours"))
     ended = on_ranks(2, ranks.kept_run, ours)
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
     assert all(end["kept"] >= STEPS for end in ended)
-    assert curve(ours.out) == pytest.approx(curve(alone.out), rel=1e-2 if "precision" in changes else 1e-5)
+    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-2 if "precision" in changes else 1e-5)

@@ -204,5 +204,5 @@ def test_a_cpu_is_told_that_there_is_nothing_to_offload(tmp_path):
 
 
 def test_8_bit_moments_stay_where_they_are():
-    with pytest.raises(ConfigError, match=r"--optimizer adamw-8bit .* --offload at none"):
+    with pytest.raises(ConfigError, match="--optimizer adamw-8bit cannot be combined with --offload"):
         FitSettings(data=["x"], optimizer="adamw-8bit", offload="optimizer")

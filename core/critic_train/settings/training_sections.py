@@ -1,0 +1,252 @@
+"""Sections about training and computing: the model, the loss, the optimizer, the device, and what a run writes."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from critic_train.settings.base import Section, minimum_errors, seed_errors, setting
+
+Preset = Literal["tiny", "small", "base"]
+OldValues = Literal["column", "epoch", "none"]
+LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+OptimizerKind = Literal["adamw", "adamw-8bit"]
+Schedule = Literal["constant", "linear", "cosine"]
+OnNonFinite = Literal["stop", "skip"]
+Packing = Literal["auto", "forest", "rows"]
+Attention = Literal["auto", "sdpa", "flex", "varlen"]
+Precision = Literal["fp32", "bf16"]
+ActivationCheckpointing = Literal["none", "layer", "selective"]
+Offload = Literal["none", "optimizer", "all"]
+BestBy = Literal["explained_variance", "explained_variance_within_group", "mse", "value_loss"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+LAST = re.compile(r"last-([1-9]\d*)")
+LOWER_IS_BETTER = ("mse", "value_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    """What training starts from, and which part of it is trained."""
+
+    model: str | None = setting(
+        None,
+        "Model to start from: a Hugging Face directory, a checkpoint or a run. Without it, --preset.",
+        panel="Model",
+        metavar="DIR",
+    )
+    preset: Preset = setting("small", "Size of the transformer trained from scratch without --model.", panel="Model")
+    train: str = setting(
+        "full",
+        "What is trained: all of it, the value head, the head and the last K layers, or LoRA adapters and the head. "
+        "A frozen trunk's hidden states are computed once and kept on disk.",
+        panel="Model",
+        metavar="full|head|last-K|lora",
+    )
+    lora_rank: int = setting(16, "Rank of the LoRA adapters.", panel="Model")
+    lora_alpha: float = setting(32.0, "Scale of the LoRA adapters: their product counts alpha / rank.", panel="Model")
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        errors = [*minimum_errors(self, 1, "lora_rank"), *minimum_errors(self, 0, "lora_alpha")]
+        if self.train not in ("full", "head", "lora") and not LAST.fullmatch(self.train):
+            errors.append(f"--train must be full, head, lora or last-K, as in last-2, not {self.train!r}")
+        if self.train != "lora" and (self.lora_rank != 16 or self.lora_alpha != 32.0):
+            errors.append("--lora-rank and --lora-alpha belong to --train lora")
+        if self.train != "full" and self.model is None:
+            errors.append(f"--train {self.train} needs --model: in a new transformer there is nothing worth freezing")
+        return errors
+
+
+def trained_layers(train: str) -> int | None:
+    """How many of the last layers are trained with the head: 0 for the head alone, None where no layer is frozen."""
+    if train == "head":
+        return 0
+    last = LAST.fullmatch(train)
+    return int(last[1]) if last else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Section):
+    """How the loss is computed."""
+
+    old_values: OldValues = setting(
+        "column",
+        "V_old for the clip: the shard's values, this critic's own at each epoch's start, or none.",
+        panel="Loss",
+    )
+    cliprange_value: float = setting(0.5, "The clip's half-width eps around V_old.", panel="Loss")
+    no_clip: bool = setting(False, "Turn the clip off: plain squared error.", panel="Loss")
+    loss_agg_mode: LossAggMode = setting("token-mean", "How token losses become one number.", panel="Loss")
+    loss_scale_factor: float | None = setting(
+        None, "Divisor of seq-mean-token-sum-norm; that mode needs it.", panel="Loss"
+    )
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        errors = cliprange_errors(self.cliprange_value, "; --no-clip turns the clip off")
+        norm = self.loss_agg_mode == "seq-mean-token-sum-norm"
+        factor = self.loss_scale_factor
+        if norm and (factor is None or not 0 < factor < float("inf")):
+            errors.append(
+                "--loss-agg-mode seq-mean-token-sum-norm needs --loss-scale-factor above 0 "
+                "(verl divides by the padded response length there; a forest has none)"
+            )
+        if not norm and factor is not None:
+            errors.append("--loss-scale-factor belongs to --loss-agg-mode seq-mean-token-sum-norm only")
+        return errors
+
+
+def cliprange_errors(cliprange_value: float, advice: str = "") -> list[str]:
+    """A line where the clip's half-width is not a positive number."""
+    if 0 < cliprange_value < float("inf"):
+        return []
+    return [f"--cliprange-value must be above 0, not {cliprange_value:g}{advice}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Section):
+    """How long and how fast to train."""
+
+    epochs: int | None = setting(
+        None, "Passes over the rollouts. [default: 3, or as many as --max-steps needs]", panel="Training"
+    )
+    max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")
+    batch_size: int = setting(64, "Rollouts a step; prompt groups stay together.", panel="Training")
+    lr: float | None = setting(
+        None,
+        "Peak learning rate of the transformer. "
+        "[default: 1e-5 with --model, 1e-4 with --train lora; 2e-3, 1e-3, 3e-4 for tiny, small, base]",
+        panel="Training",
+    )
+    head_lr: float | None = setting(
+        None,
+        "Peak learning rate of the value head. [default: --lr, and at least 1e-3 for a new head]",
+        panel="Training",
+    )
+    optimizer: OptimizerKind = setting(
+        "adamw", "AdamW with float32 moments, or with 8-bit ones (bitsandbytes).", panel="Training"
+    )
+    weight_decay: float = setting(0.01, "AdamW weight decay, on matrices only.", panel="Training")
+    warmup_steps: int | None = setting(
+        None, "Steps over which the learning rate rises. [default: 3 % of the run]", panel="Training"
+    )
+    lr_schedule: Schedule = setting("cosine", "How the learning rate falls after the warm-up.", panel="Training")
+    grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns the clip off.", panel="Training")
+    on_non_finite: OnNonFinite = setting(
+        "stop", "Where a loss or gradient is not finite: end the run, or go on without the step.", panel="Training"
+    )
+    max_skips: int = setting(10, "Steps that --on-non-finite skip may leave out in a run.", panel="Training")
+    seed: int = setting(0, "Seed of the split, the order and the initial weights.", panel="Training")
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        return [
+            *minimum_errors(self, 1, "batch_size", "epochs", "max_steps"),
+            *seed_errors(self.seed),
+            *minimum_errors(self, 0, "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"),
+        ]
+
+
+def _nproc_setting() -> Any:
+    """--nproc, for every command that can run on several processes."""
+    return setting(
+        1, "Processes on this machine, one a GPU; the gradient stays the same. Not under torchrun.", panel="Compute"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings(Section):
+    """Where and how a model computes: for every command that runs one."""
+
+    device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, ...", panel="Compute")
+    precision: Precision = setting(
+        "fp32", "Compute precision; weights, head and loss stay in float32.", panel="Compute"
+    )
+    packing: Packing = setting(
+        "auto", "Lay rollouts out as a forest of shared prefixes, or as padded rows.", panel="Compute"
+    )
+    attention: Attention = setting(
+        "auto",
+        "How attention is computed on a forest: torch's scaled-dot-product attention, FlexAttention or "
+        "variable-length attention (both CUDA); auto takes the best that is right on the device.",
+        panel="Compute",
+    )
+    max_tokens: int = setting(
+        4096, "Tokens through the model at once; bounds memory, never changes the result.", panel="Compute"
+    )
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        return minimum_errors(self, 1, "max_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalComputeSettings(ComputeSettings):
+    """Where and how `eval` computes: on one process or several."""
+
+    nproc: int = _nproc_setting()
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        return super().validate() + minimum_errors(self, 1, "nproc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainComputeSettings(ComputeSettings):
+    """Where and how `fit` computes: also what it trades for memory, and on how many processes."""
+
+    activation_checkpointing: ActivationCheckpointing = setting(
+        "none",
+        "Keep only each layer's input and compute the rest again (layer), or all but half of the matrix products and "
+        "attention (selective): less memory, more time.",
+        panel="Compute",
+    )
+    offload: Offload = setting(
+        "none",
+        "What waits in host memory instead of the GPU's: AdamW's two moments, updated on the GPU (optimizer), or "
+        "weights and gradients as well, updated on the host (all).",
+        panel="Compute",
+    )
+    compile: bool = setting(
+        False, "Compile the layers with torch.compile: slow to start, faster on a GPU.", panel="Compute"
+    )
+    nproc: int = _nproc_setting()
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        errors = super().validate()
+        if self.compile and self.activation_checkpointing == "selective":
+            errors.append(
+                "--compile does not go with --activation-checkpointing selective, which picks single operations that "
+                "a compiled layer no longer has: none or layer"
+            )
+        return errors + minimum_errors(self, 1, "nproc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Section):
+    """What a run writes, how often, and to which trackers."""
+
+    out: str | None = setting(
+        None, "Run directory. [default: runs/ and the data folder's name]", panel="Run", metavar="DIR"
+    )
+    dry_run: bool = setting(False, "Say what the run would take, and train nothing.", panel="Run")
+    eval_every: int | None = setting(
+        None, "Steps between evaluations on held-out rollouts. [default: a tenth of the run]", panel="Run"
+    )
+    best_by: BestBy = setting("explained_variance", "Held-out figure that chooses the best checkpoint.", panel="Run")
+    patience: int | None = setting(
+        None, "Stop after so many evaluations without a better one. [default: never]", panel="Run"
+    )
+    checkpoint_every: int = setting(200, "Steps between checkpoints; the last step always writes one.", panel="Run")
+    keep: int = setting(2, "Newest checkpoints kept, besides the best.", panel="Run")
+    log_every: int = setting(10, "Steps between plain progress lines when not on a terminal.", panel="Run")
+    no_report: bool = setting(False, "Write no report.html.", panel="Run")
+    log_to: list[Tracker] = setting(
+        [], "Also log to this tracker; repeatable. metrics.jsonl is always written.", panel="Run"
+    )
+    log_project: str = setting("critic-train", "Project of wandb and trackio.", panel="Run", metavar="NAME")
+
+    def validate(self) -> list[str]:
+        """See Section."""
+        return minimum_errors(self, 1, "checkpoint_every", "keep", "log_every", "eval_every", "patience")

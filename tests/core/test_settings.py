@@ -1,0 +1,89 @@
+"""Settings composed of sections: given, recorded and changed by the names of their fields alone."""
+
+import pickle
+from collections import Counter
+
+import pytest
+
+from critic_train.errors import ConfigError
+from critic_train.settings import (
+    CheckSettings,
+    ConvertSettings,
+    EvalSettings,
+    FitSettings,
+    PredictSettings,
+    ReportSettings,
+    Settings,
+    SplitSettings,
+    VerifySettings,
+    as_dict,
+    defaults_of,
+    settings_fields,
+)
+
+COMMANDS: tuple[type[Settings], ...] = (
+    FitSettings,
+    EvalSettings,
+    PredictSettings,
+    SplitSettings,
+    CheckSettings,
+    ConvertSettings,
+    VerifySettings,
+    ReportSettings,
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_two_sections_of_a_command_have_a_field_of_the_same_name(command: type[Settings]) -> None:
+    names = Counter(field.name for field in settings_fields(command))
+    assert names.most_common(1)[0][1] == 1
+    assert list(names) == list(defaults_of(command))
+
+
+def test_values_are_given_by_name_and_read_by_section() -> None:
+    settings = FitSettings(data=["x"], lr=1e-4, optimizer="adamw-8bit", model="some", out="runs/a")
+    assert (settings.reading.data, settings.optimizer.lr, settings.run.out) == (["x"], 1e-4, "runs/a")
+    assert (settings.optimizer.optimizer, settings.model.model) == ("adamw-8bit", "some")
+    assert as_dict(settings) == defaults_of(FitSettings) | {
+        "data": ["x"],
+        "lr": 1e-4,
+        "optimizer": "adamw-8bit",
+        "model": "some",
+        "out": "runs/a",
+    }
+
+
+def test_a_copy_has_the_changes_and_is_validated() -> None:
+    settings = FitSettings(data=["x"], lr=1e-4)
+    assert settings.replace(lr=1e-3) == FitSettings(data=["x"], lr=1e-3)
+    assert settings.optimizer.lr == 1e-4
+    with pytest.raises(ConfigError, match="--batch-size must be at least 1"):
+        settings.replace(batch_size=0)
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(TypeError, match="EvalSettings has no setting compile, learning_rate"):
+        EvalSettings(data=["x"], compile=True, seed=1, learning_rate=1e-3)
+    with pytest.raises(TypeError, match="FitSettings has no setting reading"):
+        FitSettings(data=["x"]).replace(reading=None)
+
+
+def test_settings_are_frozen_and_can_be_sent_to_another_process() -> None:
+    settings = FitSettings(data=["x"], log_to=["wandb"])
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    with pytest.raises(AttributeError):
+        settings.run = None  # type: ignore[assignment, misc]
+    with pytest.raises(AttributeError):
+        settings.optimizer.lr = 1.0  # type: ignore[misc]
+
+
+def test_broken_rules_of_all_sections_and_between_them_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        FitSettings(lr=-1.0, keep=0, nproc=0, optimizer="adamw-8bit", offload="all")
+    assert raised.value.message.splitlines() == [
+        "--data is needed: a folder, a Parquet file or a glob",
+        "--lr must be at least 0, not -1.0",
+        "--nproc must be at least 1, not 0",
+        "--keep must be at least 1, not 0",
+        "--optimizer adamw-8bit cannot be combined with --offload",
+    ]
