@@ -250,8 +250,8 @@ def kept_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> d
 
     def counted(self: Critic, batch: Any) -> Any:
         states = hidden(self, batch)
-        passes["whole" if batch.states is None else "kept"] += 1
-        if batch.states is not None:
+        passes["whole" if batch.cached_states is None else "kept"] += 1
+        if batch.cached_states is not None:
             frozen = [self.trunk.get_input_embeddings(), self.trunk.layers[0]]
             whole = [p for part in frozen for p in part.parameters() if not hasattr(p, "full_tensor")]
             passes["gathered"] += bool(whole)

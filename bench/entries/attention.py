@@ -16,10 +16,10 @@ from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
 from critic_train.model import cuda_kernels as varlen
 from critic_train.model import sdpa_kernels as pieces
-from critic_train.model.cuda_kernels import Flex, Varlen
-from critic_train.model.prefix_tree import PrefixOrder, PrefixTrees, build_prefix_trees, prefix_order
+from critic_train.model.cuda_kernels import FlexKernel, VarlenKernel
+from critic_train.model.prefix_tree import PrefixOrder, TreeLayout, build_tree_layout, prefix_order
 from critic_train.model.queries import Kernel, all_queries
-from critic_train.model.sdpa_kernels import Pieces, Segments
+from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel
 from critic_train.rollouts import Rollouts
 
 NAME = "attention"
@@ -35,8 +35,8 @@ def run(options: Options) -> Table:
     length = 1024 if on_cuda and not options.quick else 32 if options.quick else 256
     rollouts = draw(Shape("", length, length, length))
     dtype = torch.bfloat16 if on_cuda else torch.float32
-    shared = build_prefix_trees(rollouts, prefix_order(rollouts))
-    flat = build_prefix_trees(rollouts, unshared(rollouts))
+    shared = build_tree_layout(rollouts, prefix_order(rollouts))
+    flat = build_tree_layout(rollouts, unshared(rollouts))
     passes: dict[str, Callable[[], list[torch.Tensor]]] = {}
     for name, forest in (("forest", shared), ("flat", flat)):
         tensors = drawn(rollouts, forest, options.device, dtype)
@@ -62,16 +62,16 @@ def run(options: Options) -> Table:
     return table
 
 
-def kernels(forest: PrefixTrees, device: torch.device) -> dict[str, Kernel]:
+def kernels(forest: TreeLayout, device: torch.device) -> dict[str, Kernel]:
     """What there is on this device."""
     queries = all_queries(forest)
-    found: dict[str, Kernel] = {"segments": Segments(queries, device)}
+    found: dict[str, Kernel] = {"segments": SdpaKernel(queries, device)}
     if pieces.available(device):
-        found["pieces"] = Pieces(queries)
+        found["pieces"] = CpuFlashKernel(queries)
     if device.type == "cuda":
-        found["flex"] = Flex(queries, device)
+        found["flex"] = FlexKernel(queries, device)
     if varlen.available(device):
-        found["varlen"] = Varlen(queries, device)
+        found["varlen"] = VarlenKernel(queries, device)
     return found
 
 
@@ -80,7 +80,7 @@ def unshared(rollouts: Rollouts) -> PrefixOrder:
     return PrefixOrder(index=np.arange(len(rollouts)), shared=np.zeros(len(rollouts), dtype=np.int64))
 
 
-def drawn(rollouts: Rollouts, forest: PrefixTrees, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def drawn(rollouts: Rollouts, forest: TreeLayout, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     """Queries, keys, values and a slope, random."""
     torch.manual_seed(0)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)

@@ -20,7 +20,7 @@ from critic_train.data.rollout_cache import RolloutCache, write_cache
 from critic_train.data.shards import find_shards
 from critic_train.data.writing import ShardFile
 from critic_train.model.microbatches import forest_micro_batches
-from critic_train.model.model_input import forest_input
+from critic_train.model.model_input import tree_input
 from critic_train.rollouts import Rollouts
 
 NAME = "data"
@@ -94,7 +94,7 @@ def laid_out(spool: RolloutCache) -> Iterator[Any]:
     for first, last in zip(plan.bounds[:-1], plan.bounds[1:], strict=True):
         rollouts = spool.read(plan.order[first:last])
         for order in forest_micro_batches(rollouts, MAX_TOKENS):
-            yield forest_input(rollouts, order, device)
+            yield tree_input(rollouts, order, device)
 
 
 def whole(shard: Path, spool: Path) -> int:

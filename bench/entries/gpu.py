@@ -32,8 +32,8 @@ from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
 from critic_train.model.memory import checkpoint_activations, compile_layers, with_oom_retry
 from critic_train.model.microbatches import forest_micro_batches
-from critic_train.model.model_input import forest_input
-from critic_train.model.prefix_tree import PrefixOrder, build_prefix_trees, prefix_order
+from critic_train.model.model_input import tree_input
+from critic_train.model.prefix_tree import PrefixOrder, build_tree_layout, prefix_order
 from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ActivationCheckpointing
@@ -91,7 +91,7 @@ def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
     )
     rollouts = draw(Shape("", length // 2, length // 2, length // 2), vocabulary=VOCABULARY)
     compute = Compute(device=options.device, precision="bf16", max_tokens=MAX_TOKENS)
-    forest = build_prefix_trees(rollouts, prefix_order(rollouts))
+    forest = build_tree_layout(rollouts, prefix_order(rollouts))
     compute.attention, passed = choose_attention("auto", forest, options.device, "bf16")
     rows = []
     for name in ("fit", "flat", "padded"):
@@ -160,7 +160,7 @@ def computed(name: str, rollouts: Rollouts, max_tokens: int) -> tuple[int, float
     lengths = rollouts.lengths.astype(np.float64)
     if name != "fit":
         return len(rollouts.input_ids), float((lengths * (lengths + 1) / 2).sum())
-    forests = [build_prefix_trees(rollouts, order) for order in forest_micro_batches(rollouts, max_tokens)]
+    forests = [build_tree_layout(rollouts, order) for order in forest_micro_batches(rollouts, max_tokens)]
     return sum(len(forest) for forest in forests), sum(pairs_of(forest.depth) for forest in forests)
 
 
@@ -211,9 +211,9 @@ def flat_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[
         for first in range(0, len(rollouts), at_once):
             index = np.arange(first, min(first + at_once, len(rollouts)))
             order = PrefixOrder(index=index, shared=np.zeros(len(index), dtype=np.int64))
-            batch = forest_input(rollouts, order, compute.device, compute.attention)
+            batch = tree_input(rollouts, order, compute.device, compute.attention)
             columns = (rollouts.returns, values, weights)
-            target, old, weight = (torch.from_numpy(c[batch.tokens]).to(compute.device) for c in columns)
+            target, old, weight = (torch.from_numpy(c[batch.response_tokens]).to(compute.device) for c in columns)
             with compute.autocast():
                 found = critic(batch)
             part = value_loss(found, target, old, weight, EPS)

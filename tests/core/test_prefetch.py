@@ -82,7 +82,7 @@ def test_micro_batches_laid_out_ahead_are_the_same(monkeypatch):
     beside = list(ahead(microbatches._laid_out(rollouts, compute, forest=True), 2))
     assert len(plain) == len(beside) > 2
     for one, other in zip(plain, beside, strict=True):
-        assert torch.equal(one.read, other.read)
+        assert torch.equal(one.read_positions, other.read_positions)
         assert torch.equal(one.trunk_arguments["input_ids"], other.trunk_arguments["input_ids"])
 
 

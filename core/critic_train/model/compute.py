@@ -6,7 +6,7 @@ import torch
 
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import ConfigError, MachineError
-from critic_train.model.attention import candidates
+from critic_train.model.attention import kernels_to_try
 from critic_train.model.model_input import StateSource
 from critic_train.settings import Attention, ComputeSettings, Offload, Precision, TrainComputeSettings
 
@@ -76,7 +76,7 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) ->
         MachineError: this machine has no such device.
     """
     device = resolve_device(settings.device, ranks)
-    candidates(settings.attention, device, settings.precision)
+    kernels_to_try(settings.attention, device, settings.precision)
     return Compute(
         device=device,
         precision=settings.precision,

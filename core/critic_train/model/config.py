@@ -26,7 +26,7 @@ MISSING_SHARE, MISSING_FEW = 2, 2**20
 MOST_COPIED_BYTES = 2**28
 
 
-def without_kernels(config: PreTrainedConfig) -> PreTrainedConfig:
+def clear_implementations(config: PreTrainedConfig) -> PreTrainedConfig:
     """Forget the implementations that a config.json names: transformers would fetch such a kernel and run it."""
     for name in [name for name in vars(config) if name.endswith(("_implementation", "_implementation_internal"))]:
         setattr(config, name, None)

@@ -18,7 +18,7 @@ from critic_train.errors import ModelError
 from critic_train.model.model_input import ModelInput
 
 
-def freeze(trunk: PreTrainedModel, layers: int) -> None:
+def freeze_all_but_last(trunk: PreTrainedModel, layers: int) -> None:
     """Leave only the last layers, and the final norm above them, to be trained; with 0 layers nothing of the trunk.
 
     Raises:
@@ -27,7 +27,7 @@ def freeze(trunk: PreTrainedModel, layers: int) -> None:
     trunk.requires_grad_(False)
     if layers == 0:
         return
-    stack = layers_of(trunk)
+    stack = decoder_layers(trunk)
     if layers >= len(stack):
         raise ModelError(
             f"--train last-{layers}: {trunk.config.model_type} has {len(stack)} layers",
@@ -39,7 +39,7 @@ def freeze(trunk: PreTrainedModel, layers: int) -> None:
             child.requires_grad_(True)
 
 
-def layers_of(trunk: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(trunk: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers.
 
     Raises:
@@ -54,7 +54,7 @@ def layers_of(trunk: PreTrainedModel) -> nn.ModuleList:
     return stack
 
 
-class UpperPart:
+class LastLayers:
     """The last layers of a trunk as a trunk of their own, which takes hidden states in place of tokens.
 
     The layers and the norm are the trunk's: what is trained in one is trained in the other.
@@ -65,16 +65,16 @@ class UpperPart:
     """
 
     def __init__(self, trunk: PreTrainedModel, layers: int) -> None:
-        self._first = layers_of(trunk)[-layers]
+        self._first = decoder_layers(trunk)[-layers]
         self._whole = trunk
         # Not copy.copy: a sharded module's class makes a new module of its own when it is asked for one. The copy
         # shares the trunk's hooks, so that weights above the layers are gathered and their gradients summed as there.
         self._upper: Any = object.__new__(type(trunk))
         vars(self._upper).update(vars(trunk))
         self._upper._modules = dict(trunk._modules)
-        self._upper.layers = nn.ModuleList(layers_of(trunk)[-layers:])
+        self._upper.layers = nn.ModuleList(decoder_layers(trunk)[-layers:])
 
-    def states_below(self, batch: ModelInput) -> Tensor:
+    def states_to_cache(self, batch: ModelInput) -> Tensor:
         """[P, hidden_size]: the hidden states that enter the first of the layers, at every position."""
         seen: list[Tensor] = []
         sharded = type(self._whole).__name__.startswith("FSDP")
@@ -108,13 +108,13 @@ class _ReachedError(Exception):
 
 
 @torch.no_grad()
-def upper_part_agrees(trunk: PreTrainedModel, upper: UpperPart, batch: ModelInput, tolerance: float) -> bool:
+def last_layers_agree(trunk: PreTrainedModel, upper: LastLayers, batch: ModelInput, tolerance: float) -> bool:
     """Whether the upper part gives what the whole gives: some architectures do more to embeddings than pass them on.
 
     Those may also raise whatever their code raises.
     """
     whole = trunk(use_cache=False, **batch.trunk_arguments).last_hidden_state
-    parted = upper.last_states(batch, upper.states_below(batch))
+    parted = upper.last_states(batch, upper.states_to_cache(batch))
     return bool((parted - whole).abs().max() <= tolerance * whole.abs().max())
 
 
@@ -130,9 +130,9 @@ class ValueHead(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Start at 0: no random numbers are drawn."""
-        self.start_at(0.0)
+        self.set_constant(0.0)
 
-    def start_at(self, mean_return: float) -> None:
+    def set_constant(self, mean_return: float) -> None:
         """Make the head predict `mean_return` everywhere."""
         with torch.no_grad():
             self.weight.zero_()
@@ -157,7 +157,7 @@ class Critic(nn.Module):
         self.trunk = trunk
         self.head = head
         # In a list, so that the layers it shares with the trunk are not registered twice.
-        self._upper: list[UpperPart] = []
+        self._upper: list[LastLayers] = []
 
     @property
     def device(self) -> torch.device:
@@ -166,18 +166,18 @@ class Critic(nn.Module):
         return self.head.weight.device if mesh is None else torch.device(mesh.device_type)
 
     @property
-    def upper(self) -> UpperPart | None:
+    def last_layers(self) -> LastLayers | None:
         """The layers that kept states are given to; None where they are given to the head."""
         return self._upper[0] if self._upper else None
 
-    def give_states_to_last(self, layers: int) -> None:
+    def use_cached_states(self, layers: int) -> None:
         """Take kept states, where a micro-batch has them, as what enters the last layers, or (0 layers) the head."""
         if layers:
-            self._upper.append(UpperPart(self.trunk, layers))
+            self._upper.append(LastLayers(self.trunk, layers))
 
-    def states_below(self, batch: ModelInput) -> Tensor:
-        """What `give_states_to_last` takes: [P, hidden_size] at every position, or [R, hidden_size] that are read."""
-        return self.hidden(batch) if self.upper is None else self.upper.states_below(batch)
+    def states_to_cache(self, batch: ModelInput) -> Tensor:
+        """What `use_cached_states` takes: [P, hidden_size] at every position, or [R, hidden_size] that are read."""
+        return self.hidden(batch) if self.last_layers is None else self.last_layers.states_to_cache(batch)
 
     def forward(self, batch: ModelInput) -> Tensor:
         """float32 [M]: the value paired with each of the M response tokens of the batch, in the batch's order.
@@ -185,17 +185,17 @@ class Critic(nn.Module):
         The value paired with token t is read off the hidden state of token t-1 of the same rollout: the state in
         which token t is chosen.
         """
-        return self.head(self.hidden(batch))[batch.pair]  # type: ignore[no-any-return]
+        return self.head(self.hidden(batch))[batch.value_index]  # type: ignore[no-any-return]
 
     def hidden(self, batch: ModelInput) -> Tensor:
         """[R, hidden_size]: the trunk's last hidden state at each of the R positions that are read."""
-        if batch.states is None:
+        if batch.cached_states is None:
             states: Tensor = self.trunk(use_cache=False, **batch.trunk_arguments).last_hidden_state
-        elif self.upper is None:
-            return batch.states
+        elif self.last_layers is None:
+            return batch.cached_states
         else:
-            states = self.upper.last_states(batch, batch.states)
+            states = self.last_layers.last_states(batch, batch.cached_states)
         states = states.flatten(0, 1)
         if len(states) == batch.computed_tokens:
-            return states[batch.read]
-        return states if batch.read_of_kept is None else states[batch.read_of_kept]
+            return states[batch.read_positions]
+        return states if batch.read_in_last_layer is None else states[batch.read_in_last_layer]

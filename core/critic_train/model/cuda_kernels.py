@@ -26,7 +26,7 @@ from critic_train.model.queries import Queries
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
 
-class Varlen:
+class VarlenKernel:
     """A kernel (see `queries.Kernel`).
 
     Args:
@@ -41,9 +41,9 @@ class Varlen:
     """
 
     def __init__(self, queries: Queries, device: torch.device, attend: Callable[..., Any] | None = None) -> None:
-        pieces = np.asarray([piece for run in queries.runs for piece in run.path], dtype=np.int64)
-        own = np.asarray([run.queries[1] - run.queries[0] for run in queries.runs], dtype=np.int64)
-        path = np.asarray([sum(stop - start for start, stop in run.path) for run in queries.runs], dtype=np.int64)
+        pieces = np.asarray([piece for run in queries.spans for piece in run.path], dtype=np.int64)
+        own = np.asarray([run.queries[1] - run.queries[0] for run in queries.spans], dtype=np.int64)
+        path = np.asarray([sum(stop - start for start, stop in run.path) for run in queries.spans], dtype=np.int64)
         self.paths = torch.from_numpy(repeat_by_length(pieces[:, 0], pieces[:, 1] - pieces[:, 0])).to(device)
         self.query_offsets = torch.from_numpy(offsets_from_lengths(own).astype(np.int32)).to(device)
         self.key_offsets = torch.from_numpy(offsets_from_lengths(path).astype(np.int32)).to(device)
@@ -97,7 +97,7 @@ BLOCK = 128
 """Positions a side of a block."""
 
 
-class Flex:
+class FlexKernel:
     """A kernel (see `queries.Kernel`). On CUDA it is compiled; on a CPU it runs eagerly, without a backward pass.
 
     Args:
@@ -106,10 +106,10 @@ class Flex:
     """
 
     def __init__(self, queries: Queries, device: torch.device) -> None:
-        forest = queries.forest
-        self._end = torch.from_numpy(forest.end).to(device)
-        self._depth = torch.from_numpy(forest.depth).to(device)
-        places = torch.arange(len(forest), device=device)
+        layout = queries.layout
+        self._end = torch.from_numpy(layout.end).to(device)
+        self._depth = torch.from_numpy(layout.depth).to(device)
+        places = torch.arange(len(layout), device=device)
         self._positions = places if queries.positions is None else torch.from_numpy(queries.positions).to(device)
         self._masks: dict[int | None, BlockMask] = {}
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from critic_train.model.attention import NAME, TreeAttentionPlan, tree_attention
+from critic_train.model.attention import TREE_ATTENTION, TreeAttentionPlan, tree_attention
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
 
 
-def narrow_last_layer(trunk: nn.Module) -> bool:
+def skip_unread_positions(trunk: nn.Module) -> bool:
     """Replace the last layer's forward where it is built like Llama's; returns whether it was."""
     layer = _last_layer(trunk)
     if layer is None or "forward" in vars(layer):
@@ -36,7 +36,7 @@ def narrow_last_layer(trunk: nn.Module) -> bool:
     return known
 
 
-def widen_last_layer(trunk: nn.Module) -> None:
+def restore_last_layer(trunk: nn.Module) -> None:
     """Give the last layer its own forward back."""
     layer = _last_layer(trunk)
     if layer is not None:
@@ -50,10 +50,10 @@ def _last_layer(trunk: nn.Module) -> Any:
 
 def _forward(layer: Any, whole: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """[1, S, hidden_size] -> [1, Q, hidden_size] where the plan says that Q < S positions are enough."""
-    plan: TreeAttentionPlan | None = kwargs.get("forest_plan")
-    if plan is None or plan.kept is None or layer.self_attn.config._attn_implementation != NAME:
+    plan: TreeAttentionPlan | None = kwargs.get("tree_plan")
+    if plan is None or plan.needed is None or layer.self_attn.config._attn_implementation != TREE_ATTENTION:
         return whole(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-    narrow = hidden_states[:, plan.kept]
+    narrow = hidden_states[:, plan.needed]
     attended = _attention(layer.self_attn, layer.input_layernorm(hidden_states), plan, kwargs["position_embeddings"])
     narrow = narrow + attended
     return narrow + layer.mlp(layer.post_attention_layernorm(narrow))  # type: ignore[no-any-return]
@@ -65,12 +65,12 @@ def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, angles: 
     # Mistral's layers leave the window to the configuration.
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     cos, sin = angles
-    asking = states[:, plan.kept]
+    asking = states[:, plan.needed]
     query = _heads(attention.q_proj(asking), attention, "q_norm")
     key = _heads(attention.k_proj(states), attention, "k_norm")
     value = _heads(attention.v_proj(states), attention, "")
     # The model's own rotation turns queries and keys together; of each call one side has no heads.
-    query, _ = rotate(query, query[:, :0], cos[:, plan.kept], sin[:, plan.kept])
+    query, _ = rotate(query, query[:, :0], cos[:, plan.needed], sin[:, plan.needed])
     _, key = rotate(key[:, :0], key, cos, sin)
     output, _ = tree_attention(
         attention,
@@ -78,7 +78,7 @@ def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, angles: 
         key,
         value,
         None,
-        forest_plan=plan,
+        tree_plan=plan,
         scaling=attention.scaling,
         sliding_window=window,
     )

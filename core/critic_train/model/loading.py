@@ -17,9 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
-from critic_train.model.attention import NAME
+from critic_train.model.attention import TREE_ATTENTION
 from critic_train.model.compute import Compute
-from critic_train.model.config import check_config_against_weights, refuse_unsafe_config, without_kernels
+from critic_train.model.config import check_config_against_weights, clear_implementations, refuse_unsafe_config
 from critic_train.model.critic import Critic, ValueHead
 
 HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
@@ -150,7 +150,7 @@ def load_critic(
     head = ValueHead(int(source.config.hidden_size))
     if source.head is not None:
         _fill_head(head, source)
-    critic = with_forest_attention(Critic(trunk, head))
+    critic = use_tree_attention(Critic(trunk, head))
     if adapt is not None:
         adapt(critic)
     return critic
@@ -165,13 +165,13 @@ def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = AutoModel.from_config(config, dtype=torch.float32)
-    return with_forest_attention(Critic(trunk, ValueHead(int(config.hidden_size))))
+    return use_tree_attention(Critic(trunk, ValueHead(int(config.hidden_size))))
 
 
-def with_forest_attention(critic: Critic) -> Critic:
+def use_tree_attention(critic: Critic) -> Critic:
     """Ask the trunk for our attention; one that takes no name but its own keeps its own, and is given rows later."""
     with contextlib.suppress(ValueError):
-        critic.trunk.set_attn_implementation(NAME)
+        critic.trunk.set_attn_implementation(TREE_ATTENTION)
     return critic
 
 
@@ -202,7 +202,7 @@ def _raw_config(path: Path) -> dict[str, Any]:
 def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        without_kernels(config)
+        clear_implementations(config)
     except Exception as error:  # transformers raises many kinds for a configuration it does not know
         reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else first_line(error)
         raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error

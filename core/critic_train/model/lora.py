@@ -1,7 +1,7 @@
 """LoRA adapters on every linear layer of a trunk (Hu et al. 2021, arXiv 2106.09685), through peft.
 
-The head is trained in full beside them. A checkpoint holds the folded weights, which load anywhere, and the adapters by
-themselves, from which a run goes on: folded ones cannot be taken apart again.
+The head is trained in full beside them. A checkpoint holds the merged_tensors weights, which load anywhere, and the adapters by
+themselves, from which a run goes on: merged_tensors ones cannot be taken apart again.
 """
 
 from collections.abc import Callable, Iterator
@@ -83,7 +83,7 @@ def _seemingly_on_the_cpu(trunk: nn.Module) -> Iterator[None]:
             setattr(module, name, parameter)
 
 
-def is_adapted(module: nn.Module) -> bool:
+def has_adapters(module: nn.Module) -> bool:
     """Whether there are adapters in it."""
     return any(".lora_" in name for name, _ in module.named_parameters())
 
@@ -93,8 +93,8 @@ def name_without_adapter(name: str) -> str:
     return name.replace(f"{BASE}.", ".")
 
 
-def foldable(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """Name without adapters -> (tensor, the layer whose adapter `fold` adds to it or None), in the module's order."""
+def mergeable_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
+    """Name without adapters -> (tensor, the layer whose adapter `merge_adapter` adds to it or None), in the module's order."""
     adapted = _adapted(module)
     pairs: dict[str, tuple[Tensor, Any]] = {}
     for name, tensor in module.state_dict().items():
@@ -104,43 +104,43 @@ def foldable(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
     return pairs
 
 
-def fold(tensor: Tensor, layer: Any, whole: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+def merge_adapter(tensor: Tensor, layer: Any, gather: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
     """A whole tensor with its adapter's product added in.
 
     Args:
-        tensor: one that `foldable` gives.
+        tensor: one that `mergeable_tensors` gives.
         layer: the one beside it.
-        whole: makes a tensor whole that is spread over ranks; all of them call this.
+        gather: makes a tensor whole that is spread over ranks; all of them call this.
     """
-    tensor = whole(tensor)
+    tensor = gather(tensor)
     if layer is None:
         return tensor
     with torch.no_grad():
-        product: Tensor = whole(layer.lora_B[ADAPTER].weight) @ whole(layer.lora_A[ADAPTER].weight)
+        product: Tensor = gather(layer.lora_B[ADAPTER].weight) @ gather(layer.lora_A[ADAPTER].weight)
         if layer.fan_in_fan_out:  # GPT-2 keeps its weights [in, out]
             product = product.T
         return tensor + product * float(layer.scaling[ADAPTER])
 
 
-def folded(module: nn.Module) -> dict[str, Tensor]:
+def merged_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a module with its adapters' products added in, under the names it has without them."""
-    return {name: fold(*pair) for name, pair in foldable(module).items()}
+    return {name: merge_adapter(*pair) for name, pair in mergeable_tensors(module).items()}
 
 
-def save_adapters(critic: Critic, directory: Path | None, whole: Callable[[Tensor], Tensor] = as_it_is) -> None:
+def save_adapters(critic: Critic, directory: Path | None, gather: Callable[[Tensor], Tensor] = as_it_is) -> None:
     """Write what is trained, adapters and head, as it is.
 
     Args:
         critic: with adapters.
         directory: where the file goes; None on ranks that do not lead.
-        whole: as in `fold`.
+        gather: as in `merge_adapter`.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     trained = _trained(critic)
     file = None if directory is None else directory / ADAPTER_FILE
-    write_tensors(file, dict(trained), lambda name: whole(trained[name].detach()))
+    write_tensors(file, dict(trained), lambda name: gather(trained[name].detach()))
 
 
 def load_adapters(critic: Critic, directory: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.memory import with_oom_retry
-from critic_train.model.model_input import ModelInput, forest_input, nothing_asked, rows_input
+from critic_train.model.model_input import ModelInput, empty_input, padded_input, tree_input
 from critic_train.model.prefix_tree import PrefixOrder, prefix_order
 from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.prefetch import ahead
@@ -43,24 +43,24 @@ def micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iter
 
 def _laid_out(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
     for batch in _layouts(rollouts, compute, forest=forest):
-        yield batch if compute.states is None else compute.states.given_to(batch, rollouts)
+        yield batch if compute.states is None else compute.states.add_to(batch, rollouts)
 
 
 def _layouts(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[ModelInput]:
     if compute.ranks.size > 1:
         for part in shared_micro_batches(rollouts, compute, forest=forest):
             if not len(part):
-                yield nothing_asked(rollouts, compute.device, forest=forest)
+                yield empty_input(rollouts, compute.device, forest=forest)
             elif forest:
-                yield forest_input(rollouts, part, compute.device, compute.attention)
+                yield tree_input(rollouts, part, compute.device, compute.attention)
             else:
-                yield rows_input(rollouts, part.index, compute.device)
+                yield padded_input(rollouts, part.index, compute.device)
     elif forest:
         for order in forest_micro_batches(rollouts, compute.max_tokens):
-            yield forest_input(rollouts, order, compute.device, compute.attention)
+            yield tree_input(rollouts, order, compute.device, compute.attention)
     else:
         for index in row_micro_batches(rollouts, compute.max_tokens):
-            yield rows_input(rollouts, index, compute.device)
+            yield padded_input(rollouts, index, compute.device)
 
 
 def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> list[PrefixOrder]:
@@ -167,7 +167,7 @@ def predict_values(
                 for batch in micro_batches(rollouts, compute, forest=forest):
                     if stop is not None and stop.look():
                         return None
-                    values[batch.tokens] = critic(batch).float().cpu().numpy()
+                    values[batch.response_tokens] = critic(batch).float().cpu().numpy()
         finally:
             compute.ranks.in_parts((critic.trunk, critic.head))
         return compute.ranks.total_of(values)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from critic_train.model.attention import TreeAttentionPlan
-from critic_train.model.prefix_tree import PrefixOrder, build_prefix_trees
+from critic_train.model.prefix_tree import PrefixOrder, build_tree_layout
 from critic_train.rollouts import Rollouts, ragged_take
 from critic_train.settings import Attention
 
@@ -25,7 +25,7 @@ class ModelInput:
     Attributes:
         trunk_arguments: keyword arguments of the trunk.
         read: int64 [R], the flattened positions whose hidden state is turned into a value, each once, ascending.
-        read_of_kept: int64 [R], their places among the positions that the last layer computes where it is narrowed;
+        read_in_last_layer: int64 [R], their places among the positions that the last layer computes where it is narrowed;
             None where they are just these.
         pair: int64 [M], for every response token the entry of `read` that holds its value.
         tokens: int64 numpy [M], the place of those response tokens in the mini-batch's token arrays.
@@ -37,24 +37,24 @@ class ModelInput:
     """
 
     trunk_arguments: dict[str, Any]
-    read: Tensor
-    read_of_kept: Tensor | None
-    pair: Tensor
-    tokens: NDArray[np.int64]
+    read_positions: Tensor
+    read_in_last_layer: Tensor | None
+    value_index: Tensor
+    response_tokens: NDArray[np.int64]
     computed_tokens: int
     all_tokens: NDArray[np.int64]
-    where: NDArray[np.int64]
-    states: Tensor | None = None
+    token_positions: NDArray[np.int64]
+    cached_states: Tensor | None = None
 
 
 class StateSource(Protocol):
     """Where hidden states of a frozen trunk come from."""
 
-    def given_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
+    def add_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
         """A micro-batch with its `states`; `rollouts` is the mini-batch it is a part of."""
 
 
-def forest_input(
+def tree_input(
     rollouts: Rollouts, order: PrefixOrder, device: torch.device, attention: Attention = "sdpa"
 ) -> ModelInput:
     """Lay out a part of a mini-batch as a forest.
@@ -65,31 +65,31 @@ def forest_input(
         device: where the trunk is.
         attention: the kernel, resolved.
     """
-    forest = build_prefix_trees(rollouts, order)
-    asked = _asked(rollouts, np.sort(order.index), forest.where, len(forest))
+    forest = build_tree_layout(rollouts, order)
+    asked = _asked(rollouts, np.sort(order.index), forest.token_positions, len(forest))
     plan = TreeAttentionPlan(forest, asked.read, device, attention)
     return ModelInput(
         trunk_arguments={
             "input_ids": _on(device, forest.input_ids)[None],
             "position_ids": _on(device, forest.depth)[None],
-            "forest_plan": plan,
+            "tree_plan": plan,
         },
-        read=_on(device, asked.read),
-        read_of_kept=_read_of_kept(plan, asked.read, device),
-        pair=_on(device, asked.pair),
-        tokens=asked.tokens,
+        read_positions=_on(device, asked.read),
+        read_in_last_layer=_read_of_kept(plan, asked.read, device),
+        value_index=_on(device, asked.pair),
+        response_tokens=asked.tokens,
         computed_tokens=len(forest),
         all_tokens=asked.all_tokens,
-        where=forest.where,
+        token_positions=forest.token_positions,
     )
 
 
 def _read_of_kept(plan: TreeAttentionPlan, read: NDArray[np.int64], device: torch.device) -> Tensor | None:
-    same = plan.kept is None or len(plan.kept_positions) == len(read)
-    return None if same else _on(device, np.searchsorted(plan.kept_positions, read))
+    same = plan.needed is None or len(plan.needed_positions) == len(read)
+    return None if same else _on(device, np.searchsorted(plan.needed_positions, read))
 
 
-def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.device) -> ModelInput:
+def padded_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.device) -> ModelInput:
     """Lay out a part of a mini-batch as rows padded on the right, for trunks that cannot take a forest.
 
     Args:
@@ -114,17 +114,17 @@ def rows_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.devic
     asked = _asked(rollouts, index, where, len(ids))
     return ModelInput(
         trunk_arguments=arguments,
-        read=_on(device, asked.read),
-        read_of_kept=None,
-        pair=_on(device, asked.pair),
-        tokens=asked.tokens,
+        read_positions=_on(device, asked.read),
+        read_in_last_layer=None,
+        value_index=_on(device, asked.pair),
+        response_tokens=asked.tokens,
         computed_tokens=len(ids),
         all_tokens=asked.all_tokens,
-        where=where,
+        token_positions=where,
     )
 
 
-def nothing_asked(rollouts: Rollouts, device: torch.device, *, forest: bool) -> ModelInput:
+def empty_input(rollouts: Rollouts, device: torch.device, *, forest: bool) -> ModelInput:
     """One position of which no value is asked: for a rank that must go through the trunk while it has no work."""
     one = replace(
         rollouts.take(np.zeros(1, dtype=np.int64)),
@@ -134,11 +134,11 @@ def nothing_asked(rollouts: Rollouts, device: torch.device, *, forest: bool) -> 
     )
     index = np.zeros(1, dtype=np.int64)
     if forest:
-        batch = forest_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
+        batch = tree_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
     else:
-        batch = rows_input(one, index, device)
+        batch = padded_input(one, index, device)
     # That position is no token of the mini-batch's share.
-    return replace(batch, all_tokens=batch.all_tokens[:0], where=batch.where[:0])
+    return replace(batch, all_tokens=batch.all_tokens[:0], token_positions=batch.token_positions[:0])
 
 
 class _Asked(NamedTuple):

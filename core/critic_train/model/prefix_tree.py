@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from critic_train.rollouts import Rollouts, offsets_from_lengths, repeat_by_length
 
-Run = tuple[int, int]
-"""A stretch start:stop of forest positions."""
+Span = tuple[int, int]
+"""A stretch start:stop of layout positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +49,15 @@ class PrefixOrder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """The tokens that one rollout adds to the forest, and the path of ancestors they hang on.
+    """The tokens that one rollout adds to the layout, and the path of ancestors they hang on.
 
     Attributes:
         own: the positions the rollout adds.
         path: the runs of positions from the root to the rollout's last token; `own` is their tail.
     """
 
-    own: Run
-    path: tuple[Run, ...]
+    own: Span
+    path: tuple[Span, ...]
 
     @property
     def own_length(self) -> int:
@@ -71,7 +71,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTrees:
+class TreeLayout:
     """The layout of n rollouts with T tokens in all on S <= T positions.
 
     Attributes:
@@ -88,8 +88,8 @@ class PrefixTrees:
     input_ids: NDArray[np.int64]
     depth: NDArray[np.int64]
     end: NDArray[np.int64]
-    where: NDArray[np.int64]
-    starts: NDArray[np.int64]
+    token_positions: NDArray[np.int64]
+    segment_starts: NDArray[np.int64]
     runs: NDArray[np.int64]
     run_offsets: NDArray[np.int64]
 
@@ -99,10 +99,10 @@ class PrefixTrees:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """One for each rollout that adds tokens, left to right."""
-        runs: list[Run] = list(map(tuple, self.runs.tolist()))
+        runs: list[Span] = list(map(tuple, self.runs.tolist()))
         paths = [tuple(runs[first:last]) for first, last in pairwise(self.run_offsets.tolist())]
         return tuple(
-            Segment(own=own, path=path) for own, path in zip(pairwise(self.starts.tolist()), paths, strict=True)
+            Segment(own=own, path=path) for own, path in zip(pairwise(self.segment_starts.tolist()), paths, strict=True)
         )
 
 
@@ -127,7 +127,7 @@ def prefix_order(rollouts: Rollouts) -> PrefixOrder:
     return PrefixOrder(index=np.asarray(index, dtype=np.int64), shared=shared)
 
 
-def build_prefix_trees(rollouts: Rollouts, order: PrefixOrder) -> PrefixTrees:
+def build_tree_layout(rollouts: Rollouts, order: PrefixOrder) -> TreeLayout:
     """Lay out the rollouts named by `order` (all of the batch's or a part of them).
 
     Everything follows from how much each rollout shares with the one before it. Rollout i adds its tokens from depth
@@ -139,7 +139,7 @@ def build_prefix_trees(rollouts: Rollouts, order: PrefixOrder) -> PrefixTrees:
         order: from `prefix_order`, or a part of it whose first `shared` is 0.
 
     Returns:
-        The forest. `where` covers the rollouts of `order.index` in ascending order of their batch position.
+        The layout. `where` covers the rollouts of `order.index` in ascending order of their batch position.
     """
     lengths = rollouts.lengths[order.index]
     own = lengths - order.shared
@@ -149,14 +149,14 @@ def build_prefix_trees(rollouts: Rollouts, order: PrefixOrder) -> PrefixTrees:
     in_batch = np.argsort(np.argsort(order.index))[owner].argsort(kind="stable")
     adding = np.flatnonzero(own)
     runs, run_offsets = _joined(owner, begin, size, adding)
-    return PrefixTrees(
+    return TreeLayout(
         input_ids=rollouts.input_ids[repeat_by_length(rollouts.offsets[order.index] + order.shared, own)].astype(
             np.int64
         ),
         depth=repeat_by_length(order.shared, own),
         end=_ends(order.shared, lengths, starts, parent),
-        where=repeat_by_length(begin[in_batch], size[in_batch]),
-        starts=np.append(starts[adding], starts[-1]),
+        token_positions=repeat_by_length(begin[in_batch], size[in_batch]),
+        segment_starts=np.append(starts[adding], starts[-1]),
         runs=runs,
         run_offsets=run_offsets,
     )
@@ -225,8 +225,8 @@ def _joined(
     return np.stack([begin[new], stop[last]], axis=1), offsets_from_lengths(counts)
 
 
-def attention_mask(forest: PrefixTrees) -> NDArray[np.bool_]:
+def attention_mask(layout: TreeLayout) -> NDArray[np.bool_]:
     """bool [S, S]: whether position q (row) may attend to position k (column). For small forests and tests."""
-    q = np.arange(len(forest))[:, None]
-    k = np.arange(len(forest))[None, :]
-    return (k <= q) & (q < forest.end[None, :])
+    q = np.arange(len(layout))[:, None]
+    k = np.arange(len(layout))[None, :]
+    return (k <= q) & (q < layout.end[None, :])

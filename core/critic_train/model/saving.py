@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.model.config import may_be_copied
 from critic_train.model.critic import Critic
-from critic_train.model.lora import folded, is_adapted, save_adapters
+from critic_train.model.lora import has_adapters, merged_tensors, save_adapters
 from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
@@ -77,13 +77,13 @@ def save_critic(
     with library_writes(directory):
         if loads_for_token_classification(critic):
             model = as_token_classifier(critic)
-            whole = folded(model) if is_adapted(model) else None
+            whole = merged_tensors(model) if has_adapters(model) else None
             model.save_pretrained(directory, state_dict=whole, max_shard_size=MAX_SHARD_SIZE)
         else:
-            tensors = folded(critic.trunk)
+            tensors = merged_tensors(critic.trunk)
             tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
             critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
-    if is_adapted(critic.trunk):
+    if has_adapters(critic.trunk):
         save_adapters(critic, directory)
     copy_tokenizer(tokenizer_from, directory)
 

@@ -6,7 +6,7 @@ whole path, so the causal mask is aligned at the lower right.
 Attention piece by piece on the CPU: exactly the pairs that are seen, no masks, no copies of keys.
 
 Every run of queries attends to itself causally; every stretch of positions that other rollouts hang on is attended to
-in one block by all queries below it, which stand side by side in the forest. A query's pieces are merged by their
+in one block by all queries below it, which stand side by side in the layout. A query's pieces are merged by their
 log-sum-exp, and the backward pass runs piece by piece with the merged output and log-sum-exp, as ring attention does
 (Liu et al. 2023). torch's own backward of an attention that returns its log-sum-exp ignores the latter's gradient,
 hence a Function of our own.
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from critic_train.model.prefix_tree import Run
+from critic_train.model.prefix_tree import Span
 from critic_train.model.queries import Queries
 
 
-class Segments:
+class SdpaKernel:
     """A kernel (see `queries.Kernel`).
 
     Keys and values are split into pieces at every point where a path is cut; a run's keys are the pieces of its path,
@@ -37,19 +37,19 @@ class Segments:
     """
 
     def __init__(self, queries: Queries, device: torch.device) -> None:
-        cuts = {0, len(queries.forest)}
-        for run in queries.runs:
+        cuts = {0, len(queries.layout)}
+        for run in queries.spans:
             for start, stop in run.path:
                 cuts.update((start, stop))
         bounds = sorted(cuts)
         piece_of = {start: piece for piece, start in enumerate(bounds)}
         self._piece_sizes = [stop - start for start, stop in pairwise(bounds)]
-        self._query_sizes = [run.queries[1] - run.queries[0] for run in queries.runs]
+        self._query_sizes = [run.queries[1] - run.queries[0] for run in queries.spans]
         self._paths = [
             [piece for start, stop in run.path for piece in range(piece_of[start], piece_of[stop])]
-            for run in queries.runs
+            for run in queries.spans
         ]
-        self._path_lengths = [sum(stop - start for start, stop in run.path) for run in queries.runs]
+        self._path_lengths = [sum(stop - start for start, stop in run.path) for run in queries.spans]
         self._device = device
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
@@ -105,8 +105,8 @@ class Piece:
         causal: the latter; queries and keys are then the same positions.
     """
 
-    queries: Run
-    keys: Run
+    queries: Span
+    keys: Span
     causal: bool
 
 
@@ -115,7 +115,7 @@ def available(device: torch.device) -> bool:
     return device.type == "cpu" and all(hasattr(torch.ops.aten, name) for name in (_FORWARD, _BACKWARD))
 
 
-class Pieces:
+class CpuFlashKernel:
     """A kernel (see `queries.Kernel`) without windows.
 
     Args:
@@ -127,27 +127,27 @@ class Pieces:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
         """See `queries.Kernel`."""
-        assert window is None, "a window cuts pieces; Segments honours it"
+        assert window is None, "a window cuts pieces; SdpaKernel honours it"
         merged: Tensor = _Pieces.apply(query, key, value, self.pieces, scale)  # type: ignore[no-untyped-call]
         return merged.transpose(1, 2)
 
 
 def pieces_of(queries: Queries) -> list[Piece]:
     """The pairs that are seen, each in one piece; every query's causal piece comes before its others."""
-    forest = queries.forest
+    layout = queries.layout
     causal: list[Piece] = []
     whole: list[Piece] = []
-    for run in queries.runs:
+    for run in queries.spans:
         causal.append(Piece(run.queries, run.own, True))
-        start = int(forest.starts[np.searchsorted(forest.starts, run.own[0], side="right") - 1])
+        start = int(layout.segment_starts[np.searchsorted(layout.segment_starts, run.own[0], side="right") - 1])
         if start < run.own[0]:
             whole.append(Piece(run.queries, (start, run.own[0]), False))
     # Stretches of one rollout's own positions whose subtrees end together, beyond the rollout itself.
-    segment = np.repeat(np.arange(len(forest.starts) - 1), np.diff(forest.starts))
-    change = np.flatnonzero((np.diff(forest.end) != 0) | (np.diff(segment) != 0)) + 1
+    segment = np.repeat(np.arange(len(layout.segment_starts) - 1), np.diff(layout.segment_starts))
+    change = np.flatnonzero((np.diff(layout.end) != 0) | (np.diff(segment) != 0)) + 1
     first = np.append(0, change)
-    last = np.append(change, len(forest))
-    below = np.stack([forest.starts[segment[first] + 1], forest.end[first]], axis=1)
+    last = np.append(change, len(layout))
+    below = np.stack([layout.segment_starts[segment[first] + 1], layout.end[first]], axis=1)
     if queries.positions is not None:
         below = np.searchsorted(queries.positions, below)
     for piece in np.flatnonzero(below[:, 0] < below[:, 1]).tolist():

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from critic_train.errors import MachineError, ModelError
-from critic_train.model.attention import NAME, TreeUnsupportedError, choose_attention
+from critic_train.model.attention import TREE_ATTENTION, TreeUnsupportedError, choose_attention
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.last_layer import narrow_last_layer, widen_last_layer
+from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
 from critic_train.model.memory import is_out_of_memory, release_memory
-from critic_train.model.model_input import forest_input
-from critic_train.model.prefix_tree import build_prefix_trees, prefix_order
+from critic_train.model.model_input import tree_input
+from critic_train.model.prefix_tree import build_tree_layout, prefix_order
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 
@@ -100,7 +100,7 @@ def _try_packing(
         choice = choose_packing(critic, rollouts, settings.packing)
     said = [*said, choice.reason] if choice.reason else said
     if choice.forest:
-        forest = build_prefix_trees(rollouts, prefix_order(rollouts))
+        forest = build_tree_layout(rollouts, prefix_order(rollouts))
         compute.attention, passed = choose_attention(settings.attention, forest, compute.device, compute.precision)
         said = said + passed
     return choice, said
@@ -118,7 +118,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
         ModelError: the trunk looks ahead (it is no causal decoder), or "forest" was asked for and is wrong here.
     """
     sample = _with_branch(rollouts)
-    widen_last_layer(critic.trunk)
+    restore_last_layer(critic.trunk)
     use_stock_attention(critic)
     alone = _alone(critic, sample)
     _refuse_look_ahead(critic, sample, alone)
@@ -126,7 +126,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
         return PackingChoice(forest=False)
     difference: float | None = None
     try:
-        critic.trunk.set_attn_implementation(NAME)
+        critic.trunk.set_attn_implementation(TREE_ATTENTION)
         difference = _difference(critic, sample, alone)
     except TreeUnsupportedError as error:
         reason = f"this architecture's attention uses {error}"
@@ -135,8 +135,8 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
     else:
         reason = "" if difference <= TOLERANCE else f"hidden states differ by {difference:.1e} from rollouts run alone"
     if not reason:
-        if narrow_last_layer(critic.trunk) and _difference(critic, sample, alone) > TOLERANCE:
-            widen_last_layer(critic.trunk)
+        if skip_unread_positions(critic.trunk) and _difference(critic, sample, alone) > TOLERANCE:
+            restore_last_layer(critic.trunk)
         return PackingChoice(forest=True, difference=difference)
     kind = critic.trunk.config.model_type
     if packing == "forest":
@@ -187,9 +187,9 @@ def _alone(critic: Critic, sample: Rollouts) -> torch.Tensor:
 @torch.no_grad()
 def _difference(critic: Critic, sample: Rollouts, alone: torch.Tensor) -> float:
     """The largest difference of a state that is read between the sample as one forest and its rollouts alone."""
-    batch = forest_input(sample, prefix_order(sample), alone.device)
-    expected = alone[torch.from_numpy(batch.tokens - 1).to(alone.device)]
-    return float((critic.hidden(batch)[batch.pair] - expected).abs().max() / alone.abs().max())
+    batch = tree_input(sample, prefix_order(sample), alone.device)
+    expected = alone[torch.from_numpy(batch.response_tokens - 1).to(alone.device)]
+    return float((critic.hidden(batch)[batch.value_index] - expected).abs().max() / alone.abs().max())
 
 
 def _refuse_look_ahead(critic: Critic, sample: Rollouts, alone: torch.Tensor) -> None:

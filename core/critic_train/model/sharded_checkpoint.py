@@ -36,8 +36,8 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, ValueHead
 from critic_train.model.fsdp import shard
-from critic_train.model.loading import ModelSource, load_critic, weight_files, with_forest_attention
-from critic_train.model.lora import fold, foldable, is_adapted, name_without_adapter, save_adapters
+from critic_train.model.loading import ModelSource, load_critic, use_tree_attention, weight_files
+from critic_train.model.lora import has_adapters, merge_adapter, mergeable_tensors, name_without_adapter, save_adapters
 from critic_train.model.saving import (
     MAX_SHARD_BYTES,
     MAX_SHARD_SIZE,
@@ -125,7 +125,7 @@ def load_sharded(source: ModelSource, compute: Compute, adapt: Callable[[Critic]
     with parameters_on_meta():
         trunk = AutoModel.from_config(source.config, dtype=torch.float32)
         head = ValueHead(int(source.config.hidden_size))
-    critic = with_forest_attention(Critic(trunk, head))
+    critic = use_tree_attention(Critic(trunk, head))
     places = _places(critic, source)
     if adapt is not None:
         adapt(critic)
@@ -133,7 +133,7 @@ def load_sharded(source: ModelSource, compute: Compute, adapt: Callable[[Critic]
     if places is None:
         _from_rank_0(critic, source, compute, adapt)
         return critic
-    critic.head.start_at(0.0)
+    critic.head.set_constant(0.0)
     for name, parameter in critic.named_parameters():
         place = places.get(name_without_adapter(name))
         if place is not None:
@@ -238,17 +238,17 @@ def save_sharded(critic: Critic, directory: Path | None, tokenizer_from: Path | 
     model = as_token_classifier(critic) if classifies else critic.trunk
     if not classifies:
         model.config.value_head_prefix = "score"
-    parts = foldable(model)
+    parts = mergeable_tensors(model)
     if not classifies:
         parts |= {f"score.{name}": (value, None) for name, value in critic.head.state_dict().items()}
 
     def whole_and_folded(name: str) -> Tensor:
-        return fold(*parts[name], whole)
+        return merge_adapter(*parts[name], whole)
 
     tensors = {name: tensor for name, (tensor, _) in parts.items()}
     writes = _writes(model, tensors, whole_and_folded, leads=directory is not None)
-    if is_adapted(critic.trunk):
-        writes.append(partial(save_adapters, critic, whole=whole))
+    if has_adapters(critic.trunk):
+        writes.append(partial(save_adapters, critic, gather=whole))
     fault: OSError | None = None
     for write in writes:
         try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from critic_train.events import Event, Notice, RunStarted
 from critic_train.model.compute import Compute
 from critic_train.model.config import LEARNING_RATES, preset_config
-from critic_train.model.critic import Critic, freeze
+from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import apply_memory_options
@@ -67,7 +67,7 @@ def build_run_critic(
     critic = _critic(settings, source, checkpoint, compute, shape)
     layers = trained_layers(settings.model.train)
     if layers is not None:
-        freeze(critic.trunk, layers)
+        freeze_all_but_last(critic.trunk, layers)
     return critic
 
 
@@ -93,14 +93,14 @@ def _critic(
     if source is None:
         config = preset_config(settings.model.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
         critic = build_critic(config, settings.optimizer.seed)
-        critic.head.start_at(shape.mean_return)
+        critic.head.set_constant(shape.mean_return)
         return critic
     adapters = partial(
         add_adapters, rank=settings.model.lora_rank, alpha=settings.model.lora_alpha, seed=settings.optimizer.seed
     )
     critic = load_critic(source, compute, adapters if settings.model.train == "lora" else None)
     if source.head is None:
-        critic.head.start_at(shape.mean_return)
+        critic.head.set_constant(shape.mean_return)
     if settings.model.train == "lora" and checkpoint is not None:
         load_adapters(critic, checkpoint)
     return critic

@@ -182,7 +182,7 @@ def _states_bytes(critic: Critic, sample: Rollouts, tokens: int, compute: Comput
     """Bytes of the kept states of some tokens, laid out as those of the sample are."""
     sample = _few(sample, LAID_OUT_TOKENS)
     layout = Layout.of(sample, compute, forest=forest)
-    kept = layout.read_states if critic.upper is None else layout.computed_tokens
+    kept = layout.read_states if critic.last_layers is None else layout.computed_tokens
     width = int(critic.trunk.config.hidden_size)
     return round(tokens * (ROW_BYTES + STATE_BYTES * width * kept / len(sample.input_ids)))
 

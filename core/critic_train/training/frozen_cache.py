@@ -26,7 +26,7 @@ from critic_train.errors import MachineError
 from critic_train.events import Event, Progress
 from critic_train.jsonio import read_json_object
 from critic_train.model.compute import Compute
-from critic_train.model.critic import Critic, upper_part_agrees
+from critic_train.model.critic import Critic, last_layers_agree
 from critic_train.model.memory import is_out_of_memory, with_oom_retry
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.model_input import ModelInput
@@ -64,7 +64,7 @@ class CachedStates:
     files: list[NDArray[np.float32]]
     read_only: bool
 
-    def given_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
+    def add_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
         """A micro-batch with its states.
 
         Args:
@@ -72,12 +72,14 @@ class CachedStates:
             rollouts: the mini-batch it is a part of, out of the spool.
         """
         if self.read_only:
-            rows = np.full(len(batch.read), NOT_KEPT, dtype=np.int64)
-            rows[batch.pair.cpu().numpy()] = self._rows(rollouts, batch.tokens)
+            rows = np.full(len(batch.read_positions), NOT_KEPT, dtype=np.int64)
+            rows[batch.value_index.cpu().numpy()] = self._rows(rollouts, batch.response_tokens)
         else:
             rows = np.full(batch.trunk_arguments["input_ids"].numel(), NOT_KEPT, dtype=np.int64)
-            rows[batch.where] = self._rows(rollouts, batch.all_tokens)
-        return replace(batch, states=torch.from_numpy(self._taken(rows)).to(batch.read.device, non_blocking=True))
+            rows[batch.token_positions] = self._rows(rollouts, batch.all_tokens)
+        return replace(
+            batch, cached_states=torch.from_numpy(self._taken(rows)).to(batch.read_positions.device, non_blocking=True)
+        )
 
     def _rows(self, rollouts: Rollouts, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers in `ROWS` of some tokens of a mini-batch."""
@@ -189,9 +191,9 @@ class StatesWriter:
         first, count = (self._ranks.rank << ROW_BITS) + 1, self._count
         for batch, states in parts:
             if self._read_only:
-                rows[batch.tokens] = first + count + batch.pair.cpu().numpy()
+                rows[batch.response_tokens] = first + count + batch.value_index.cpu().numpy()
             else:
-                rows[batch.all_tokens] = first + count + batch.where
+                rows[batch.all_tokens] = first + count + batch.token_positions
             self._file.write_at(bytes_of(np.ascontiguousarray(states).reshape(-1)), count * self._stride)
             count += len(states)
         return Share(self._ranks.total(torch.from_numpy(rows)).numpy() - 1, count)
@@ -254,8 +256,8 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
     Returns:
         Whether the critic will take them, on all ranks alike.
     """
-    critic.give_states_to_last(layers)
-    upper = critic.upper
+    critic.use_cached_states(layers)
+    upper = critic.last_layers
     if upper is None:
         return True
 
@@ -263,7 +265,7 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
         batch = next(iter(micro_batches(sample, compute, forest=forest)))
         try:
             with compute.ranks.in_float32((critic.trunk, critic.head)):
-                agrees = upper_part_agrees(critic.trunk, upper, batch, TOLERANCE)
+                agrees = last_layers_agree(critic.trunk, upper, batch, TOLERANCE)
         except (TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error) or looks_lost(error):
                 raise
@@ -303,7 +305,7 @@ def cache_states(
         OSError: the disk is full.
         MachineError: a rank does not see what the others wrote, or has no memory for a single rollout.
     """
-    spool, read_only, ranks = rollouts.spool, critic.upper is None, compute.ranks
+    spool, read_only, ranks = rollouts.spool, critic.last_layers is None, compute.ranks
     hidden_size = int(critic.trunk.config.hidden_size)
     stand = False
     if ranks.leads:
@@ -362,5 +364,5 @@ def _computed(
         if stop.look():
             raise _StoppedError
         with compute.autocast():
-            states = critic.states_below(batch)
+            states = critic.states_to_cache(batch)
         yield batch, states.float().cpu().numpy()

@@ -67,7 +67,7 @@ class Layout:
         computed = read = 0
         for batch in micro_batches(rollouts, here, forest=forest):
             computed += batch.computed_tokens
-            read += len(batch.read)
+            read += len(batch.read_positions)
         return cls(computed_tokens=computed, read_states=read)
 
 

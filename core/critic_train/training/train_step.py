@@ -115,9 +115,9 @@ def gradient_pass(
             values = critic(batch)
         part = value_loss(
             values,
-            _column(rollouts.returns[batch.tokens], compute),
-            None if rollouts.values is None else _column(rollouts.values[batch.tokens], compute),
-            _column(weights[batch.tokens], compute),
+            _column(rollouts.returns[batch.response_tokens], compute),
+            None if rollouts.values is None else _column(rollouts.values[batch.response_tokens], compute),
+            _column(weights[batch.response_tokens], compute),
             recipe.cliprange_value,
         )
         part.loss.backward()
@@ -125,7 +125,7 @@ def gradient_pass(
         totals += torch.stack([figure.double() for figure in figures]).cpu()
         computed_tokens += batch.computed_tokens
         if after_each is not None:
-            after_each(batch.tokens, part.loss.detach())
+            after_each(batch.response_tokens, part.loss.detach())
     # Of several ranks each has gone through its share; the figures are the whole mini-batch's.
     response_tokens = int(rollouts.response_mask.sum())
     loss, clipped, saturated, summed, computed = compute.ranks.total(

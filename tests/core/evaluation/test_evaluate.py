@@ -85,7 +85,7 @@ def test_without_a_model_the_stored_values_are_judged(tmp_path):
 
 def test_several_critics_are_compared(critic_directory, tmp_path):
     critic = build_critic(small_config("Llama"), seed=1)
-    critic.head.start_at(0.1)
+    critic.head.set_constant(0.1)
     other = tmp_path / "other"
     other.mkdir()
     save_critic(critic, other, None)

@@ -1,4 +1,4 @@
-"""Every way to compute attention on a forest, held against plain attention under the mask written out."""
+"""Every way to compute attention on a prefix tree, held against plain attention under the mask written out."""
 
 import numpy as np
 import pytest
@@ -7,46 +7,46 @@ import torch.nn.functional as F
 from support import branching_rollouts, rollouts_of
 
 from critic_train.errors import ConfigError, MachineError
-from critic_train.model.attention import TreeAttentionPlan, candidates, choose_attention, fault_of
-from critic_train.model.cuda_kernels import BLOCK, Flex, Varlen
-from critic_train.model.prefix_tree import PrefixTrees, attention_mask, build_prefix_trees, prefix_order
-from critic_train.model.queries import Queries, all_queries, queries_at, without_short_gaps
-from critic_train.model.sdpa_kernels import Pieces, Segments
+from critic_train.model.attention import TreeAttentionPlan, choose_attention, kernel_error, kernels_to_try
+from critic_train.model.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
+from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
+from critic_train.model.queries import Queries, all_queries, fill_short_gaps, queries_at
+from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
-def forest_of(seed: int) -> PrefixTrees:
+def forest_of(seed: int) -> TreeLayout:
     """Branching rollouts with prompts and responses; rollouts one token long; every form a tree can have."""
     rollouts = branching_rollouts(seed)
     if seed == 2:
         lists = [[1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [1, 7, 8], [5], [6, 6, 6, 6], [6, 6, 6, 7]]
         rollouts = rollouts_of([np.asarray(ids, dtype=np.int32) for ids in lists], [1] * len(lists))
-    return build_prefix_trees(rollouts, prefix_order(rollouts))
+    return build_tree_layout(rollouts, prefix_order(rollouts))
 
 
-def some_positions(forest: PrefixTrees, seed: int) -> np.ndarray:
+def some_positions(layout: TreeLayout, seed: int) -> np.ndarray:
     """Runs of positions with gaps between them, some of which cross from one rollout to the next."""
     draw = np.random.default_rng(seed)
-    asked = np.repeat(draw.random(len(forest) // 3 + 1) < 0.6, 3)[: len(forest)]
+    asked = np.repeat(draw.random(len(layout) // 3 + 1) < 0.6, 3)[: len(layout)]
     asked[-1] = True
     return np.flatnonzero(asked)
 
 
-def drawn(forest: PrefixTrees, queries: int) -> tuple[torch.Tensor, ...]:
+def drawn(layout: TreeLayout, queries: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
-    shapes = ((1, HEADS, queries, WIDTH), (1, KV_HEADS, len(forest), WIDTH), (1, KV_HEADS, len(forest), WIDTH))
+    shapes = ((1, HEADS, queries, WIDTH), (1, KV_HEADS, len(layout), WIDTH), (1, KV_HEADS, len(layout), WIDTH))
     return tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
 
 
 def plain(
-    forest: PrefixTrees, positions: np.ndarray, window: int | None, tensors: tuple[torch.Tensor, ...]
+    layout: TreeLayout, positions: np.ndarray, window: int | None, tensors: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """Attention over all pairs under the mask: [1, Q, heads, head_dim]."""
-    seen = attention_mask(forest)
+    seen = attention_mask(layout)
     if window is not None:
-        seen &= forest.depth[:, None] - forest.depth[None, :] < window
+        seen &= layout.depth[:, None] - layout.depth[None, :] < window
     query, key, value = tensors
     key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
     scores = query @ key.transpose(2, 3) / WIDTH**0.5
@@ -54,16 +54,16 @@ def plain(
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def queries_of(forest: PrefixTrees, seed: int, asking: str) -> tuple[Queries, np.ndarray]:
+def queries_of(layout: TreeLayout, seed: int, asking: str) -> tuple[Queries, np.ndarray]:
     if asking == "all":
-        return all_queries(forest), np.arange(len(forest))
-    positions = some_positions(forest, seed)
-    return queries_at(forest, positions), positions
+        return all_queries(layout), np.arange(len(layout))
+    positions = some_positions(layout, seed)
+    return queries_at(layout, positions), positions
 
 
-def check(kernel, forest, positions, window):
-    tensors = drawn(forest, len(positions))
-    expected = plain(forest, positions, window, tensors)
+def check(kernel, layout, positions, window):
+    tensors = drawn(layout, len(positions))
+    expected = plain(layout, positions, window, tensors)
     slope = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, tensors, slope)
     found = kernel(*tensors, window, None)
@@ -76,48 +76,48 @@ def check(kernel, forest, positions, window):
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", range(4))
 def test_pieces_are_plain_attention(seed, asking):
-    forest = forest_of(seed)
-    queries, positions = queries_of(forest, seed, asking)
-    check(Pieces(queries), forest, positions, None)
+    layout = forest_of(seed)
+    queries, positions = queries_of(layout, seed, asking)
+    check(CpuFlashKernel(queries), layout, positions, None)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", [0, 2])
 def test_segments_are_plain_attention_windows_in_the_rollout_included(seed, asking, window):
-    forest = forest_of(seed)
-    queries, positions = queries_of(forest, seed, asking)
-    check(Segments(queries, CPU), forest, positions, window)
+    layout = forest_of(seed)
+    queries, positions = queries_of(layout, seed, asking)
+    check(SdpaKernel(queries, CPU), layout, positions, window)
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])
 def test_pieces_hold_every_pair_that_is_seen_once_and_no_other(asking):
-    forest = forest_of(1)
-    queries, positions = queries_of(forest, 1, asking)
-    pairs = np.zeros((len(positions), len(forest)), dtype=int)
-    for piece in Pieces(queries).pieces:
+    layout = forest_of(1)
+    queries, positions = queries_of(layout, 1, asking)
+    pairs = np.zeros((len(positions), len(layout)), dtype=int)
+    for piece in CpuFlashKernel(queries).pieces:
         block = pairs[slice(*piece.queries), slice(*piece.keys)]
         block += np.tri(*block.shape, dtype=int) if piece.causal else 1
-    np.testing.assert_array_equal(pairs, attention_mask(forest)[positions])
+    np.testing.assert_array_equal(pairs, attention_mask(layout)[positions])
 
 
 def test_pieces_in_bf16_lose_no_more_than_plain_attention_in_bf16():
-    forest = forest_of(0)
-    tensors = drawn(forest, len(forest))
-    exact = plain(forest, np.arange(len(forest)), None, tensors)
+    layout = forest_of(0)
+    tensors = drawn(layout, len(layout))
+    exact = plain(layout, np.arange(len(layout)), None, tensors)
     rounded = tuple(tensor.detach().bfloat16() for tensor in tensors)
-    found = Pieces(all_queries(forest))(*rounded, None, None)
+    found = CpuFlashKernel(all_queries(layout))(*rounded, None, None)
     assert found.dtype == torch.bfloat16
     assert float((found - exact).abs().max()) <= 0.03
 
 
 def test_only_long_stretches_that_nobody_reads_are_left_out():
-    forest = build_prefix_trees(*one_long_rollout(400))
+    layout = build_tree_layout(*one_long_rollout(400))
     read = np.asarray([100, 101, 130, 399])
-    kept = without_short_gaps(forest, read)
+    kept = fill_short_gaps(layout, read)
     assert kept.tolist() == [*range(100, 131), 399]
-    assert without_short_gaps(forest, np.asarray([63])).tolist() == list(range(64))
-    assert without_short_gaps(forest, np.asarray([64])).tolist() == [64]
+    assert fill_short_gaps(layout, np.asarray([63])).tolist() == list(range(64))
+    assert fill_short_gaps(layout, np.asarray([64])).tolist() == [64]
 
 
 def one_long_rollout(length):
@@ -126,13 +126,13 @@ def one_long_rollout(length):
 
 
 def test_a_plan_takes_pieces_where_no_window_cuts_and_segments_where_one_does():
-    forest = forest_of(0)
-    plan = TreeAttentionPlan(forest, np.arange(len(forest)), CPU)
-    assert plan.kept is None
-    assert TreeAttentionPlan(forest, np.zeros(0, dtype=np.int64), CPU).kept is None
-    tensors = drawn(forest, len(forest))
+    layout = forest_of(0)
+    plan = TreeAttentionPlan(layout, np.arange(len(layout)), CPU)
+    assert plan.needed is None
+    assert TreeAttentionPlan(layout, np.zeros(0, dtype=np.int64), CPU).needed is None
+    tensors = drawn(layout, len(layout))
     for window in (None, 10_000, 5):
-        expected = plain(forest, np.arange(len(forest)), window, tensors)
+        expected = plain(layout, np.arange(len(layout)), window, tensors)
         assert float((plan.attend(*tensors, window, None) - expected).detach().abs().max()) <= 2e-6
 
 
@@ -156,9 +156,9 @@ def varlen_by_hand(query, key, value, query_offsets, key_offsets, max_q, max_k, 
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", [0, 2])
 def test_variable_length_segments_are_plain_attention(seed, asking, window):
-    forest = forest_of(seed)
-    queries, positions = queries_of(forest, seed, asking)
-    check(Varlen(queries, CPU, attend=varlen_by_hand), forest, positions, window)
+    layout = forest_of(seed)
+    queries, positions = queries_of(layout, seed, asking)
+    check(VarlenKernel(queries, CPU, attend=varlen_by_hand), layout, positions, window)
 
 
 def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeypatch):
@@ -170,22 +170,22 @@ def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeyp
         return varlen_by_hand(query, key, value, q, k, max_q, max_k, **more)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
-    forest = forest_of(0)
-    check(Varlen(all_queries(forest), CPU), forest, np.arange(len(forest)), None)
+    layout = forest_of(0)
+    check(VarlenKernel(all_queries(layout), CPU), layout, np.arange(len(layout)), None)
 
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("asking", ["all", "some"])
 def test_flex_attention_is_plain_attention(asking, window):
     """Forward only: FlexAttention has no backward pass on a CPU."""
-    forest = forest_of(0)
-    queries, positions = queries_of(forest, 0, asking)
-    tensors = [tensor.detach() for tensor in drawn(forest, len(positions))]
-    expected = plain(forest, positions, window, tensors)
-    assert float((Flex(queries, CPU)(*tensors, window, None) - expected).abs().max()) <= 2e-6
+    layout = forest_of(0)
+    queries, positions = queries_of(layout, 0, asking)
+    tensors = [tensor.detach() for tensor in drawn(layout, len(positions))]
+    expected = plain(layout, positions, window, tensors)
+    assert float((FlexKernel(queries, CPU)(*tensors, window, None) - expected).abs().max()) <= 2e-6
 
 
-def large_forest() -> PrefixTrees:
+def large_forest() -> TreeLayout:
     """Three prompts with eight responses each, long enough for whole blocks, and a branch in mid-response."""
     draw = np.random.default_rng(0)
     sequences = []
@@ -194,7 +194,7 @@ def large_forest() -> PrefixTrees:
         family = [np.concatenate([prompt, draw.integers(1, 128, int(draw.integers(20, 400)))]) for _ in range(8)]
         sequences += [*family, np.concatenate([family[0][: length + 15], draw.integers(1, 128, 200)])]
     rollouts = rollouts_of([s.astype(np.int32) for s in sequences], [1] * len(sequences))
-    return build_prefix_trees(rollouts, prefix_order(rollouts))
+    return build_tree_layout(rollouts, prefix_order(rollouts))
 
 
 @pytest.mark.parametrize("window", [None, 150])
@@ -202,13 +202,13 @@ def large_forest() -> PrefixTrees:
 def test_the_block_mask_is_the_one_that_trying_every_pair_gives(asking, window):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    forest = large_forest()
-    queries, positions = queries_of(forest, 0, asking)
-    ours = Flex(queries, CPU).block_mask(window)
-    theirs = create_block_mask(ours.mask_mod, 1, 1, len(positions), len(forest), device="cpu", BLOCK_SIZE=BLOCK)
-    seen = attention_mask(forest)[positions]
+    layout = large_forest()
+    queries, positions = queries_of(layout, 0, asking)
+    ours = FlexKernel(queries, CPU).block_mask(window)
+    theirs = create_block_mask(ours.mask_mod, 1, 1, len(positions), len(layout), device="cpu", BLOCK_SIZE=BLOCK)
+    seen = attention_mask(layout)[positions]
     if window is not None:
-        seen &= (forest.depth[positions][:, None] - forest.depth[None, :]) < window
+        seen &= (layout.depth[positions][:, None] - layout.depth[None, :]) < window
     assert bool((dense(ours, whole=True) <= dense(theirs, whole=True)).all())
     visited, needed = dense(ours, whole=False), dense(theirs, whole=False)
     assert bool((visited >= needed).all())
@@ -241,9 +241,9 @@ def test_a_cpu_takes_scaled_dot_product_attention_and_refuses_the_others():
     assert choose_attention("auto", forest_of(0), CPU, "fp32") == ("sdpa", [])
     assert choose_attention("auto", forest_of(0), CPU, "bf16") == ("sdpa", [])
     with pytest.raises(ConfigError, match="flex needs a CUDA device"):
-        candidates("flex", CPU, "fp32")
+        kernels_to_try("flex", CPU, "fp32")
     with pytest.raises(ConfigError, match="varlen needs --precision bf16 and a CUDA device"):
-        candidates("varlen", CPU, "bf16")
+        kernels_to_try("varlen", CPU, "bf16")
 
 
 def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkeypatch):
@@ -251,30 +251,30 @@ def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkey
 
     cuda = torch.device("cuda")
     monkeypatch.setattr(varlen, "available", lambda device: True)
-    assert candidates("auto", cuda, "bf16") == ["varlen", "flex", "sdpa"]
-    assert candidates("auto", cuda, "fp32") == ["flex", "sdpa"]
+    assert kernels_to_try("auto", cuda, "bf16") == ["varlen", "flex", "sdpa"]
+    assert kernels_to_try("auto", cuda, "fp32") == ["flex", "sdpa"]
     with pytest.raises(ConfigError, match="not fp32"):
-        candidates("varlen", cuda, "fp32")
+        kernels_to_try("varlen", cuda, "fp32")
     monkeypatch.setattr(varlen, "available", lambda device: False)
-    assert candidates("auto", cuda, "bf16") == ["flex", "sdpa"]
+    assert kernels_to_try("auto", cuda, "bf16") == ["flex", "sdpa"]
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
     from critic_train.model import attention as choosing
 
-    forest = forest_of(0)
-    right = lambda queries: Varlen(queries, CPU, attend=varlen_by_hand)  # noqa: E731
-    assert fault_of(right, forest, CPU, torch.float32) == ""
+    layout = forest_of(0)
+    right = lambda queries: VarlenKernel(queries, CPU, attend=varlen_by_hand)  # noqa: E731
+    assert kernel_error(right, layout, CPU, torch.float32) == ""
 
     def without_mask(*arguments, window_size, **more):
         return varlen_by_hand(*arguments, window_size=(-1, 10**6), **more)
 
-    wrong = lambda queries: Varlen(queries, CPU, attend=without_mask)  # noqa: E731
-    assert "differs from scaled-dot-product attention" in fault_of(wrong, forest, CPU, torch.float32)
-    monkeypatch.setattr(choosing, "candidates", lambda *_: ["flex", "sdpa"])
-    chosen, passed = choose_attention("auto", forest, CPU, "fp32")
+    wrong = lambda queries: VarlenKernel(queries, CPU, attend=without_mask)  # noqa: E731
+    assert "differs from scaled-dot-product attention" in kernel_error(wrong, layout, CPU, torch.float32)
+    monkeypatch.setattr(choosing, "kernels_to_try", lambda *_: ["flex", "sdpa"])
+    chosen, passed = choose_attention("auto", layout, CPU, "fp32")
     assert chosen == "sdpa"
     assert "--attention flex is not used: it fails on cpu" in passed[0]
-    monkeypatch.setattr(choosing, "candidates", lambda *_: ["flex"])
+    monkeypatch.setattr(choosing, "kernels_to_try", lambda *_: ["flex"])
     with pytest.raises(MachineError, match="flex is not used"):
-        choose_attention("flex", forest, CPU, "fp32")
+        choose_attention("flex", layout, CPU, "fp32")

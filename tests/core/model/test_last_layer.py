@@ -9,10 +9,10 @@ from support import rollouts_of, small_config
 
 from critic_train.model import last_layer
 from critic_train.model.compute import Compute
-from critic_train.model.last_layer import narrow_last_layer
+from critic_train.model.last_layer import skip_unread_positions
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
-from critic_train.model.model_input import forest_input
+from critic_train.model.model_input import tree_input
 from critic_train.model.prefix_tree import prefix_order
 from critic_train.model.selfcheck import choose_packing
 
@@ -52,7 +52,7 @@ def test_prompts_and_observations_do_not_go_through_the_last_mlp():
     critic = critic_with_a_head()
     rollouts = long_prompts()
     assert choose_packing(critic, rollouts, "auto").forest
-    batch = forest_input(rollouts, prefix_order(rollouts), CPU.device)
+    batch = tree_input(rollouts, prefix_order(rollouts), CPU.device)
     # A prompt's last token and all but the last of each response of 120, less the 80 of the observation; the prefix
     # that one rollout of a prompt computes is computed for both.
     assert positions_through_the_last_mlp(critic, batch) == 2 + 4 * 119 - 80
@@ -67,14 +67,14 @@ def test_values_are_those_of_a_whole_last_layer(family):
     assert choose_packing(critic, rollouts, "auto").forest
     assert "forward" in vars(critic.trunk.layers[-1])
     narrow = predict_values(critic, rollouts, CPU, forest=True)
-    last_layer.widen_last_layer(critic.trunk)
+    last_layer.restore_last_layer(critic.trunk)
     whole = predict_values(critic, rollouts, CPU, forest=True)
     assert np.abs(narrow - whole).max() <= 1e-5 * np.abs(whole).max()
 
 
 def test_a_layer_of_another_build_is_left_alone():
-    assert not narrow_last_layer(critic_with_a_head("Olmo2").trunk)
-    assert not narrow_last_layer(critic_with_a_head("GPTNeoX").trunk)
+    assert not skip_unread_positions(critic_with_a_head("Olmo2").trunk)
+    assert not skip_unread_positions(critic_with_a_head("GPTNeoX").trunk)
 
 
 def test_a_layer_that_looks_alike_but_computes_otherwise_is_found_out():

@@ -192,7 +192,7 @@ def test_the_tokenizer_travels_with_the_checkpoint(tmp_path):
 
 def test_a_new_head_predicts_the_mean_whatever_the_trunk_says():
     critic = build_critic(small_config("Llama"), seed=0)
-    critic.head.start_at(0.4)
+    critic.head.set_constant(0.4)
     values = predict_values(critic, branching_rollouts(), CPU, forest=True)
     assert np.all(values[branching_rollouts().response_mask] == np.float32(0.4))
 

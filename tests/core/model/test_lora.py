@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.lora import ADAPTER_FILE, add_adapters, folded, load_adapters
+from critic_train.model.lora import ADAPTER_FILE, add_adapters, load_adapters, merged_tensors
 from critic_train.model.microbatches import predict_values
 from critic_train.model.saving import save_critic
 
@@ -54,7 +54,7 @@ def test_new_adapters_change_no_value_and_leave_the_global_generator_alone():
 def test_folding_adds_the_scaled_product_of_both_matrices():
     critic = critic_of("Llama")
     before = {name: tensor.clone() for name, tensor in critic.trunk.state_dict().items()}
-    tensors = folded(moved(critic).trunk)
+    tensors = merged_tensors(moved(critic).trunk)
     assert set(tensors) == set(before)
     parts = dict(critic.trunk.named_parameters())
     for name, tensor in tensors.items():

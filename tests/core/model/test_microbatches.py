@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support import branching_rollouts, rollouts_of
 
 from critic_train.model.microbatches import best_fit_decreasing, forest_micro_batches
-from critic_train.model.prefix_tree import build_prefix_trees
+from critic_train.model.prefix_tree import build_tree_layout
 
 
 def test_the_fullest_bin_that_takes_an_item_gets_it():
@@ -33,10 +33,10 @@ def test_trees_stay_whole_where_they_fit(max_tokens):
     rollouts = branching_rollouts()
     parts = forest_micro_batches(rollouts, max_tokens)
     assert sorted(np.concatenate([part.index for part in parts]).tolist()) == list(range(len(rollouts)))
-    whole = len(build_prefix_trees(rollouts, forest_micro_batches(rollouts, 10_000)[0]))
-    computed = sum(len(build_prefix_trees(rollouts, part)) for part in parts)
+    whole = len(build_tree_layout(rollouts, forest_micro_batches(rollouts, 10_000)[0]))
+    computed = sum(len(build_tree_layout(rollouts, part)) for part in parts)
     assert (computed == whole) == (max_tokens >= 90)
-    assert all(len(build_prefix_trees(rollouts, part)) <= max_tokens or len(part) == 1 for part in parts)
+    assert all(len(build_tree_layout(rollouts, part)) <= max_tokens or len(part) == 1 for part in parts)
 
 
 def test_a_window_of_a_thousand_and_more_rollouts_fills_the_budget():
@@ -50,5 +50,5 @@ def test_a_window_of_a_thousand_and_more_rollouts_fills_the_budget():
             sequences.append(np.concatenate([prompt, response]).astype(np.int32))
             prompts.append(len(prompt))
     rollouts = rollouts_of(sequences, prompts)
-    sizes = sorted(len(build_prefix_trees(rollouts, part)) for part in forest_micro_batches(rollouts, 2048))
+    sizes = sorted(len(build_tree_layout(rollouts, part)) for part in forest_micro_batches(rollouts, 2048))
     assert np.mean(sizes[1:]) / 2048 >= 0.985

@@ -32,13 +32,13 @@ def test_every_token_is_asked_once(forest: bool, lists: list[list[int]], prompts
     for batch in micro_batches(rollouts, compute, forest=forest):
         ids = batch.trunk_arguments["input_ids"].reshape(-1).numpy()
         assert len(ids) == batch.computed_tokens
-        owners = np.searchsorted(rollouts.offsets, batch.tokens, side="right") - 1
+        owners = np.searchsorted(rollouts.offsets, batch.response_tokens, side="right") - 1
         assert batch.computed_tokens <= max_tokens or len(np.unique(owners)) == 1
         # The state that chooses a token stands where the token before it does.
-        states = batch.read.numpy()[batch.pair.numpy()]
-        np.testing.assert_array_equal(ids[states], rollouts.input_ids[batch.tokens - 1])
+        states = batch.read_positions.numpy()[batch.value_index.numpy()]
+        np.testing.assert_array_equal(ids[states], rollouts.input_ids[batch.response_tokens - 1])
         if forest:
             depth = batch.trunk_arguments["position_ids"].reshape(-1).numpy()
-            np.testing.assert_array_equal(depth[states], batch.tokens - 1 - rollouts.offsets[owners])
-        asked += batch.tokens.tolist()
+            np.testing.assert_array_equal(depth[states], batch.response_tokens - 1 - rollouts.offsets[owners])
+        asked += batch.response_tokens.tolist()
     assert sorted(asked) == np.flatnonzero(rollouts.response_mask).tolist()

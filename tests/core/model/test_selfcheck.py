@@ -5,11 +5,11 @@ from support import branching_rollouts, small_config
 
 from critic_train.errors import ModelError
 from critic_train.model import sdpa_kernels as pieces
-from critic_train.model.attention import NAME
+from critic_train.model.attention import TREE_ATTENTION
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
-from critic_train.model.sdpa_kernels import Segments
+from critic_train.model.sdpa_kernels import SdpaKernel
 from critic_train.model.selfcheck import choose_packing
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
@@ -20,7 +20,7 @@ def test_a_plain_decoder_gets_a_forest():
     choice = choose_packing(critic, branching_rollouts(), "auto")
     assert choice.forest
     assert choice.difference < 1e-5
-    assert critic.trunk.config._attn_implementation == NAME
+    assert critic.trunk.config._attn_implementation == TREE_ATTENTION
 
 
 def test_rows_when_asked_for():
@@ -58,7 +58,7 @@ def test_an_architecture_with_attention_of_its_own_gets_rows(family):
 def test_attention_that_sees_too_much_is_caught(monkeypatch):
     """The check itself: with a mask that hides nothing, a branch sees its own future."""
     monkeypatch.setattr(pieces, "available", lambda _: False)
-    monkeypatch.setattr(Segments, "mask", lambda _, queries, keys, __: torch.ones(queries, keys, dtype=torch.bool))
+    monkeypatch.setattr(SdpaKernel, "mask", lambda _, queries, keys, __: torch.ones(queries, keys, dtype=torch.bool))
     critic = build_critic(small_config("Llama"), seed=0)
     choice = choose_packing(critic, branching_rollouts(), "auto")
     assert not choice.forest

@@ -8,7 +8,7 @@ from support import branching_rollouts
 
 from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.shards import find_shards
-from critic_train.model.prefix_tree import PrefixOrder, attention_mask, build_prefix_trees, prefix_order
+from critic_train.model.prefix_tree import PrefixOrder, attention_mask, build_tree_layout, prefix_order
 from critic_train.model.work_sharing import Cost, Exchanges, Pieces, longest_first, shares
 from critic_train.rollouts import Rollouts
 
@@ -29,7 +29,7 @@ def test_the_cost_of_a_run_is_counted_off_its_forest():
     rollouts = branching_rollouts()
     pieces = pieces_of(rollouts)
     for start, stop in ((0, len(rollouts)), (0, 1), (3, 9), (5, 6), (10, len(rollouts))):
-        forest = build_prefix_trees(rollouts, part(rollouts, start, stop))
+        forest = build_tree_layout(rollouts, part(rollouts, start, stop))
         pairs = int(attention_mask(forest).sum())
         assert pieces.tokens(start, stop) == len(forest)
         assert pieces.work(start, stop) == pytest.approx(len(forest) + 0.01 * pairs)
@@ -45,7 +45,7 @@ def test_every_rollout_is_computed_once_and_no_micro_batch_is_too_large(ranks, m
     assert len({len(mine) for mine in every}) == 1
     assert sorted(np.concatenate([places for mine in every for places in mine])) == list(range(len(rollouts)))
     for places in (places for mine in every for places in mine):
-        assert len(places) <= 1 or len(build_prefix_trees(rollouts, prefix_order(rollouts).part(places))) <= max_tokens
+        assert len(places) <= 1 or len(build_tree_layout(rollouts, prefix_order(rollouts).part(places))) <= max_tokens
 
 
 def test_fewer_rollouts_than_ranks_leave_some_with_nothing():
@@ -86,7 +86,7 @@ def test_places_with_gaps_cost_what_their_forest_does():
     exchanges = Exchanges(pieces.full, pieces.shared, 0.01)
     for places in ([0, 2, 3, 7], [1], [4, 9, 10, 11], list(range(0, len(rollouts), 3))):
         kept = np.asarray(places)
-        forest = build_prefix_trees(rollouts, order.part(kept))
+        forest = build_tree_layout(rollouts, order.part(kept))
         cost = len(forest) + 0.01 * int(attention_mask(forest).sum())
         assert pieces.work_together(kept) == pytest.approx(cost)
         assert exchanges.work(kept) == pytest.approx(cost)

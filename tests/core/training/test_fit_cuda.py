@@ -13,7 +13,7 @@ from critic_train.model.attention import choose_attention
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
-from critic_train.model.prefix_tree import build_prefix_trees, prefix_order
+from critic_train.model.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import choose_packing, select_packing
 from critic_train.settings import FitSettings
@@ -76,7 +76,7 @@ def test_a_run_trains_and_resumes(precision, packing, tmp_path):
 @pytest.mark.parametrize(("kernel", "precision"), [("flex", "fp32"), ("flex", "bf16"), ("varlen", "bf16")])
 def test_every_kernel_agrees_with_scaled_dot_product_attention(kernel, precision):
     rollouts = branching_rollouts()
-    forest = build_prefix_trees(rollouts, prefix_order(rollouts))
+    forest = build_tree_layout(rollouts, prefix_order(rollouts))
     chosen, passed = choose_attention(kernel, forest, torch.device("cuda"), precision)
     assert (chosen, passed) == (kernel, [])
 

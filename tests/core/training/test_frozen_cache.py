@@ -136,7 +136,7 @@ def test_states_are_kept_in_halves_where_memory_runs_out(packing, base, shards, 
 
     def short(self, batch):
         seen.append(batch.computed_tokens)
-        if batch.computed_tokens > 250 and batch.states is None:
+        if batch.computed_tokens > 250 and batch.cached_states is None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return hidden(self, batch)
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForTokenClassification
 
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.last_layer import narrow_last_layer
+from critic_train.model.last_layer import skip_unread_positions
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import micro_batches, predict_values
-from critic_train.model.model_input import forest_input
+from critic_train.model.model_input import tree_input
 from critic_train.model.prefix_tree import prefix_order
 from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
@@ -39,7 +39,7 @@ FAMILIES = {
 def critic_of(name: str) -> Critic:
     config = small_config(name.split(",")[0], **FAMILIES[name])
     critic = build_critic(config, seed=3)
-    assert narrow_last_layer(critic.trunk) == (name != "GPTNeoX")
+    assert skip_unread_positions(critic.trunk) == (name != "GPTNeoX")
     with torch.no_grad():  # a head at 0 would make every value equal
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     return critic
@@ -82,7 +82,7 @@ def test_values_in_a_forest_are_those_of_the_rollout_alone(critic_and_reference)
     mask = rollouts.response_mask
     assert np.ptp(alone[mask]) > 1.0
     assert np.abs(forest[mask] - alone[mask]).max() <= 1e-5
-    batch = forest_input(rollouts, prefix_order(rollouts), torch.device("cpu"))
+    batch = tree_input(rollouts, prefix_order(rollouts), torch.device("cpu"))
     assert batch.computed_tokens < 0.7 * len(rollouts.input_ids)
 
 
@@ -157,7 +157,7 @@ def test_micro_batches_hold_to_the_budget_and_every_response_token_once():
         for forest in (True, False):
             batches = list(micro_batches(rollouts, replace(CPU, max_tokens=max_tokens), forest=forest))
             assert all(batch.computed_tokens <= max_tokens for batch in batches)
-            tokens = np.sort(np.concatenate([batch.tokens for batch in batches]))
+            tokens = np.sort(np.concatenate([batch.response_tokens for batch in batches]))
             np.testing.assert_array_equal(tokens, np.flatnonzero(rollouts.response_mask))
 
 
