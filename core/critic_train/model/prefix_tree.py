@@ -1,13 +1,24 @@
-"""Lay rollouts out as prefix trees, so that a prefix shared by several rollouts is computed once.
+"""The layout of a micro-batch as prefix trees: a prefix that several rollouts share is computed once.
 
-The layout is the depth-first order of the trie of the rollouts. Three arrays describe it:
+The positions of the layout are the nodes of the rollouts' tries in depth-first order. Shapes, here and in the modules
+that use a layout:
 
-    input_ids[k]   the token at position k
-    depth[k]       its place in its rollout, which is its position id
-    end[k]         the exclusive end of the subtree below it: position q may attend to k iff k <= q < end[k]
+    n   rollouts of the micro-batch         m   of these, the rollouts that add positions, m <= n
+    T   tokens of all rollouts              S   positions, S <= T
 
-Sorting the rollouts lexicographically makes neighbours share as much as any two rollouts do, so the trie follows
-from the common prefixes of neighbours alone. `end` is FlashMask's column-wise row bound (arXiv 2410.01359).
+    input_ids [S]   the token at each position
+    depth [S]       its index in its rollout, which is its position id
+    end [S]         the exclusive end of the subtree below: position q may attend to k iff k <= q < end[k]
+
+For the rollouts 1 2 3, 1 2 4 5 and 1 6:
+
+    1 - 2 - 3            position    0 1 2 3 4 5
+    |   ` - 4 - 5        input_ids   1 2 3 4 5 6
+    ` - 6                depth       0 1 2 2 3 1
+                         end         6 5 3 5 5 6
+
+Rollouts are sorted by their tokens. Sorted neighbours have the longest common prefixes, so the trie follows from the
+prefixes that neighbours have in common. `end` is the bound by columns of FlashMask (arXiv 2410.01359).
 """
 
 from dataclasses import dataclass
@@ -20,7 +31,7 @@ from numpy.typing import NDArray
 from critic_train.rollouts import Rollouts, offsets_from_lengths, repeat_by_length
 
 Span = tuple[int, int]
-"""A stretch start:stop of layout positions."""
+"""Positions start to stop - 1 of a layout, as (start, stop)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +39,7 @@ class PrefixOrder:
     """Rollouts in the order of a depth-first walk, and how much each shares with the one before it.
 
     Attributes:
-        index: int64 [n], positions of the rollouts in their batch, lexicographically sorted by tokens.
+        index: int64 [n], the rollouts of the batch in lexicographic order of their tokens.
         shared: int64 [n], tokens that rollout index[i] has in common with rollout index[i-1]; 0 for the first.
     """
 
@@ -38,51 +49,44 @@ class PrefixOrder:
     def __len__(self) -> int:
         return len(self.index)
 
-    def part(self, places: NDArray[np.int64]) -> "PrefixOrder":
-        """The rollouts at some places, ascending, and what each shares with the one that is now before it."""
-        if not len(places):
+    def part(self, members: NDArray[np.int64]) -> "PrefixOrder":
+        """The order of some of the rollouts.
+
+        Args:
+            members: int64 [k], ascending indices into this order.
+        """
+        if not len(members):
             return PrefixOrder(index=self.index[:0], shared=self.shared[:0])
-        # Two rollouts have in common what all that stand between them have.
-        least = np.minimum.reduceat(self.shared[: places[-1] + 1], np.append(0, places[:-1] + 1))
-        return PrefixOrder(index=self.index[places], shared=np.append(0, least[1:]))
+        # The common prefix of two sorted rollouts is the shortest one between the neighbours that lie between them.
+        shortest = np.minimum.reduceat(self.shared[: members[-1] + 1], np.append(0, members[:-1] + 1))
+        return PrefixOrder(index=self.index[members], shared=np.append(0, shortest[1:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """The tokens that one rollout adds to the layout, and the path of ancestors they hang on.
+    """The positions that one rollout adds to the layout, and the path from the root to the last of them.
 
     Attributes:
-        own: the positions the rollout adds.
-        path: the runs of positions from the root to the rollout's last token; `own` is their tail.
+        own: the positions that the rollout adds.
+        path: the positions of all its tokens, as spans from the root on; `own` is their tail.
     """
 
     own: Span
     path: tuple[Span, ...]
 
-    @property
-    def own_length(self) -> int:
-        """Tokens the rollout adds."""
-        return self.own[1] - self.own[0]
-
-    @property
-    def path_length(self) -> int:
-        """Tokens from the root to the rollout's last token."""
-        return sum(stop - start for start, stop in self.path)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TreeLayout:
-    """The layout of n rollouts with T tokens in all on S <= T positions.
+    """The layout of n rollouts, T tokens, on S <= T positions. See the module's docstring.
 
     Attributes:
         input_ids: int64 [S], the token at each position.
         depth: int64 [S], position ids.
         end: int64 [S], exclusive end of the subtree below each position.
-        where: int64 [T], the position of every token of every rollout, rollouts in their batch's order.
-        starts: int64 [m+1], of the m rollouts that add tokens, left to right: the first position each adds, and S.
-        runs: int64 [r, 2], (start, stop) of the stretches of positions that the paths of those m rollouts are made
-            of, root first.
-        run_offsets: int64 [m+1]; the path of rollout s is runs[run_offsets[s]:run_offsets[s+1]].
+        token_positions: int64 [T], the position of every token of every rollout, rollouts in the order of the batch.
+        segment_starts: int64 [m+1], the first position that each of the m rollouts adds, left to right, and S.
+        path_spans: int64 [p, 2], (start, stop) of the spans that the paths of the m rollouts consist of, root first.
+        path_offsets: int64 [m+1]; the path of segment s is path_spans[path_offsets[s]:path_offsets[s+1]].
     """
 
     input_ids: NDArray[np.int64]
@@ -90,143 +94,139 @@ class TreeLayout:
     end: NDArray[np.int64]
     token_positions: NDArray[np.int64]
     segment_starts: NDArray[np.int64]
-    runs: NDArray[np.int64]
-    run_offsets: NDArray[np.int64]
+    path_spans: NDArray[np.int64]
+    path_offsets: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """One for each rollout that adds tokens, left to right."""
-        runs: list[Span] = list(map(tuple, self.runs.tolist()))
-        paths = [tuple(runs[first:last]) for first, last in pairwise(self.run_offsets.tolist())]
-        return tuple(
-            Segment(own=own, path=path) for own, path in zip(pairwise(self.segment_starts.tolist()), paths, strict=True)
-        )
+        """One segment for each rollout that adds positions, left to right."""
+        spans: list[Span] = list(map(tuple, self.path_spans.tolist()))
+        paths = [tuple(spans[first:last]) for first, last in pairwise(self.path_offsets.tolist())]
+        owns = pairwise(self.segment_starts.tolist())
+        return tuple(Segment(own=own, path=path) for own, path in zip(owns, paths, strict=True))
 
 
 def prefix_order(rollouts: Rollouts) -> PrefixOrder:
-    """Sort rollouts so that those with a common prefix stand together.
-
-    Big-endian bytes compare as the token ids do, so one memcmp orders two rollouts. Sharing is found from the
-    tokens alone, in prompts and responses alike.
-    """
+    """Sort rollouts by their tokens, prompt and response alike, and measure what neighbours have in common."""
     offsets = rollouts.offsets.tolist()
-    keys = rollouts.input_ids.astype(">u4").tobytes()
+    ids = rollouts.input_ids
+    # Big-endian bytes compare as the token ids do, so that one memcmp compares two rollouts.
+    keys = ids.astype(">u4").tobytes()
     rows = [keys[4 * start : 4 * stop] for start, stop in pairwise(offsets)]
     index = sorted(range(len(rows)), key=rows.__getitem__)
     shared = np.zeros(len(index), dtype=np.int64)
-    ids = rollouts.input_ids
-    for place in range(1, len(index)):
-        one, other = index[place - 1], index[place]
-        width = min(offsets[one + 1] - offsets[one], offsets[other + 1] - offsets[other])
-        differs = ids[offsets[one] : offsets[one] + width] != ids[offsets[other] : offsets[other] + width]
-        first = int(differs.argmax()) if width else 0
-        shared[place] = first if width and differs[first] else width
+    for i, (one, other) in enumerate(pairwise(index), start=1):
+        length = min(offsets[one + 1] - offsets[one], offsets[other + 1] - offsets[other])
+        differs = ids[offsets[one] : offsets[one] + length] != ids[offsets[other] : offsets[other] + length]
+        shared[i] = differs.argmax() if differs.any() else length
     return PrefixOrder(index=np.asarray(index, dtype=np.int64), shared=shared)
 
 
 def build_tree_layout(rollouts: Rollouts, order: PrefixOrder) -> TreeLayout:
-    """Lay out the rollouts named by `order` (all of the batch's or a part of them).
+    """Lay out the rollouts that `order` names: all of the batch, or a part of it.
 
     Everything follows from how much each rollout shares with the one before it. Rollout i adds its tokens from depth
-    shared[i] on; what stands above them belongs to the nearest rollout before it that shares less, and so on up to
-    one that shares nothing. The loops below go up that chain for all rollouts at once.
+    shared[i] on. The tokens right above them belong to its parent, the nearest rollout before it that shares less,
+    and so on up to a rollout that shares nothing. The loops below walk up from all rollouts at once.
 
     Args:
         rollouts: the batch.
-        order: from `prefix_order`, or a part of it whose first `shared` is 0.
+        order: from `prefix_order`, or a part of it.
 
     Returns:
-        The layout. `where` covers the rollouts of `order.index` in ascending order of their batch position.
+        The layout. Its `token_positions` cover the rollouts of `order.index` in ascending order of their batch index.
     """
     lengths = rollouts.lengths[order.index]
-    own = lengths - order.shared
-    starts = offsets_from_lengths(own)
+    added = lengths - order.shared
+    starts = offsets_from_lengths(added)
     parent = _nearest_smaller(order.shared)
     owner, begin, size = _paths(order.shared, lengths, starts, parent)
-    in_batch = np.argsort(np.argsort(order.index))[owner].argsort(kind="stable")
-    adding = np.flatnonzero(own)
-    runs, run_offsets = _joined(owner, begin, size, adding)
+    batch_rank = np.argsort(np.argsort(order.index))
+    in_batch_order = batch_rank[owner].argsort(kind="stable")
+    adding = np.flatnonzero(added)
+    path_spans, path_offsets = _merge_adjacent(owner, begin, size, adding)
+    tokens = repeat_by_length(rollouts.offsets[order.index] + order.shared, added)
     return TreeLayout(
-        input_ids=rollouts.input_ids[repeat_by_length(rollouts.offsets[order.index] + order.shared, own)].astype(
-            np.int64
-        ),
-        depth=repeat_by_length(order.shared, own),
-        end=_ends(order.shared, lengths, starts, parent),
-        token_positions=repeat_by_length(begin[in_batch], size[in_batch]),
+        input_ids=rollouts.input_ids[tokens].astype(np.int64),
+        depth=repeat_by_length(order.shared, added),
+        end=_subtree_ends(order.shared, lengths, starts, parent),
+        token_positions=repeat_by_length(begin[in_batch_order], size[in_batch_order]),
         segment_starts=np.append(starts[adding], starts[-1]),
-        runs=runs,
-        run_offsets=run_offsets,
+        path_spans=path_spans,
+        path_offsets=path_offsets,
     )
 
 
 def _nearest_smaller(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [n]: the nearest place before each that holds a smaller number; -1 where none does."""
-    found: list[int] = []
-    open_places: list[int] = []
+    """int64 [n]: the index of the nearest smaller number before each; -1 where there is none."""
+    nearest: list[int] = []
+    stack: list[int] = []  # indices of ascending numbers: those that may still be the nearest smaller one
     values = numbers.tolist()
-    for place, value in enumerate(values):
-        while open_places and values[open_places[-1]] >= value:
-            open_places.pop()
-        found.append(open_places[-1] if open_places else -1)
-        open_places.append(place)
-    return np.asarray(found, dtype=np.int64)
+    for i, value in enumerate(values):
+        while stack and values[stack[-1]] >= value:
+            stack.pop()
+        nearest.append(stack[-1] if stack else -1)
+        stack.append(i)
+    return np.asarray(nearest, dtype=np.int64)
 
 
 def _paths(
     shared: NDArray[np.int64], lengths: NDArray[np.int64], starts: NDArray[np.int64], parent: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(place in the order, first position, positions) of every run of every path: paths in order, root first."""
-    place = node = np.arange(len(shared))
+    """Every span of every path, paths in order, root first: (its rollout's index, first position, positions)."""
+    owner = node = np.arange(len(shared))
     high = lengths
     levels = []
     while len(node):
+        # The path of `owner` goes through what `node` adds at depths low to high - 1.
         low = shared[node]
-        levels.append((place, starts[node], high - low))
+        levels.append((owner, starts[node], high - low))
         up = low > 0
-        place, high, node = place[up], low[up], parent[node[up]]
+        owner, high, node = owner[up], low[up], parent[node[up]]
     owner, begin, size = (np.concatenate(parts) for parts in zip(*reversed(levels), strict=True))
-    order = owner.argsort(kind="stable")
+    order = owner.argsort(kind="stable")  # stable: the levels of one path stay root first
     return owner[order], begin[order], size[order]
 
 
-def _ends(
+def _subtree_ends(
     shared: NDArray[np.int64], lengths: NDArray[np.int64], starts: NDArray[np.int64], parent: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """int64 [S]: where the subtree below each position ends.
 
-    What a rollout does not share with the path before it ends where its own tokens begin.
+    What rollout i+1 does not share with the path of rollout i, at depths of shared[i+1] and more, ends where rollout
+    i+1 begins to add positions.
     """
     node = np.arange(len(shared))
-    high, floor, closing = lengths, np.append(shared[1:], 0), starts[1:]
+    high, floor, end_here = lengths, np.append(shared[1:], 0), starts[1:]
     levels = []
     while len(node):
         low = np.maximum(shared[node], floor)
-        levels.append((starts[node] + low - shared[node], high - low, closing))
+        levels.append((starts[node] + low - shared[node], high - low, end_here))
         up = shared[node] > floor
-        high, floor, closing, node = shared[node[up]], floor[up], closing[up], parent[node[up]]
+        high, floor, end_here, node = shared[node[up]], floor[up], end_here[up], parent[node[up]]
     begin, size, end = (np.concatenate(parts) for parts in zip(*levels, strict=True))
-    # Runs without positions do not matter; the others lie side by side from 0 to S.
+    # Together the spans cover 0 to S without gaps or overlap; empty ones among them repeat nothing.
     order = begin.argsort(kind="stable")
     return np.repeat(end[order], size[order])
 
 
-def _joined(
+def _merge_adjacent(
     owner: NDArray[np.int64], begin: NDArray[np.int64], size: NDArray[np.int64], adding: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Runs of the paths of the rollouts `adding`, those that touch made one: (int64 [r, 2], int64 [m+1])."""
-    kept = np.isin(owner, adding)
-    owner, begin, stop = owner[kept], begin[kept], (begin + size)[kept]
-    new = np.append(True, (owner[1:] != owner[:-1]) | (begin[1:] != stop[:-1]))
-    last = np.append(new[1:], True)
-    counts = np.bincount(owner[new], minlength=len(adding))[adding]
-    return np.stack([begin[new], stop[last]], axis=1), offsets_from_lengths(counts)
+    """The paths of the rollouts `adding`, adjacent spans merged: (path_spans [p, 2], path_offsets [m+1])."""
+    chosen = np.isin(owner, adding)
+    owner, begin, stop = owner[chosen], begin[chosen], (begin + size)[chosen]
+    first = np.append(True, (owner[1:] != owner[:-1]) | (begin[1:] != stop[:-1]))
+    last = np.append(first[1:], True)
+    counts = np.bincount(owner[first], minlength=len(adding))[adding]
+    return np.stack([begin[first], stop[last]], axis=1), offsets_from_lengths(counts)
 
 
 def attention_mask(layout: TreeLayout) -> NDArray[np.bool_]:
-    """bool [S, S]: whether position q (row) may attend to position k (column). For small forests and tests."""
+    """bool [S, S]: whether position q (row) may attend to position k (column). For small layouts and tests."""
     q = np.arange(len(layout))[:, None]
     k = np.arange(len(layout))[None, :]
     return (k <= q) & (q < layout.end[None, :])
