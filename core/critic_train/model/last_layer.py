@@ -1,8 +1,10 @@
-"""Have the last layer compute only what the loss reads.
+"""Let the last layer compute only the positions that are read.
 
-The last layer's keys and values are needed everywhere, but its queries, its MLP and the final norm only at positions
-that predict a response token: not in the prompt, not in observations. The layer is transformers' own; only its forward
-is replaced, for layers built like Llama's, and the self-check decides whether the replacement is right.
+Keys and values of the last layer are needed everywhere, but its queries, its MLP and the final norm only at positions
+whose hidden state becomes a value: not in prompts, not in observations. The layer is transformers' own; its forward is
+replaced where it is built as Llama's is, and the self-check decides whether the replacement computes the same.
+
+Shapes: S positions of the layout, Q <= S of them that the last layer computes.
 """
 
 import sys
@@ -13,31 +15,36 @@ from torch import Tensor, nn
 
 from critic_train.model.attention import TREE_ATTENTION, TreeAttentionPlan, tree_attention
 
+# The submodules of a decoder layer that is built as Llama's is, and of its attention; Qwen3 has the head norms.
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
 
 
 def skip_unread_positions(trunk: nn.Module) -> bool:
-    """Replace the last layer's forward where it is built like Llama's; returns whether it was."""
+    """Replace the last layer's forward by one that computes only the positions that its plan asks for.
+
+    Returns:
+        Whether it is replaced: only a layer that is built as Llama's is.
+    """
     layer = _last_layer(trunk)
     if layer is None or "forward" in vars(layer):
         return layer is not None
     attention = getattr(layer, "self_attn", None)
-    known = (
-        {name for name, _ in layer.named_children()} == LAYER
+    supported = (
+        _children(layer) == LAYER
         and isinstance(attention, nn.Module)
-        and {name for name, _ in attention.named_children()} in (ATTENTION, ATTENTION | HEAD_NORMS)
+        and _children(attention) in (ATTENTION, ATTENTION | HEAD_NORMS)
         and hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
         and hasattr(attention, "head_dim")
     )
-    if known:
+    if supported:
         layer.forward = partial(_forward, layer, layer.forward)
-    return known
+    return supported
 
 
 def restore_last_layer(trunk: nn.Module) -> None:
-    """Give the last layer its own forward back."""
+    """Undo `skip_unread_positions`."""
     layer = _last_layer(trunk)
     if layer is not None:
         vars(layer).pop("forward", None)
@@ -48,28 +55,32 @@ def _last_layer(trunk: nn.Module) -> Any:
     return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
-def _forward(layer: Any, whole: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """[1, S, hidden_size] -> [1, Q, hidden_size] where the plan says that Q < S positions are enough."""
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _forward(layer: Any, full_forward: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """[1, S, hidden_size] -> [1, Q, hidden_size], or the layer's own forward where all positions are needed."""
     plan: TreeAttentionPlan | None = kwargs.get("tree_plan")
     if plan is None or plan.needed is None or layer.self_attn.config._attn_implementation != TREE_ATTENTION:
-        return whole(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-    narrow = hidden_states[:, plan.needed]
+        return full_forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+    residual = hidden_states[:, plan.needed]
     attended = _attention(layer.self_attn, layer.input_layernorm(hidden_states), plan, kwargs["position_embeddings"])
-    narrow = narrow + attended
-    return narrow + layer.mlp(layer.post_attention_layernorm(narrow))  # type: ignore[no-any-return]
+    residual = residual + attended
+    return residual + layer.mlp(layer.post_attention_layernorm(residual))  # type: ignore[no-any-return]
 
 
-def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """The layer's attention with queries at the positions that are kept."""
+def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """The layer's attention, states [1, S, hidden_size] -> [1, Q, hidden_size]: all keys, the needed queries."""
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # Mistral's layers leave the window to the configuration.
+    # Mistral's layers read the window from the configuration.
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    cos, sin = angles
-    asking = states[:, plan.needed]
-    query = _heads(attention.q_proj(asking), attention, "q_norm")
-    key = _heads(attention.k_proj(states), attention, "k_norm")
-    value = _heads(attention.v_proj(states), attention, "")
-    # The model's own rotation turns queries and keys together; of each call one side has no heads.
+    cos, sin = rotary  # [1, S, head_dim]
+    query = _split_heads(attention.q_proj(states[:, plan.needed]), attention, "q_norm")
+    key = _split_heads(attention.k_proj(states), attention, "k_norm")
+    value = _split_heads(attention.v_proj(states), attention, None)
+    # apply_rotary_pos_emb rotates queries and keys at the same positions. Here they are at different ones, so each
+    # is rotated by a call of its own, in which the other side has 0 heads.
     query, _ = rotate(query, query[:, :0], cos[:, plan.needed], sin[:, plan.needed])
     _, key = rotate(key[:, :0], key, cos, sin)
     output, _ = tree_attention(
@@ -85,11 +96,9 @@ def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, angles: 
     return attention.o_proj(output.flatten(2))  # type: ignore[no-any-return]
 
 
-def _heads(projected: Tensor, attention: Any, norm: str) -> Tensor:
-    """[1, Q, heads * head_dim] -> [1, heads, Q, head_dim]."""
-    split = projected.unflatten(-1, (-1, attention.head_dim))
-    return getattr(attention, norm, _unchanged)(split).transpose(1, 2) if norm else split.transpose(1, 2)
-
-
-def _unchanged(states: Tensor) -> Tensor:
-    return states
+def _split_heads(projected: Tensor, attention: Any, norm: str | None) -> Tensor:
+    """[1, Q, heads * head_dim] -> [1, heads, Q, head_dim], through the norm of that name where there is one."""
+    heads = projected.unflatten(-1, (-1, attention.head_dim))
+    if norm is not None and hasattr(attention, norm):
+        heads = getattr(attention, norm)(heads)
+    return heads.transpose(1, 2)

@@ -1,7 +1,11 @@
-"""What one micro-batch hands to the model, laid out as a forest or as padded rows.
+"""A micro-batch as the model takes it: laid out as prefix trees, or as padded rows.
 
-Both layouts answer the same question, "which value is paired with each response token", so everything after the
-trunk is the same for both.
+Both layouts say which position holds the value of which response token, so that everything after the trunk is the
+same for both. Shapes:
+
+    P   positions that go through the trunk, padding included: [1, S] of a tree layout, [rows, width] of padded rows
+    A   tokens of the micro-batch                 M   response tokens among them
+    R   positions whose hidden state is read, R <= M: rollouts that share a prefix read one position together
 """
 
 from dataclasses import dataclass, replace
@@ -24,16 +28,16 @@ class ModelInput:
 
     Attributes:
         trunk_arguments: keyword arguments of the trunk.
-        read: int64 [R], the flattened positions whose hidden state is turned into a value, each once, ascending.
-        read_in_last_layer: int64 [R], their places among the positions that the last layer computes where it is narrowed;
-            None where they are just these.
-        pair: int64 [M], for every response token the entry of `read` that holds its value.
-        tokens: int64 numpy [M], the place of those response tokens in the mini-batch's token arrays.
-        computed_tokens: positions that go through the trunk, padding included.
-        all_tokens: int64 numpy [A], the place of every token of the micro-batch in the mini-batch's token arrays.
-        where: int64 numpy [A], the position of each.
-        states: float32 [P, hidden_size], kept states below the layers that are trained, at every position; or, where
-            only the head is, [R, hidden_size] states that are read. None where the trunk computes them.
+        read_positions: int64 [R], ascending: the positions, flattened, whose hidden state is turned into a value.
+        read_in_last_layer: int64 [R], their indices among the positions that the last layer computes; None where it
+            computes them and no others, or all positions.
+        value_index: int64 [M], for every response token the entry of `read_positions` that holds its value.
+        response_tokens: int64 numpy [M], indices of those response tokens in the token arrays of the mini-batch.
+        computed_tokens: P.
+        all_tokens: int64 numpy [A], indices of all tokens of the micro-batch in the token arrays of the mini-batch.
+        token_positions: int64 numpy [A], the position of each of them, flattened.
+        cached_states: hidden states of the frozen trunk, float32: [P, hidden_size] that enter the trained layers, or
+            [R, hidden_size] that enter the head where it alone is trained. None where the trunk computes them.
     """
 
     trunk_arguments: dict[str, Any]
@@ -48,52 +52,50 @@ class ModelInput:
 
 
 class StateSource(Protocol):
-    """Where hidden states of a frozen trunk come from."""
+    """Where the cached hidden states of a frozen trunk come from."""
 
     def add_to(self, batch: ModelInput, rollouts: Rollouts) -> ModelInput:
-        """A micro-batch with its `states`; `rollouts` is the mini-batch it is a part of."""
+        """Return the micro-batch with its `cached_states`; `rollouts` is the mini-batch that it is a part of."""
 
 
 def tree_input(
     rollouts: Rollouts, order: PrefixOrder, device: torch.device, attention: Attention = "sdpa"
 ) -> ModelInput:
-    """Lay out a part of a mini-batch as a forest.
+    """Lay out a part of a mini-batch as prefix trees.
 
     Args:
-        rollouts: the whole mini-batch.
+        rollouts: the mini-batch.
         order: the rollouts of this micro-batch.
         device: where the trunk is.
-        attention: the kernel, resolved.
+        attention: the kernel, resolved (not auto).
     """
-    forest = build_tree_layout(rollouts, order)
-    asked = _asked(rollouts, np.sort(order.index), forest.token_positions, len(forest))
-    plan = TreeAttentionPlan(forest, asked.read, device, attention)
+    layout = build_tree_layout(rollouts, order)
+    reading = _reading(rollouts, np.sort(order.index), layout.token_positions, len(layout))
+    plan = TreeAttentionPlan(layout, reading.positions, device, attention)
+    read_in_last_layer = None
+    if plan.needed is not None and len(plan.needed_positions) != len(reading.positions):
+        read_in_last_layer = _to(device, np.searchsorted(plan.needed_positions, reading.positions))
     return ModelInput(
         trunk_arguments={
-            "input_ids": _on(device, forest.input_ids)[None],
-            "position_ids": _on(device, forest.depth)[None],
+            "input_ids": _to(device, layout.input_ids)[None],  # [1, S]
+            "position_ids": _to(device, layout.depth)[None],  # [1, S]
             "tree_plan": plan,
         },
-        read_positions=_on(device, asked.read),
-        read_in_last_layer=_read_of_kept(plan, asked.read, device),
-        value_index=_on(device, asked.pair),
-        response_tokens=asked.tokens,
-        computed_tokens=len(forest),
-        all_tokens=asked.all_tokens,
-        token_positions=forest.token_positions,
+        read_positions=_to(device, reading.positions),
+        read_in_last_layer=read_in_last_layer,
+        value_index=_to(device, reading.value_index),
+        response_tokens=reading.response_tokens,
+        computed_tokens=len(layout),
+        all_tokens=reading.all_tokens,
+        token_positions=layout.token_positions,
     )
 
 
-def _read_of_kept(plan: TreeAttentionPlan, read: NDArray[np.int64], device: torch.device) -> Tensor | None:
-    same = plan.needed is None or len(plan.needed_positions) == len(read)
-    return None if same else _on(device, np.searchsorted(plan.needed_positions, read))
-
-
 def padded_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.device) -> ModelInput:
-    """Lay out a part of a mini-batch as rows padded on the right, for trunks that cannot take a forest.
+    """Lay out a part of a mini-batch as rows padded on the right, for trunks that cannot take prefix trees.
 
     Args:
-        rollouts: the whole mini-batch.
+        rollouts: the mini-batch.
         index: int64 [n], the rollouts of this micro-batch.
         device: where the trunk is.
     """
@@ -101,31 +103,30 @@ def padded_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.dev
     lengths = rollouts.lengths[index]
     width = int(lengths.max())
     tokens, offsets = ragged_take(rollouts.offsets, index)
-    # Token t of row i stands at i * width + t.
-    where = np.arange(len(tokens)) + np.repeat(np.arange(len(index)) * width - offsets[:-1], lengths)
+    # Token t of row i is at position i * width + t.
+    token_positions = np.arange(len(tokens)) + np.repeat(np.arange(len(index)) * width - offsets[:-1], lengths)
     ids = np.zeros(len(index) * width, dtype=np.int64)
-    seen = np.zeros(len(index) * width, dtype=np.int64)
-    ids[where] = rollouts.input_ids[tokens]
-    seen[where] = 1
-    arguments = {
-        "input_ids": _on(device, ids).view(len(index), width),
-        "attention_mask": _on(device, seen).view(len(index), width),
-    }
-    asked = _asked(rollouts, index, where, len(ids))
+    mask = np.zeros(len(index) * width, dtype=np.int64)
+    ids[token_positions] = rollouts.input_ids[tokens]
+    mask[token_positions] = 1
+    reading = _reading(rollouts, index, token_positions, len(ids))
     return ModelInput(
-        trunk_arguments=arguments,
-        read_positions=_on(device, asked.read),
+        trunk_arguments={
+            "input_ids": _to(device, ids).view(len(index), width),  # [rows, width]
+            "attention_mask": _to(device, mask).view(len(index), width),  # [rows, width]
+        },
+        read_positions=_to(device, reading.positions),
         read_in_last_layer=None,
-        value_index=_on(device, asked.pair),
-        response_tokens=asked.tokens,
+        value_index=_to(device, reading.value_index),
+        response_tokens=reading.response_tokens,
         computed_tokens=len(ids),
-        all_tokens=asked.all_tokens,
-        token_positions=where,
+        all_tokens=reading.all_tokens,
+        token_positions=token_positions,
     )
 
 
 def empty_input(rollouts: Rollouts, device: torch.device, *, forest: bool) -> ModelInput:
-    """One position of which no value is asked: for a rank that must go through the trunk while it has no work."""
+    """One position and no response token, for a rank without work: its layers must be gathered with the others'."""
     one = replace(
         rollouts.take(np.zeros(1, dtype=np.int64)),
         input_ids=rollouts.input_ids[:1],
@@ -137,30 +138,34 @@ def empty_input(rollouts: Rollouts, device: torch.device, *, forest: bool) -> Mo
         batch = tree_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
     else:
         batch = padded_input(one, index, device)
-    # That position is no token of the mini-batch's share.
+    # The position stands for no token of this rank's share of the mini-batch.
     return replace(batch, all_tokens=batch.all_tokens[:0], token_positions=batch.token_positions[:0])
 
 
-class _Asked(NamedTuple):
-    """What the loss asks of a micro-batch; see ModelInput."""
+class _Reading(NamedTuple):
+    """Which positions hold the values of the response tokens; see ModelInput."""
 
-    tokens: NDArray[np.int64]
-    read: NDArray[np.int64]
-    pair: NDArray[np.int64]
+    response_tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    value_index: NDArray[np.int64]
     all_tokens: NDArray[np.int64]
 
 
-def _asked(rollouts: Rollouts, index: NDArray[np.int64], where: NDArray[np.int64], computed_tokens: int) -> _Asked:
+def _reading(
+    rollouts: Rollouts, index: NDArray[np.int64], token_positions: NDArray[np.int64], computed_tokens: int
+) -> _Reading:
     tokens, _ = ragged_take(rollouts.offsets, index)
-    answered = np.flatnonzero(rollouts.response_mask[tokens])
-    # Shift by one: the state that chooses a token is the one before it. Token 0 is never a response token.
-    states = where[answered - 1]
-    asked = np.zeros(computed_tokens, dtype=np.bool_)
-    asked[states] = True
-    return _Asked(tokens[answered], np.flatnonzero(asked), (np.cumsum(asked) - 1)[states], tokens)
+    response = np.flatnonzero(rollouts.response_mask[tokens])
+    # Shift by one: the state in which a token is chosen is that of the token before it, which exists, for the first
+    # token of a rollout is never a response token.
+    positions = token_positions[response - 1]  # [M], with repetitions where rollouts share a prefix
+    is_read = np.zeros(computed_tokens, dtype=np.bool_)
+    is_read[positions] = True
+    rank = np.cumsum(is_read) - 1  # [P], the index of a read position among those that are read
+    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], tokens)
 
 
-def _on(device: torch.device, array: NDArray[np.int64]) -> Tensor:
+def _to(device: torch.device, array: NDArray[np.int64]) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    # From pinned memory a copy to the device waits for nothing.
+    # A copy from pinned memory to the device does not block.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
