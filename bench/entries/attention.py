@@ -14,12 +14,10 @@ import torch
 from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
-from critic_train.model import cuda_kernels as varlen
-from critic_train.model import sdpa_kernels as pieces
-from critic_train.model.cuda_kernels import FlexKernel, VarlenKernel
+from critic_train.model.attention_kernel import Kernel, all_queries
+from critic_train.model.cuda_kernels import FlexKernel, VarlenKernel, varlen_available
 from critic_train.model.prefix_tree import PrefixOrder, TreeLayout, build_tree_layout, prefix_order
-from critic_train.model.queries import Kernel, all_queries
-from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel
+from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel, cpu_flash_available
 from critic_train.rollouts import Rollouts
 
 NAME = "attention"
@@ -46,12 +44,12 @@ def run(options: Options) -> Table:
     reference = {name: passes[f"segments, {name}"]() for name in ("forest", "flat")}
     fastest_flat = min((name for name in passes if name.endswith("flat")), key=lambda n: statistics.median(seconds[n]))
     table = Table(columns={"kernel": "", "ms": ".2f", "flat/this": ".2f", "relative error": ".1e"})
-    for name, found in seconds.items():
+    for name, times in seconds.items():
         table.rows.append(
             {
                 "kernel": name,
-                "ms": 1e3 * statistics.median(found),
-                "flat/this": ratio(seconds[fastest_flat], found),
+                "ms": 1e3 * statistics.median(times),
+                "flat/this": ratio(seconds[fastest_flat], times),
                 "relative error": largest_error(passes[name](), reference[name.rsplit(", ", 1)[1]]),
             }
         )
@@ -65,14 +63,14 @@ def run(options: Options) -> Table:
 def kernels(forest: TreeLayout, device: torch.device) -> dict[str, Kernel]:
     """What there is on this device."""
     queries = all_queries(forest)
-    found: dict[str, Kernel] = {"segments": SdpaKernel(queries, device)}
-    if pieces.available(device):
-        found["pieces"] = CpuFlashKernel(queries)
+    available: dict[str, Kernel] = {"segments": SdpaKernel(queries, device)}
+    if cpu_flash_available(device):
+        available["pieces"] = CpuFlashKernel(queries)
     if device.type == "cuda":
-        found["flex"] = FlexKernel(queries, device)
-    if varlen.available(device):
-        found["varlen"] = VarlenKernel(queries, device)
-    return found
+        available["flex"] = FlexKernel(queries, device)
+    if varlen_available(device):
+        available["varlen"] = VarlenKernel(queries, device)
+    return available
 
 
 def unshared(rollouts: Rollouts) -> PrefixOrder:
@@ -99,7 +97,7 @@ def one_pass(kernel: Kernel, tensors: list[torch.Tensor]) -> Callable[[], list[t
     return run_once
 
 
-def largest_error(found: list[Any], expected: list[Any]) -> float:
+def largest_error(actual: list[Any], expected: list[Any]) -> float:
     """In norms, over the output and the three gradients."""
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(actual, expected, strict=True)
     return max(float(((one.float() - other.float()).norm() / other.float().norm()).detach()) for one, other in pairs)

@@ -1,15 +1,9 @@
-"""Attention through variable-length flash attention: CUDA, half precision.
+"""Attention kernels for CUDA devices.
 
-Every run of queries is a sequence; its keys are its path from the root, gathered. The kernel aligns its causal mask at
-the lower right, where the last query meets the last key, which is what a run at the end of its path needs; a window
-then counts in the rollout. The price is one copy of the keys and values of every path.
+VarlenKernel  variable-length flash attention (`--attention varlen`): half precision, compute capability 8.0 or more
+FlexKernel    FlexAttention (`--attention flex`; arXiv 2412.05496): any precision
 
-Attention through FlexAttention, with the block mask made on the device from `end` alone.
-
-A block of keys is visited by a block of queries iff its first position is not after the last query and its largest
-`end` is beyond the first query; it is seen whole iff its last position is not after the first query and its smallest
-`end` is beyond the last query. Two reductions a block decide both; no S x S mask is evaluated. Windows count in the
-rollout, by depth.
+Shapes: see `attention_kernel.Kernel`.
 """
 
 import inspect
@@ -22,55 +16,57 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from critic_train.model.queries import Queries
+from critic_train.model.attention_kernel import Kernel, Queries
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
 
-class VarlenKernel:
-    """A kernel (see `queries.Kernel`).
+class VarlenKernel(Kernel):
+    """One sequence for every span of queries; its keys are its path from the root, gathered.
+
+    The operator aligns its causal mask at the lower right, where the last query meets the last key: a span of queries
+    is the end of its path, so that is the mask it needs, and a window counts tokens of the rollout. The price is one
+    copy of the keys and values of every path.
 
     Args:
-        queries: who asks.
+        queries: whose attention is computed.
         device: where the trunk is.
         attend: called as `torch.nn.attention.varlen.varlen_attn` is, and by default that.
 
     Attributes:
-        paths: int64 [K] on the device, the positions of all paths, run after run.
-        query_offsets: int32 [runs + 1], the first query of each run.
-        key_offsets: int32 [runs + 1], the first entry of `paths` of each run.
+        paths: int64 [K] on the device, the positions of all paths, span after span.
+        query_offsets: int32 [spans + 1], the first query of each span.
+        key_offsets: int32 [spans + 1], the first entry of `paths` of each span.
     """
 
     def __init__(self, queries: Queries, device: torch.device, attend: Callable[..., Any] | None = None) -> None:
-        pieces = np.asarray([piece for run in queries.spans for piece in run.path], dtype=np.int64)
-        own = np.asarray([run.queries[1] - run.queries[0] for run in queries.spans], dtype=np.int64)
-        path = np.asarray([sum(stop - start for start, stop in run.path) for run in queries.spans], dtype=np.int64)
-        self.paths = torch.from_numpy(repeat_by_length(pieces[:, 0], pieces[:, 1] - pieces[:, 0])).to(device)
-        self.query_offsets = torch.from_numpy(offsets_from_lengths(own).astype(np.int32)).to(device)
-        self.key_offsets = torch.from_numpy(offsets_from_lengths(path).astype(np.int32)).to(device)
-        self._longest = int(own.max()), int(path.max())
+        bounds = np.asarray([bound for span in queries.spans for bound in span.path], dtype=np.int64)
+        num_queries = np.asarray([span.queries[1] - span.queries[0] for span in queries.spans], dtype=np.int64)
+        num_keys = np.asarray(
+            [sum(stop - start for start, stop in span.path) for span in queries.spans], dtype=np.int64
+        )
+        self.paths = torch.from_numpy(repeat_by_length(bounds[:, 0], bounds[:, 1] - bounds[:, 0])).to(device)
+        self.query_offsets = torch.from_numpy(offsets_from_lengths(num_queries).astype(np.int32)).to(device)
+        self.key_offsets = torch.from_numpy(offsets_from_lengths(num_keys).astype(np.int32)).to(device)
+        self._longest = int(num_queries.max()), int(num_keys.max())
         self._attend = attend or _varlen_attn()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-        """See `queries.Kernel`."""
-        flat = query[0].transpose(0, 1)
-        keys = key[0].transpose(0, 1).index_select(0, self.paths)
-        values = value[0].transpose(0, 1).index_select(0, self.paths)
         output: Tensor = self._attend(
-            flat.contiguous(),
-            keys,
-            values,
+            query[0].transpose(0, 1).contiguous(),  # [Q, heads, head_dim]
+            key[0].transpose(0, 1).index_select(0, self.paths),  # [K, kv_heads, head_dim]
+            value[0].transpose(0, 1).index_select(0, self.paths),
             self.query_offsets,
             self.key_offsets,
             *self._longest,
             scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
+            window_size=(-1 if window is None else window - 1, 0),  # (keys before, keys after) a query's own
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output[None]
 
 
-def available(device: torch.device) -> bool:
-    """Whether torch has variable-length attention and the device can run it (compute capability 8.0 on)."""
+def varlen_available(device: torch.device) -> bool:
+    """Whether torch has variable-length attention and the device can run it (compute capability 8.0 or more)."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
@@ -85,98 +81,105 @@ def _varlen_attn() -> Callable[..., Any]:
 
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         return varlen_attn
-    return partial(_unasked, varlen_attn)
+    return partial(_without_enable_gqa, varlen_attn)
 
 
-def _unasked(attend: Callable[..., Any], *arguments: Any, enable_gqa: bool, **more: Any) -> Any:
-    """Up to torch 2.11 the kernel shares heads of keys among those of queries whenever there are fewer of them."""
-    return attend(*arguments, **more)
+def _without_enable_gqa(attend: Callable[..., Any], *args: Any, enable_gqa: bool, **kwargs: Any) -> Any:
+    """Up to torch 2.11 the operator has no such argument; it shares key heads whenever there are fewer of them."""
+    return attend(*args, **kwargs)
 
 
 BLOCK = 128
-"""Positions a side of a block."""
+"""Queries, and keys, of a block of FlexAttention."""
 
 
-class FlexKernel:
-    """A kernel (see `queries.Kernel`). On CUDA it is compiled; on a CPU it runs eagerly, without a backward pass.
+class FlexKernel(Kernel):
+    """FlexAttention under a block mask that is made on the device from `end` alone.
+
+    A block of queries visits a block of keys iff the first key is not after the last query and the largest `end` of the
+    keys is beyond the first query. It attends to the full block iff the last key is not after the first query and the
+    smallest `end` is beyond the last query. Two reductions a block decide both; no S x S mask is evaluated. Windows
+    are differences of depth, which counts tokens of the rollout.
+
+    On CUDA it is compiled; on a CPU it runs eagerly, without a backward pass.
 
     Args:
-        queries: who asks.
+        queries: whose attention is computed.
         device: where the trunk is.
     """
 
     def __init__(self, queries: Queries, device: torch.device) -> None:
         layout = queries.layout
-        self._end = torch.from_numpy(layout.end).to(device)
-        self._depth = torch.from_numpy(layout.depth).to(device)
-        places = torch.arange(len(layout), device=device)
-        self._positions = places if queries.positions is None else torch.from_numpy(queries.positions).to(device)
+        self._end = torch.from_numpy(layout.end).to(device)  # [S]
+        self._depth = torch.from_numpy(layout.depth).to(device)  # [S]
+        every = torch.arange(len(layout), device=device)
+        self._positions = every if queries.positions is None else torch.from_numpy(queries.positions).to(device)  # [Q]
         self._masks: dict[int | None, BlockMask] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-        """See `queries.Kernel`."""
         attend: Any = _compiled() if query.is_cuda else flex_attention
         grouped = query.shape[1] != key.shape[1]
         output: Tensor = attend(query, key, value, block_mask=self.block_mask(window), scale=scale, enable_gqa=grouped)
         return output.transpose(1, 2)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Which blocks are visited, which of them are seen whole, and the mask for the others."""
+        """The blocks that are visited, those of them without a mask, and the mask of the others."""
         if window not in self._masks:
-            visited, whole = self._blocks(window)
-            partial, partial_blocks = _listed(visited & ~whole)
-            full, full_blocks = _listed(whole)
+            visited, full = self._blocks(window)
+            partial_counts, partial_blocks = _block_lists(visited & ~full)
+            full_counts, full_blocks = _block_lists(full)
             self._masks[window] = BlockMask.from_kv_blocks(
-                partial,
+                partial_counts,
                 partial_blocks,
-                full,
+                full_counts,
                 full_blocks,
                 BLOCK_SIZE=BLOCK,
-                mask_mod=self._mask(window),
+                mask_mod=self._mask_mod(window),
                 seq_lengths=(len(self._positions), len(self._end)),
             )
         return self._masks[window]
 
-    def _mask(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def _mask_mod(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         end, depth, positions = self._end, self._depth, self._positions
 
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             position = positions[query]
-            seen = (key <= position) & (position < end[key])
-            return seen if window is None else seen & (depth[position] - depth[key] < window)
+            in_subtree = (key <= position) & (position < end[key])
+            return in_subtree if window is None else in_subtree & (depth[position] - depth[key] < window)
 
-        return sees
+        return attends
 
     def _blocks(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """(bool, bool) [blocks of queries, blocks of keys]: visited, and seen whole."""
+        """(visited, full), each bool [blocks of queries, blocks of keys]; see the class."""
         keys = torch.arange(len(self._end), device=self._end.device)
-        first_query, last_query = _extremes(self._positions)
-        first_key, last_key = _extremes(keys)
-        smallest_end, largest_end = _extremes(self._end)
+        first_query, last_query = _block_extremes(self._positions)
+        first_key, last_key = _block_extremes(keys)
+        smallest_end, largest_end = _block_extremes(self._end)
         visited = (first_key <= last_query[:, None]) & (largest_end > first_query[:, None])
-        whole = (last_key <= first_query[:, None]) & (smallest_end > last_query[:, None])
+        full = (last_key <= first_query[:, None]) & (smallest_end > last_query[:, None])
         if window is not None:
-            shallow_query, deep_query = _extremes(self._depth[self._positions])
-            shallow_key, deep_key = _extremes(self._depth)
+            shallow_query, deep_query = _block_extremes(self._depth[self._positions])
+            shallow_key, deep_key = _block_extremes(self._depth)
             visited &= shallow_query[:, None] - deep_key < window
-            whole &= deep_query[:, None] - shallow_key < window
-        # A last block that is not full is never seen whole: what lies beyond the end is masked.
+            full &= deep_query[:, None] - shallow_key < window
+        # A last block of fewer than BLOCK positions is never full: what is beyond the end must be masked.
         if len(self._positions) % BLOCK:
-            whole[-1] = False
+            full[-1] = False
         if len(keys) % BLOCK:
-            whole[:, -1] = False
-        return visited, whole
+            full[:, -1] = False
+        return visited, full
 
 
-def _extremes(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest number of every block; the last block repeats its last number to be full."""
+def _block_extremes(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """(smallest, largest) number of every block; the last block is filled up with its last number."""
     missing = -len(numbers) % BLOCK
     blocks = torch.cat([numbers, numbers[-1:].expand(missing)]).view(-1, BLOCK)
     return blocks.amin(1), blocks.amax(1)
 
 
-def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries takes, and which, first the chosen ones: int32 [1, 1, ...]."""
+def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """BlockMask's form of a bool [query blocks, key blocks]: int32 [1, 1, query blocks] and [1, 1, query blocks, key
+    blocks], the number of chosen key blocks of each query block, and all key blocks, the chosen ones first."""
     counts = chosen.sum(1, dtype=torch.int32)
     order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], order[None, None].contiguous()
@@ -184,5 +187,5 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled() -> Any:
-    # Forests differ in size from one micro-batch to the next.
+    # dynamic: layouts differ in size from one micro-batch to the next.
     return torch.compile(flex_attention, dynamic=True)

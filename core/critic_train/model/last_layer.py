@@ -98,7 +98,7 @@ def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, rotary: 
 
 def _split_heads(projected: Tensor, attention: Any, norm: str | None) -> Tensor:
     """[1, Q, heads * head_dim] -> [1, heads, Q, head_dim], through the norm of that name where there is one."""
-    heads = projected.unflatten(-1, (-1, attention.head_dim))
+    heads: Tensor = projected.unflatten(-1, (-1, attention.head_dim))
     if norm is not None and hasattr(attention, norm):
         heads = getattr(attention, norm)(heads)
     return heads.transpose(1, 2)

@@ -1,7 +1,7 @@
 """LoRA adapters on every linear layer of a trunk (Hu et al. 2021, arXiv 2106.09685), through peft.
 
-The head is trained in full beside them. A checkpoint holds the merged_tensors weights, which load anywhere, and the adapters by
-themselves, from which a run goes on: merged_tensors ones cannot be taken apart again.
+The head is trained in full beside them. A checkpoint holds the merged weights, which load anywhere, and the adapters by
+themselves, with which a run is resumed: merged weights cannot be taken apart again.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,28 +19,29 @@ from critic_train.model.tensor_file import read_rows, write_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER = "default"
-"""peft's name for the only adapter there is."""
+"""peft's name for the first adapter of a model."""
 BASE = ".base_layer"
+"""peft's name for the layer that an adapter wraps."""
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
-    """The tensor: on one process all are whole."""
+def _identity(tensor: Tensor) -> Tensor:
+    """The `gather` of one process: its tensors are not sharded."""
     return tensor
 
 
 def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
-    """Put adapters beside the trunk's linear layers and freeze everything else of it.
+    """Add adapters to the trunk's linear layers and freeze the rest of the trunk.
 
     Args:
-        critic: in one piece, on the CPU or on "meta" (its adapters are on the CPU then as well, and the same); its
-            values do not change, for an adapter starts at 0.
+        critic: not sharded, on the CPU or on "meta" (its adapters are on the CPU then as well, and the same); its
+            values do not change, because the second matrix of an adapter starts at 0.
         rank: of each adapter's product.
-        alpha: the product counts alpha / rank.
+        alpha: the product is scaled by alpha / rank.
         seed: of the adapters' first matrices; the global generator is left alone.
 
     Raises:
         ConfigError: peft is not installed.
-        ModelError: the trunk has no linear layers that peft knows.
+        ModelError: the trunk has no linear layers that peft supports.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -48,9 +49,9 @@ def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
         raise ConfigError(
             "--train lora: the package peft is not installed", hint="pip install 'critic-train[lora]'"
         ) from None
-    # peft takes a whole number there; the factor is set below.
+    # peft's lora_alpha is an int; the scaling is set below.
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]), _seemingly_on_the_cpu(critic.trunk):
+    with torch.random.fork_rng(devices=[]), _meta_weights_on_cpu(critic.trunk):
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, critic.trunk)
@@ -58,15 +59,15 @@ def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
             raise ModelError(f"{critic.trunk.config.model_type} takes no LoRA adapters: {error}") from error
     for name, parameter in critic.trunk.named_parameters():
         parameter.requires_grad_(".lora_" in name)
-    for layer in _adapted(critic.trunk).values():
+    for layer in _adapted_layers(critic.trunk).values():
         layer.scaling[ADAPTER] = alpha / rank
 
 
 @contextmanager
-def _seemingly_on_the_cpu(trunk: nn.Module) -> Iterator[None]:
-    """Inside, weights on "meta" are replaced by zeros on the CPU that take no memory.
+def _meta_weights_on_cpu(trunk: nn.Module) -> Iterator[None]:
+    """Inside, weights on "meta" are replaced by expanded zeros on the CPU, which take no memory.
 
-    peft draws on the CPU and then moves an adapter to where its layer is: on "meta" the draw would be lost.
+    peft draws an adapter on the CPU and then moves it to the device of its layer: on "meta" it would be lost.
     """
     on_meta = [
         (module, name, parameter)
@@ -84,55 +85,60 @@ def _seemingly_on_the_cpu(trunk: nn.Module) -> Iterator[None]:
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether there are adapters in it."""
+    """Whether a module has LoRA adapters."""
     return any(".lora_" in name for name, _ in module.named_parameters())
 
 
 def name_without_adapter(name: str) -> str:
-    """What a frozen tensor's name is where there are no adapters."""
+    """The name that a frozen tensor has in a model without adapters."""
     return name.replace(f"{BASE}.", ".")
 
 
 def mergeable_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """Name without adapters -> (tensor, the layer whose adapter `merge_adapter` adds to it or None), in the module's order."""
-    adapted = _adapted(module)
+    """The tensors of a module and what `merge_adapter` adds to them, in the module's order.
+
+    Returns:
+        Name without adapters -> (tensor, the layer whose adapter belongs to it or None).
+    """
+    adapted = _adapted_layers(module)
     pairs: dict[str, tuple[Tensor, Any]] = {}
     for name, tensor in module.state_dict().items():
         if ".lora_" not in name:
-            place, base, last = name.partition(BASE)
-            pairs[place + last] = (tensor, adapted[place] if base and last == ".weight" else None)
+            layer, base, last = name.partition(BASE)
+            pairs[layer + last] = (tensor, adapted[layer] if base and last == ".weight" else None)
     return pairs
 
 
-def merge_adapter(tensor: Tensor, layer: Any, gather: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
-    """A whole tensor with its adapter's product added in.
+def merge_adapter(tensor: Tensor, layer: Any, gather: Callable[[Tensor], Tensor] = _identity) -> Tensor:
+    """A tensor with its adapter added: W + alpha / rank * B A.
 
     Args:
-        tensor: one that `mergeable_tensors` gives.
-        layer: the one beside it.
-        gather: makes a tensor whole that is spread over ranks; all of them call this.
+        tensor: from `mergeable_tensors`.
+        layer: the one beside it there.
+        gather: gives the full tensor of one that is sharded over ranks; all ranks call this function.
     """
     tensor = gather(tensor)
     if layer is None:
         return tensor
     with torch.no_grad():
+        # [out, rank] @ [rank, in]
         product: Tensor = gather(layer.lora_B[ADAPTER].weight) @ gather(layer.lora_A[ADAPTER].weight)
-        if layer.fan_in_fan_out:  # GPT-2 keeps its weights [in, out]
+        if layer.fan_in_fan_out:  # GPT-2's weights are [in, out]
             product = product.T
         return tensor + product * float(layer.scaling[ADAPTER])
 
 
 def merged_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module with its adapters' products added in, under the names it has without them."""
+    """The state dict of a module with its adapters merged, under the names it has without them."""
     return {name: merge_adapter(*pair) for name, pair in mergeable_tensors(module).items()}
 
 
-def save_adapters(critic: Critic, directory: Path | None, gather: Callable[[Tensor], Tensor] = as_it_is) -> None:
+def save_adapters(critic: Critic, directory: Path | None, gather: Callable[[Tensor], Tensor] = _identity) -> None:
     """Write what is trained, adapters and head, as it is.
 
     Args:
         critic: with adapters.
-        directory: where the file goes; None on ranks that do not lead.
+        directory: of the file; None on ranks other than 0.
         gather: as in `merge_adapter`.
 
     Raises:
@@ -144,7 +150,7 @@ def save_adapters(critic: Critic, directory: Path | None, gather: Callable[[Tens
 
 
 def load_adapters(critic: Critic, directory: Path) -> None:
-    """Put back what `save_adapters` wrote, on any number of ranks; each reads its part alone.
+    """Read what `save_adapters` wrote into a critic, on any number of ranks; each reads its own rows alone.
 
     Raises:
         ModelError: the file is missing, or belongs to other adapters.
@@ -165,6 +171,6 @@ def _trained(critic: Critic) -> dict[str, nn.Parameter]:
     return {name: p for name, p in critic.named_parameters() if p.requires_grad}
 
 
-def _adapted(module: nn.Module) -> dict[str, Any]:
+def _adapted_layers(module: nn.Module) -> dict[str, Any]:
     """Name -> layer, of the layers that have an adapter."""
     return {name: layer for name, layer in module.named_modules() if hasattr(layer, "get_delta_weight")}

@@ -8,9 +8,9 @@ from support import branching_rollouts, rollouts_of
 
 from critic_train.errors import ConfigError, MachineError
 from critic_train.model.attention import TreeAttentionPlan, choose_attention, kernel_error, kernels_to_try
+from critic_train.model.attention_kernel import Queries, all_queries, fill_short_gaps, queries_at
 from critic_train.model.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
 from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
-from critic_train.model.queries import Queries, all_queries, fill_short_gaps, queries_at
 from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def check(kernel, layout, positions, window):
 
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", range(4))
-def test_pieces_are_plain_attention(seed, asking):
+def test_tiles_are_plain_attention(seed, asking):
     layout = forest_of(seed)
     queries, positions = queries_of(layout, seed, asking)
     check(CpuFlashKernel(queries), layout, positions, None)
@@ -84,24 +84,24 @@ def test_pieces_are_plain_attention(seed, asking):
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", [0, 2])
-def test_segments_are_plain_attention_windows_in_the_rollout_included(seed, asking, window):
+def test_sdpa_is_plain_attention_windows_in_the_rollout_included(seed, asking, window):
     layout = forest_of(seed)
     queries, positions = queries_of(layout, seed, asking)
     check(SdpaKernel(queries, CPU), layout, positions, window)
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])
-def test_pieces_hold_every_pair_that_is_seen_once_and_no_other(asking):
+def test_tiles_hold_every_pair_that_attends_once_and_no_other(asking):
     layout = forest_of(1)
     queries, positions = queries_of(layout, 1, asking)
     pairs = np.zeros((len(positions), len(layout)), dtype=int)
-    for piece in CpuFlashKernel(queries).pieces:
-        block = pairs[slice(*piece.queries), slice(*piece.keys)]
-        block += np.tri(*block.shape, dtype=int) if piece.causal else 1
+    for tile in CpuFlashKernel(queries).tiles:
+        block = pairs[slice(*tile.queries), slice(*tile.keys)]
+        block += np.tri(*block.shape, dtype=int) if tile.causal else 1
     np.testing.assert_array_equal(pairs, attention_mask(layout)[positions])
 
 
-def test_pieces_in_bf16_lose_no_more_than_plain_attention_in_bf16():
+def test_tiles_in_bf16_lose_no_more_than_plain_attention_in_bf16():
     layout = forest_of(0)
     tensors = drawn(layout, len(layout))
     exact = plain(layout, np.arange(len(layout)), None, tensors)
@@ -125,7 +125,7 @@ def one_long_rollout(length):
     return rollouts, prefix_order(rollouts)
 
 
-def test_a_plan_takes_pieces_where_no_window_cuts_and_segments_where_one_does():
+def test_a_plan_takes_tiles_where_no_window_cuts_and_masks_where_one_does():
     layout = forest_of(0)
     plan = TreeAttentionPlan(layout, np.arange(len(layout)), CPU)
     assert plan.needed is None
@@ -155,7 +155,7 @@ def varlen_by_hand(query, key, value, query_offsets, key_offsets, max_q, max_k, 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", [0, 2])
-def test_variable_length_segments_are_plain_attention(seed, asking, window):
+def test_variable_length_attention_is_plain_attention(seed, asking, window):
     layout = forest_of(seed)
     queries, positions = queries_of(layout, seed, asking)
     check(VarlenKernel(queries, CPU, attend=varlen_by_hand), layout, positions, window)
@@ -247,20 +247,20 @@ def test_a_cpu_takes_scaled_dot_product_attention_and_refuses_the_others():
 
 
 def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkeypatch):
-    from critic_train.model import cuda_kernels as varlen
+    from critic_train.model import cuda_kernels
 
     cuda = torch.device("cuda")
-    monkeypatch.setattr(varlen, "available", lambda device: True)
+    monkeypatch.setattr(cuda_kernels, "varlen_available", lambda device: True)
     assert kernels_to_try("auto", cuda, "bf16") == ["varlen", "flex", "sdpa"]
     assert kernels_to_try("auto", cuda, "fp32") == ["flex", "sdpa"]
     with pytest.raises(ConfigError, match="not fp32"):
         kernels_to_try("varlen", cuda, "fp32")
-    monkeypatch.setattr(varlen, "available", lambda device: False)
+    monkeypatch.setattr(cuda_kernels, "varlen_available", lambda device: False)
     assert kernels_to_try("auto", cuda, "bf16") == ["flex", "sdpa"]
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
-    from critic_train.model import attention as choosing
+    from critic_train.model import attention
 
     layout = forest_of(0)
     right = lambda queries: VarlenKernel(queries, CPU, attend=varlen_by_hand)  # noqa: E731
@@ -271,10 +271,10 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
 
     wrong = lambda queries: VarlenKernel(queries, CPU, attend=without_mask)  # noqa: E731
     assert "differs from scaled-dot-product attention" in kernel_error(wrong, layout, CPU, torch.float32)
-    monkeypatch.setattr(choosing, "kernels_to_try", lambda *_: ["flex", "sdpa"])
+    monkeypatch.setattr(attention, "kernels_to_try", lambda *_: ["flex", "sdpa"])
     chosen, passed = choose_attention("auto", layout, CPU, "fp32")
     assert chosen == "sdpa"
     assert "--attention flex is not used: it fails on cpu" in passed[0]
-    monkeypatch.setattr(choosing, "kernels_to_try", lambda *_: ["flex"])
+    monkeypatch.setattr(attention, "kernels_to_try", lambda *_: ["flex"])
     with pytest.raises(MachineError, match="flex is not used"):
         choose_attention("flex", layout, CPU, "fp32")

@@ -4,7 +4,7 @@ import torch
 from support import branching_rollouts, small_config
 
 from critic_train.errors import ModelError
-from critic_train.model import sdpa_kernels as pieces
+from critic_train.model import sdpa_kernels
 from critic_train.model.attention import TREE_ATTENTION
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
@@ -57,7 +57,7 @@ def test_an_architecture_with_attention_of_its_own_gets_rows(family):
 
 def test_attention_that_sees_too_much_is_caught(monkeypatch):
     """The check itself: with a mask that hides nothing, a branch sees its own future."""
-    monkeypatch.setattr(pieces, "available", lambda _: False)
+    monkeypatch.setattr(sdpa_kernels, "cpu_flash_available", lambda _: False)
     monkeypatch.setattr(SdpaKernel, "mask", lambda _, queries, keys, __: torch.ones(queries, keys, dtype=torch.bool))
     critic = build_critic(small_config("Llama"), seed=0)
     choice = choose_packing(critic, branching_rollouts(), "auto")
