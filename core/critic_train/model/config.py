@@ -1,9 +1,8 @@
-"""What a model directory may ask for, and may not: it can come from anywhere.
+"""Configurations of trunks: config.json of a model directory, checked; and presets to train from scratch.
 
-Weights and configurations are data here. Nothing in them names code to run, a kernel to fetch or a file to copy from
-elsewhere, and what config.json claims is held against the weights before anything is allocated for it.
-
-Transformers to train from scratch, for when there is no model to start from.
+A model directory can come from anywhere. Weights and configurations are data here: nothing in them names code that is
+run, a kernel that is fetched, or a file elsewhere that is copied; and what config.json claims is compared with the
+weights before anything is allocated for it.
 """
 
 import math
@@ -13,49 +12,124 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig
 
 from critic_train.errors import ModelError, first_line
+from critic_train.jsonio import read_json_object
 from critic_train.settings import Preset
+
+# The only list of dropout names. A new architecture's goes here.
+DROPOUTS = (
+    "activation_dropout",
+    "attention_dropout",
+    "attn_pdrop",
+    "classifier_dropout",
+    "classifier_dropout_prob",
+    "dropout",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "layerdrop",
+    "resid_dropout",
+    "resid_pdrop",
+    "summary_dropout_prob",
+)
+CLASSIFIER_DROPOUTS = ("classifier_dropout", "hidden_dropout", "summary_dropout_prob")
+"""These are set even where a configuration lacks them: transformers' classification classes have defaults above 0."""
 
 OF_ANOTHER_MODEL = "the directory is incomplete, or its config.json belongs to another model"
 SIZE_NAME = re.compile(r"(?!max_).*(size|dim|width|rank|heads|experts|n_embd|n_head|n_inner|channels)")
 LAYERS_NAME = re.compile(r"num_(hidden_|decoder_|encoder_)?layers|n_layers?")
 MISSING_SHARE, MISSING_FEW = 2, 2**20
-"""Incomplete weights are told tensor by tensor when they are loaded: up to half of them may be missing."""
+"""A configuration may describe so many times the weights that are there, and so many numbers more: tensors that are
+missing are reported by name when the weights are loaded."""
 MOST_COPIED_BYTES = 2**28
 
 
-def clear_implementations(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Forget the implementations that a config.json names: transformers would fetch such a kernel and run it."""
-    for name in [name for name in vars(config) if name.endswith(("_implementation", "_implementation_internal"))]:
-        setattr(config, name, None)
+def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set what a critic needs: one label, no dropout, no tied embeddings. Changes and returns `config`."""
+    config.num_labels = 1
+    for name in DROPOUTS:
+        if name in CLASSIFIER_DROPOUTS or hasattr(config, name):
+            setattr(config, name, 0.0)
+    config.tie_word_embeddings = False
+    config.use_cache = False
     return config
 
 
-def refuse_unsafe_config(path: Path, raw: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Raise where a config.json asks for what is never done, or lacks what must be there."""
+def read_raw_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a model directory's config.json.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    file = path / "config.json"
+    try:
+        return read_json_object(file)
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path} has no config.json",
+            hint="--model takes a run, a checkpoint or a Hugging Face directory with safetensors weights",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def parse_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model directory that a critic can be made of.
+
+    Args:
+        path: the directory.
+        raw: from `read_raw_config`.
+
+    Raises:
+        ModelError: transformers does not know it, it is no text-only decoder, it asks for what is never done (code of
+            its own, quantized weights), or its sizes are no numbers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        clear_implementations(config)
+    except Exception as error:  # transformers raises many kinds for a configuration it does not know
+        reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else first_line(error)
+        raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ModelError(
+            f"{path}: model_type {config.model_type!r} is not a text-only decoder",
+            hint="a critic reads token ids from left to right; take the language model out of a multimodal one first",
+        )
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
     if raw.get("quantization_config"):
         raise ModelError(
             f"{path}/config.json: its weights are quantized",
-            hint="a critic is trained from whole weights; save them so",
+            hint="a critic is trained from weights that are not quantized; save the model without quantization",
         )
     for name in ("vocab_size", "hidden_size"):
-        found = getattr(config, name, None)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise ModelError(f"{path}/config.json: found {name} {found!r}, expected a whole number above 0")
+        size = getattr(config, name, None)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ModelError(f"{path}/config.json: found {name} {size!r}, expected a whole number above 0")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and (not isinstance(positions, int) or positions < 2):
         raise ModelError(f"{path}/config.json: found max_position_embeddings {positions!r}, expected a whole number")
+    return config
+
+
+def clear_implementations(config: PreTrainedConfig) -> None:
+    """Remove the implementations that a config.json names: transformers would fetch such a kernel and run it."""
+    for name in [name for name in vars(config) if name.endswith(("_implementation", "_implementation_internal"))]:
+        setattr(config, name, None)
 
 
 def check_config_against_weights(path: Path, config: PreTrainedConfig, shapes: Mapping[str, list[int]]) -> None:
-    """Raise where the configuration describes a larger model than the weights are. Nothing is allocated to find out.
+    """Refuse a configuration that describes a larger model than the weights are. Nothing is allocated for it.
 
     Args:
         path: the directory, for the message.
         config: its configuration.
         shapes: of every tensor in its weights, from the headers alone.
+
+    Raises:
+        ModelError: it describes a larger model, or transformers cannot make a model of it.
     """
     elements = sum(math.prod(shape) for shape in shapes.values())
     for name, value in sorted(config.to_dict().items()):
@@ -69,28 +143,28 @@ def check_config_against_weights(path: Path, config: PreTrainedConfig, shapes: M
         with torch.device("meta"):
             trunk = AutoModel.from_config(config)
     except Exception as error:  # transformers raises many kinds for a configuration that makes no model
-        first = first_line(error)
-        raise ModelError(f"{path}/config.json makes no model: {first}", hint=OF_ANOTHER_MODEL) from error
+        reason = first_line(error)
+        raise ModelError(f"{path}/config.json makes no model: {reason}", hint=OF_ANOTHER_MODEL) from error
     described = sum(parameter.numel() for parameter in trunk.parameters())
     if described > MISSING_SHARE * elements + MISSING_FEW:
         raise _too_large(path, f"a model of {described:,} numbers", f"{elements:,}")
 
 
-def may_be_copied(file: Path) -> bool:
-    """Whether a file of a model directory is one of its own, to be copied into a checkpoint that is handed on.
+def _too_large(path: Path, described: str, stored: str) -> ModelError:
+    return ModelError(f"{path}/config.json describes {described}, its weights hold {stored}", hint=OF_ANOTHER_MODEL)
 
-    A link may lead within the directory, or to `blobs` beside `snapshots` as in the hub's cache; not to other files of
-    this machine.
+
+def may_be_copied(file: Path) -> bool:
+    """Whether a file of a model directory is its own, and may be copied into a checkpoint.
+
+    A link may point into the directory, or to `blobs` beside `snapshots` as in the hub's cache; not to other files of
+    the machine.
     """
     if not file.is_file() or file.stat().st_size > MOST_COPIED_BYTES:
         return False
     real, folder = file.resolve(), file.parent.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     return real.parent in (folder, blobs)
-
-
-def _too_large(path: Path, claimed: str, found: str) -> ModelError:
-    return ModelError(f"{path}/config.json describes {claimed}, its weights hold {found}", hint=OF_ANOTHER_MODEL)
 
 
 SHAPES: dict[Preset, dict[str, int]] = {
@@ -105,7 +179,7 @@ SHAPES: dict[Preset, dict[str, int]] = {
 }
 
 LEARNING_RATES: dict[Preset, float] = {"tiny": 2e-3, "small": 1e-3, "base": 3e-4}
-"""Peak learning rates that train each well from scratch (tiny and small: seen on the sample and known-value data)."""
+"""Peak learning rates for training from scratch; tiny and small were tried on the sample and known-value data."""
 
 SMALLEST_CONTEXT = 8192
 

@@ -1,44 +1,33 @@
-"""Open a Hugging Face directory as a critic: configuration first, weights when the data has been understood.
+"""Open a Hugging Face directory as a critic: first its configuration, later its weights.
 
-Safetensors only, no remote code, no network. A value head that exists is loaded as it is and never made anew; one
-that does not exist is made by `fit` alone, and said aloud.
+Weights are read from safetensors only, no remote code is run, nothing is downloaded. A value head in the directory is
+loaded as it is and never replaced; where there is none, a new one starts at 0, and `fit` reports it.
 """
 
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
 from critic_train.model.attention import TREE_ATTENTION
 from critic_train.model.compute import Compute
-from critic_train.model.config import check_config_against_weights, clear_implementations, refuse_unsafe_config
+from critic_train.model.config import check_config_against_weights, parse_config, prepare_config, read_raw_config
 from critic_train.model.critic import Critic, ValueHead
 
-HEAD_NAMES = ("score", "value_head", "v_head.summary", "v_head", "classifier")
-"""Where frameworks keep a value head: Hugging Face, OpenRLHF, verl; xtuner; TRL; DeepSpeed-Chat; GPT-2's class."""
-
-DROPOUTS = (
-    "activation_dropout",
-    "attention_dropout",
-    "attn_pdrop",
-    "classifier_dropout",
-    "classifier_dropout_prob",
-    "dropout",
-    "embd_pdrop",
-    "embedding_dropout",
-    "hidden_dropout",
-    "layerdrop",
-    "resid_dropout",
-    "resid_pdrop",
-    "summary_dropout_prob",
+# The only list of names of value heads, in the order in which they are looked for. A new framework's goes here.
+HEAD_NAMES = (
+    "score",  # Hugging Face, OpenRLHF, verl
+    "value_head",  # xtuner
+    "v_head.summary",  # TRL
+    "v_head",  # DeepSpeed-Chat
+    "classifier",  # Hugging Face's class for GPT-2
 )
 
 transformers_logging.set_verbosity_error()
@@ -47,13 +36,13 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model directory whose configuration has been read and found usable.
+    """A model directory whose configuration has been read and checked.
 
     Attributes:
         path: the directory.
         config: its configuration, dropouts 0, one label.
         architecture: the class it was saved from, as in "LlamaForCausalLM".
-        head: the prefix of its value head's tensors, or None where it has none.
+        head: the prefix of its value head's tensors, as in HEAD_NAMES; None where it has none.
     """
 
     path: Path
@@ -76,16 +65,16 @@ def read_model(path: Path) -> ModelSource:
     """Read a model directory's configuration and find its value head. No weights are loaded.
 
     Raises:
-        ModelError: it is no usable directory, names the reason and what to do.
+        ModelError: a critic cannot be made of the directory.
     """
     if not path.is_dir():
         raise ModelError(
             f"no model directory at {path}",
             hint="--model takes a run, a checkpoint or a Hugging Face directory",
         )
-    raw = _raw_config(path)
+    raw = read_raw_config(path)
     files = weight_files(path)
-    config = prepare_config(_parsed_config(path, raw))
+    config = prepare_config(parse_config(path, raw))
     shapes = _shapes(files)
     check_config_against_weights(path, config, shapes)
     named = raw.get("architectures")
@@ -137,14 +126,14 @@ def load_critic(
         )
     except Exception as error:  # transformers raises many kinds for weights it cannot place
         raise ModelError(f"{source.path}: the weights cannot be loaded: {first_line(error)}") from error
-    wrong = [f"{name}: missing" for name in sorted(report["missing_keys"])]
-    wrong += [
+    problems = [f"{name}: missing" for name in sorted(report["missing_keys"])]
+    problems += [
         f"{name}: its shape differs from the configuration's" for name in sorted(map(str, report["mismatched_keys"]))
     ]
-    if wrong:
-        shown = "\n".join(f"  {line}" for line in wrong[:10])
+    if problems:
+        shown = "\n".join(f"  {line}" for line in problems[:10])
         raise ModelError(
-            f"{source.path}: {len(wrong)} weights do not fit the configuration\n{shown}",
+            f"{source.path}: {len(problems)} weights do not fit the configuration\n{shown}",
             hint="the directory is incomplete, or its config.json belongs to another model",
         )
     head = ValueHead(int(source.config.hidden_size))
@@ -157,9 +146,11 @@ def load_critic(
 
 
 def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
-    """A critic with fresh weights, drawn from `seed` without touching the global generator.
+    """A critic with random weights and a head at 0, which the caller sets to the mean return.
 
-    The head starts at 0; the caller sets where it starts.
+    Args:
+        config: of the trunk; changed by `prepare_config`.
+        seed: of the weights; the global generator is left alone.
     """
     config = prepare_config(config)
     with torch.random.fork_rng(devices=[]):
@@ -169,58 +160,23 @@ def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
 
 
 def use_tree_attention(critic: Critic) -> Critic:
-    """Ask the trunk for our attention; one that takes no name but its own keeps its own, and is given rows later."""
+    """Set the trunk's attention to `tree_attention`; returns the critic.
+
+    A trunk that supports no attention but its own keeps that, and the self-check gives it padded rows.
+    """
     with contextlib.suppress(ValueError):
         critic.trunk.set_attn_implementation(TREE_ATTENTION)
     return critic
 
 
-def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set what a critic needs: one label, no dropout, no tied embeddings. Changes and returns `config`."""
-    config.num_labels = 1
-    for name in DROPOUTS:
-        if name in ("classifier_dropout", "hidden_dropout", "summary_dropout_prob") or hasattr(config, name):
-            setattr(config, name, 0.0)
-    config.tie_word_embeddings = False
-    config.use_cache = False
-    return config
-
-
-def _raw_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        return read_json_object(file)
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} has no config.json",
-            hint="--model takes a run, a checkpoint or a Hugging Face directory with safetensors weights",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
-
-
-def _parsed_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        clear_implementations(config)
-    except Exception as error:  # transformers raises many kinds for a configuration it does not know
-        reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else first_line(error)
-        raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
-    if config.is_encoder_decoder or config.get_text_config() is not config:
-        raise ModelError(
-            f"{path}: model_type {config.model_type!r} is not a text-only decoder",
-            hint="a critic reads token ids from left to right; take the language model out of a multimodal one first",
-        )
-    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
-    refuse_unsafe_config(path, raw, config)
-    return config
-
-
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index where there is one. No path leaves the directory."""
+    """The safetensors files of a directory, by its index where there is one.
+
+    Raises:
+        ModelError: a file is missing, or the index cannot be read or names a file outside the directory.
+    """
     index = path / "model.safetensors.index.json"
-    # Where both stand, transformers takes the single file.
+    # Where there are both, transformers takes the single file.
     if index.exists() and not (path / "model.safetensors").exists():
         try:
             named = set(read_json_object(index)["weight_map"].values())
@@ -256,6 +212,7 @@ def _shapes(files: list[Path]) -> dict[str, list[int]]:
 
 
 def _find_head(path: Path, shapes: dict[str, list[int]], prefix: object) -> str | None:
+    """The prefix of the value head's tensors; `prefix` is what config.json says it is, and is looked for first."""
     names = (prefix, *HEAD_NAMES) if isinstance(prefix, str) else HEAD_NAMES
     for name in names:
         shape = shapes.get(f"{name}.weight")
@@ -270,6 +227,7 @@ def _find_head(path: Path, shapes: dict[str, list[int]], prefix: object) -> str 
 
 
 def _fill_head(head: ValueHead, source: ModelSource) -> None:
+    """Copy the weight, and the bias where there is one, from the files of the directory."""
     with torch.no_grad():
         for file in weight_files(source.path):
             with safe_open(file, framework="pt") as tensors:
