@@ -1,12 +1,15 @@
-"""Prove on the data at hand that a rollout in a forest is computed as the rollout alone would be.
+"""The self-check: on the data at hand, prefix trees must give each rollout the hidden states that it has alone.
 
-Stock attention goes wrong silently when prefixes are shared (differences of 4 where 1e-6 is right were measured),
-and some architectures cannot share at all: recurrent state, attention arithmetic of their own. So before a trunk is
-trusted with a forest, a few rollouts go through it both ways.
+With transformers' own attention, shared prefixes go wrong silently (differences of 4 where 1e-6 is right were
+measured), and some architectures cannot share at all: recurrent state, other arithmetic of attention. So before a
+trunk is used with prefix trees, a few rollouts go through it both ways.
+
+Shapes: T tokens of all sampled rollouts.
 """
 
 import contextlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,22 +26,23 @@ from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 
 STOCK_ATTENTION = ("sdpa", "eager")
-"""Tried in this order."""
+"""transformers' own, the preferred one first."""
 TOLERANCE = 1e-3
-"""Largest difference of a hidden state allowed, relative to the largest hidden state. Right is about 1e-6."""
+"""Largest difference of a hidden state allowed, relative to the largest hidden state. Rounding gives about 1e-6."""
 
 SAMPLED_ROLLOUTS = 4
-"""Rollouts that stand together in a sample."""
+"""Rollouts in a row of a sample, so that some share a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingChoice:
-    """How rollouts will be laid out, and why where that is not a forest.
+    """How micro-batches are laid out, and why.
 
     Attributes:
-        forest: whether micro-batches are forests.
-        difference: the largest relative difference seen between a forest and rollouts alone; None if not measured.
-        reason: why the trunk gets padded rows, or an empty string.
+        forest: as prefix trees; else as padded rows.
+        difference: the largest difference of a hidden state between prefix trees and rollouts alone, relative to the
+            largest hidden state; None if not measured.
+        reason: why the trunk gets padded rows though they were not asked for, or an empty string.
     """
 
     forest: bool
@@ -107,27 +111,27 @@ def _try_packing(
 
 
 def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> PackingChoice:
-    """Decide between a forest and padded rows, and set the trunk's attention accordingly.
+    """Decide between prefix trees and padded rows, and set the trunk's attention accordingly.
 
     Args:
         critic: on its device.
         rollouts: a few to try, some that share a prompt and the longest among them.
-        packing: what the user asked for; "forest" refuses where "auto" falls back.
+        packing: `--packing`; "forest" raises where "auto" falls back to padded rows.
 
     Raises:
-        ModelError: the trunk looks ahead (it is no causal decoder), or "forest" was asked for and is wrong here.
+        ModelError: the trunk is no causal decoder, or "forest" is asked for and computes something else here.
     """
     sample = _with_branch(rollouts)
     restore_last_layer(critic.trunk)
     use_stock_attention(critic)
-    alone = _alone(critic, sample)
-    _refuse_look_ahead(critic, sample, alone)
+    expected = _states_alone(critic, sample)
+    _check_causal(critic, sample, expected)
     if packing == "rows":
         return PackingChoice(forest=False)
     difference: float | None = None
     try:
         critic.trunk.set_attn_implementation(TREE_ATTENTION)
-        difference = _difference(critic, sample, alone)
+        difference = _difference(critic, sample, expected)
     except TreeUnsupportedError as error:
         reason = f"this architecture's attention uses {error}"
     except (TypeError, ValueError):
@@ -135,7 +139,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
     else:
         reason = "" if difference <= TOLERANCE else f"hidden states differ by {difference:.1e} from rollouts run alone"
     if not reason:
-        if skip_unread_positions(critic.trunk) and _difference(critic, sample, alone) > TOLERANCE:
+        if skip_unread_positions(critic.trunk) and _difference(critic, sample, expected) > TOLERANCE:
             restore_last_layer(critic.trunk)
         return PackingChoice(forest=True, difference=difference)
     kind = critic.trunk.config.model_type
@@ -149,20 +153,20 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> Pack
 
 
 def use_stock_attention(critic: Critic) -> None:
-    """Give the trunk back the attention of transformers, for rows."""
+    """Set the trunk's attention to transformers' own, for padded rows."""
     trunk = critic.trunk
     for name in STOCK_ATTENTION:
-        # An architecture that does not know a name raises, or keeps what it had without a word.
+        # An architecture without this implementation raises, or silently keeps the one it had.
         with contextlib.suppress(ValueError):
             trunk.set_attn_implementation(name)
         if trunk.config._attn_implementation == name:
             return
-    # What knows no names at all still reads this one when it builds its mask.
+    # An architecture with one implementation only still reads this when it builds its mask.
     trunk.config._attn_implementation = "eager"
 
 
 def _with_branch(sample: Rollouts) -> Rollouts:
-    """The sample and one rollout more, which leaves the first one in the middle of its response."""
+    """The sample and one more rollout, which branches off from the first one halfway."""
     first, length = sample.input_ids[: sample.offsets[1]], int(sample.offsets[1])
     branch = first.copy()
     branch[length // 2 :] = np.roll(first, 1)[length // 2 :]
@@ -175,30 +179,31 @@ def _with_branch(sample: Rollouts) -> Rollouts:
 
 
 @torch.no_grad()
-def _alone(critic: Critic, sample: Rollouts) -> torch.Tensor:
-    """[T, hidden]: every rollout through the trunk on its own, with stock attention, in float32."""
+def _states_alone(critic: Critic, sample: Rollouts) -> torch.Tensor:
+    """[T, hidden_size]: every rollout through the trunk by itself, with transformers' own attention, in float32."""
     rows = []
-    for start, stop in zip(sample.offsets[:-1].tolist(), sample.offsets[1:].tolist(), strict=True):
+    for start, stop in pairwise(sample.offsets.tolist()):
         ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(critic.device)
         rows.append(critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0])
     return torch.cat(rows)
 
 
 @torch.no_grad()
-def _difference(critic: Critic, sample: Rollouts, alone: torch.Tensor) -> float:
-    """The largest difference of a state that is read between the sample as one forest and its rollouts alone."""
-    batch = tree_input(sample, prefix_order(sample), alone.device)
-    expected = alone[torch.from_numpy(batch.response_tokens - 1).to(alone.device)]
-    return float((critic.hidden(batch)[batch.value_index] - expected).abs().max() / alone.abs().max())
+def _difference(critic: Critic, sample: Rollouts, expected: torch.Tensor) -> float:
+    """The largest difference of a state that is read between the sample as prefix trees and `expected`, relative."""
+    batch = tree_input(sample, prefix_order(sample), expected.device)
+    read = expected[torch.from_numpy(batch.response_tokens - 1).to(expected.device)]  # [M, hidden_size]
+    return float((critic.hidden(batch)[batch.value_index] - read).abs().max() / expected.abs().max())
 
 
-def _refuse_look_ahead(critic: Critic, sample: Rollouts, alone: torch.Tensor) -> None:
+def _check_causal(critic: Critic, sample: Rollouts, expected: torch.Tensor) -> None:
+    """Refuse a trunk that gives the first half of a rollout other states when the second half is missing."""
     length = int(sample.offsets[1])
     half = max(1, length // 2)
-    ids = torch.from_numpy(sample.input_ids[:half].astype(np.int64)).to(alone.device)
+    ids = torch.from_numpy(sample.input_ids[:half].astype(np.int64)).to(expected.device)
     with torch.no_grad():
-        seen = critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-    if float((seen - alone[:half]).abs().max() / alone.abs().max()) > TOLERANCE:
+        states = critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    if float((states - expected[:half]).abs().max() / expected.abs().max()) > TOLERANCE:
         raise ModelError(
             f"{critic.trunk.config.model_type} looks ahead: a state depends on tokens after it",
             hint="a critic must be a causal decoder",
