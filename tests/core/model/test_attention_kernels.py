@@ -1,5 +1,7 @@
 """Every way to compute attention on a prefix tree, held against plain attention under the mask written out."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,17 +9,18 @@ import torch.nn.functional as F
 from support import branching_rollouts, rollouts_of
 
 from critic_train.errors import ConfigError, MachineError
-from critic_train.model.attention import TreeAttentionPlan, choose_attention, kernel_error, kernels_to_try
+from critic_train.model.attention import KERNELS, TreeAttentionPlan, choose_attention, kernel_error, kernels_to_try
 from critic_train.model.attention_kernel import Queries, all_queries, fill_short_gaps, queries_at
 from critic_train.model.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
 from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel
+from critic_train.settings import Attention
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
-def forest_of(seed: int) -> TreeLayout:
+def layout_of(seed: int) -> TreeLayout:
     """Branching rollouts with prompts and responses; rollouts one token long; every form a tree can have."""
     rollouts = branching_rollouts(seed)
     if seed == 2:
@@ -29,9 +32,9 @@ def forest_of(seed: int) -> TreeLayout:
 def some_positions(layout: TreeLayout, seed: int) -> np.ndarray:
     """Runs of positions with gaps between them, some of which cross from one rollout to the next."""
     draw = np.random.default_rng(seed)
-    asked = np.repeat(draw.random(len(layout) // 3 + 1) < 0.6, 3)[: len(layout)]
-    asked[-1] = True
-    return np.flatnonzero(asked)
+    chosen = np.repeat(draw.random(len(layout) // 3 + 1) < 0.6, 3)[: len(layout)]
+    chosen[-1] = True
+    return np.flatnonzero(chosen)
 
 
 def drawn(layout: TreeLayout, queries: int) -> tuple[torch.Tensor, ...]:
@@ -66,33 +69,24 @@ def check(kernel, layout, positions, window):
     expected = plain(layout, positions, window, tensors)
     slope = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, tensors, slope)
-    found = kernel(*tensors, window, None)
-    assert found.shape == expected.shape
-    assert float((found - expected).detach().abs().max()) <= 2e-6
-    for one, other in zip(torch.autograd.grad(found, tensors, slope), wanted, strict=True):
+    actual = kernel(*tensors, window, None)
+    assert actual.shape == expected.shape
+    assert float((actual - expected).detach().abs().max()) <= 2e-6
+    for one, other in zip(torch.autograd.grad(actual, tensors, slope), wanted, strict=True):
         assert float((one - other).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", range(4))
 def test_tiles_are_plain_attention(seed, asking):
-    layout = forest_of(seed)
+    layout = layout_of(seed)
     queries, positions = queries_of(layout, seed, asking)
     check(CpuFlashKernel(queries), layout, positions, None)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("asking", ["all", "some"])
-@pytest.mark.parametrize("seed", [0, 2])
-def test_sdpa_is_plain_attention_windows_in_the_rollout_included(seed, asking, window):
-    layout = forest_of(seed)
-    queries, positions = queries_of(layout, seed, asking)
-    check(SdpaKernel(queries, CPU), layout, positions, window)
-
-
 @pytest.mark.parametrize("asking", ["all", "some"])
 def test_tiles_hold_every_pair_that_attends_once_and_no_other(asking):
-    layout = forest_of(1)
+    layout = layout_of(1)
     queries, positions = queries_of(layout, 1, asking)
     pairs = np.zeros((len(positions), len(layout)), dtype=int)
     for tile in CpuFlashKernel(queries).tiles:
@@ -102,13 +96,13 @@ def test_tiles_hold_every_pair_that_attends_once_and_no_other(asking):
 
 
 def test_tiles_in_bf16_lose_no_more_than_plain_attention_in_bf16():
-    layout = forest_of(0)
+    layout = layout_of(0)
     tensors = drawn(layout, len(layout))
     exact = plain(layout, np.arange(len(layout)), None, tensors)
     rounded = tuple(tensor.detach().bfloat16() for tensor in tensors)
-    found = CpuFlashKernel(all_queries(layout))(*rounded, None, None)
-    assert found.dtype == torch.bfloat16
-    assert float((found - exact).abs().max()) <= 0.03
+    actual = CpuFlashKernel(all_queries(layout))(*rounded, None, None)
+    assert actual.dtype == torch.bfloat16
+    assert float((actual - exact).abs().max()) <= 0.03
 
 
 def test_only_long_stretches_that_nobody_reads_are_left_out():
@@ -126,7 +120,7 @@ def one_long_rollout(length):
 
 
 def test_a_plan_takes_tiles_where_no_window_cuts_and_masks_where_one_does():
-    layout = forest_of(0)
+    layout = layout_of(0)
     plan = TreeAttentionPlan(layout, np.arange(len(layout)), CPU)
     assert plan.needed is None
     assert TreeAttentionPlan(layout, np.zeros(0, dtype=np.int64), CPU).needed is None
@@ -152,13 +146,20 @@ def varlen_by_hand(query, key, value, query_offsets, key_offsets, max_q, max_k, 
     return torch.cat(outputs)
 
 
+KERNELS_WITH_WINDOWS = {
+    "sdpa": lambda queries: SdpaKernel(queries, CPU),
+    "varlen": lambda queries: VarlenKernel(queries, CPU, attend=varlen_by_hand),
+}
+
+
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("asking", ["all", "some"])
 @pytest.mark.parametrize("seed", [0, 2])
-def test_variable_length_attention_is_plain_attention(seed, asking, window):
-    layout = forest_of(seed)
+@pytest.mark.parametrize("name", KERNELS_WITH_WINDOWS)
+def test_kernels_are_plain_attention_windows_in_the_rollout_included(name, seed, asking, window):
+    layout = layout_of(seed)
     queries, positions = queries_of(layout, seed, asking)
-    check(VarlenKernel(queries, CPU, attend=varlen_by_hand), layout, positions, window)
+    check(KERNELS_WITH_WINDOWS[name](queries), layout, positions, window)
 
 
 def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeypatch):
@@ -170,7 +171,7 @@ def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeyp
         return varlen_by_hand(query, key, value, q, k, max_q, max_k, **more)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
-    layout = forest_of(0)
+    layout = layout_of(0)
     check(VarlenKernel(all_queries(layout), CPU), layout, np.arange(len(layout)), None)
 
 
@@ -178,7 +179,7 @@ def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeyp
 @pytest.mark.parametrize("asking", ["all", "some"])
 def test_flex_attention_is_plain_attention(asking, window):
     """Forward only: FlexAttention has no backward pass on a CPU."""
-    layout = forest_of(0)
+    layout = layout_of(0)
     queries, positions = queries_of(layout, 0, asking)
     tensors = [tensor.detach() for tensor in drawn(layout, len(positions))]
     expected = plain(layout, positions, window, tensors)
@@ -227,19 +228,23 @@ def test_the_block_mask_is_the_one_that_trying_every_pair_gives(asking, window):
 def dense(mask, *, whole: bool) -> torch.Tensor:
     """bool [blocks of queries, blocks of keys]: the blocks seen whole, or all that are visited."""
     shape = mask.kv_indices.shape[2:]
-    found = torch.zeros(shape, dtype=torch.bool)
+    actual = torch.zeros(shape, dtype=torch.bool)
     lists = [(mask.full_kv_num_blocks, mask.full_kv_indices)]
     if not whole:
         lists.append((mask.kv_num_blocks, mask.kv_indices))
     for counts, indices in lists:
         for row, count in enumerate(counts[0, 0].tolist()):
-            found[row, indices[0, 0, row, :count].long()] = True
-    return found
+            actual[row, indices[0, 0, row, :count].long()] = True
+    return actual
+
+
+def test_every_value_of_the_flag_but_auto_names_a_kernel():
+    assert set(get_args(Attention)) == {"auto", *KERNELS}
 
 
 def test_a_cpu_takes_scaled_dot_product_attention_and_refuses_the_others():
-    assert choose_attention("auto", forest_of(0), CPU, "fp32") == ("sdpa", [])
-    assert choose_attention("auto", forest_of(0), CPU, "bf16") == ("sdpa", [])
+    assert choose_attention("auto", layout_of(0), CPU, "fp32") == ("sdpa", [])
+    assert choose_attention("auto", layout_of(0), CPU, "bf16") == ("sdpa", [])
     with pytest.raises(ConfigError, match="flex needs a CUDA device"):
         kernels_to_try("flex", CPU, "fp32")
     with pytest.raises(ConfigError, match="varlen needs --precision bf16 and a CUDA device"):
@@ -262,7 +267,7 @@ def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkey
 def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
     from critic_train.model import attention
 
-    layout = forest_of(0)
+    layout = layout_of(0)
     right = lambda queries: VarlenKernel(queries, CPU, attend=varlen_by_hand)  # noqa: E731
     assert kernel_error(right, layout, CPU, torch.float32) == ""
 
