@@ -95,7 +95,7 @@ def column_of(entries: Sequence[Any]) -> pa.Array | None:
     kinds = {type(entry) for entry in entries} - {type(None)}
     if not kinds:
         return pa.nulls(len(entries))
-    if kinds <= {list, tuple, np.ndarray}:
+    if all(issubclass(kind, list | tuple | np.ndarray) for kind in kinds):
         return ragged_column(entries)
     if kinds <= {bool}:
         return pa.array(entries, type=pa.bool_())

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from critic_train.converting.pickles.archive import load_bytes
-from critic_train.converting.pickles.arrays import torch_array
-from critic_train.converting.pickles.budget import Budget, RefusedError
-from critic_train.converting.pickles.names import DataProtoState
+from critic_train.converting.dump_tensors import DataProtoState, Memory, RefusedError, TensorDictState, torch_array
 from critic_train.converting.records import Records, column_of, matrix_column, ragged_column
+from critic_train.converting.unpickle import half_of_memory, load_bytes
 from critic_train.errors import DataError
 
 FORMAT = "verl DataProto"
@@ -36,7 +34,8 @@ def records(content: DataProtoState) -> Iterator[Records]:
     Raises:
         DataError: it has no responses, or its columns disagree in length.
     """
-    batch = _batch(content.batch)
+    tensors, objects, meta = content.state
+    batch = _batch(tensors)
     if "responses" not in batch:
         there = ", ".join(str(name) for name in batch) or "nothing"
         raise DataError(
@@ -45,7 +44,7 @@ def records(content: DataProtoState) -> Iterator[Records]:
         )
     columns = _token_columns(batch)
     count = len(columns["responses"])
-    others = {name: list(entries) for name, entries in _dictionary(content.others).items()}
+    others = {name: list(entries) for name, entries in _dictionary(objects).items()}
     odd = [name for name, entries in {**columns, **others}.items() if len(entries) != count]
     if odd:
         raise DataError(f"the DataProto's `{odd[0]}` has not {count} rows, as `responses` has")
@@ -56,7 +55,7 @@ def records(content: DataProtoState) -> Iterator[Records]:
             notes.append(f"`{name}` is left out: it has several values a rollout")
         else:
             columns[RENAMED.get(name, name)] = array.cast(pa.string()) if name == "uid" else array
-    step = _dictionary(content.meta).get("global_steps")
+    step = _dictionary(meta).get("global_steps")
     if isinstance(step, int) and "step" not in columns:
         columns["step"] = pa.array([step] * count)
     yield Records(batch=pa.record_batch(columns), rows=np.arange(count), notes=tuple(notes))
@@ -65,9 +64,11 @@ def records(content: DataProtoState) -> Iterator[Records]:
 def _batch(batch: Any) -> dict[str, Any]:
     """The tensor dictionary, name -> array [n, ...] or one array a row."""
     if isinstance(batch, bytes | memoryview):
-        batch = load_bytes(memoryview(batch), Budget())
+        batch = load_bytes(memoryview(batch))
     elif isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[2], dict):
         batch = {name: _from_numpy(tensor) for name, tensor in batch[2].items()}
+    if isinstance(batch, TensorDictState):
+        batch = batch.state
     if not isinstance(batch, dict):
         raise RefusedError("a DataProto whose batch is no tensor dictionary")
     return batch
@@ -76,7 +77,7 @@ def _batch(batch: Any) -> dict[str, Any]:
 def _from_numpy(tensor: Any) -> Any:
     """A tensor as (dtype, shape, bytes), a nested one as (layout, those of its parts)."""
     if isinstance(tensor, tuple) and len(tensor) == 3:
-        return torch_array(tensor[2], tensor[0], tensor[1], Budget())
+        return torch_array(tensor[2], tensor[0], tensor[1], Memory(half_of_memory()))
     if isinstance(tensor, tuple) and len(tensor) == 2 and isinstance(tensor[1], list):
         return [_from_numpy(part) for part in tensor[1]]
     raise RefusedError("a tensor in an unknown form")

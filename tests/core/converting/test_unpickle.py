@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from critic_train.converting.pickles.archive import load_dump
-from critic_train.converting.pickles.machine import Machine
+from critic_train.converting.unpickle import DumpUnpickler, load_bytes, load_dump
 from critic_train.errors import DataError
 
 WATCHED = ("import", "os.", "subprocess.", "exec", "compile", "pickle.find_class", "ctypes.", "socket.", "open")
+MEMORY_GUARD = "/proc/self/statm"
+"""What data/memory_guard.py reads."""
 seen: list[str] | None = None
 
 
@@ -51,7 +52,7 @@ def read(path: Path, limit_bytes: int | None = 2**24) -> object:
         return load_dump(path, path.name, limit_bytes=limit_bytes)
     finally:
         events, seen = seen, None
-        assert [e for e in events if str(path) not in e] == []
+        assert [e for e in events if str(path) not in e and MEMORY_GUARD not in e] == []
 
 
 def refused(path: Path, content: bytes, match: str) -> None:
@@ -70,6 +71,8 @@ def same(found: object, expected: object) -> bool:
     if isinstance(expected, torch.Tensor):
         expected = expected.float().numpy() if expected.dtype == torch.bfloat16 else expected.numpy()
     if isinstance(expected, np.ndarray) and not expected.dtype.hasobject:
+        # Like numpy's own pickles, an array of another byte order may come back in this machine's.
+        expected = expected.astype(expected.dtype.newbyteorder(found.dtype.byteorder))
         return isinstance(found, np.ndarray) and found.dtype == expected.dtype and np.array_equal(found, expected)
     if isinstance(expected, dict):
         return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
@@ -184,10 +187,7 @@ def data_proto(batch: bytes, others: object, meta: object) -> bytes:
 
 def unwrapped(found: object) -> object:
     """A DataProto's inner archive, as the reader of verl's files opens it."""
-    from critic_train.converting.pickles.archive import load_bytes
-    from critic_train.converting.pickles.budget import Budget
-
-    return load_bytes(memoryview(found.batch), Budget(2**26))
+    return load_bytes(memoryview(found.state[0]), limit_bytes=2**26)
 
 
 def test_a_module_is_not_imported(tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ BATCH = {
     "bytes that are not there": (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", "too early"),
     "text that is not there": (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x.", "more than|too early"),
     "a bytearray that is not there": (b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b".", "too early"),
-    "a memo by number": (b"\x80\x02]r\xff\xff\xff\xff.", None),
+    "a memo by number": (b"\x80\x02]r\xff\xff\xff\xff.", "more than"),
     "a whole number without end": (b"\x80\x02\x8b" + struct.pack("<I", 2**31) + b"\x01.", "whole number of"),
     "a bytearray of a size": (b"\x80\x04cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R.", "made of a int"),
     "an array of a size": (
@@ -213,21 +213,21 @@ BATCH = {
         b"\xff\xff\xff\xffK\0tb\x89C\x01xtb.",
         "array of shape",
     ),
-    "lists without end": (b"\x80\x02(" + b"]" * 2**19 + b"l.", "more than"),
-    "marks without end": (b"\x80\x02" + b"(" * 2**19, "more than"),
-    "a dictionary of one entry, often": (b"\x80\x02" + b"}" * 2**19 + b".", "more than"),
+    "lists without end": (b"\x80\x02(" + b"]" * 2**21 + b"l.", "more than"),
+    "marks without end": (b"\x80\x02" + b"(" * 2**24 + b".", "more than"),
+    "a dictionary of one entry, often": (b"\x80\x02" + b"}" * 2**21 + b".", "more than"),
     "tuples in tuples as a key": (b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.", "a key is a tuple"),
     "tuples in tuples in a set": (b"\x80\x04\x8f()" + b"2\x86" * 60 + b"\x90.", "a key is a tuple"),
     "an old instance": (b"\x80\x02(ios\nsystem\n.", r"wants os\.system"),
     "an instance": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ"),
     "an extension": (b"\x80\x02\x82\x01.", "EXT1"),
     "a name in a name": (b"\x80\x04\x8c\x05numpy\x8c\x0cdtype.type.x\x93.", r"numpy\.dtype\.type\.x"),
-    "a name that is no text": (b"\x80\x04K\x01K\x02\x93.", r"wants 1\.2"),
+    "a name that is no text": (b"\x80\x04K\x01K\x02\x93.", "STACK_GLOBAL requires str"),
     "a state for a name": (b"\x80\x02cnumpy\ndtype\n}(X\x05\0\0\0buildNub.", "gives a state to numpy.dtype"),
     "a state for a list": (b"\x80\x02]}b.", "gives a state to a list"),
     "a call of a list": (b"\x80\x02])R.", "calls a list"),
     "a call of an inert name": (b"\x80\x02ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage"),
-    "an instance of a callable": (b"\x80\x02cnumpy\ndtype\n)\x81.", "an instance of numpy.dtype"),
+    "an instance of a callable": (b"\x80\x02cnumpy\ndtype\n)\x81.", "must be a type"),
     "items for a dictionary": (b"\x80\x02}K\x01a.", "added to a dict"),
     "a persistent id": (b"\x80\x02X\x07\0\0\0storageQ.", "refers to something outside"),
     "a text persistent id": (b"\x80\x02Pstorage\n.", "PERSID"),
@@ -241,12 +241,7 @@ BATCH = {
 
 @pytest.mark.parametrize("what", BATCH)
 def test_what_no_pickler_of_plain_data_writes_is_refused(tmp_path, what):
-    content, match = BATCH[what]
-    if match is None:
-        (tmp_path / "a.pkl").write_bytes(content)
-        assert read(tmp_path / "a.pkl") == []
-    else:
-        refused(tmp_path / "a.pkl", content, match)
+    refused(tmp_path / "a.pkl", *BATCH[what])
 
 
 def test_a_deep_nest_is_read_without_recursion(tmp_path):
@@ -360,7 +355,7 @@ def test_what_was_read_is_freed_without_the_collector(tmp_path):
         load_dump(tmp_path / "a.pt", "a")
         with contextlib.suppress(DataError):
             load_dump(tmp_path / "b.pt", "b")
-        assert not [left for left in gc.get_objects() if type(left) is Machine and left._stack]
+        assert not [left for left in gc.get_objects() if type(left) is DumpUnpickler]
         assert not [left for left in gc.get_objects() if type(left) is dict and "a key of this test" in left]
     finally:
         gc.enable()
