@@ -1,14 +1,11 @@
-"""What a pickled dump may name, and what is made of it: tensors, arrays, plain containers.
+"""Tensors and arrays of a pickled dump: views on the file's bytes, checked before they are made.
 
-Nothing here is torch's or numpy's own code for pickles: a name stands for a small function of this module, which checks
-what it is given. Objects that a pickle could hand a state to (BUILD) define `__setstate__` themselves, so that the
-unpickler never writes to their attributes.
+Objects that a pickle could hand a state to (BUILD) define `__setstate__` themselves, so that the unpickler never writes
+to their attributes.
 """
 
 import math
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,7 +28,6 @@ STORAGES = {
 }  # fmt: skip
 """torch's storage class -> the dtype of its elements."""
 SIMPLE_TYPE = re.compile(r"[biufUSO]\d{1,9}")
-PLAIN = (str, int, float, bool, type(None), bytes)
 MOST_NESTED = 4
 """How many tensor dictionaries may lie in one another."""
 RAGGED = ("<NJT_VALUES>", "<NJT_LENGTHS>", "<NJT_OFFSETS>")
@@ -70,31 +66,6 @@ class Memory:
         )
 
 
-class Name:
-    """A name that a pickle may use; calling it runs a function of this module, if it has one.
-
-    Args:
-        text: module and name, for messages.
-        build: called with the pickle's arguments; None for names that are only referred to.
-    """
-
-    __slots__ = ("_build", "text")
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, text: str, build: Callable[..., Any] | None) -> None:
-        self.text = text
-        self._build = build
-
-    def __call__(self, *arguments: Any) -> Any:
-        """What the pickle makes by calling the name."""
-        if self._build is None:
-            raise RefusedError(f"it calls {self.text}")
-        return self._build(*arguments)
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise RefusedError(f"it gives a state to {self.text}")
-
-
 class Storage:
     """The bytes under tensors. `kind` is a key of TORCH_TYPES, or None where the tensor names it."""
 
@@ -119,13 +90,15 @@ class DumpArray(np.ndarray[Any, Any]):
         if not isinstance(state, tuple) or len(state) != 5:
             raise RefusedError("an array with an unknown state")
         _, shape, kind, fortran, content = state
-        dtype, shape = _dtype(kind), sizes(shape)
+        dtype, shape = dtype_of(kind), sizes(shape)
         if not dtype.hasobject:
             _check_size(content, dtype, shape)
             content = bytes(content)
-        elif type(content) is not list or len(content) != math.prod(shape) or len(shape) > 1:
+        elif type(content) is list and len(content) == math.prod(shape) and len(shape) <= 1:
+            shape = (len(content),)
+        else:
             raise RefusedError(f"an array of objects of shape {shape}")
-        super().__setstate__((1, shape or (len(content),) if dtype.hasobject else shape, dtype, bool(fortran), content))
+        super().__setstate__((1, shape, dtype, bool(fortran), content))  # type: ignore[arg-type]
         self.flags.writeable = False
 
 
@@ -147,57 +120,6 @@ class NumpyType:
         if state[1] not in ("<", "|", "=", ">"):
             raise RefusedError(f"a byte order {state[1]!r}")
         self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class SavedObject:
-    """An instance of a class that keeps all it has in its state; made without arguments."""
-
-    name = ""
-    __slots__ = ("state",)
-    __hash__ = None  # type: ignore[assignment]
-
-    def __new__(cls, *arguments: Any) -> "SavedObject":
-        if arguments:
-            raise RefusedError(f"it makes an instance of {cls.name} with arguments")
-        made = super().__new__(cls)
-        made.state = None
-        return made
-
-    def __init__(self, *_: Any) -> None:
-        # Unpickling an instance calls __new__ alone.
-        raise RefusedError(f"it calls {self.name}")
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class DataProtoState(SavedObject):
-    """What verl's `DataProto.save_to_disk` keeps: state is (batch, arrays that are no tensors, meta)."""
-
-    name = "verl.protocol.DataProto"
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) != 3:
-            raise RefusedError("a DataProto with an unknown state")
-        self.state = state
-
-
-class TensorDictState(SavedObject):
-    """tensordict's TensorDict; state is its dictionary of tensors."""
-
-    name = "tensordict.TensorDict"
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = _tensors_of(state)
-
-
-class DiskReference(SavedObject):
-    """slime's reference to a tensor in another file, which is not read."""
-
-    name = "slime.utils.tensor_store.DiskTensorRef"
-    __slots__ = ()
 
 
 def tensor(
@@ -231,11 +153,10 @@ def tensor(
         raise RefusedError(f"a tensor that reaches to element {last:,} of a storage of {there:,}")
     if count > there - offset:
         memory.spend(count * item)
-    if count:
-        steps = tuple(stride * item for stride in strides)
-        made = DumpArray(shape, TORCH_TYPES[name], storage.content, offset * item, steps)
-    else:
-        made = _finished(np.empty(shape, TORCH_TYPES[name]))
+    if not count:
+        return _finished(np.empty(shape, np.float32 if name == BFLOAT16 else TORCH_TYPES[name]))
+    steps = tuple(stride * item for stride in strides)
+    made = DumpArray(shape, TORCH_TYPES[name], storage.content, offset * item, steps)
     return _from_bfloat16(made, memory) if name == BFLOAT16 else made
 
 
@@ -277,42 +198,6 @@ def sizes(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def is_key(key: Any) -> bool:
-    """Whether something may be a dict key or set element: plain, or a short tuple of texts.
-
-    Nested tuples may take for ever to hash.
-    """
-    return type(key) in PLAIN or (
-        isinstance(key, tuple) and len(key) <= 8 and not any(type(part) is not str for part in key)
-    )
-
-
-def find_allowed(memory: Memory, module: str, name: str) -> Any:
-    """What stands for a name in a pickle.
-
-    Args:
-        memory: what the functions may spend.
-        module, name: as the pickle has them.
-
-    Raises:
-        RefusedError: it is not on the list.
-    """
-    if (module, name) in INSTANCES:
-        return INSTANCES[module, name]
-    if (module, name) not in ALLOWED:
-        raise not_allowed(module, name)
-    build = ALLOWED[module, name]
-    return Name(f"{module}.{name}", None if build is None else partial(build, memory))
-
-
-def not_allowed(module: str, name: str) -> RefusedError:
-    """What is raised for a name that is not on the list."""
-    return RefusedError(
-        f"it wants {module}.{name}, which is no tensor, array or plain container; nothing of it was run",
-        hint="take that field out before the dump is written; a rollout needs none of it",
-    )
-
-
 def _finished(made: NDArray[Any]) -> NDArray[Any]:
     made.flags.writeable = False
     return made.view(DumpArray)
@@ -336,20 +221,14 @@ def _from_bfloat16(bits: NDArray[np.uint16], memory: Memory) -> NDArray[np.float
     return _finished((bits.astype(np.uint32) << np.uint32(16)).view(np.float32))
 
 
-def _dtype(kind: Any) -> "np.dtype[Any]":
+def dtype_of(kind: Any) -> "np.dtype[Any]":
     if not isinstance(kind, NumpyType):
         raise RefusedError(f"a {type(kind).__name__} where the type of an array belongs")
     return kind.dtype
 
 
-def _tensor_v3(memory: Memory, *given: Any) -> NDArray[Any]:
-    storage, offset, shape, strides, _, _, kind, *_ = given
-    named = kind.text.removeprefix("torch.") if isinstance(kind, Name) else None
-    return tensor(memory, storage, offset, shape, strides, named)
-
-
-def _nested_tensor(memory: Memory, buffer: Any, shapes: Any, _: Any, starts: Any) -> list[Any]:
-    """torch._utils._rebuild_nested_tensor: a buffer, and size, strides and offset of each part."""
+def nested_tensor(memory: Memory, buffer: Any, shapes: Any, _: Any, starts: Any) -> list[Any]:
+    """torch._utils._rebuildnested_tensor: a buffer, and size, strides and offset of each part."""
     shapes, starts = np.asarray(shapes), np.asarray(starts).ravel()
     if not isinstance(buffer, np.ndarray) or shapes.ndim != 2 or len(shapes) != len(starts):
         raise RefusedError("a nested tensor with an unknown state")
@@ -360,66 +239,7 @@ def _nested_tensor(memory: Memory, buffer: Any, shapes: Any, _: Any, starts: Any
     ]
 
 
-def _empty_dict(memory: Memory, *given: Any) -> dict[Any, Any]:
-    """An OrderedDict or defaultdict as it begins: empty; its entries are set one by one."""
-    if len(given) > 1 or (given and given[0] is not None and not isinstance(given[0], Name)):
-        raise RefusedError("a dictionary made of something")
-    return {}
-
-
-def _collection(kind: type[Any], of: tuple[type, ...] = (list, tuple)) -> Callable[..., Any]:
-    def build(memory: Memory, *given: Any) -> Any:
-        items: Any = given[0] if given else ()
-        if len(given) > 1 or not isinstance(items, (*of, tuple)):
-            raise RefusedError(f"a {kind.__name__} made of a {type(items).__name__}")
-        if kind in (set, frozenset) and not all(map(is_key, items)):
-            raise RefusedError(f"a {kind.__name__} of something that is no key")
-        memory.spend(100 * len(items))
-        # A set for a frozenset, and a list for a tuple, which could be hashed.
-        return {frozenset: set, tuple: UnhashableTuple}.get(kind, kind)(items)
-
-    return build
-
-
-class UnhashableTuple(tuple[Any, ...]):
-    """A tuple that may hold anything, and so is no key."""
-
-    __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
-
-
-UnhashableTuple.__name__ = "tuple"  # as messages of the unpickler name it
-
-
-def _encode(memory: Memory, text: Any, encoding: Any) -> bytes:
-    """Bytes as protocol 2 writes them: text to be encoded."""
-    if type(text) is not str or encoding != "latin1":
-        raise RefusedError("text in an unknown encoding")
-    memory.spend(len(text))
-    return text.encode("latin1")
-
-
-def _unfinished_array(memory: Memory, *given: Any) -> DumpArray:
-    return DumpArray((0,), np.uint8)
-
-
-def _numpy_scalar(memory: Memory, kind: Any, content: Any) -> Any:
-    dtype = _dtype(kind)
-    return content if dtype.hasobject else array(content, dtype, ()).item()
-
-
-def _numpy_buffer(memory: Memory, content: Any, kind: Any, shape: Any, order: Any) -> NDArray[Any]:
-    return array(content, _dtype(kind), shape, fortran=order == "F")
-
-
-def _tensors_of(state: Any) -> dict[str, Any]:
-    tensors = state.get("_tensordict") if type(state) is dict else None
-    if type(tensors) is not dict:
-        raise RefusedError("a TensorDict with an unknown state")
-    return tensors
-
-
-def _consolidated(memory: Memory, layout: Any, storage: Any, depth: int = 0) -> dict[str, Any]:
+def consolidated_tensors(memory: Memory, layout: Any, storage: Any, depth: int = 0) -> dict[str, Any]:
     """A TensorDict whose tensors lie in one storage: name -> (dtype, shape, start, stop, padding, ...)."""
     if type(layout) is not dict or not isinstance(storage, np.ndarray) or depth > MOST_NESTED:
         raise RefusedError("a TensorDict with an unknown layout")
@@ -439,7 +259,7 @@ def _consolidated(memory: Memory, layout: Any, storage: Any, depth: int = 0) -> 
             tensors[key] = value
     tensors |= {key: data[0] for key, data in layout.get("non_tensors", {}).items()}
     inner = [key for key in layout if key not in ("leaves", "non_tensors", "cls", "cls_metadata", "size")]
-    return tensors | {key: _consolidated(memory, layout[key], storage, depth + 1) for key in inner}
+    return tensors | {key: consolidated_tensors(memory, layout[key], storage, depth + 1) for key in inner}
 
 
 def _rows_of(values: Any, offsets: Any, lengths: Any) -> list[Any]:
@@ -447,50 +267,3 @@ def _rows_of(values: Any, offsets: Any, lengths: Any) -> list[Any]:
     starts = offsets[:-1]
     stops = offsets[1:] if lengths is None else starts + lengths
     return [values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-
-
-def _allowed() -> dict[tuple[str, str], Callable[..., Any] | None]:
-    builders: dict[str, dict[str, Any]] = {
-        "torch._utils": {
-            "_rebuild_tensor_v2": lambda memory, *given: tensor(memory, *given[:4]),
-            "_rebuild_tensor_v3": _tensor_v3,
-            "_rebuild_nested_tensor": _nested_tensor,
-            "_rebuild_parameter": lambda memory, *given: given[0],
-        },
-        "torch": {
-            "Size": _collection(tuple),
-            "device": lambda memory, *given: given[0],
-            **dict.fromkeys((*STORAGES, *TORCH_TYPES)),
-        },
-        "torch.storage": {"UntypedStorage": None},
-        "collections": {"OrderedDict": _empty_dict, "defaultdict": _empty_dict},
-        "_codecs": {"encode": _encode},
-        "numpy": {"dtype": lambda memory, *given: NumpyType(given[0]), "ndarray": None},
-        "tensordict._reductions": {
-            "_make_td": lambda memory, *given: _tensors_of(given[1]),
-            "_rebuild_tensordict_files_consolidated": lambda memory, *given: _consolidated(memory, *given),
-        },
-        "tensordict.utils": {"_StringOnlyDict": _empty_dict},
-    }
-    for core in ("numpy.core", "numpy._core"):
-        builders[f"{core}.multiarray"] = {"_reconstruct": _unfinished_array, "scalar": _numpy_scalar}
-        builders[f"{core}.numeric"] = {"_frombuffer": _numpy_buffer}
-    for module in ("builtins", "__builtin__"):
-        builders[module] = {
-            **{kind.__name__: _collection(kind) for kind in (set, frozenset, list, tuple)},
-            "bytearray": _collection(bytes, (bytes, bytearray, memoryview)),
-            "dict": _empty_dict,
-            **dict.fromkeys(("int", "float", "str", "bool")),
-        }
-    return {(module, name): build for module, of in builders.items() for name, build in of.items()}
-
-
-ALLOWED = _allowed()
-"""(module, name) -> the function that stands for it; None for a name that can only be referred to."""
-INSTANCES: dict[tuple[str, str], type[SavedObject]] = {
-    ("verl.protocol", "DataProto"): DataProtoState,
-    ("tensordict._td", "TensorDict"): TensorDictState,
-    ("tensordict.tensordict", "TensorDict"): TensorDictState,
-    ("slime.utils.tensor_store", "DiskTensorRef"): DiskReference,
-}
-"""(module, name) -> the class of ours whose instances stand for that class's."""

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from critic_train.converting import jsonl, nemo_rl, openrlhf, slime, text, verl
-from critic_train.converting.unpickle import load_dump
 from critic_train.converting.dump_tensors import RefusedError
 from critic_train.converting.records import Records, Rows
 from critic_train.converting.sources import Source
+from critic_train.converting.unpickle import load_dump
 from critic_train.data.columns import ALIASES
 from critic_train.data.decoding import damaged, pieces, refuse_giants
 from critic_train.data.shards import Shard, find_shards

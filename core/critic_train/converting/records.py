@@ -140,7 +140,7 @@ def _numbers(row: Any) -> NDArray[Any] | None:
     if row is None:
         return None
     try:
-        array = row if isinstance(row, np.ndarray) else np.asarray(row)
+        array = np.asarray(row)
         if array.dtype == object and any(entry is None for entry in row):
             array = np.asarray(row, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):

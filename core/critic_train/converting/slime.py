@@ -37,6 +37,8 @@ def records(content: dict[str, Any]) -> Iterator[Records]:
     train = kind_of(content) == TRAIN
     raw_rewards = content.get("raw_reward")
     samples = content["samples"]
+    sample: Any = None
+    entries: dict[str, Any] = {}
     removed = 0
     for row, sample in enumerate(samples):
         if not isinstance(sample, dict):
@@ -50,7 +52,10 @@ def records(content: dict[str, Any]) -> Iterator[Records]:
             rows.add(row, {"step": content.get("rollout_id"), **_others(sample), **entries})
     if removed:
         rows.notes.setdefault(f"{removed} samples are left out: slime had taken them out of training (remove_sample)")
-    yield rows.records()
+    made = rows.records()
+    # The dump's own lists are not kept while the columns are worked on.
+    del content, samples, sample, entries, rows
+    yield made
 
 
 def _train(sample: dict[str, Any]) -> dict[str, Any]:

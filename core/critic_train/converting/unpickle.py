@@ -2,7 +2,7 @@
 
 Python's own unpickler does the work, in C. What it could be made to do beyond plain data is taken from it:
 
-- Names are looked up in the list of `dump_tensors`, never in a module; what is made by calling them is ours.
+- Names are looked up in the list of `dump_names`, never in a module; what is made by calling them is ours.
 - Opcodes outside of plain data are refused, among them those for registered extensions, which `find_class` never sees.
 - Nothing is allocated by a size that the file only claims: the bytes must be there.
 - A tuple passes `persistent_load` when it is made, and cannot be a key unless it is a few texts. Hashing tuples of
@@ -22,18 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from critic_train.converting.dump_tensors import (
-    ITEM_BYTES,
-    STORAGES,
-    Memory,
-    Name,
-    RefusedError,
-    Storage,
-    UnhashableTuple,
-    find_allowed,
-    is_key,
-    not_allowed,
-)
+from critic_train.converting.dump_names import Name, UnhashableTuple, find_allowed, is_key, not_allowed
+from critic_train.converting.dump_tensors import ITEM_BYTES, STORAGES, Memory, RefusedError, Storage
 from critic_train.data.memory_guard import at_most
 from critic_train.errors import DataError
 
@@ -66,7 +56,9 @@ BYTES = {ord("C"): 1, ord("B"): 4, 0x8E: 8, 0x96: 8}
 INTEGERS = {0x8A: 1, 0x8B: 4}
 COUNTED = TEXTS | BYTES | INTEGERS
 """Opcode -> how many bytes say how many follow."""
-FRAME = 0x95
+FRAME, STOP = 0x95, ord(".")
+CALL = b"Q"
+"""The opcode that calls `persistent_load` with what is on the top of the stack."""
 REFUSED_OPCODES = {
     ord("o"): "OBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", ord("P"): "PERSID",
     0x97: "NEXT_BUFFER", 0x98: "READONLY_BUFFER",
@@ -91,7 +83,7 @@ def load_dump(path: Path, name: str, *, limit_bytes: int | None = None) -> Any:
         limit_bytes: what it may come to in memory; by its size, and at most half of the machine's, where not given.
 
     Returns:
-        Plain containers, numbers, texts, numpy arrays in place of tensors, and objects of `dump_tensors`.
+        Plain containers, numbers, texts, numpy arrays in place of tensors, and objects of `dump_names`.
 
     Raises:
         DataError: it holds something else, claims more than it may, or is damaged; names what.
@@ -173,10 +165,7 @@ class DumpUnpickler(pickle.Unpickler):
 
 
 class _Opcodes:
-    """A pickle as the file that the unpickler reads, some whole opcodes at a time.
-
-    Behind each opcode that makes a tuple, a call of `persistent_load` is put in. Frames are left out, for their lengths
-    would no longer be right; they say nothing else.
+    """A pickle as the file that the unpickler reads, some opcodes at a time, none cut.
 
     Args:
         content: the pickle.
@@ -187,47 +176,56 @@ class _Opcodes:
 
     def __init__(self, content: memoryview) -> None:
         self.long_bytes: list[memoryview] = []
-        self._segments = self._split(content)
+        self._segments = _segments(content, self.long_bytes)
 
     def peek(self, _: int) -> bytes | memoryview:
         """What comes next."""
-        return next((segment for segment in self._segments if segment), b"")
+        return next(self._segments, b"")
 
     def read(self, _: int) -> bytes:
-        """Go on; the unpickler has what it needs from `peek`."""
+        """Go on behind what `peek` gave; there is nothing more where that was too little."""
         return b""
 
     def readline(self) -> bytes:
-        """No line is ever cut."""
+        """The same of a line."""
         return b""
 
-    def _split(self, content: memoryview) -> Iterator[bytes | memoryview]:
-        start = at = 0
-        while True:
-            at = RUN.match(content, at).end()  # type: ignore[union-attr]
-            if at >= len(content):
-                raise RefusedError("the pickle ends 1 byte too early")
-            code = content[at]
-            if code in TUPLES:
-                at += 1
-                yield from (content[start:at], b"Q")
-                start = at
-            elif code in COUNTED:
-                first, end = _counted(content, at)
-                if code in BYTES and end - first > COPIED_BYTES:
-                    self.long_bytes.append(content[first:end])
-                    yield from (content[start:at], struct.pack("<cic", b"J", len(self.long_bytes) - 1, b"Q"))
-                    start = end
-                at = end
-            elif code == FRAME:
+
+def _segments(content: memoryview, long_bytes: list[memoryview]) -> Iterator[bytes | memoryview]:
+    """A pickle in pieces, none empty, with opcodes put in that call `persistent_load`.
+
+    It is called with each tuple as it is made, and with an index of `long_bytes` in place of a long byte string. Frames
+    are left out: their lengths would no longer be right, and they say nothing else.
+    """
+    start = at = 0
+    while True:
+        at = RUN.match(content, at).end()  # type: ignore[union-attr]
+        if at >= len(content):
+            raise RefusedError("the pickle ends 1 byte too early")
+        code = content[at]
+        if code in TUPLES:
+            at += 1
+            yield content[start:at]
+            yield CALL
+            start = at
+        elif code in COUNTED:
+            first, end = _counted(content, at)
+            if code in BYTES and end - first > COPIED_BYTES:
+                if start < at:
+                    yield content[start:at]
+                long_bytes.append(content[first:end])
+                yield b"J" + struct.pack("<i", len(long_bytes) - 1) + CALL
+                start = end
+            at = end
+        elif code == FRAME:
+            if start < at:
                 yield content[start:at]
-                at += 9
-                start = at
-            elif code == ord("."):
-                yield content[start : at + 1]
-                return
-            else:
-                raise _refused_opcode(content, at)
+            start = at = at + 9
+        elif code == STOP:
+            yield content[start : at + 1]
+            return
+        else:
+            raise _refused_opcode(content, at)
 
 
 def _counted(content: memoryview, at: int) -> tuple[int, int]:
@@ -292,9 +290,7 @@ class _Archive:
             self._storages[number] = Storage(self._read(f"{self._folder}data/{number}"), dtype)
         storage = self._storages[number]
         if count * ITEM_BYTES.get(dtype or "", 1) != len(storage.content):
-            raise RefusedError(
-                f"storage {number} claims {count:,} elements and has {len(storage.content):,} bytes"
-            )
+            raise RefusedError(f"storage {number} claims {count:,} elements and has {len(storage.content):,} bytes")
         return storage
 
     def _read(self, name: str) -> memoryview:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from critic_train.converting.dump_tensors import DataProtoState, Memory, RefusedError, TensorDictState, torch_array
+from critic_train.converting.dump_names import DataProtoState, TensorDictState
+from critic_train.converting.dump_tensors import Memory, RefusedError, torch_array
 from critic_train.converting.records import Records, column_of, matrix_column, ragged_column
 from critic_train.converting.unpickle import half_of_memory, load_bytes
 from critic_train.errors import DataError
