@@ -157,7 +157,8 @@ def _collection(kind: Callable[[Any], Any], of: tuple[type, ...] = (list, tuple)
 
     def build(memory: Memory, *given: Any) -> Any:
         items: Any = given[0] if given else ()
-        if len(given) > 1 or not isinstance(items, (*of, tuple)):
+        is_collection = isinstance(items, (*of, tuple))
+        if len(given) > 1 or not is_collection:
             raise RefusedError(f"a collection made of a {type(items).__name__}")
         if kind is set and not all(is_key(item) for item in items):
             raise RefusedError("a set of something that is no key")

@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from critic_train.converting.dump_names import DataProtoState, TensorDictState
 from critic_train.converting.dump_tensors import Memory, RefusedError, torch_array
-from critic_train.converting.records import Records, column_of, matrix_column, ragged_column
+from critic_train.converting.raw_records import ObjectFormat, Records, column_of, matrix_column, ragged_column
 from critic_train.converting.unpickle import half_of_memory, load_bytes
 from critic_train.errors import DataError
 
-FORMAT = "verl DataProto"
+KIND = "verl DataProto"
 TOKENS = ("prompts", "responses", "input_ids", "attention_mask", "response_mask")
 RESPONSE_COLUMNS = {"values": "values", "returns": "returns", "token_level_rewards": "rewards"}
 SCORES = ("token_level_scores", "rm_scores")
@@ -25,8 +25,8 @@ RENAMED = {"data_source": "task"}
 
 
 def kind_of(content: Any) -> str | None:
-    """Whether an object is a DataProto."""
-    return FORMAT if isinstance(content, DataProtoState) else None
+    """KIND of a DataProto, None of anything else."""
+    return KIND if isinstance(content, DataProtoState) else None
 
 
 def records(content: DataProtoState) -> Iterator[Records]:
@@ -38,9 +38,9 @@ def records(content: DataProtoState) -> Iterator[Records]:
     tensors, objects, meta = content.state
     batch = _batch(tensors)
     if "responses" not in batch:
-        there = ", ".join(str(name) for name in batch) or "nothing"
+        names = ", ".join(str(name) for name in batch) or "nothing"
         raise DataError(
-            f"the DataProto holds no `responses`; it holds {there}",
+            f"the DataProto holds no `responses`; it holds {names}",
             hint="save the batch after the advantages are computed, as in batch.save_to_disk(path)",
         )
     columns = _token_columns(batch)
@@ -105,8 +105,11 @@ def _column(rows: Any) -> pa.Array | None:
 
 
 def _dictionary(value: Any) -> dict[str, Any]:
-    return {str(key): of for key, of in value.items()} if isinstance(value, dict) else {}
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else {}
 
 
 def _is_single(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind)
+
+
+FORMAT = ObjectFormat(name="verl", title="verl DataProto or JSONL", recognise=kind_of, read=records)

@@ -12,7 +12,7 @@ import torch
 from conftest import run
 from support import StopAfter
 
-from critic_train.converting.sources import find_sources
+from critic_train.converting.dump_files import find_sources
 from critic_train.errors import ConfigError, DataError, MachineError, ModelError
 from critic_train.events import Progress
 from critic_train.run.lock import Lock
