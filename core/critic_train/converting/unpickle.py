@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -92,11 +93,15 @@ def load_dump(path: Path, name: str, *, limit_bytes: int | None = None) -> Any:
     if not path.stat().st_size:
         raise DataError(f"{name}: the file is empty (0 bytes)")
     with path.open("rb") as file:
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return load_bytes(content, limit_bytes=limit_bytes)
+        loaded = load_bytes(memoryview(mapped), limit_bytes=limit_bytes)
     except RefusedError as refusal:
         raise DataError(f"{name}: {refusal.message}", hint=refusal.hint) from None
+    if sys.platform == "linux":
+        # The pages that were read would stay in this process's memory as long as an array lies on the file.
+        mapped.madvise(mmap.MADV_DONTNEED)
+    return loaded
 
 
 def load_bytes(content: memoryview, *, limit_bytes: int | None = None) -> Any:
