@@ -1,4 +1,4 @@
-"""What a conversion came to, on one screen."""
+"""The summary of a conversion."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,12 @@ HEADLINES = {
 
 
 def draw_conversion(console: "Console", ended: RunEnded) -> None:
-    """Print where the shards are, what is in them, and what to run next."""
+    """Print where the shards are, what is in them, and the next command.
+
+    Args:
+        console: of stdout.
+        ended: the last event of the conversion.
+    """
     from rich.table import Table
 
     result = ended.result
@@ -33,20 +38,20 @@ def draw_conversion(console: "Console", ended: RunEnded) -> None:
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values, in order."""
+    """Names and values of the summary table, in order; without those that are empty."""
     formats: dict[str, int] = {}
     for source in result["sources"]:
         formats[source["format"]] = formats.get(source["format"], 0) + 1
-    left_out = result["rows_left_out"]["count"]
-    shown = [
+    bad_rows = result["rows_left_out"]["count"]
+    table = [
         ("sources", ", ".join(f"{count:,} of {name}" for name, count in formats.items())),
         ("tokens", f"{result['tokens']:,}, {result['response_tokens']:,} of responses"),
         ("shards", f"{result['shards']:,} in {result['to']} ({result['bytes'] / 1e6:,.1f} MB)"),
         ("columns", ", ".join(result["columns"])),
     ]
-    if left_out:
+    if bad_rows:
         reasons = "; ".join(f"{count:,} with {reason}" for reason, count in result["rows_left_out"]["reasons"].items())
-        shown.append(("left out", f"{left_out:,} rollouts ({reasons})"))
+        table.append(("left out", f"{bad_rows:,} rollouts ({reasons})"))
     if result["files_left_out"]["count"]:
-        shown.append(("left out", f"{result['files_left_out']['count']:,} files"))
-    return [(name, value) for name, value in shown if value]
+        table.append(("left out", f"{result['files_left_out']['count']:,} files"))
+    return [(name, value) for name, value in table if value]

@@ -123,12 +123,17 @@ def find_allowed(memory: Memory, module: str, name: str) -> Any:
     Raises:
         RefusedError: it is not on the list.
     """
+    if not is_allowed(module, name):
+        raise not_allowed(module, name)
     if (module, name) in INSTANCES:
         return INSTANCES[module, name]
-    if (module, name) not in ALLOWED:
-        raise not_allowed(module, name)
     build = ALLOWED[module, name]
     return Name(f"{module}.{name}", None if build is None else partial(build, memory))
+
+
+def is_allowed(module: str, name: str) -> bool:
+    """Whether a name is on the list."""
+    return (module, name) in ALLOWED or (module, name) in INSTANCES
 
 
 def not_allowed(module: str, name: str) -> RefusedError:

@@ -110,15 +110,15 @@ class NumpyType:
 
     def __init__(self, text: Any) -> None:
         if type(text) is not str or not SIMPLE_TYPE.fullmatch(text):
-            raise RefusedError(f"an array of type {text!r}")
+            raise RefusedError(f"an array of type {text!r}" if type(text) is str else "an array type that is no text")
         self.dtype = np.dtype(text)
 
     def __setstate__(self, state: Any) -> None:
         """Take (version, byte order, ...)."""
         if not isinstance(state, tuple) or len(state) < 5 or any(part is not None for part in state[2:5]):
             raise RefusedError("an array type with parts")
-        if state[1] not in ("<", "|", "=", ">"):
-            raise RefusedError(f"a byte order {state[1]!r}")
+        if type(state[1]) is not str or state[1] not in ("<", "|", "=", ">"):
+            raise RefusedError("an unknown byte order")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -166,7 +166,7 @@ def torch_array(content: Any, name: Any, shape: Any, memory: Memory) -> NDArray[
     Raises:
         RefusedError: they are not there, or the dtype is unknown.
     """
-    name = name.removeprefix("torch.") if type(name) is str else name
+    name = name.removeprefix("torch.") if type(name) is str else type(name).__name__
     if name not in TORCH_TYPES:
         raise RefusedError(f"a tensor of {name}")
     made = array(content, np.dtype(TORCH_TYPES[name]), shape)
@@ -194,7 +194,7 @@ def sizes(shape: Any) -> tuple[int, ...]:
         raise RefusedError("a shape that is none")
     for size in shape:
         if type(size) is not int or not 0 <= size < 2**48:
-            raise RefusedError(f"a shape of {shape}")
+            raise RefusedError(f"a shape of {size if type(size) is int else type(size).__name__}")
     return tuple(shape)
 
 

@@ -178,7 +178,7 @@ def ragged_column(rows: Iterable[Any]) -> pa.Array | None:
 
 def _numbers(row: Any) -> NDArray[Any] | None:
     """One list as an array, None in it as NaN; None where it is no list of numbers."""
-    if row is None:
+    if row is None or (isinstance(row, list | tuple) and row and isinstance(row[0], list | tuple)):
         return None
     try:
         array = np.asarray(row.tolist() if isinstance(row, np.ndarray) and row.dtype == object else row)

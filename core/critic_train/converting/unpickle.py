@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from critic_train.converting.dump_names import Name, UnhashableTuple, find_allowed, is_key, not_allowed
+from critic_train.converting.dump_names import Name, UnhashableTuple, find_allowed, is_allowed, is_key, not_allowed
 from critic_train.converting.dump_tensors import ITEM_BYTES, STORAGES, Memory, RefusedError, Storage
 from critic_train.data.memory_guard import at_most
 from critic_train.errors import DataError
@@ -40,7 +40,7 @@ LONGEST_INTEGER = 16
 """Bytes of a whole number; an id or a hash has at most as many."""
 DAMAGE = (
     pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError,
-    BufferError, struct.error,
+    BufferError, RecursionError, struct.error,
 )  # fmt: skip
 """What the unpickler raises where a pickle is not what a pickler writes."""
 
@@ -61,7 +61,7 @@ FRAME, STOP = 0x95, ord(".")
 CALL = b"Q"
 """The opcode that calls `persistent_load` with what is on the top of the stack."""
 REFUSED_OPCODES = {
-    ord("o"): "OBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", ord("P"): "PERSID",
+    ord("o"): "OBJ", ord("i"): "INST", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", ord("P"): "PERSID",
     0x97: "NEXT_BUFFER", 0x98: "READONLY_BUFFER",
 }  # fmt: skip
 """Opcodes that a dump of plain data never has, by name."""
@@ -253,7 +253,8 @@ def _refused_opcode(content: memoryview, at: int) -> RefusedError:
         return RefusedError("the pickle protocol is newer than 5")
     if code == ord("i"):
         module, name, *_ = [*bytes(content[at + 1 : at + 2**12]).decode("utf-8", "replace").split("\n"), ""]
-        return not_allowed(module, name)
+        if not is_allowed(module, name):
+            return not_allowed(module, name)
     if code in b"KMJGqhrjc":
         return RefusedError("the pickle ends in the middle of an opcode, or in a name without an end")
     return RefusedError(f"opcode {REFUSED_OPCODES.get(code, hex(code))} is no part of plain data")

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import get_args
 
 import dumps
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import write_fixtures
 from conftest import ids_of
 
+from critic_train.converting.formats import FORMAT_NAMES, TITLES
 from critic_train.events import RunEnded
-from critic_train.settings import FitSettings
+from critic_train.settings import DumpFormat, FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 
@@ -110,6 +112,14 @@ def test_field_by_field_and_fit_runs(tmp_path, converted, name):
     assert done.result["tokens"] == sum(len(r.ids) for r in expected)
     assert done.result["response_tokens"] == sum(sum(r.mask) for r in expected)
     assert fits(done.to, tmp_path / "run", "column" if has_returns else "mc", "values" in token_columns)
+
+
+def test_a_format_that_is_declared_can_be_chosen_and_is_in_the_docs():
+    """The settings may not import the formats: the names are written once more there."""
+    assert get_args(DumpFormat) == FORMAT_NAMES
+    page = (Path(__file__).parents[3] / "docs" / "convert.md").read_text()
+    assert all(f"| `{name}` |" in page for name in FORMAT_NAMES)
+    assert TITLES.startswith("slime .pt, verl DataProto or JSONL, NeMo-RL JSONL, ")
 
 
 def fits(data: Path, out: Path, returns: str, has_values: bool) -> bool:
