@@ -117,7 +117,7 @@ class NumpyType:
         """Take (version, byte order, ...)."""
         if not isinstance(state, tuple) or len(state) < 5 or any(part is not None for part in state[2:5]):
             raise RefusedError("an array type with parts")
-        if type(state[1]) is not str or state[1] not in ("<", "|", "=", ">"):
+        if state[1] not in ("<", "|", "=", ">"):
             raise RefusedError("an unknown byte order")
         self.dtype = self.dtype.newbyteorder(state[1])
 

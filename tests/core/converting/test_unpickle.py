@@ -1,204 +1,21 @@
-"""What torch and pickle write is read as it was; what would run, allocate or reach elsewhere is refused, unrun."""
+"""Pickles and archives that no pickler or torch.save writes are refused, before anything is allocated or run."""
 
-import collections
 import contextlib
-import encodings.cp437  # what zipfile reads names with, imported at its first use  # noqa: F401
 import gc
 import io
 import os
 import pickle
 import random
 import struct
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from guarded import ARRAYS, PLAIN, Call, read, refused, same, torch_bytes
 
-from critic_train.converting.unpickle import DumpUnpickler, load_bytes, load_dump
+from critic_train.converting.unpickle import DumpUnpickler, load_dump
 from critic_train.errors import DataError
-
-WATCHED = ("import", "os.", "subprocess.", "exec", "compile", "pickle.find_class", "ctypes.", "socket.", "open")
-MEMORY_GUARD = "/proc/self/statm"
-"""What data/memory_guard.py reads."""
-seen: list[str] | None = None
-
-
-def _watch(event: str, arguments: tuple[object, ...]) -> None:
-    if seen is not None and event.startswith(WATCHED):
-        seen.append(f"{event} {arguments!r:.100}")
-
-
-sys.addaudithook(_watch)
-
-
-class Call:
-    """Pickles as a call of anything."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-def read(path: Path, limit_bytes: int | None = 2**24) -> object:
-    """Load, and see that nothing but the file itself was opened, nothing imported, nothing run."""
-    global seen
-    seen = []
-    try:
-        return load_dump(path, path.name, limit_bytes=limit_bytes)
-    finally:
-        events, seen = seen, None
-        assert [e for e in events if str(path) not in e and MEMORY_GUARD not in e] == []
-
-
-def refused(path: Path, content: bytes, match: str) -> None:
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=match):
-        read(path)
-
-
-def torch_bytes(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def same(found: object, expected: object) -> bool:
-    if isinstance(expected, torch.Tensor):
-        expected = expected.float().numpy() if expected.dtype == torch.bfloat16 else expected.numpy()
-    if isinstance(expected, np.ndarray) and not expected.dtype.hasobject:
-        # Like numpy's own pickles, an array of another byte order may come back in this machine's.
-        expected = expected.astype(expected.dtype.newbyteorder(found.dtype.byteorder))
-        return isinstance(found, np.ndarray) and found.dtype == expected.dtype and np.array_equal(found, expected)
-    if isinstance(expected, dict):
-        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
-    if isinstance(expected, list | tuple | np.ndarray):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    if isinstance(found, memoryview):
-        found = bytes(found)
-    return type(found) is type(expected) and found == expected
-
-
-TENSORS = {
-    str(kind): torch.arange(12).reshape(3, 4).to(kind)
-    for kind in (
-        torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint16, torch.uint32,
-    )
-} | {
-    "sliced": torch.arange(20).reshape(4, 5)[1:3, 2:],
-    "transposed": torch.arange(6.0).reshape(2, 3).T,
-    "expanded": torch.tensor([1.5]).expand(3, 4),
-    "empty": torch.zeros(0, 4),
-    "single": torch.tensor(2.5),
-}  # fmt: skip
-PLAIN = {
-    "text": "a\nä\u2028",
-    "numbers": [0, 1, 255, 256, 65535, 65536, -1, 2**40, -(2**70), 1.5, float("-inf"), True, None],
-    "ids": list(range(0, 200000, 37)),
-    "signed": [number * (-1) ** place for place, number in enumerate(range(0, 2**31, 2**26 + 99))] * 9,
-    "mask": [0, 1] * 3000,
-    "logprobs": [-i / 7 for i in range(3000)],
-    "bytes": b"x" * 10000,
-    "pair": (1, ("a", ())),
-    "ordered": collections.OrderedDict(a=1),
-    "default": collections.defaultdict(list, {"k": [1]}),
-    ("a", "b"): {"deep": [[[[]]]]},
-}
-ARRAYS = {
-    "floats": np.arange(6.0).reshape(2, 3),
-    "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
-    "big": np.arange(5, dtype=">i4"),
-    "words": np.asarray(["a", "bcd"]),
-    "objects": np.asarray(["a", None, {"k": 1}], dtype=object),
-}
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_plain_data_and_arrays_of_any_protocol(tmp_path, protocol):
-    value = PLAIN | ARRAYS
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(value, protocol=protocol))
-    expected = value | {"ordered": {"a": 1}, "default": {"k": [1]}}
-    assert same(read(tmp_path / "a.pkl"), expected)
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_tensors_and_all_else_that_torch_saves(tmp_path, protocol):
-    value = {**TENSORS, "twice": [TENSORS["sliced"]] * 2, "scalar": np.float64(2.5), **ARRAYS}
-    torch.save(value, tmp_path / "a.pt", pickle_protocol=protocol)
-    assert same(read(tmp_path / "a.pt"), value | {"scalar": 2.5})
-
-
-def test_sets_sizes_and_nested_tensors(tmp_path):
-    ragged = torch.nested.nested_tensor([torch.arange(3), torch.arange(5)])
-    torch.save({"set": {1, "a"}, "size": torch.Size([2, 3]), "ragged": ragged}, tmp_path / "a.pt")
-    found = read(tmp_path / "a.pt")
-    assert (found["set"], found["size"]) == ({1, "a"}, (2, 3))
-    assert same(found["ragged"], [torch.arange(3), torch.arange(5)])
-
-
-CODE = {
-    "os.system": lambda marker: Call(os.system, f"touch {marker}"),
-    "eval": lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"),
-    "exec": lambda marker: Call(exec, f"open({str(marker)!r}, 'w')"),
-    "open": lambda marker: Call(open, str(marker), "w"),
-    "getattr": lambda marker: Call(getattr, {}, "__class__"),
-    "__import__": lambda marker: Call(__import__, "os"),
-    "torch.load": lambda marker: Call(torch.load, str(marker)),
-    "pickle.loads": lambda marker: Call(pickle.loads, pickle.dumps(1)),
-    "partial": lambda marker: Call(__import__("functools").partial, print),
-}
-
-
-@pytest.mark.parametrize("wrap", ["bare", "list", "key", "objects", "torch", "torch objects", "verl", "verl meta"])
-@pytest.mark.parametrize("name", CODE)
-def test_code_is_refused_by_name_wherever_it_hides_and_does_not_run(tmp_path, name, wrap):
-    marker = tmp_path / "it ran"
-    evil = CODE[name](marker)
-    inside = np.asarray([evil, 1], dtype=object)
-    content = {
-        "bare": lambda: pickle.dumps(evil),
-        "list": lambda: pickle.dumps([1, [evil]]),
-        "key": lambda: pickle.dumps({"a": 1, "b": {"c": evil}}, protocol=2),
-        "objects": lambda: pickle.dumps(inside),
-        "torch": lambda: torch_bytes({"samples": [evil]}),
-        "torch objects": lambda: torch_bytes({"samples": inside}),
-        "verl": lambda: data_proto(torch_bytes(evil), {}, {}),
-        "verl meta": lambda: data_proto(torch_bytes({}), {"uid": inside}, {"a": evil}),
-    }[wrap]()
-    path = tmp_path / "a.pt"
-    path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=f"wants .*{name.rpartition('.')[2]}, which is no tensor.*nothing of it was run"
-    ):
-        unwrapped(read(path))
-    assert not marker.exists()
-
-
-def data_proto(batch: bytes, others: object, meta: object) -> bytes:
-    """What DataProto.save_to_disk writes, with the class's name put in by hand."""
-    state = pickle.dumps((batch, others, meta), protocol=4)
-    return b"\x80\x04\x8c\x0dverl.protocol\x8c\x09DataProto\x93)\x81" + state[2:-1] + b"b."
-
-
-def unwrapped(found: object) -> object:
-    """A DataProto's inner archive, as the reader of verl's files opens it."""
-    return load_bytes(memoryview(found.state[0]), limit_bytes=2**26)
-
-
-def test_a_module_is_not_imported(tmp_path, monkeypatch):
-    (tmp_path / "evil_module.py").write_text("open('it ran', 'w')\nx = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    refused(tmp_path / "a.pkl", b"\x80\x02cevil_module\nx\n.", r"wants evil_module\.x")
-    refused(tmp_path / "a.pkl", b"\x80\x04\x8c\x0bevil_module\x8c\x01x\x93.", r"wants evil_module\.x")
-    assert "evil_module" not in sys.modules
-    assert not (tmp_path / "it ran").exists()
-
 
 BATCH = {
     "bytes that are not there": (b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x.", "too early"),
