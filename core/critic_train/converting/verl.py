@@ -26,7 +26,7 @@ RENAMED = {"data_source": "task"}
 
 def kind_of(content: Any) -> str | None:
     """KIND of a DataProto, None of anything else."""
-    return KIND if isinstance(content, DataProtoState) else None
+    return KIND if isinstance(content, DataProtoState) and content.state is not None else None
 
 
 def records(content: DataProtoState) -> Iterator[Records]:

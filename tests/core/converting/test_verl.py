@@ -1,6 +1,9 @@
 """DataProtos that are not finished."""
 
 import dumps
+import pytest
+
+from critic_train.errors import DataError
 
 
 def test_a_verl_batch_before_the_rewards_has_its_scores_for_them(tmp_path, converted):
@@ -20,3 +23,9 @@ def test_a_verl_batch_before_the_rewards_has_its_scores_for_them(tmp_path, conve
     expected = sorted(of, key=lambda r: "pq".index(r.uid))
     assert table.column("rewards").to_pylist() == [r.rewards for r in expected]
     assert "uid" not in table.column_names
+
+
+def test_an_instance_without_a_state_is_no_data_proto(tmp_path, converted):
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x02cverl.protocol\nDataProto\n)\x81.")
+    with pytest.raises(DataError, match="in no format that is known"):
+        converted(tmp_path / "a.pkl")
