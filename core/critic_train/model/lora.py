@@ -7,7 +7,7 @@ themselves, from which a run goes on: folded ones cannot be taken apart again.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -93,33 +93,46 @@ def name_without_adapter(name: str) -> str:
     return name.replace(f"{BASE}.", ".")
 
 
-def foldable(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """Name without adapters -> (tensor, the layer whose adapter `fold` adds to it or None), in the module's order."""
+class Adapter(NamedTuple):
+    """The matrices of one adapter, and how their product is added to a weight."""
+
+    b: Tensor
+    a: Tensor
+    transposed: bool
+    factor: float
+
+    @classmethod
+    def of(cls, layer: Any) -> "Adapter":
+        """That of a layer of peft's."""
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        return cls(b, a, bool(layer.fan_in_fan_out), float(layer.scaling[ADAPTER]))  # GPT-2 keeps weights [in, out]
+
+
+def foldable(module: nn.Module) -> dict[str, tuple[Tensor, Adapter | None]]:
+    """Name without adapters -> (tensor, the adapter that `fold` adds to it, if any), in the module's order."""
     adapted = _adapted(module)
-    pairs: dict[str, tuple[Tensor, Any]] = {}
+    pairs: dict[str, tuple[Tensor, Adapter | None]] = {}
     for name, tensor in module.state_dict().items():
         if ".lora_" not in name:
             place, base, last = name.partition(BASE)
-            pairs[place + last] = (tensor, adapted[place] if base and last == ".weight" else None)
+            pairs[place + last] = (tensor, Adapter.of(adapted[place]) if base and last == ".weight" else None)
     return pairs
 
 
-def fold(tensor: Tensor, layer: Any, whole: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
-    """A whole tensor with its adapter's product added in.
+def fold(tensor: Tensor, adapter: Adapter | None, gather: Callable[[Tensor], Tensor] = as_it_is) -> Tensor:
+    """A full tensor with its adapter's product added in.
 
     Args:
         tensor: one that `foldable` gives.
-        layer: the one beside it.
-        whole: makes a tensor whole that is spread over ranks; all of them call this.
+        adapter: the one beside it.
+        gather: makes a full tensor of one that is sharded over ranks; all of them call this.
     """
-    tensor = whole(tensor)
-    if layer is None:
+    tensor = gather(tensor)
+    if adapter is None:
         return tensor
     with torch.no_grad():
-        product: Tensor = whole(layer.lora_B[ADAPTER].weight) @ whole(layer.lora_A[ADAPTER].weight)
-        if layer.fan_in_fan_out:  # GPT-2 keeps its weights [in, out]
-            product = product.T
-        return tensor + product * float(layer.scaling[ADAPTER])
+        product = gather(adapter.b) @ gather(adapter.a)
+        return tensor + (product.T if adapter.transposed else product) * adapter.factor
 
 
 def folded(module: nn.Module) -> dict[str, Tensor]:
@@ -127,20 +140,21 @@ def folded(module: nn.Module) -> dict[str, Tensor]:
     return {name: fold(*pair) for name, pair in foldable(module).items()}
 
 
-def save_adapters(critic: Critic, directory: Path | None, whole: Callable[[Tensor], Tensor] = as_it_is) -> None:
-    """Write what is trained, adapters and head, as it is.
+def save_adapters(
+    trained: dict[str, nn.Parameter], directory: Path | None, gather: Callable[[Tensor], Tensor] = as_it_is
+) -> None:
+    """Write what is trained, adapters and head, without folding.
 
     Args:
-        critic: with adapters.
-        directory: where the file goes; None on ranks that do not lead.
-        whole: as in `fold`.
+        trained: of `trained_parameters`.
+        directory: where the file goes; None on ranks other than 0.
+        gather: as in `fold`.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    trained = _trained(critic)
     file = None if directory is None else directory / ADAPTER_FILE
-    write_tensors(file, dict(trained), lambda name: whole(trained[name].detach()))
+    write_tensors(file, dict(trained), lambda name: gather(trained[name].detach()))
 
 
 def load_adapters(critic: Critic, directory: Path) -> None:
@@ -152,7 +166,7 @@ def load_adapters(critic: Critic, directory: Path) -> None:
     file = directory / ADAPTER_FILE
     if not file.is_file():
         raise ModelError(f"{directory} has no {ADAPTER_FILE}: it was not trained with --train lora")
-    trained = _trained(critic)
+    trained = trained_parameters(critic)
     with safe_open(file, framework="pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     if shapes != {name: list(p.shape) for name, p in trained.items()}:
@@ -161,7 +175,8 @@ def load_adapters(critic: Critic, directory: Path) -> None:
         read_rows(file, name, parameter)
 
 
-def _trained(critic: Critic) -> dict[str, nn.Parameter]:
+def trained_parameters(critic: Critic) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that are trained."""
     return {name: p for name, p in critic.named_parameters() if p.requires_grad}
 
 
