@@ -9,7 +9,7 @@
 #
 # Output seen:
 #   token classifier: Dropout(p=0.1, inplace=False); fields of the configuration: {'attention_dropout': 0.0}
-#   two passes in training mode differ by 0.14
+#   two passes in training mode differ by 0.12
 #   sequence classifier: 0 dropout modules
 #   with classifier_dropout=0.0 they differ by 0.00
 set -euo pipefail
@@ -30,7 +30,7 @@ def config(**more):
 
 def difference(model):
     tokens = torch.arange(1, 9)[None]
-    return float((model(tokens).logits - model(tokens).logits).abs().max())
+    return float((model(tokens).logits - model(tokens).logits).detach().abs().max())
 
 
 torch.manual_seed(0)

@@ -1,10 +1,8 @@
 """What single ranks do in the tests: functions that a forked process can find by name."""
 
 import resource
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,15 +10,17 @@ import torch
 from support import branching_rollouts, small_config
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 
-from critic_train.distributed.ranks import init_ranks
+from critic_train.distributed.init import init_ranks
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic, load_critic, read_model
+from critic_train.model.gather import full_tensor
+from critic_train.model.loading import build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import apply_memory_options
 from critic_train.model.microbatches import predict_values
-from critic_train.model.saving import save_critic
-from critic_train.model.selfcheck import select_packing, use_stock_attention
+from critic_train.model.selfcheck import use_stock_attention
+from critic_train.model.sharded_checkpoint import ShardedCritic
+from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.run import storage
 from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
@@ -118,7 +118,7 @@ def adapted(critic: Critic) -> None:
 def drawn_adapters(source: str) -> dict[str, np.ndarray]:
     """The adapters that ranks begin with, whole, and this rank's share of all that the critic is made of."""
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
-        critic = load_critic(read_model(Path(source)), replace(ONE, ranks=ranks), adapted)
+        critic = load_critic_on_ranks(read_model(Path(source)), replace(ONE, ranks=ranks), adapted)
         share = sum(p.to_local().numel() for p in critic.parameters()) / sum(p.numel() for p in critic.parameters())
         found = {name: whole(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
         return found | {"share": np.array(share)}
@@ -127,114 +127,21 @@ def drawn_adapters(source: str) -> dict[str, np.ndarray]:
 def load_and_save_adapters(base: str, source: str, target: str) -> None:
     """Every rank loads its part of a base model and of adapters, and together they write the checkpoint anew."""
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
-        critic = load_critic(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
+        critic = load_critic_on_ranks(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
         load_adapters(critic, Path(source))
-        save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
-
-
-def run_out_and_go_on() -> tuple[list[str], int, float, int]:
-    """Memory runs out on rank 1, in the middle of the second micro-batch's backward pass.
-
-    Returns:
-        (parts that lie elsewhere now, bytes of weights that are whole between attempts, the largest relative
-        difference of a gradient to that of one process, max_tokens after it).
-    """
-    from critic_train.model import memory
-    from critic_train.model.fsdp import cost_of, gathered_groups, shard
-
-    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
-        alone, spread = critic_of("Llama"), critic_of("Llama")
-        compute = replace(ONE, ranks=ranks, pair_cost=cost_of(spread).pair)
-        shard(spread, compute)
-        before = {name: p.to_local().data_ptr() for name, p in spread.named_parameters()}
-        calls, left = 0, 0
-
-        def fail(_: torch.Tensor) -> None:
-            raise MemoryError
-
-        def enter(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == 2 and ranks.rank == 1:
-                arguments[0].register_hook(fail)
-
-        def look() -> None:  # stands in for the garbage collection between two attempts
-            nonlocal left
-            groups = [g for m in spread.modules() if isinstance(m, FSDPModule) for g in gathered_groups(m)]
-            outputs = [out for group in groups for p in group.fsdp_params for out in p.all_gather_outputs]
-            left += sum(out.untyped_storage().size() for out in outputs)
-            left += sum(p.grad is not None for p in spread.parameters())
-
-        spread.trunk.layers[1].register_forward_pre_hook(enter)
-        memory.gc = SimpleNamespace(collect=look)
-        ours, theirs = gradients(spread, compute, **CASES[0]), gradients(alone, ONE, **CASES[0])
-        far = max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs)
-        moved = [name for name, p in spread.named_parameters() if p.to_local().data_ptr() != before[name]]
-        return moved, left, far, compute.max_tokens
-
-
-def run_out_before_rank_0_has_begun() -> bool:
-    """Rank 1 runs out at once, while rank 0 is still busy with something else; whether it waits there until then."""
-    from critic_train.model.fsdp import shard
-
-    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
-        critic = critic_of("Llama")
-        compute = replace(ONE, ranks=ranks)
-        shard(critic, compute)
-        failed = ranks.leads
-        waits = True
-        if ranks.leads:
-            while not ranks._store.check(["short/0"]):
-                time.sleep(0.01)
-            time.sleep(2.0)
-            # Rank 1 still is where it was: what rank 0 might be in the middle of goes on undisturbed.
-            waits = not ranks._store.check(["here/1/1"])
-
-        def fail(*_: object) -> None:
-            nonlocal failed
-            if not failed:
-                failed = True
-                raise MemoryError
-
-        critic.register_forward_pre_hook(fail)  # before anything is gathered
-        predict_values(critic, branching_rollouts(), compute, forest=True)
-        return waits and compute.max_tokens < ONE.max_tokens
-
-
-def check_with_less() -> tuple[bool, list[str], float]:
-    """Memory runs out on rank 1 within the self-check; what it came to, and how far values are from one process's."""
-    from critic_train.model.fsdp import shard
-
-    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
-        alone, spread = critic_of("Llama"), critic_of("Llama")
-        compute = replace(ONE, ranks=ranks)
-        shard(spread, compute)
-        calls = 0
-
-        def fail(*_: object) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == 3 and ranks.rank == 1:
-                raise MemoryError
-
-        spread.trunk.layers[1].register_forward_pre_hook(fail)
-        rollouts = branching_rollouts()
-        choice, said = select_packing(spread, rollouts, SETTINGS.compute, compute)
-        ours = predict_values(spread, rollouts, compute, forest=choice.forest)
-        theirs = predict_values(alone, rollouts, ONE, forest=True)
-        return choice.forest, said, float(np.abs(ours - theirs).max())
+        ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
 
 
 def load_and_save(source: str, target: str) -> None:
     """Every rank loads its part of a directory, and together they write it anew, with moments."""
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         compute = replace(ONE, ranks=ranks)
-        critic = load_critic(read_model(Path(source)), compute)
+        critic = load_critic_on_ranks(read_model(Path(source)), compute)
         optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
         load_optimizer(optimizer, critic, Path(source))
-        directory = Path(target) if ranks.leads else None
-        save_critic(critic, directory, Path(source), ranks)
-        save_optimizer(optimizer, critic, directory, ranks)
+        directory = Path(target) if ranks.is_main else None
+        ShardedCritic(critic).save(directory, Path(source))
+        save_optimizer(optimizer, dict(critic.named_parameters()), directory, full_tensor)
 
 
 EXPERTS = {
@@ -276,7 +183,7 @@ def save_layer_by_layer(family: str, target: str, file_bytes: int, agrees: bool 
         stored_form.StoredForm.layer_by_layer = property(lambda self: False)
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = sharding.shard(expert_critic(family), replace(ONE, ranks=ranks))
-        save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+        ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
     return most
 
 
@@ -289,22 +196,22 @@ def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> N
     from critic_train.model import fsdp as sharding
 
     if source is not None:
-        sharding._gradient_fits = lambda modules: False
+        sharding._full_gradient_fits = lambda modules: False
     with init_ranks(SETTINGS, nproc=1, device="cpu", sharded=True) as ranks:
         compute = replace(ONE, ranks=ranks, offload=offload)
-        critic = critic_of("Llama") if source is None else load_critic(read_model(Path(source)), compute)
+        critic = critic_of("Llama") if source is None else load_critic_on_ranks(read_model(Path(source)), compute)
         compute.pair_cost = sharding.cost_of(critic).pair
         sharding.shard(critic.train(), compute)
         units = [module for module in critic.modules() if isinstance(module, FSDPModule)]
-        policies = {type(group.offload_policy) for unit in units for group in sharding.gathered_groups(unit)}
+        policies = {type(group.offload_policy) for unit in units for group in sharding.parameter_groups(unit)}
         assert policies == {CPUOffloadPolicy if offload == "all" else OffloadPolicy}
         optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-2, weight_decay=0.1, offload=offload)
         for _ in range(3):
             gradients(critic, compute, rollouts=21, forest=True, mode="token-mean")
             optimizer.step()
-        directory = Path(target) if ranks.leads else None
-        save_critic(critic, directory, None, ranks)
-        save_optimizer(optimizer, critic, directory, ranks)
+        directory = Path(target) if ranks.is_main else None
+        ShardedCritic(critic).save(directory, None)
+        save_optimizer(optimizer, dict(critic.named_parameters()), directory, full_tensor)
 
 
 def fill_the_disk(target: str) -> str:
@@ -323,10 +230,10 @@ def fill_the_disk(target: str) -> str:
         said = ""
         try:
             with storage.watched(full):
-                save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+                ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
         except OSError as error:
             said = error.strerror
-        return ranks.told(said)
+        return ranks.broadcast(said)
 
 
 def load_and_save_measured(base: str, target: str) -> tuple[int, int]:
@@ -334,8 +241,8 @@ def load_and_save_measured(base: str, target: str) -> tuple[int, int]:
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         read = read_model(Path(base))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        critic = load_critic(read, replace(ONE, ranks=ranks), adapted)
-        save_critic(critic, Path(target) if ranks.leads else None, None, ranks)
+        critic = load_critic_on_ranks(read, replace(ONE, ranks=ranks), adapted)
+        ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return sum(p.to_local().numel() * 4 for p in critic.parameters()), 1024 * (after - before)
 
@@ -345,6 +252,6 @@ def load_and_measure(source: str) -> tuple[int, int]:
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         read = read_model(Path(source))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        critic = load_critic(read, replace(ONE, ranks=ranks))
+        critic = load_critic_on_ranks(read, replace(ONE, ranks=ranks))
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return sum(p.to_local().numel() * 4 for p in critic.parameters()), 1024 * (after - before)

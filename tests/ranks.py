@@ -5,7 +5,8 @@ import os
 import queue
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -184,58 +185,132 @@ def short_run(
     always: bool = False,
     huge: bool = False,
     stop_at: tuple[int, int] | None = None,
+    disk: tuple[str, int, str] | None = None,
 ) -> dict[str, Any]:
     """A run in which memory runs out in the middle of the trunk; says what was told of it, beside how it ended.
 
     Args:
         settings: of the run.
-        shortages: (rank, "forward" | "backward" | "values", which micro-batch of that kind on that rank, from 0).
-        always: whether memory runs out again in every micro-batch after that.
+        shortages: (rank, "check" | "forward" | "backward" | "values", which pass of that kind on that rank, from 0).
+            "check" are all passes before the run has started.
+        always: whether memory runs out again in every pass after that.
         huge: whether reading lets all returns through.
         stop_at: (rank, step) sends that rank a SIGTERM after that step.
+        disk: (kind, rank, file) what happens at that rank's first write to a file of that name after memory ran out.
     """
     from critic_train.data import row_checks as checking
     from critic_train.events import Notice, RunStarted
-    from critic_train.model.critic import Critic
+    from critic_train.run import storage
     from critic_train.training.fit import fit
 
     checking.LARGEST = math.inf if huge else checking.LARGEST
-    mine = [(kind, number) for rank, kind, number in shortages if rank == int(os.environ["RANK"])]
-    seen = {"forward": 0, "backward": 0, "values": 0}
-    armed = False
-    whole = Critic.hidden
-
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    def hidden(self: Critic, batch: Any) -> torch.Tensor:
-        kinds = [] if not armed else ["forward", "backward"] if torch.is_grad_enabled() else ["values"]
-        due = [kind for kind in kinds if any(kind == k and (seen[k] == n or (always and seen[k] > n)) for k, n in mine)]
-        for kind in kinds:
-            seen[kind] += 1
-        if not due:
-            return whole(self, batch)
-
-        def enter(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-            arguments[0].register_hook(fail) if due == ["backward"] else fail()
-
-        handle = self.trunk.layers[1].register_forward_pre_hook(enter)
-        try:
-            return whole(self, batch)
-        finally:
-            handle.remove()
-
-    Critic.hidden = hidden
+    rank = int(os.environ["RANK"])
+    shortage = Shortage([(kind, number) for r, kind, number in shortages if r == rank], always)
     told = []
     stop = StopRequest()
-    for event in fit(settings, stop):
-        armed = armed or isinstance(event, RunStarted)
-        if isinstance(event, StepEnded) and stop_at == (int(os.environ["RANK"]), event.step):
-            stop.signal_number = SIGTERM
-        if isinstance(event, Notice) and "memory ran out" in event.message:
-            told.append(event.message)
+    with shortage.in_the_trunk(), storage.watched(_refusal(*disk, rank) if disk else lambda _: None):
+        for event in fit(settings, stop):
+            shortage.checking = shortage.checking and not isinstance(event, RunStarted)
+            if isinstance(event, StepEnded) and stop_at == (rank, event.step):
+                stop.signal_number = SIGTERM
+            if isinstance(event, Notice) and "memory ran out" in event.message:
+                told.append(event.message)
     assert isinstance(event, RunEnded)
-    return {"status": event.status, "told": told, "seen": seen}
+    return {"status": event.status, "told": told, "seen": shortage.seen}
+
+
+def short_eval(settings: EvalSettings, rank: int) -> dict[str, Any]:
+    """A judgement in which memory runs out on one rank, in the first pass after the self-check."""
+    from critic_train.evaluation.evaluate import evaluate
+
+    shortage = Shortage([("values", 0)] if rank == int(os.environ["RANK"]) else [], always=False)
+    shortage.checking = False
+    with shortage.in_the_trunk(after_checks=True):
+        events = list(evaluate(settings, StopRequest()))
+    return {"status": events[-1].status}
+
+
+class Shortage:
+    """Memory that runs out in the middle of a trunk.
+
+    Args:
+        due: (kind, number) of the passes in which it does.
+        always: whether it does in all passes of that kind after them, too.
+
+    Attributes:
+        checking: whether passes are those of the self-check.
+        seen: how many passes there were of each kind.
+    """
+
+    def __init__(self, due: list[tuple[str, int]], always: bool) -> None:
+        self._due, self._always = due, always
+        self.checking = True
+        self.seen = {"check": 0, "forward": 0, "backward": 0, "values": 0}
+
+    @contextmanager
+    def in_the_trunk(self, after_checks: bool = False) -> Iterator[None]:
+        """Have it happen in the passes of any critic."""
+        from critic_train.model import selfcheck
+        from critic_train.model.critic import Critic
+
+        whole, shortage = Critic.hidden, self
+
+        def hidden(critic: Critic, batch: Any) -> torch.Tensor:
+            kinds = ["check"] if shortage.checking else ["values"]
+            if not shortage.checking and torch.is_grad_enabled():
+                kinds = ["forward", "backward"]
+            due = [kind for kind in kinds if shortage._is_due(kind)]
+            for kind in kinds:
+                shortage.seen[kind] += 1
+            if not due:
+                return whole(critic, batch)
+
+            def enter(_: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+                arguments[0].register_hook(_run_out) if due == ["backward"] else _run_out()
+
+            handle = critic.trunk.layers[1].register_forward_pre_hook(enter)
+            try:
+                return whole(critic, batch)
+            finally:
+                handle.remove()
+
+        choose = selfcheck.choose_packing
+        if after_checks:
+
+            def choosing(*arguments: Any) -> Any:
+                shortage.checking = True
+                try:
+                    return choose(*arguments)
+                finally:
+                    shortage.checking = False
+
+            selfcheck.choose_packing = choosing
+        Critic.hidden = hidden  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Critic.hidden, selfcheck.choose_packing = whole, choose  # type: ignore[method-assign]
+
+    def _is_due(self, kind: str) -> bool:
+        seen = self.seen[kind]
+        return any(kind == k and (seen == n or (self._always and seen > n)) for k, n in self._due)
+
+
+def _run_out(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _refusal(kind: str, refused: int, file: str, rank: int) -> Callable[[Any], None]:
+    """What happens at a rank's writes to a file in a folder that begins with a dot and a step."""
+
+    def refuse(operation: Any) -> None:
+        saving = ".step-00000005." in str(operation.path)
+        if rank == refused and saving and operation.kind == "write" and file in operation.path.name:
+            if kind == "SIGKILL":
+                os.kill(os.getpid(), 9)
+            raise OSError(28, "No space left on device", str(operation.path))
+
+    return refuse
 
 
 def kept_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> dict[str, Any]:

@@ -30,9 +30,10 @@ from critic_train.model.attention import choose_attention
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
-from critic_train.model.memory import checkpoint_activations, compile_layers, with_oom_retry
+from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.model_input import tree_input
+from critic_train.model.oom import attempts
 from critic_train.model.prefix_tree import PrefixOrder, build_tree_layout, prefix_order
 from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
@@ -222,7 +223,11 @@ def flat_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[
         return loss
 
     def step() -> None:
-        apply_gradient(critic, optimizer, GRAD_CLIP, with_oom_retry(gradient, rollouts, compute, critic))
+        for attempt in attempts(critic, rollouts, compute):
+            with attempt:
+                loss = gradient()
+                break
+        apply_gradient(critic, optimizer, GRAD_CLIP, loss)
 
     return step
 

@@ -1,72 +1,82 @@
-"""Which format a file is in, and its records: the one place where the formats come together."""
+"""Which format a file is in, and its records.
+
+A format of pickled objects or of JSON Lines is declared in its own module and listed in FORMATS. Token ids and text in
+JSON Lines or Parquet are read here, whatever wrote them.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from critic_train.convert import jsonl, nemo_rl, openrlhf, slime, text, verl
-from critic_train.convert.pickles.archive import load_dump
-from critic_train.convert.pickles.budget import RefusedError
-from critic_train.convert.records import Records, Rows
-from critic_train.convert.sources import Source
+from critic_train.convert import nemo_rl, openrlhf, slime, text_records, verl
+from critic_train.convert.dump_files import Source, first_record, line_chunks
+from critic_train.convert.dump_tensors import RefusedError
+from critic_train.convert.raw_records import Line, LineFormat, ObjectFormat, Records, Rows
+from critic_train.convert.unpickle import load_dump
 from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
 from critic_train.data.schema import ALIASES
 from critic_train.data.shards import Shard, find_shards
 from critic_train.errors import ConfigError, DataError
 
+Format = TypeVar("Format", ObjectFormat, LineFormat)
+FORMATS: tuple[ObjectFormat | LineFormat, ...] = (slime.FORMAT, verl.FORMAT, nemo_rl.FORMAT, openrlhf.FORMAT)
+"""Recognised in this order."""
 TOKENS = "token ids"
-PICKLED: dict[str, Any] = {"slime": slime, "verl": verl, "openrlhf": openrlhf}
-"""--from of formats that are a pickle or `.pt` file -> the module that reads it."""
-IDS = {"input_ids", "responses"}
+FORMAT_NAMES = tuple(dict.fromkeys((*(one.name for one in FORMATS), *text_records.KINDS, "tokens")))
+"""The values of --from."""
+TITLES = ", ".join((*(one.title for one in FORMATS), text_records.TITLE))
+ID_COLUMNS = ("input_ids", "responses")
 SHOWN_FIELDS = 12
-KNOWN = (
-    "slime .pt, verl DataProto or JSONL, NeMo-RL JSONL, OpenRLHF .pt of the snippet in docs/guides/convert.md, "
-    "TRL Parquet, and JSONL or Parquet of token ids, of messages, or of prompt, response and score"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command says of how sources are read."""
+    """How sources are read.
+
+    Attributes:
+        format: --from, None where formats are recognised.
+        renames: canonical name -> the source's column, from --column.
+        retokenizer: makes token ids of text, None without --tokenizer.
+        allow_retokenize: whether text may be read.
+    """
 
     format: str | None
     renames: dict[str, str] = field(default_factory=dict)
-    retokenizer: text.Retokenizer | None = None
+    retokenizer: text_records.Retokenizer | None = None
     allow_retokenize: bool = False
-    limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A source whose format is known.
+    """A source whose format is recognised.
 
     Attributes:
         format: in words.
-        records: what is in it, piece by piece, and how many bytes or rows are done.
+        records: pieces of it, each with how many bytes or rows are done.
         total, unit: of what `records` counts.
-        whole: whether it stands in memory as a whole, so that prompt groups can be put together.
+        in_memory: whether all of it is in memory at once, so that prompt groups can be put together.
         row_unit: what a record's number counts.
-        renamed: whether --column was seen to, so that the columns have their canonical names.
+        renamed: whether --column was applied, so that the columns have their canonical names.
     """
 
     format: str
     records: Iterator[tuple[Records, int]]
     total: int
     unit: str
-    whole: bool = False
+    in_memory: bool = False
     row_unit: str = "row"
     renamed: bool = False
 
 
 def open_source(source: Source, options: Options) -> Opened:
-    """Recognise a source's format, or hold it to the one that was said.
+    """Recognise a source's format, or check that it is in that of --from.
 
     Raises:
-        DataError: it is in no known format, or not in the one that was said; it is damaged, or wants to run code.
+        DataError: it is in no known format, or not in that of --from; it is damaged, or wants to run code.
         ConfigError: it is text, and that was not allowed.
     """
     with source.path.open("rb") as file:
@@ -81,18 +91,28 @@ def open_source(source: Source, options: Options) -> Opened:
 
 
 def _open_pickle(source: Source, options: Options) -> Opened:
-    content = load_dump(source.path, source.name, limit_bytes=options.limit_bytes)
-    for name, module in PICKLED.items():
-        kind = module.kind_of(content)
-        if kind is not None and options.format in (None, name):
-            size = source.path.stat().st_size
-            records = ((records, size) for records in _named(module.records(content), source))
-            return Opened(format=kind, records=records, total=size, unit="bytes", whole=True, row_unit="sample")
-    raise _unknown(source, options, _shape_of(content))
+    content = load_dump(source.path, source.name)
+    recognised = _recognise(content, ObjectFormat, options)
+    if recognised is None:
+        raise _unknown(source, options, _shape_of(content))
+    kind, one = recognised
+    size = source.path.stat().st_size
+    records = ((records, size) for records in _with_name(one.read(content), source))
+    return Opened(format=kind, records=records, total=size, unit="bytes", in_memory=True, row_unit="sample")
 
 
-def _named(records: Iterator[Records], source: Source) -> Iterator[Records]:
-    """Puts the file's name to what is said of its content."""
+def _recognise(content: Any, of: type[Format], options: Options) -> tuple[str, Format] | None:
+    """The first format that takes an object, or the first one of a file, and what it calls it."""
+    for one in FORMATS:
+        if isinstance(one, of) and options.format in (None, one.name):
+            kind = one.recognise(content)
+            if kind is not None:
+                return kind, one
+    return None
+
+
+def _with_name(records: Iterator[Records], source: Source) -> Iterator[Records]:
+    """Puts the file's name before the errors of a format."""
     try:
         yield from records
     except RefusedError as refusal:
@@ -102,23 +122,25 @@ def _named(records: Iterator[Records], source: Source) -> Iterator[Records]:
 
 
 def _open_lines(source: Source, options: Options) -> Opened:
-    first = jsonl.first_record(source.path)
+    first = first_record(source.path)
     if first is None:
         raise _unknown(source, options, "it begins with no JSON object")
-    if options.format in (None, "nemo-rl") and nemo_rl.kind_of(first) is not None:
-        return _lines(source, nemo_rl.FORMAT, lambda lines: nemo_rl.records(lines, source.path.name))
+    recognised = _recognise(first, LineFormat, options)
+    if recognised is not None:
+        kind, one = recognised
+        return _lines(source, kind, lambda lines: one.read(lines, source.path.name))
     lists = {name for name, value in first.items() if isinstance(value, list) and value and isinstance(value[0], int)}
     if options.format in (None, "tokens") and _has_ids(lists, options):
-        return _lines(source, TOKENS, _tabulated)
+        return _lines(source, TOKENS, _as_columns)
     return replace(_lines(source, *_text(source, options, list(first))), renamed=True)
 
 
-def _lines(source: Source, kind: str, read: Callable[[list[tuple[int, dict[str, Any]]]], Records]) -> Opened:
+def _lines(source: Source, kind: str, read: Callable[[list[Line]], Records]) -> Opened:
     def records() -> Iterator[tuple[Records, int]]:
-        for good, bad, done in jsonl.chunks(source.path):
-            made = read(good)
-            both = tuple(sorted((*made.bad, *bad), key=lambda record: record.row))
-            yield Records(batch=made.batch, rows=made.rows, bad=both, notes=made.notes), done
+        for good, bad, done in line_chunks(source.path):
+            chunk = read(good)
+            all_bad = tuple(sorted((*chunk.bad, *bad), key=lambda record: record.row))
+            yield replace(chunk, bad=all_bad), done
 
     return Opened(format=kind, records=records(), total=source.path.stat().st_size, unit="bytes", row_unit="record")
 
@@ -140,9 +162,9 @@ def _open_parquet(source: Source, options: Options) -> Opened:
 
 
 def _rows(
-    shard: Shard, names: list[str], read: Callable[[list[tuple[int, dict[str, Any]]]], Records] | None
+    shard: Shard, names: list[str], read: Callable[[list[Line]], Records] | None
 ) -> Iterator[tuple[Records, int]]:
-    """A Parquet file's rows, as they are or through a reader of single records; numbered over the whole file."""
+    """A Parquet file's rows, as they are or through a reader of single records; numbered over the file."""
     done = 0
     for piece in pieces(shard, names):
         refuse_oversized_rows(shard, piece)
@@ -155,15 +177,14 @@ def _rows(
             yield read(list(zip(rows.tolist(), batch.to_pylist(), strict=True))), done
 
 
-def _text(
-    source: Source, options: Options, names: list[str]
-) -> tuple[str, Callable[[list[tuple[int, dict[str, Any]]]], Records]]:
+def _text(source: Source, options: Options, names: list[str]) -> tuple[str, Callable[[list[Line]], Records]]:
     """The kind of text, and its reader."""
-    kind = text.kind_of(names)
+    kind = text_records.kind_of(names)
     if kind is None and set(options.renames) & {"messages", "prompt", "response"}:
-        kind = text.TEXT
-    wanted = {"verl": text.VERL, "trl": text.TRL, "text": kind}.get(options.format or "", kind)
-    if kind is None or options.format not in (None, "verl", "trl", "text") or wanted != kind:
+        kind = text_records.TEXT
+    # --from text takes text of any kind.
+    is_wanted = options.format in (None, "text") or text_records.KINDS.get(options.format) == kind
+    if kind is None or not is_wanted:
         raise _unknown(source, options, f"its fields are {', '.join(names[:SHOWN_FIELDS])}")
     if options.retokenizer is None or not options.allow_retokenize:
         raise ConfigError(
@@ -171,10 +192,10 @@ def _text(
             hint="--tokenizer DIR (the policy's) with --allow-retokenize makes them all the same",
         )
     retokenizer = options.retokenizer
-    return kind, lambda lines: text.records(lines, kind, retokenizer, options.renames)
+    return kind, lambda lines: text_records.records(lines, kind, retokenizer, options.renames)
 
 
-def _tabulated(lines: list[tuple[int, dict[str, Any]]]) -> Records:
+def _as_columns(lines: list[Line]) -> Records:
     rows = Rows()
     for row, line in lines:
         rows.add(row, line)
@@ -183,8 +204,8 @@ def _tabulated(lines: list[tuple[int, dict[str, Any]]]) -> Records:
 
 def _has_ids(lists: set[str], options: Options) -> bool:
     """Whether one of the columns is token ids by its name."""
-    names = {name for canonical in IDS for name in (canonical, *ALIASES[canonical])}
-    names |= {options.renames[name] for name in IDS if name in options.renames}
+    names = {name for canonical in ID_COLUMNS for name in (canonical, *ALIASES[canonical])}
+    names |= {options.renames[name] for name in ID_COLUMNS if name in options.renames}
     return bool(lists & names)
 
 
@@ -198,6 +219,6 @@ def _shape_of(content: Any) -> str:
     return f"it holds a {type(content).__name__}"
 
 
-def _unknown(source: Source, options: Options, what: str) -> DataError:
-    told = "is in no format that is known" if options.format is None else f"is not what --from {options.format} reads"
-    return DataError(f"{source.name} {told}: {what}", hint=f"known are: {KNOWN}")
+def _unknown(source: Source, options: Options, reason: str) -> DataError:
+    what = "is in no format that is known" if options.format is None else f"is not what --from {options.format} reads"
+    return DataError(f"{source.name} {what}: {reason}", hint=f"known are: {TITLES}")

@@ -1,15 +1,15 @@
 """NeMo-RL's `train_data_step{N}.jsonl`, as `Logger.log_batched_dict_as_jsonl` writes it.
 
 Each line is a slice of one of the batch, so that every field but `idx` stands in a list of one. `token_ids` and
-`token_loss_mask` are padded on the right to the batch's width; `input_lengths` says how much is the rollout.
+`token_loss_mask` are padded on the right to the batch's width; `input_lengths` is the rollout's length.
 """
 
 import re
 from typing import Any
 
-from critic_train.convert.records import Records, Rows
+from critic_train.convert.raw_records import Line, LineFormat, Records, Rows
 
-FORMAT = "NeMo-RL train data"
+KIND = "NeMo-RL train data"
 HANDLED = frozenset({
     "token_ids", "token_loss_mask", "sample_loss_mask", "rewards", "filtered_rewards", "input_lengths", "idx",
     "content", "agent_ref", "advantages", "generation_logprobs", "prev_logprobs", "reference_policy_logprobs",
@@ -17,18 +17,13 @@ HANDLED = frozenset({
 
 
 def kind_of(record: dict[str, Any]) -> str | None:
-    """Whether a record is one of NeMo-RL's."""
-    return FORMAT if {"token_ids", "token_loss_mask", "input_lengths"} <= set(record) else None
+    """KIND of a record of NeMo-RL's, None of any other."""
+    return KIND if {"token_ids", "token_loss_mask", "input_lengths"} <= set(record) else None
 
 
-def records(lines: list[tuple[int, dict[str, Any]]], file_name: str) -> Records:
-    """The rollouts of some lines.
-
-    Args:
-        lines: (record number, object).
-        file_name: says the step.
-    """
-    found = re.fullmatch(r"train_data_step(\d+)\.jsonl", file_name)
+def records(lines: list[Line], file_name: str) -> Records:
+    """The rollouts of some lines; the step is in the file's name."""
+    step = re.fullmatch(r"train_data_step(\d+)\.jsonl", file_name)
     rows = Rows()
     masked = 0
     for row, line in lines:
@@ -44,14 +39,14 @@ def records(lines: list[tuple[int, dict[str, Any]]], file_name: str) -> Records:
         else:
             reward = record.get("filtered_rewards", record.get("rewards"))
             entries = {"input_ids": ids[:length], "response_mask": mask[:length], "reward": reward}
-            rows.add(row, {"step": int(found[1]) if found else None, **_others(record), **entries})
+            rows.add(row, {"step": int(step[1]) if step else None, **_others(record), **entries})
     if masked:
         rows.notes.setdefault("rollouts whose sample_loss_mask is 0 are left out, as NeMo-RL trains on none of them")
     return rows.records()
 
 
 def _single(name: str, value: Any) -> Any:
-    """What stands in a list of one."""
+    """The entry of a list of one."""
     return value[0] if name != "idx" and isinstance(value, list) and len(value) == 1 else value
 
 
@@ -64,3 +59,6 @@ def _others(record: dict[str, Any]) -> dict[str, Any]:
     agent = record.get("agent_ref")
     name = agent.get("name") if isinstance(agent, dict) else None
     return {**others, **({"task": name} if isinstance(name, str) else {})}
+
+
+FORMAT = LineFormat(name="nemo-rl", title="NeMo-RL JSONL", recognise=kind_of, read=records)

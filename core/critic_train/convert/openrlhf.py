@@ -1,4 +1,4 @@
-"""Files of the snippet in docs/guides/convert.md, which keeps OpenRLHF's `Experience` batches.
+"""Files of the snippet in docs/convert.md, which saves OpenRLHF's `Experience` batches.
 
 Fields as in OpenRLHF 0.11 (openrlhf/trainer/ppo_utils/experience.py). `sequences` [B, T] are padded; columns of
 actions are [B, A] with A below T, and pair with the last A tokens.
@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from critic_train.convert.records import Records, column_of, matrix_column
+from critic_train.convert.raw_records import ObjectFormat, Records, column_of, matrix_column
 from critic_train.errors import DataError
 
-FORMAT = "OpenRLHF Experience"
+KIND = "OpenRLHF Experience"
 ACTION_COLUMNS = ("values", "returns")
 SINGLE = {"rewards": "reward", "scores": "score", "truncated": "truncated", "labels": "label", "index": "index"}
 """Field with one entry a rollout -> the shard's column."""
 
 
 def kind_of(content: Any) -> str | None:
-    """Whether an object is what the snippet writes."""
+    """KIND of what the snippet writes, None of anything else."""
     batches = content.get("experiences") if isinstance(content, dict) else None
     first = batches[0] if isinstance(batches, list) and batches else None
-    return FORMAT if isinstance(first, dict) and "sequences" in first and "action_mask" in first else None
+    return KIND if isinstance(first, dict) and "sequences" in first and "action_mask" in first else None
 
 
 def records(content: dict[str, Any]) -> Iterator[Records]:
@@ -33,8 +33,8 @@ def records(content: dict[str, Any]) -> Iterator[Records]:
         DataError: a batch lacks a field, or its fields disagree in shape.
     """
     first = 0
-    for place, batch in enumerate(content["experiences"]):
-        columns = _columns(batch, f"experience {place}")
+    for number, batch in enumerate(content["experiences"]):
+        columns = _columns(batch, f"experience {number}")
         count = len(columns["input_ids"])
         if isinstance(content.get("step"), int):
             columns["step"] = pa.array([content["step"]] * count)
@@ -43,8 +43,8 @@ def records(content: dict[str, Any]) -> Iterator[Records]:
 
 
 def _columns(batch: Any, where: str) -> dict[str, pa.Array]:
-    there = batch if isinstance(batch, dict) else {}
-    matrices = {name: value for name, value in there.items() if isinstance(value, np.ndarray) and value.ndim == 2}
+    fields = batch if isinstance(batch, dict) else {}
+    matrices = {name: value for name, value in fields.items() if isinstance(value, np.ndarray) and value.ndim == 2}
     missing = {"sequences", "attention_mask", "action_mask"} - set(matrices)
     if missing:
         raise DataError(f"{where} has no {' and '.join(sorted(missing))} [rollouts, tokens]")
@@ -59,13 +59,18 @@ def _columns(batch: Any, where: str) -> dict[str, pa.Array]:
             if matrices[name].shape != (count, actions) or actions > width:
                 raise DataError(f"{where}: `{name}` is {matrices[name].shape}, beside {count} x {width} tokens")
             # Over all tokens, since an action mask of the response alone does not say where padding begins.
-            filled = np.zeros((count, width), dtype=matrices[name].dtype)
-            filled[:, width - actions :] = matrices[name]
-            columns["response_mask" if name == "action_mask" else name] = matrix_column(filled)
+            padded = np.zeros((count, width), dtype=matrices[name].dtype)
+            padded[:, width - actions :] = matrices[name]
+            columns["response_mask" if name == "action_mask" else name] = matrix_column(padded)
     for name, canonical in SINGLE.items():
-        entries = there.get(name)
+        entries = fields.get(name)
         entries = entries.reshape(-1).tolist() if isinstance(entries, np.ndarray) else entries
         array = column_of(entries) if isinstance(entries, list) and len(entries) == count else None
         if array is not None and not pa.types.is_nested(array.type) and array.null_count < count:
             columns[canonical] = array.cast(pa.bool_()) if canonical == "truncated" else array
     return columns
+
+
+FORMAT = ObjectFormat(
+    name="openrlhf", title="OpenRLHF .pt of the snippet in docs/convert.md", recognise=kind_of, read=records
+)

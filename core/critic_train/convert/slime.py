@@ -7,7 +7,8 @@ All token columns but `tokens` are as long as the response, and pair with its to
 from collections.abc import Iterator
 from typing import Any
 
-from critic_train.convert.records import Records, Rows
+from critic_train.convert.dump_names import DiskReference
+from critic_train.convert.raw_records import ObjectFormat, Records, Rows
 
 TRAIN, ROLLOUT = "slime train data", "slime rollout data"
 EXPECTED = "a sample as slime writes it"
@@ -17,11 +18,11 @@ HANDLED = frozenset({
     "tokens", "loss_mask", "loss_masks", "response", "response_length", "response_lengths", "total_lengths", "prompt",
     "reward", "rewards", "status", "weight_versions", "group_index", "truncated", "remove_sample", "sample_index",
 })  # fmt: skip
-"""Fields that are read under their own rules, or hold what the tokens say anyway."""
+"""Fields that are read under their own rules, or repeat what the tokens hold."""
 
 
 def kind_of(content: Any) -> str | None:
-    """Which of the two dumps an object is, None where it is neither."""
+    """TRAIN or ROLLOUT; None where an object is neither."""
     samples = content.get("samples") if isinstance(content, dict) else None
     first = samples[0] if isinstance(samples, list) and samples else None
     if not isinstance(first, dict) or "tokens" not in first:
@@ -32,11 +33,13 @@ def kind_of(content: Any) -> str | None:
 
 
 def records(content: dict[str, Any]) -> Iterator[Records]:
-    """The samples of a dump."""
+    """The samples of a dump, as one piece."""
     rows = Rows()
     train = kind_of(content) == TRAIN
     raw_rewards = content.get("raw_reward")
     samples = content["samples"]
+    sample: Any = None
+    entries: dict[str, Any] = {}
     removed = 0
     for row, sample in enumerate(samples):
         if not isinstance(sample, dict):
@@ -44,13 +47,17 @@ def records(content: dict[str, Any]) -> Iterator[Records]:
         elif sample.get("remove_sample"):
             removed += 1
         else:
+            sample = {name: None if isinstance(value, DiskReference) else value for name, value in sample.items()}
             entries = _train(sample) if train else _rollout(sample)
             if train and isinstance(raw_rewards, list) and len(raw_rewards) == len(samples):
                 entries["raw_reward"] = _number(raw_rewards[row])
             rows.add(row, {"step": content.get("rollout_id"), **_others(sample), **entries})
     if removed:
         rows.notes.setdefault(f"{removed} samples are left out: slime had taken them out of training (remove_sample)")
-    yield rows.records()
+    columns = rows.records()
+    # Frees the dump's own lists while the columns are worked on.
+    del content, samples, sample, entries, rows
+    yield columns
 
 
 def _train(sample: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +87,10 @@ def _rollout(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward(reward: Any) -> dict[str, Any]:
-    """A number as it is; of several under names, each under `reward_NAME`, and the only one as the reward too."""
+    """A number as `reward`; of a dictionary, each as `reward_NAME`, and the only one as `reward` too."""
     if not isinstance(reward, dict):
         return {"reward": _number(reward)}
-    named = {f"reward_{name}": number for name, of in reward.items() if (number := _number(of)) is not None}
+    named = {f"reward_{name}": number for name, value in reward.items() if (number := _number(value)) is not None}
     return {**named, **({"reward": next(iter(named.values()))} if len(named) == 1 else {})}
 
 
@@ -100,9 +107,12 @@ def _number(value: Any) -> Any:
 
 
 def _others(sample: dict[str, Any]) -> dict[str, Any]:
-    """What else says one thing of the rollout."""
+    """The remaining fields with one entry a rollout."""
     return {
         name: value
         for name, value in sample.items()
         if isinstance(name, str) and name not in HANDLED and isinstance(value, str | int | float | bool)
     }
+
+
+FORMAT = ObjectFormat(name="slime", title="slime .pt", recognise=kind_of, read=records)

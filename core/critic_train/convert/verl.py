@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from critic_train.convert.pickles.archive import load_bytes
-from critic_train.convert.pickles.arrays import torch_array
-from critic_train.convert.pickles.budget import Budget, RefusedError
-from critic_train.convert.pickles.names import DataProtoState
-from critic_train.convert.records import Records, column_of, matrix_column, ragged_column
+from critic_train.convert.dump_names import DataProtoState, TensorDictState
+from critic_train.convert.dump_tensors import Memory, RefusedError, torch_array
+from critic_train.convert.raw_records import ObjectFormat, Records, column_of, matrix_column, ragged_column
+from critic_train.convert.unpickle import half_of_memory, load_bytes
 from critic_train.errors import DataError
 
-FORMAT = "verl DataProto"
+KIND = "verl DataProto"
 TOKENS = ("prompts", "responses", "input_ids", "attention_mask", "response_mask")
 RESPONSE_COLUMNS = {"values": "values", "returns": "returns", "token_level_rewards": "rewards"}
 SCORES = ("token_level_scores", "rm_scores")
@@ -26,8 +25,8 @@ RENAMED = {"data_source": "task"}
 
 
 def kind_of(content: Any) -> str | None:
-    """Whether an object is a DataProto."""
-    return FORMAT if isinstance(content, DataProtoState) else None
+    """KIND of a DataProto, None of anything else."""
+    return KIND if isinstance(content, DataProtoState) and content.state is not None else None
 
 
 def records(content: DataProtoState) -> Iterator[Records]:
@@ -36,16 +35,17 @@ def records(content: DataProtoState) -> Iterator[Records]:
     Raises:
         DataError: it has no responses, or its columns disagree in length.
     """
-    batch = _batch(content.batch)
+    tensors, objects, meta = content.state
+    batch = _batch(tensors)
     if "responses" not in batch:
-        there = ", ".join(str(name) for name in batch) or "nothing"
+        names = ", ".join(str(name) for name in batch) or "nothing"
         raise DataError(
-            f"the DataProto holds no `responses`; it holds {there}",
+            f"the DataProto holds no `responses`; it holds {names}",
             hint="save the batch after the advantages are computed, as in batch.save_to_disk(path)",
         )
     columns = _token_columns(batch)
     count = len(columns["responses"])
-    others = {name: list(entries) for name, entries in _dictionary(content.others).items()}
+    others = {name: list(entries) for name, entries in _dictionary(objects).items()}
     odd = [name for name, entries in {**columns, **others}.items() if len(entries) != count]
     if odd:
         raise DataError(f"the DataProto's `{odd[0]}` has not {count} rows, as `responses` has")
@@ -56,7 +56,7 @@ def records(content: DataProtoState) -> Iterator[Records]:
             notes.append(f"`{name}` is left out: it has several values a rollout")
         else:
             columns[RENAMED.get(name, name)] = array.cast(pa.string()) if name == "uid" else array
-    step = _dictionary(content.meta).get("global_steps")
+    step = _dictionary(meta).get("global_steps")
     if isinstance(step, int) and "step" not in columns:
         columns["step"] = pa.array([step] * count)
     yield Records(batch=pa.record_batch(columns), rows=np.arange(count), notes=tuple(notes))
@@ -65,9 +65,11 @@ def records(content: DataProtoState) -> Iterator[Records]:
 def _batch(batch: Any) -> dict[str, Any]:
     """The tensor dictionary, name -> array [n, ...] or one array a row."""
     if isinstance(batch, bytes | memoryview):
-        batch = load_bytes(memoryview(batch), Budget())
+        batch = load_bytes(memoryview(batch))
     elif isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[2], dict):
         batch = {name: _from_numpy(tensor) for name, tensor in batch[2].items()}
+    if isinstance(batch, TensorDictState):
+        batch = batch.state
     if not isinstance(batch, dict):
         raise RefusedError("a DataProto whose batch is no tensor dictionary")
     return batch
@@ -76,7 +78,7 @@ def _batch(batch: Any) -> dict[str, Any]:
 def _from_numpy(tensor: Any) -> Any:
     """A tensor as (dtype, shape, bytes), a nested one as (layout, those of its parts)."""
     if isinstance(tensor, tuple) and len(tensor) == 3:
-        return torch_array(tensor[2], tensor[0], tensor[1], Budget())
+        return torch_array(tensor[2], tensor[0], tensor[1], Memory(half_of_memory()))
     if isinstance(tensor, tuple) and len(tensor) == 2 and isinstance(tensor[1], list):
         return [_from_numpy(part) for part in tensor[1]]
     raise RefusedError("a tensor in an unknown form")
@@ -103,8 +105,11 @@ def _column(rows: Any) -> pa.Array | None:
 
 
 def _dictionary(value: Any) -> dict[str, Any]:
-    return {str(key): of for key, of in value.items()} if isinstance(value, dict) else {}
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else {}
 
 
 def _is_single(kind: pa.DataType) -> bool:
     return not pa.types.is_nested(kind)
+
+
+FORMAT = ObjectFormat(name="verl", title="verl DataProto or JSONL", recognise=kind_of, read=records)

@@ -1,1 +1,1 @@
-"""One run on several processes: who they are, how they agree, how work and weights are shared out."""
+"""The processes of one run: how they start, find each other, exchange values and end together. No models here."""

@@ -1,4 +1,4 @@
-"""A fault of one rank in a form that another can raise: the same class, the same words, and whose it was."""
+"""An error of one rank in a form that another can raise: the same class and message, and which rank it was."""
 
 import traceback
 from typing import Any
@@ -8,11 +8,11 @@ from critic_train.errors import CriticTrainError, MachineError
 
 
 class RankError(Exception):
-    """Another rank met what nobody foresaw: a bug. Its traceback is a note of this error."""
+    """An unexpected error of another rank, a bug. Its traceback is a note of this error."""
 
 
 def as_record(error: BaseException, rank: int) -> dict[str, Any]:
-    """The fault as JSON can hold it."""
+    """The error as JSON can hold it."""
     record: dict[str, Any] = {"rank": rank, "kind": type(error).__name__, "message": str(error), "hint": ""}
     if isinstance(error, CriticTrainError):
         return record | {"message": error.message, "hint": error.hint}
@@ -25,19 +25,19 @@ def as_record(error: BaseException, rank: int) -> dict[str, Any]:
 
 
 def as_error(record: dict[str, Any]) -> BaseException:
-    """The fault again, to be raised here."""
-    whose, words = f"rank {record['rank']}", str(record["message"])
+    """The error again, to be raised here."""
+    whose, message = f"rank {record['rank']}", str(record["message"])
     if record.get("errno") is not None:
-        return OSError(int(record["errno"]), f"{words} (on {whose})", record["where"] or None)
+        return OSError(int(record["errno"]), f"{message} (on {whose})", record["where"] or None)
     kind = getattr(errors, str(record["kind"]), None)
     if isinstance(kind, type) and issubclass(kind, CriticTrainError):
-        return kind(f"{whose}: {words}", hint=str(record["hint"]))
-    if "out of memory" in words.lower() or record["kind"] in ("MemoryError", "OutOfMemoryError"):
+        return kind(f"{whose}: {message}", hint=str(record["hint"]))
+    if "out of memory" in message.lower() or record["kind"] in ("MemoryError", "OutOfMemoryError"):
         return MachineError(
-            f"{whose}: out of memory: {words.splitlines()[0][:200] if words else 'no more was given'}",
+            f"{whose}: out of memory: {message.splitlines()[0][:200] if message else 'no more was given'}",
             hint="lower --max-tokens (it never changes the result), or use --precision bf16",
         )
-    error = RankError(f"{whose}: {record['kind']}: {words}")
+    error = RankError(f"{whose}: {record['kind']}: {message}")
     error.add_note(str(record.get("traceback", "")))
     return error
 
@@ -56,8 +56,9 @@ LOST = (
 
 
 def looks_lost(error: BaseException) -> bool:
-    """Whether an error tells that another rank is gone, rather than of something that happened here."""
+    """Whether an error says that the connection to another rank is gone, rather than what happened here."""
     import torch.distributed as dist
 
-    words = str(error).lower()
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in words for w in LOST))
+    message = str(error).lower()
+    lost = isinstance(error, RuntimeError) and any(phrase in message for phrase in LOST)
+    return lost or isinstance(error, dist.DistError)

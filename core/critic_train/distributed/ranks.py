@@ -1,109 +1,160 @@
-"""The processes of a run as one of them sees them. One process alone is a group of one: it waits for nobody.
+"""The processes of a run as one of them sees them: a Protocol, and the single process, which needs no partner.
 
-Nothing of torch.distributed is imported here; `group` is the real thing and is loaded only where there are several.
+Nothing of torch.distributed is imported here: `process_group` is loaded only where there are several processes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from critic_train.errors import ConfigError
-from critic_train.settings import Settings
+from critic_train.errors import ConfigError, MachineError
 from critic_train.stopping import StopRequest
 
 
-class Ranks:
-    """A group of one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfMemory:
+    """Memory that ran out on one of several ranks, as that rank reports it to the others.
 
     Attributes:
-        rank: this process's number, from 0. Rank 0 leads: it alone yields events that are shown, writes and judges.
-        size: how many there are.
-        local_rank: this process's number on its machine.
-        sharded: whether a critic lies in parts, through FSDP2: on several ranks, or on one that keeps its only part in
-            host memory.
+        rank: the rank.
+        attempt: the number of the attempt that it ran out in, see `Ranks.begin_attempt`.
+        what: what was tried, as in "memory ran out with 16,384 tokens at once".
+        error: the message of the error.
+        hint: what the user can do.
+        next_start: what the same command is to begin with next time, as JSON can hold it; empty where no smaller
+            budget helps.
     """
+
+    rank: int
+    attempt: int
+    what: str
+    error: str
+    hint: str
+    next_start: dict[str, int]
+
+
+class StateSaver(Protocol):
+    """Writes the state of the last whole step after memory ran out; called in a thread beside the main one.
+
+    The main thread may hang in a collective. Weights and moments are those of the last optimizer step meanwhile.
+    """
+
+    def write_part(self, report_progress: Callable[[], None]) -> None:
+        """On ranks other than 0: write this rank's part.
+
+        Args:
+            report_progress: to be called after every tensor; a rank that does not for a minute is given up.
+        """
+
+    def finish(self, report: OutOfMemory, wait_for_parts: Callable[[], None]) -> tuple[str, str]:
+        """On rank 0: put the parts together.
+
+        Args:
+            report: what happened.
+            wait_for_parts: returns when all other ranks have written theirs; raises MachineError where one cannot.
+
+        Returns:
+            (message, hint) with which the run ends on all ranks.
+        """
+
+
+class Ranks(Protocol):
+    """All processes of a run.
+
+    Attributes:
+        rank: this process's number, from 0. Rank 0 alone yields events that are shown, writes and judges.
+        size: how many processes there are.
+        local_rank: this process's number on its machine.
+        sharded: whether models are sharded by FSDP2: on several ranks, or on one that keeps its part in host memory.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    sharded: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks; the others wait as long as rank 0 lives, for it may be reading for hours.
+
+        Args:
+            value: on rank 0, something that JSON can hold; ignored on the others.
+        """
+
+    def all_reduce_sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of a CPU tensor, any shape and dtype."""
+
+    def agreed_stop(self, stop: StopRequest) -> StopRequest:
+        """A request that all ranks see together: a signal to one of them stops all, at the same place."""
+
+    def begin_attempt(self) -> None:
+        """Begin a pass in which memory may run out. All ranks end it with a collective, so that none ends it alone."""
+
+    def reported_out_of_memory(self, error: BaseException) -> bool:
+        """Whether an error only says that a partner is gone, and the reason is that another rank's memory ran out."""
+
+    def end_out_of_memory(self, what: str, error: str, hint: str, next_start: dict[str, int]) -> NoReturn:
+        """End the run on all ranks after memory ran out on one; see OutOfMemory for the arguments.
+
+        Called by the rank that it ran out on, and by those that `reported_out_of_memory` tells of it, whose arguments
+        are not used. Returns when the state is saved, by raising.
+
+        Raises:
+            MachineError: always.
+        """
+
+    def save_state_with(self, saver: StateSaver | None) -> None:
+        """Have this saver write the state when memory runs out on a rank; None: there is no state to save."""
+
+
+class SingleProcess:
+    """The only process of a run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     sharded: bool = False
+    is_main: bool = True
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
+    def broadcast(self, value: Any) -> Any:
+        """The value."""
+        return value
 
-    def agreeing(self, stop: StopRequest) -> StopRequest:
-        """The same request, of which all ranks together are asked: a signal to one stops all, at the same place."""
+    def all_reduce_sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The same tensor."""
+        return numbers
+
+    def agreed_stop(self, stop: StopRequest) -> StopRequest:
+        """The same request."""
         return stop
 
-    def tell(self, value: Any) -> None:
-        """Rank 0 tells the others something that JSON can hold. They wait for it in `hear`."""
+    def begin_attempt(self) -> None:
+        """Nothing to agree on."""
 
-    def hear(self) -> Any:
-        """What rank 0 told next. Waits as long as rank 0 lives, for it may be reading for hours."""
-        raise AssertionError("rank 0 tells, the others hear")
+    def reported_out_of_memory(self, error: BaseException) -> bool:
+        """There is no other rank."""
+        return False
 
-    def told(self, value: Any) -> Any:
-        """`tell` on rank 0, `hear` on the others, which pass anything."""
-        if self.leads:
-            self.tell(value)
-            return value
-        return self.hear()
+    def end_out_of_memory(self, what: str, error: str, hint: str, next_start: dict[str, int]) -> NoReturn:
+        """End the run."""
+        raise MachineError(f"{what}\n{error}".rstrip(), hint=hint)
 
-    def total(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Sums of a CPU tensor's numbers over all ranks."""
-        return numbers
-
-    def total_of(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The same of an array."""
-        return numbers
-
-    def sum_gradients(self, modules: Sequence[torch.nn.Module], *, now: bool) -> None:
-        """Say whether the next backward pass sums these modules' gradients over ranks, or leaves it to a later one."""
-
-    def in_float32(self, modules: Sequence[torch.nn.Module]) -> AbstractContextManager[None]:
-        """Inside, these modules' weights are float32 where they compute, whatever they are gathered in elsewhere."""
-        return nullcontext()
-
-    def in_parts(self, modules: Sequence[torch.nn.Module]) -> None:
-        """After a pass without gradients: let go of the weights of these modules that it has left whole."""
-
-    def spread(self, critic: torch.nn.Module, mesh: Any) -> None:
-        """Remember that a critic lies in parts on the ranks of a device mesh, for `meet_again`."""
-
-    def attempting(self) -> None:
-        """Begin what `ran_out` may end. All ranks must end it with an exchange, so that it ends on none alone."""
-
-    def ran_out(self, error: BaseException, *, here: bool) -> str | None:
-        """What was said of the memory that ran out in this attempt, on whichever rank; None for any other error.
-
-        Args:
-            error: what ended the attempt on this rank.
-            here: whether it says that this rank's memory ran out, and not only that another one is gone.
-        """
-        return str(error) if here else None
-
-    def meet_again(self) -> None:
-        """After `ran_out` on all ranks: bring them together as they were between attempts, for another one.
-
-        Raises:
-            CriticTrainError: one does not come; or it has met another fault, which is raised here.
-        """
+    def save_state_with(self, saver: StateSaver | None) -> None:
+        """Memory that runs out ends no pass here: it is begun again with a smaller budget."""
 
 
-SINGLE_PROCESS = Ranks()
+SINGLE_PROCESS = SingleProcess()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInfo:
-    """Which rank a process is, as torchrun, Slurm or rank 0 told it through the environment."""
+    """Which rank a process is, as torchrun, Slurm or rank 0 says through the environment."""
 
     rank: int
     size: int
@@ -111,16 +162,16 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo | None:
-    """The place in RANK, WORLD_SIZE and LOCAL_RANK; None for a process that is alone.
+    """What RANK, WORLD_SIZE and LOCAL_RANK say; None for a single process.
 
     Raises:
         ConfigError: the variables are no numbers, or do not fit together.
     """
-    said = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    given = {name: os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
-        rank, size, local_rank = (int(value) for value in said.values())
+        rank, size, local_rank = (int(value) for value in given.values())
     except ValueError:
-        raise ConfigError(f"the environment says {said}: these must be numbers") from None
+        raise ConfigError(f"the environment says {given}: these must be numbers") from None
     if size <= 1:
         return None
     if not (0 <= rank < size and 0 <= local_rank < size):
@@ -128,34 +179,6 @@ def rank_info() -> RankInfo | None:
     return RankInfo(rank=rank, size=size, local_rank=local_rank)
 
 
-@contextmanager
-def init_ranks(settings: Settings, *, nproc: int, device: str, sharded: bool = False) -> Iterator[Ranks]:
-    """The ranks of this run: those that the environment tells of (torchrun), `nproc` on this machine, or one.
-
-    Whatever ends the block on one rank ends it on all: a fault is told to the others, so that rank 0 raises it
-    whoever met it.
-
-    Args:
-        settings: of the command, for the ranks that are started here.
-        nproc: how many processes to run on this machine where the environment tells of none.
-        device: the setting; "cuda" and "auto" give every rank a device of its own.
-        sharded: whether one process alone is to be a group as well.
-
-    Raises:
-        ConfigError: both the environment and `nproc` ask for ranks, and differ.
-        MachineError: a rank does not come, is lost, or there are fewer devices than ranks.
-    """
-    here = rank_info()
-    if here is None and nproc == 1 and not sharded:
-        yield SINGLE_PROCESS
-        return
-    if here is not None and nproc not in (1, here.size):
-        raise ConfigError(
-            f"--nproc {nproc}, but the environment says that this is one of {here.size} processes",
-            hint="leave --nproc out under torchrun or srun",
-        )
-    from critic_train.distributed.launch import Workers
-    from critic_train.distributed.process_group import Group
-
-    with Workers(settings, nproc if here is None else 1) as workers, Group(here, workers, device) as group:
-        yield group
+def on_cuda(device: str) -> bool:
+    """Whether a device setting means CUDA on this machine."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())

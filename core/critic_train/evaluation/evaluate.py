@@ -17,7 +17,7 @@ from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.scanning import blocks
 from critic_train.data.shards import Shard, find_shards, fingerprint
-from critic_train.distributed.ranks import init_ranks
+from critic_train.distributed.init import init_ranks
 from critic_train.errors import ConfigError, DataError
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.evaluation.examples import Examples
@@ -27,9 +27,11 @@ from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import ModelSource, load_critic
+from critic_train.model.fsdp import cost_of
+from critic_train.model.loading import ModelSource
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
+from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.predict.first_pass import critic_source, first_pass
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalSettings, as_dict, column_renames, read_gate
@@ -135,7 +137,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
         CriticTrainError: a fault that the user can mend.
     """
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device) as ranks:
-        yield from _evaluate(settings, resolve_compute(settings.compute, ranks), ranks.agreeing(stop))
+        yield from _evaluate(settings, resolve_compute(settings.compute, ranks), ranks.agreed_stop(stop))
 
 
 def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
@@ -170,10 +172,10 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         advantage=AdvantageRecipe.of(recipe),
     )
     examples = Examples(seed=settings.evaluation.seed, uids=uids) if settings.evaluation.report else None
-    critics = {name: load_critic(source, compute).to(compute.device).eval() for name, source in sources.items()}
+    critics = {
+        name: load_critic_on_ranks(source, compute).to(compute.device).eval() for name, source in sources.items()
+    }
     if compute.ranks.size > 1 and critics:
-        from critic_train.model.fsdp import cost_of
-
         compute.pair_cost = cost_of(next(iter(critics.values()))).pair
     forest: dict[str, bool] = {}
     for name, critic in critics.items():
@@ -187,14 +189,14 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         if values is None or stop.requested:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
-        if compute.ranks.leads:
+        if compute.ranks.is_main:
             judge.add(batch, values)
-        if examples is not None and compute.ranks.leads:
+        if examples is not None and compute.ranks.is_main:
             examples.add(batch, values)
         if sentence := compute.lowered():
             yield Notice(message=sentence, level="warning")
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
-    if not compute.ranks.leads:
+    if not compute.ranks.is_main:
         yield RunEnded(status="finished")
         return
     result = _result(settings, shards, names, judge, reader)

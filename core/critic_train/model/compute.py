@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
+from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks, on_cuda
 from critic_train.errors import ConfigError, MachineError
 from critic_train.model.attention import kernels_to_try
 from critic_train.model.model_input import StateSource
@@ -20,6 +20,7 @@ class Compute:
         precision: what the trunk computes in. Weights, head and loss are float32 whatever it is.
         max_tokens: positions through the model at once, on each rank; lowered where memory runs out.
         ranks: the processes that compute together, of which this is one.
+        checked_rollouts: how many rollouts the self-check tries at most; None for all that it is given.
         pair_cost: the work of one (query, key) pair of attention beside a position's, for sharing work out over ranks.
         states: hidden states of a frozen trunk that are given in place of tokens; None where the trunk computes.
         attention: the kernel that computes attention on a forest, resolved: not auto.
@@ -30,28 +31,29 @@ class Compute:
     precision: Precision
     max_tokens: int
     ranks: Ranks = SINGLE_PROCESS
+    checked_rollouts: int | None = None
     pair_cost: float = 0.0
     states: StateSource | None = None
     attention: Attention = "sdpa"
     offload: Offload = "none"
-    _told: int | None = field(default=None, repr=False, compare=False)
+    _announced: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._told = self.max_tokens
+        self._announced = self.max_tokens
 
     def lowered(self) -> str:
-        """What to tell the user where `max_tokens` is lower than when this was last asked; else nothing."""
-        if self._told == self.max_tokens:
+        """A message for the user where `max_tokens` is lower than when this was last asked; else empty."""
+        if self._announced == self.max_tokens:
             return ""
-        self._told, before = self.max_tokens, self._told
+        self._announced, before = self.max_tokens, self._announced
         return (
             f"memory ran out with {before:,} tokens at once: from now on {self.max_tokens:,}; the result is the same. "
             f"--max-tokens {self.max_tokens} starts there"
         )
 
     def start_at(self, max_tokens: int) -> None:
-        """Set `max_tokens` where the user is told of it otherwise."""
-        self.max_tokens = self._told = max_tokens
+        """Set `max_tokens` without a message from `lowered`."""
+        self.max_tokens = self._announced = max_tokens
 
     def autocast(self) -> torch.autocast:
         """The context in which the trunk runs: bf16 matrix products from float32 weights, or nothing."""
@@ -89,11 +91,6 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) ->
 def resolve_offload(settings: ComputeSettings) -> Offload:
     """What a run keeps in host memory: on a CPU, which has no other, nothing in particular."""
     return settings.offload if isinstance(settings, TrainComputeSettings) and on_cuda(settings.device) else "none"
-
-
-def on_cuda(device: str) -> bool:
-    """Whether a device setting means CUDA on this machine."""
-    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 def resolve_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:

@@ -1,7 +1,7 @@
-"""FSDP2: every rank keeps one part of each weight, its gradient and its moments; a layer is whole while it computes.
+"""Critics sharded by FSDP2: every rank keeps one shard of each weight, its gradient and its moments.
 
-Each decoder layer is one unit, the head is one, and the trunk takes what is left (embeddings, last norm). Trunk and
-head are roots of their own, so that the trunk can be asked for hidden states alone.
+A layer is gathered while it computes. Each decoder layer is one unit, the head and the embeddings are one each, and
+the trunk takes the rest. Trunk and head are roots of their own, so that the trunk can compute hidden states alone.
 
 Master weights and gradient sums are float32, as on one process. With `--precision bf16` a layer's weights are
 gathered in bf16: its matrix products are those of autocast, which rounds the same weights to the same bf16. What
@@ -23,18 +23,18 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.work_sharing import Cost
 
-WHOLE_GRADIENT_SHARE = 0.125
-"""The most of a device's memory that a whole float32 gradient may take to be kept until the mini-batch's end."""
+FULL_GRADIENT_SHARE = 0.125
+"""The most of a device's memory that a full float32 gradient may take to be kept until the mini-batch's end."""
 
 # The head's values are a view of its product; nothing here writes into them.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def shard(critic: Critic, compute: Compute) -> Critic:
-    """Spread a critic over the ranks of `compute`, in place. All ranks call it; its weights may be on "meta".
+    """Shard a critic over the ranks of `compute`, in place. All ranks call it; its weights may be on "meta".
 
     Args:
-        critic: the same on every rank; one that is spread already is left as it is. A layer at a time visits the
+        critic: the same on every rank; one that is sharded already is left as it is. A layer at a time visits the
             device.
         compute: device, precision and ranks; with `offload` "all" the parts lie in host memory.
     """
@@ -49,8 +49,8 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     inner = {"mp_policy": rounded if compute.precision == "bf16" else exact, **both}
     for layer in decoder_layers(critic.trunk):
         fully_shard(layer, **inner)
-    # Between forward and backward these stay whole: embeddings are not gathered twice. See `in_parts`. They are a unit
-    # of their own, for with kept states nobody looks tokens up, and they may be most of what there is.
+    # Between forward and backward these stay gathered: embeddings are not gathered twice. See `reshard`. They are a
+    # unit of their own, for with cached states no tokens are embedded, and they may be most of the model.
     for part in (critic.head, critic.trunk.get_input_embeddings(), critic.trunk):
         fully_shard(part, mp_policy=exact, **both, reshard_after_forward=False)
     for module in critic.modules():
@@ -58,23 +58,19 @@ def shard(critic: Critic, compute: Compute) -> Critic:
             # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    compute.ranks.spread(critic, mesh)
     return critic
 
 
 @contextmanager
 def full_precision_params(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, layers are gathered in float32 whatever they are trained in: the self-check compares to 1e-3.
+    """Inside, sharded layers are gathered in float32, whatever they are trained in: the self-check compares to 1e-3.
 
-    FSDP2 has no public way to change its policy; what is set here is what it reads again before each run.
+    FSDP2 has no public way to change the policy of a module; what is set here is what it reads before each pass.
+
+    Args:
+        modules: roots; those that are not sharded are left as they are.
     """
-    groups = [
-        group
-        for root in modules
-        for module in root.modules()
-        if isinstance(module, FSDPModule)
-        for group in gathered_groups(module)
-    ]
+    groups = [group for module in _sharded_modules(modules) for group in parameter_groups(module)]
     before = [group.mp_policy for group in groups]
     try:
         for group in groups:
@@ -86,8 +82,8 @@ def full_precision_params(modules: Sequence[nn.Module]) -> Iterator[None]:
             _set_policy(group, policy)
 
 
-def gathered_groups(module: FSDPModule) -> list[Any]:
-    """The parameters of a module that are gathered together: one group before torch 2.13, a list of them since."""
+def parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of parameters of a module that are gathered together: one before torch 2.13, a list since."""
     state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -98,17 +94,43 @@ def _set_policy(group: Any, policy: MixedPrecisionPolicy) -> None:
     group.mp_policy = policy
     group._init_mp_dtypes()
     for parameter in group.fsdp_params:
-        # Where a layer was put together before, in another dtype; both are made anew when they are missing.
+        # Gathered before in another dtype; both are made anew when they are missing.
         parameter.all_gather_outputs = []
         vars(parameter).pop("_unsharded_param", None)
 
 
 def reshard(modules: Sequence[nn.Module]) -> None:
-    """Let go of what a pass without gradients has left whole: it would hide the parts that the optimizer moves."""
-    for root in modules:
-        for module in root.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    """Free the gathered weights that a pass without gradients has left: they would hide the shards from the optimizer.
+
+    Args:
+        modules: roots; those that are not sharded are left as they are.
+    """
+    for module in _sharded_modules(modules):
+        module.reshard()
+
+
+def can_reset_after_error(root: nn.Module) -> bool:
+    """Whether `reset_after_error` works on this module: it is not sharded, or torch is 2.13 or newer."""
+    return not isinstance(root, FSDPModule) or hasattr(root, "reset_iter_state")
+
+
+def reset_after_error(roots: Sequence[nn.Module]) -> None:
+    """Bring sharded modules back to where they stand between passes, after an error within one.
+
+    Only on a single rank: FSDP2 waits for collectives that are under way.
+
+    Args:
+        roots: those that are not sharded are left as they are.
+    """
+    for root in roots:
+        if isinstance(root, FSDPModule):
+            root.reset_iter_state()
+
+
+def _sharded_modules(roots: Sequence[nn.Module]) -> Iterator[FSDPModule]:
+    for root in roots:
+        if isinstance(root, FSDPModule):
+            yield from (module for module in root.modules() if isinstance(module, FSDPModule))
 
 
 def decoder_layers(trunk: PreTrainedModel) -> list[nn.Module]:
@@ -118,31 +140,33 @@ def decoder_layers(trunk: PreTrainedModel) -> list[nn.Module]:
     return list(next((layers for layers in lists if len(layers) == count), []))
 
 
-def sum_gradients(modules: Sequence[nn.Module], *, now: bool) -> None:
-    """Say whether the next backward pass sums gradients over ranks, or leaves that to a later one.
+def set_gradient_sync(modules: Sequence[nn.Module], *, last: bool) -> None:
+    """Set whether the next backward pass sums gradients over ranks, or leaves that to a later one.
 
-    A rank that does not sum keeps the gradient of every weight whole. That is kept until the last micro-batch where
-    memory allows; where it would not, every micro-batch sums.
+    A rank that does not sum keeps the full gradient of every weight. It is kept until the last micro-batch where
+    memory allows; elsewhere every micro-batch sums.
 
     Args:
-        modules: roots of a sharded critic.
-        now: whether this is the mini-batch's last micro-batch.
+        modules: roots of a critic; those that are not sharded are left as they are.
+        last: whether this is the mini-batch's last micro-batch.
     """
-    fits = _gradient_fits(modules)
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(now or not fits)
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    if sharded:
+        sync = last or not _full_gradient_fits(modules)
+        for module in sharded:
+            module.set_requires_gradient_sync(sync)
 
 
-def _gradient_fits(modules: Sequence[nn.Module]) -> bool:
-    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    device = trained[0].device
-    if device.type != trained[0].device_mesh.device_type:  # type: ignore[attr-defined]
-        return False  # the gradient is to wait on the host
+def _full_gradient_fits(modules: Sequence[nn.Module]) -> bool:
+    trained: list[Any] = [p for module in modules for p in module.parameters() if p.requires_grad]
+    device, mesh = trained[0].device, trained[0].device_mesh
+    if device.type != mesh.device_type or mesh.size() == 1:
+        return False  # the gradient waits on the host, or there is nobody to sum it with
     if device.type != "cuda":
         return True
-    whole = sum(4 * parameter.numel() for parameter in trained)
-    return whole <= WHOLE_GRADIENT_SHARE * torch.cuda.get_device_properties(device).total_memory
+    size: int = sum(4 * parameter.numel() for parameter in trained)
+    available: int = torch.cuda.get_device_properties(device).total_memory
+    return size <= FULL_GRADIENT_SHARE * available
 
 
 def cost_of(critic: Critic) -> Cost:

@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
 from critic_train.model.attention import TREE_ATTENTION
-from critic_train.model.compute import Compute
 from critic_train.model.config import check_config_against_weights, parse_config, prepare_config, read_raw_config
 from critic_train.model.critic import Critic, ValueHead
 
@@ -95,25 +94,18 @@ def read_model(path: Path) -> ModelSource:
     return source
 
 
-def load_critic(
-    source: ModelSource, compute: Compute | None = None, adapt: Callable[[Critic], None] | None = None
-) -> Critic:
-    """The critic of a directory, weights in float32, on the CPU.
+def load_critic(source: ModelSource, adapt: Callable[[Critic], None] | None = None) -> Critic:
+    """The critic of a directory, weights in float32, on the CPU, all in this process.
 
     A missing head is made at 0; the caller sets where it starts and says so.
 
     Args:
         source: from `read_model`.
-        compute: with several ranks in it, each loads its part alone, to its device; all of them call this.
-        adapt: puts adapters into the critic; with several ranks before it is cut, when its weights are on "meta".
+        adapt: puts adapters into the critic.
 
     Raises:
         ModelError: weights are missing, damaged or of another shape than the configuration says.
     """
-    if compute is not None and compute.ranks.sharded:
-        from critic_train.model.sharded_checkpoint import load_sharded
-
-        return load_sharded(source, compute, adapt)
     try:
         trunk, report = AutoModel.from_pretrained(
             source.path,

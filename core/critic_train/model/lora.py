@@ -7,7 +7,7 @@ themselves, with which a run is resumed: merged weights cannot be taken apart ag
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -94,38 +94,53 @@ def name_without_adapter(name: str) -> str:
     return name.replace(f"{BASE}.", ".")
 
 
-def mergeable_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """The tensors of a module and what `merge_adapter` adds to them, in the module's order.
+class Adapter(NamedTuple):
+    """The matrices of one adapter, and how their product is added to a weight.
 
-    Returns:
-        Name without adapters -> (tensor, the layer whose adapter belongs to it or None).
+    Attributes:
+        b: [out, rank].
+        a: [rank, in].
+        transposed: whether the weight is [in, out], as GPT-2's are.
+        factor: alpha / rank.
     """
+
+    b: Tensor
+    a: Tensor
+    transposed: bool
+    factor: float
+
+    @classmethod
+    def of(cls, layer: Any) -> "Adapter":
+        """The adapter of a peft layer."""
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        return cls(b, a, bool(layer.fan_in_fan_out), float(layer.scaling[ADAPTER]))
+
+
+def mergeable_tensors(module: nn.Module) -> dict[str, tuple[Tensor, Adapter | None]]:
+    """Name without adapters -> (tensor, the adapter that `merge_adapter` adds to it, if any), in the module's order."""
     adapted = _adapted_layers(module)
-    pairs: dict[str, tuple[Tensor, Any]] = {}
+    pairs: dict[str, tuple[Tensor, Adapter | None]] = {}
     for name, tensor in module.state_dict().items():
         if ".lora_" not in name:
             layer, base, last = name.partition(BASE)
-            pairs[layer + last] = (tensor, adapted[layer] if base and last == ".weight" else None)
+            pairs[layer + last] = (tensor, Adapter.of(adapted[layer]) if base and last == ".weight" else None)
     return pairs
 
 
-def merge_adapter(tensor: Tensor, layer: Any, gather: Callable[[Tensor], Tensor] = _identity) -> Tensor:
+def merge_adapter(tensor: Tensor, adapter: Adapter | None, gather: Callable[[Tensor], Tensor] = _identity) -> Tensor:
     """A tensor with its adapter added: W + alpha / rank * B A.
 
     Args:
         tensor: from `mergeable_tensors`.
-        layer: the one beside it there.
+        adapter: the one beside it there.
         gather: gives the full tensor of one that is sharded over ranks; all ranks call this function.
     """
     tensor = gather(tensor)
-    if layer is None:
+    if adapter is None:
         return tensor
     with torch.no_grad():
-        # [out, rank] @ [rank, in]
-        product: Tensor = gather(layer.lora_B[ADAPTER].weight) @ gather(layer.lora_A[ADAPTER].weight)
-        if layer.fan_in_fan_out:  # GPT-2's weights are [in, out]
-            product = product.T
-        return tensor + product * float(layer.scaling[ADAPTER])
+        product = gather(adapter.b) @ gather(adapter.a)
+        return tensor + (product.T if adapter.transposed else product) * adapter.factor
 
 
 def merged_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -133,18 +148,19 @@ def merged_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: merge_adapter(*pair) for name, pair in mergeable_tensors(module).items()}
 
 
-def save_adapters(critic: Critic, directory: Path | None, gather: Callable[[Tensor], Tensor] = _identity) -> None:
-    """Write what is trained, adapters and head, as it is.
+def save_adapters(
+    trained: dict[str, nn.Parameter], directory: Path | None, gather: Callable[[Tensor], Tensor] = _identity
+) -> None:
+    """Write what is trained, adapters and head, without merging.
 
     Args:
-        critic: with adapters.
+        trained: from `trained_parameters`.
         directory: of the file; None on ranks other than 0.
         gather: as in `merge_adapter`.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    trained = _trained(critic)
     file = None if directory is None else directory / ADAPTER_FILE
     write_tensors(file, dict(trained), lambda name: gather(trained[name].detach()))
 
@@ -158,7 +174,7 @@ def load_adapters(critic: Critic, directory: Path) -> None:
     file = directory / ADAPTER_FILE
     if not file.is_file():
         raise ModelError(f"{directory} has no {ADAPTER_FILE}: it was not trained with --train lora")
-    trained = _trained(critic)
+    trained = trained_parameters(critic)
     with safe_open(file, framework="pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     if shapes != {name: list(p.shape) for name, p in trained.items()}:
@@ -167,7 +183,8 @@ def load_adapters(critic: Critic, directory: Path) -> None:
         read_rows(file, name, parameter)
 
 
-def _trained(critic: Critic) -> dict[str, nn.Parameter]:
+def trained_parameters(critic: Critic) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that are trained."""
     return {name: p for name, p in critic.named_parameters() if p.requires_grad}
 
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.memory import with_oom_retry
+from critic_train.model.fsdp import reshard
 from critic_train.model.model_input import ModelInput, empty_input, padded_input, tree_input
+from critic_train.model.oom import attempts
 from critic_train.model.prefix_tree import PrefixOrder, prefix_order
 from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.prefetch import ahead
@@ -160,16 +161,16 @@ def predict_values(
         float32 [T], 0 where response_mask is false; None when asked to stop.
     """
 
-    def attempt() -> NDArray[np.float32] | None:
-        values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
-        try:
-            with torch.no_grad(), compute.autocast():
-                for batch in micro_batches(rollouts, compute, forest=forest):
-                    if stop is not None and stop.look():
-                        return None
-                    values[batch.response_tokens] = critic(batch).float().cpu().numpy()
-        finally:
-            compute.ranks.in_parts((critic.trunk, critic.head))
-        return compute.ranks.total_of(values)
-
-    return with_oom_retry(attempt, rollouts, compute, critic)
+    for attempt in attempts(critic, rollouts, compute):
+        with attempt:
+            values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
+            try:
+                with torch.no_grad(), compute.autocast():
+                    for batch in micro_batches(rollouts, compute, forest=forest):
+                        if stop is not None and stop.look():
+                            return None
+                        values[batch.response_tokens] = critic(batch).float().cpu().numpy()
+            finally:
+                reshard((critic.trunk, critic.head))
+            return compute.ranks.all_reduce_sum(torch.from_numpy(values)).numpy()
+    raise AssertionError("attempts end by an error")

@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.model.config import may_be_copied
 from critic_train.model.critic import Critic
-from critic_train.model.lora import has_adapters, merged_tensors, save_adapters
+from critic_train.model.lora import has_adapters, merged_tensors, save_adapters, trained_parameters
 from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
@@ -53,38 +52,29 @@ def checkpoint_bytes(critic: Critic) -> int:
     return 4 * sum(p.numel() for p in critic.parameters()) + 8 * trained + 2**20
 
 
-def save_critic(
-    critic: Critic, directory: Path | None, tokenizer_from: Path | None, ranks: Ranks = SINGLE_PROCESS
-) -> None:
-    """Write weights (safetensors, sharded when large), config.json and the tokenizer's files.
+def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) -> None:
+    """Write weights (safetensors, several files when large), config.json and the tokenizer's files.
 
     Args:
-        critic: what to write.
-        directory: an existing, empty directory; None on ranks that do not lead.
+        critic: not sharded; see `sharded_checkpoint.ShardedCritic` for one that is.
+        directory: an existing, empty directory.
         tokenizer_from: the model directory whose tokenizer files are copied, if any.
-        ranks: over which the critic is spread; all of them call this.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    if ranks.sharded:
-        from critic_train.model.sharded_checkpoint import save_sharded
-
-        save_sharded(critic, directory, tokenizer_from)
-        return
-    assert directory is not None
     critic.trunk.config.value_head_prefix = "score"
     with library_writes(directory):
         if loads_for_token_classification(critic):
             model = as_token_classifier(critic)
-            whole = merged_tensors(model) if has_adapters(model) else None
-            model.save_pretrained(directory, state_dict=whole, max_shard_size=MAX_SHARD_SIZE)
+            tensors = merged_tensors(model) if has_adapters(model) else None
+            model.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
         else:
             tensors = merged_tensors(critic.trunk)
             tensors |= {"score.weight": critic.head.weight.detach(), "score.bias": critic.head.bias.detach()}
             critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
     if has_adapters(critic.trunk):
-        save_adapters(critic, directory)
+        save_adapters(trained_parameters(critic), directory)
     copy_tokenizer(tokenizer_from, directory)
 
 

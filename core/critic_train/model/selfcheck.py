@@ -18,9 +18,10 @@ from critic_train.errors import MachineError, ModelError
 from critic_train.model.attention import TREE_ATTENTION, TreeUnsupportedError, choose_attention
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
+from critic_train.model.fsdp import can_reset_after_error, full_precision_params, reset_after_error
 from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
-from critic_train.model.memory import is_out_of_memory, release_memory
 from critic_train.model.model_input import tree_input
+from critic_train.model.oom import Attempt, release_memory
 from critic_train.model.prefix_tree import build_tree_layout, prefix_order
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
@@ -68,46 +69,53 @@ def select_packing(
         ModelError: see `choose_packing`.
         MachineError: see `choose_attention`; or there is not memory enough for a single rollout.
     """
-    said: list[str] = []
-    ranks = compute.ranks
+    messages: list[str] = []
+    if compute.checked_rollouts is not None:
+        rollouts = _shortest(rollouts, compute.checked_rollouts)
     while True:
-        ranks.attempting()
-        try:
-            found = _try_packing(critic, rollouts, settings, compute, said)
-            ranks.total(torch.zeros(1))  # no rank is done with what another one runs out in
-            return found
-        except Exception as error:
-            fault = ranks.ran_out(error, here=is_out_of_memory(error))
-            if fault is None:
-                raise
-        # Outside of `except`, the traceback no longer holds what was allocated.
+        attempt = Attempt(compute.ranks)
+        with attempt:
+            choice = _try_packing(critic, rollouts, settings, compute, messages)
+            compute.ranks.all_reduce_sum(torch.zeros(1))  # no rank is through before all are
+            return choice
         longest = int(rollouts.lengths.max())
-        if len(rollouts) == 1:
-            raise MachineError(
-                f"memory ran out while the packing was tried on rollouts of up to {longest:,} tokens: "
-                f"{fault.strip()[:99]}",
-                hint="a smaller model, a lower --max-length, or another --device",
-            )
-        rollouts = rollouts.take(np.sort(np.argsort(rollouts.lengths, kind="stable")[: len(rollouts) // 2]))
-        ranks.meet_again()
-        release_memory(compute.device)
-        said = [
+        rollouts = _fewer_rollouts(critic, rollouts, compute, attempt.error)
+        messages = [
             f"memory ran out while the packing was tried on rollouts of up to {longest:,} tokens: "
             f"it was tried up to {int(rollouts.lengths.max()):,} only"
         ]
 
 
+def _fewer_rollouts(critic: Critic, rollouts: Rollouts, compute: Compute, error: str) -> Rollouts:
+    """The shorter half of the rollouts, after memory ran out; ends the run where there is none, or other ranks hang."""
+    what = f"memory ran out while the packing was tried on rollouts of up to {int(rollouts.lengths.max()):,} tokens"
+    hint = "a smaller model, a lower --max-length, or another --device"
+    release_memory(compute.device)
+    if compute.ranks.size > 1 or not can_reset_after_error(critic.trunk):
+        next_start = {"checked_rollouts": len(rollouts) // 2} if len(rollouts) > 1 else {}
+        compute.ranks.end_out_of_memory(what, error.strip()[:99], hint, next_start)
+    if len(rollouts) == 1:
+        raise MachineError(f"{what}: {error.strip()[:99]}", hint=hint)
+    reset_after_error((critic.trunk, critic.head))
+    return _shortest(rollouts, len(rollouts) // 2)
+
+
+def _shortest(rollouts: Rollouts, count: int) -> Rollouts:
+    """The shortest of some rollouts, in their order."""
+    return rollouts.take(np.sort(np.argsort(rollouts.lengths, kind="stable")[:count]))
+
+
 def _try_packing(
-    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute, said: list[str]
+    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute, messages: list[str]
 ) -> tuple[PackingChoice, list[str]]:
-    with compute.ranks.in_float32((critic.trunk, critic.head)):
+    with full_precision_params((critic.trunk, critic.head)):
         choice = choose_packing(critic, rollouts, settings.packing)
-    said = [*said, choice.reason] if choice.reason else said
+    messages = [*messages, choice.reason] if choice.reason else messages
     if choice.forest:
         forest = build_tree_layout(rollouts, prefix_order(rollouts))
         compute.attention, passed = choose_attention(settings.attention, forest, compute.device, compute.precision)
-        said = said + passed
-    return choice, said
+        messages = messages + passed
+    return choice, messages
 
 
 def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> PackingChoice:

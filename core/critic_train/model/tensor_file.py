@@ -1,4 +1,4 @@
-"""Read and write safetensors files piece by piece: tensors that are spread over several processes are never all held.
+"""Read and write safetensors files one tensor at a time: of a sharded model no process ever holds all tensors.
 
 The bytes written are those of `safetensors.torch.save_file` for the same tensors: the format is a length, a JSON
 header and the data end to end (https://github.com/huggingface/safetensors#format).
@@ -32,16 +32,16 @@ ALIGNMENT = 8
 def write_tensors(
     path: Path | None,
     tensors: dict[str, Tensor],
-    whole: Callable[[str], Tensor],
+    full: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write tensors that are perhaps held in parts by several processes.
+    """Write tensors that may be sharded over several processes.
 
     Args:
-        path: the file; None on processes that only help to make tensors whole.
-        tensors: name -> tensor; its shape and dtype are those of the whole.
-        whole: gives the whole tensor of a name; asked for one at a time and in the same order on every process.
-        metadata: kept in the header.
+        path: the file; None on processes that only help to gather tensors.
+        tensors: name -> tensor, with the shape and dtype of the full one.
+        full: gives the full tensor of a name; called for one at a time and in the same order on every process.
+        metadata: for the file's header.
 
     Raises:
         OSError: the disk is full or not writable. It is raised at the end, for the other processes still wait for this
@@ -58,7 +58,7 @@ def write_tensors(
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    fault: OSError | None = None
+    failure: OSError | None = None
     with ExitStack() as files:
         file: File | None = None
         try:
@@ -66,29 +66,30 @@ def write_tensors(
                 file = files.enter_context(File(path, "create"))
                 file.write(len(text).to_bytes(8, "little") + text)
         except OSError as error:
-            fault = error
+            failure = error
         for name in names:
-            tensor = whole(name)
-            if file is not None and fault is None:
+            tensor = full(name)
+            if file is not None and failure is None:
                 try:
-                    file.write(_bytes_of(tensor))
+                    file.write(bytes_of(tensor))
                 except OSError as error:
-                    fault = error
-    if fault is not None:
-        raise fault
+                    failure = error
+    if failure is not None:
+        raise failure
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor, without a copy where it is contiguous and on the CPU."""
     data: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(data)
 
 
 def read_rows(file: Path, name: str, target: Tensor) -> None:
-    """Fill a tensor from a file; of one that is spread over ranks, this rank's rows, and no others are read.
+    """Fill a tensor from a file; of one that is sharded over ranks, only this rank's rows are read.
 
     Args:
         file: the safetensors file.
-        name: of the tensor in it; its shape is that of the whole `target`.
+        name: of the tensor in it; it has the shape of the full `target`.
         target: filled in place.
     """
     with safe_open(file, framework="pt") as tensors, torch.no_grad():
@@ -101,15 +102,20 @@ def read_rows(file: Path, name: str, target: Tensor) -> None:
 
 
 def part_here(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be spread over ranks; it shares its memory."""
+    """This rank's part of a tensor that may be sharded over ranks; it shares its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def rows_here(tensor: Tensor) -> tuple[int, int]:
-    """(first, one past the last) row of this rank's part: FSDP2 cuts along the first dimension, as torch.chunk does."""
-    mesh, rows = tensor.device_mesh, tensor.shape[0]  # type: ignore[attr-defined]
-    each = -(-rows // mesh.size())
-    first = min(rows, mesh.get_local_rank() * each)
-    last = min(rows, first + each)
+    """(first, one past the last) row of this rank's part."""
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    first, last = rows_of(mesh.get_local_rank(), mesh.size(), tensor.shape[0])
     assert tensor.to_local().shape[0] == last - first  # type: ignore[attr-defined]
     return first, last
+
+
+def rows_of(rank: int, ranks: int, rows: int) -> tuple[int, int]:
+    """(first, one past the last) row of a rank's part: FSDP2 cuts along the first dimension, as torch.chunk does."""
+    per_rank = -(-rows // ranks)
+    first = min(rows, rank * per_rank)
+    return first, min(rows, first + per_rank)

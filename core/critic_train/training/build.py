@@ -15,11 +15,13 @@ from critic_train.events import Event, Notice, RunStarted
 from critic_train.model.compute import Compute
 from critic_train.model.config import LEARNING_RATES, preset_config
 from critic_train.model.critic import Critic, freeze_all_but_last
-from critic_train.model.loading import ModelSource, build_critic, load_critic, read_model
+from critic_train.model.fsdp import cost_of, shard
+from critic_train.model.loading import ModelSource, build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import apply_memory_options
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.run.run_directory import RunDirectory
 from critic_train.settings import FitSettings, trained_layers
 from critic_train.stopping import StopRequest
@@ -28,6 +30,7 @@ from critic_train.training.frozen_cache import not_kept, supports_cached_states
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.run_record import require_room_for_checkpoints, summary_of
+from critic_train.training.state_files import begin_with_remembered_budget
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe
 from critic_train.training.trainer import Trainer
@@ -79,8 +82,6 @@ def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Comput
     critic.train()
     if not compute.ranks.sharded:
         return critic.to(compute.device), compute
-    from critic_train.model.fsdp import cost_of, shard
-
     compute = replace(compute, pair_cost=cost_of(critic).pair)
     return shard(critic, compute), compute
 
@@ -89,7 +90,7 @@ def _critic(
     settings: FitSettings, source: ModelSource | None, checkpoint: Path | None, compute: Compute, shape: Shape
 ) -> Critic:
     if checkpoint is not None and settings.model.train != "lora":
-        return load_critic(read_model(checkpoint), compute)
+        return load_critic_on_ranks(read_model(checkpoint), compute)
     if source is None:
         config = preset_config(settings.model.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
         critic = build_critic(config, settings.optimizer.seed)
@@ -98,7 +99,7 @@ def _critic(
     adapters = partial(
         add_adapters, rank=settings.model.lora_rank, alpha=settings.model.lora_alpha, seed=settings.optimizer.seed
     )
-    critic = load_critic(source, compute, adapters if settings.model.train == "lora" else None)
+    critic = load_critic_on_ranks(source, compute, adapters if settings.model.train == "lora" else None)
     if source.head is None:
         critic.head.set_constant(shape.mean_return)
     if settings.model.train == "lora" and checkpoint is not None:
@@ -123,6 +124,7 @@ def build_trainer(
 ) -> Generator[Event, None, Trainer]:
     """Model, plan and optimizer, at the checkpoint to go on from; yields notices and RunStarted."""
     new_head = source is None or source.head is None
+    yield from begin_with_remembered_budget(run, settings, compute)
     yield from _head_notices(source, data, checkpoint)
     if settings.compute.offload != compute.offload:
         yield Notice(
@@ -187,7 +189,7 @@ def build_trainer(
             yield Notice(message=not_kept(critic), level="warning")
     if checkpoint is not None:
         yield from trainer.resume(checkpoint)
-    if compute.ranks.leads:
+    if compute.ranks.is_main:
         require_room_for_checkpoints(trainer)
     run.open_logs(trainer.position.metrics_bytes)
     if data.held_out is None:

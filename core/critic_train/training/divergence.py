@@ -13,7 +13,7 @@ from critic_train.data.writing import ShardFile, rollout_table
 from critic_train.errors import DivergedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.memory import with_oom_retry
+from critic_train.model.oom import attempts
 from critic_train.model.tensor_file import part_here
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
@@ -133,7 +133,7 @@ def diverged(what: str) -> DivergedError:
 def _weights_are_finite(critic: Critic, compute: Compute) -> bool:
     """Whether all weights are, each rank looking at its own part."""
     bad = sum(int((~torch.isfinite(part_here(p))).sum()) for p in critic.parameters())
-    return float(compute.ranks.total(torch.tensor([float(bad)]))) == 0.0
+    return float(compute.ranks.all_reduce_sum(torch.tensor([float(bad)]))) == 0.0
 
 
 def _parts(
@@ -142,21 +142,22 @@ def _parts(
     """(rollouts, whether the loss and the gradient's norm are finite) of each micro-batch by itself."""
     owners = np.repeat(np.arange(len(rollouts)), rollouts.lengths)
 
-    def attempt() -> list[tuple[NDArray[np.int64], bool]]:
-        found: list[tuple[NDArray[np.int64], bool]] = []
+    found: list[tuple[NDArray[np.int64], bool]] = []
 
-        def look(tokens: NDArray[np.int64], loss: torch.Tensor) -> None:
-            # Of several ranks each has its own rollouts at this moment; what they find is found by all.
-            mine = np.zeros(len(rollouts), dtype=np.float32)
-            mine[owners[tokens]] = 1.0
-            losses = compute.ranks.total(loss.reshape(1).cpu())
-            finite = math.isfinite(float(losses)) and math.isfinite(gradient_norm(critic))
-            found.append((np.flatnonzero(compute.ranks.total_of(mine)), finite))
-            critic.zero_grad(set_to_none=True)
-
+    def look(tokens: NDArray[np.int64], loss: torch.Tensor) -> None:
+        # Of several ranks each has its own rollouts at this moment; what they find is found by all.
+        mine = torch.zeros(len(rollouts))
+        mine[torch.from_numpy(owners[tokens])] = 1.0
+        losses = compute.ranks.all_reduce_sum(loss.reshape(1).cpu())
+        finite = math.isfinite(float(losses)) and math.isfinite(gradient_norm(critic))
+        found.append((np.flatnonzero(compute.ranks.all_reduce_sum(mine).numpy()), finite))
         critic.zero_grad(set_to_none=True)
-        never = StopRequest()
-        gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=never, after_each=look)
-        return found
 
-    return with_oom_retry(attempt, rollouts, compute, critic)
+    for attempt in attempts(critic, rollouts, compute):
+        with attempt:
+            found.clear()
+            critic.zero_grad(set_to_none=True)
+            never = StopRequest()
+            gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=never, after_each=look)
+            return found
+    raise AssertionError("attempts end by an error")

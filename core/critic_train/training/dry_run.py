@@ -11,7 +11,8 @@ import torch
 from critic_train.check.survey import Survey, sharing
 from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import RolloutReader
-from critic_train.distributed.ranks import SINGLE_PROCESS, init_ranks
+from critic_train.distributed.init import init_ranks
+from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from critic_train.errors import ConfigError
+from critic_train.model.gather import Gather, as_rows_of, concat_over_ranks
 from critic_train.model.tensor_file import part_here, rows_here
 
 BLOCK = 256
@@ -62,18 +63,16 @@ class Cut:
         return -(-(last - first) // BLOCK)
 
 
-def whole_state(state: dict[str, Any], parameter: Any) -> dict[str, Any]:
+def whole_state(state: dict[str, Any], parameter: Any, gather: Gather) -> dict[str, Any]:
     """A rank's part of the state of a parameter as what a file holds: codes as the rows of one tensor, scales of all
     parts end to end. All ranks call it for the same parameters in the same order."""
-    from critic_train.model.sharded_checkpoint import as_rows_of, end_to_end
-
     found = dict(state)
     cut = Cut.of(parameter, parameter.device_mesh.size())
     for which in (1, 2):
         found[f"state{which}"] = as_rows_of(parameter, state[f"state{which}"])
         if f"absmax{which}" in state:
             lengths = [cut.blocks(part) for part in range(cut.parts)]
-            found[f"absmax{which}"] = end_to_end(parameter, state[f"absmax{which}"], lengths).cpu()
+            found[f"absmax{which}"] = concat_over_ranks(parameter, state[f"absmax{which}"], lengths, gather).cpu()
     return found
 
 

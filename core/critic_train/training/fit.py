@@ -8,7 +8,7 @@ from critic_train.callbacks.observer import Observer, observed
 from critic_train.callbacks.report_writer import ReportWriter
 from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
-from critic_train.distributed.ranks import init_ranks
+from critic_train.distributed.init import init_ranks
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
@@ -46,7 +46,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     sharded = resolve_offload(settings.compute) == "all"
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
         compute = resolve_compute(settings.compute, ranks)
-        yield from (_lead if ranks.leads else _follow)(settings, compute, stop)
+        yield from (_lead if ranks.is_main else _follow)(settings, compute, stop)
 
 
 def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
@@ -63,7 +63,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
             yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
         finished = yield from compare_with_before(settings, run, shards, source, ranks)
         if finished is not None:
-            ranks.tell(None)
+            ranks.broadcast(None)
             newest, _ = newest_checkpoint(run.checkpoints)
             places = places_of(run, newest)
             run.drop_cache()  # a kill may have come between the result and this
@@ -73,11 +73,11 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
         require_room_for_cache(run, shards.data + shards.val_data)
         data = yield from open_data(settings, shards, limits_of(settings, source), run.cache, stop)
         if data is None:
-            ranks.tell(None)
+            ranks.broadcast(None)
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
         checkpoint = yield from find_resume_checkpoint(run)
-        ranks.tell(
+        ranks.broadcast(
             {
                 "out": str(run.path),
                 "sets": data.names,
@@ -85,7 +85,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
                 "checkpoint": str(checkpoint) if checkpoint else None,
             }
         )
-        stop = ranks.agreeing(stop)
+        stop = ranks.agreed_stop(stop)
         trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
         yield from observed(trainer.train(), _observers(trainer))
         stopped = stop.requested  # looked at once: a signal may come at any moment
@@ -99,7 +99,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
 
 def _follow(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     """The run as the other ranks go through it: what rank 0 has read and decided, and the same steps."""
-    told = compute.ranks.hear()
+    told = compute.ranks.broadcast(None)
     if told is None:
         yield RunEnded(status="already finished")
         return
@@ -107,7 +107,7 @@ def _follow(settings: FitSettings, compute: Compute, stop: StopRequest) -> Itera
         data = data_read_by_rank_0(settings, run.cache, told["sets"])
         source = read_model(Path(told["model"])) if told["model"] else None
         checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
-        stop = compute.ranks.agreeing(stop)
+        stop = compute.ranks.agreed_stop(stop)
         trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
         yield from trainer.train()
         status = "interrupted" if stop.requested else "finished"

@@ -27,9 +27,10 @@ from critic_train.events import Event, Progress
 from critic_train.jsonio import read_json_object
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, last_layers_agree
-from critic_train.model.memory import is_out_of_memory, with_oom_retry
+from critic_train.model.fsdp import full_precision_params, reshard
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.model_input import ModelInput
+from critic_train.model.oom import attempts, is_out_of_memory
 from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.run.storage import File, remove, rename, sync_directory, write_json
 from critic_train.stopping import StopRequest
@@ -170,7 +171,7 @@ class StatesWriter:
         self._count = 0
         self._target = file_of(spool, ranks.rank)
         self._temporary = self._target.with_name(f".{self._target.name}.tmp")
-        self._rows: ColumnWriter | None = spool.new_column(ROWS, np.int64) if ranks.leads else None
+        self._rows: ColumnWriter | None = spool.new_column(ROWS, np.int64) if ranks.is_main else None
         self._file: File | None = None
 
     def __enter__(self) -> "StatesWriter":
@@ -196,7 +197,7 @@ class StatesWriter:
                 rows[batch.all_tokens] = first + count + batch.token_positions
             self._file.write_at(bytes_of(np.ascontiguousarray(states).reshape(-1)), count * self._stride)
             count += len(states)
-        return Share(self._ranks.total(torch.from_numpy(rows)).numpy() - 1, count)
+        return Share(self._ranks.all_reduce_sum(torch.from_numpy(rows)).numpy() - 1, count)
 
     def keep(self, index: NDArray[np.int64], share: Share) -> None:
         """Go on behind what was written.
@@ -234,8 +235,8 @@ class StatesWriter:
         sync_directory(self._target.parent)
         counts = torch.zeros(self._ranks.size, dtype=torch.int64)
         counts[self._ranks.rank] = self._count
-        counts = self._ranks.total(counts)  # and all files are there
-        if self._ranks.leads:
+        counts = self._ranks.all_reduce_sum(counts)  # and all files are there
+        if self._ranks.is_main:
             write_json(self._spool.directory / FILES, {"rows": counts.tolist()})
 
 
@@ -261,18 +262,18 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
     if upper is None:
         return True
 
-    def agree() -> bool:
-        batch = next(iter(micro_batches(sample, compute, forest=forest)))
-        try:
-            with compute.ranks.in_float32((critic.trunk, critic.head)):
-                agrees = last_layers_agree(critic.trunk, upper, batch, TOLERANCE)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if is_out_of_memory(error) or looks_lost(error):
-                raise
-            agrees = False
-        return not int(compute.ranks.total(torch.tensor([not agrees], dtype=torch.int64)))
-
-    return with_oom_retry(agree, sample, compute, critic)
+    for attempt in attempts(critic, sample, compute):
+        with attempt:
+            batch = next(iter(micro_batches(sample, compute, forest=forest)))
+            try:
+                with full_precision_params((critic.trunk, critic.head)):
+                    agrees = last_layers_agree(critic.trunk, upper, batch, TOLERANCE)
+            except (TypeError, ValueError, RuntimeError) as error:
+                if is_out_of_memory(error) or looks_lost(error):
+                    raise
+                agrees = False
+            return not int(compute.ranks.all_reduce_sum(torch.tensor([not agrees], dtype=torch.int64)))
+    raise AssertionError("attempts end by an error")
 
 
 def not_kept(critic: Critic) -> str:
@@ -308,11 +309,11 @@ def cache_states(
     spool, read_only, ranks = rollouts.spool, critic.last_layers is None, compute.ranks
     hidden_size = int(critic.trunk.config.hidden_size)
     stand = False
-    if ranks.leads:
+    if ranks.is_main:
         stand = open_states(spool, hidden_size, read_only=read_only) is not None
         if not stand:
             clear_states(spool)
-    if not ranks.told(stand):
+    if not ranks.broadcast(stand):
         done = 0
         yield Progress(stage="keeping the frozen trunk's states", done=0, total=len(rollouts))
         try:
@@ -323,7 +324,7 @@ def cache_states(
                     yield Progress(stage="keeping the frozen trunk's states", done=done, total=len(rollouts))
         except _StoppedError:
             return None
-        ranks.told(True)  # from here on they stand
+        ranks.broadcast(True)  # from here on they stand
     states = open_states(spool, hidden_size, read_only=read_only)
     if states is None:
         raise MachineError(
@@ -342,18 +343,13 @@ def _share(
 ) -> Share:
     """This rank's share of some rollouts, computed and written, in smaller micro-batches where memory runs out."""
 
-    def attempt() -> Share | None:
-        try:
-            return writer.write(batch, _computed(critic, batch, compute, forest=forest, stop=stop))
-        except _StoppedError:
-            return None
-        finally:
-            compute.ranks.in_parts((critic.trunk, critic.head))
-
-    share = with_oom_retry(attempt, batch, compute, critic)
-    if share is None:
-        raise _StoppedError
-    return share
+    for attempt in attempts(critic, batch, compute):
+        with attempt:
+            try:
+                return writer.write(batch, _computed(critic, batch, compute, forest=forest, stop=stop))
+            finally:
+                reshard((critic.trunk, critic.head))
+    raise AssertionError("attempts end by an error")
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Fused AdamW on float32 master weights, and learning rates that depend on the step alone."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import ModelError, first_line
 from critic_train.model.critic import Critic
+from critic_train.model.gather import Gather, full_tensor
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.settings import Offload, OptimizerKind, Schedule
@@ -81,32 +82,34 @@ def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_s
 
 
 def save_optimizer(
-    optimizer: torch.optim.Optimizer, critic: Critic, directory: Path | None, ranks: Ranks = SINGLE_PROCESS
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, torch.nn.Parameter],
+    directory: Path | None,
+    gather: Gather | None = None,
 ) -> None:
     """Write both moments of every parameter, and the step count, as safetensors; in 8 bits, their scales as well.
 
     Args:
-        optimizer: of `critic`.
-        critic: whose names the moments bear.
-        directory: where the file goes; None on ranks that do not lead.
-        ranks: over which the moments are spread; all of them call this.
+        optimizer: of a critic.
+        named: the critic's parameters by name; their names are those of the moments.
+        directory: where the file goes; None on ranks other than 0.
+        gather: how full tensors are made of moments that are sharded, all ranks calling this; None on one process.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in critic.named_parameters():
+    for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})
         if state and isinstance(optimizer, AdamWOfParts):
-            state = whole_state(state, parameter)
+            state = whole_state(state, parameter, gather or full_tensor)
         for key, value in state.items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             if key in CODES:
                 tensor = tensor.clone()  # one for all parameters, which the format does not know
             tensors[f"{key}.{name}"] = tensor.reshape(1) if tensor.ndim == 0 else tensor.contiguous()
     file = None if directory is None else directory / STATE_FILE
-    if ranks.sharded:
-        from critic_train.model.sharded_checkpoint import whole
-
-        metadata = {PARTS: str(ranks.size)} if isinstance(optimizer, AdamWOfParts) else None
-        write_tensors(file, tensors, lambda name: whole(tensors[name]), metadata)
+    if gather is not None:
+        mesh: Any = getattr(next(iter(named.values())), "device_mesh", None)
+        metadata = {PARTS: str(mesh.size())} if isinstance(optimizer, AdamWOfParts) else None
+        write_tensors(file, tensors, lambda name: gather(tensors[name]), metadata)
         return
     assert file is not None
     with library_writes(file):

@@ -74,7 +74,7 @@ def take_old_values(going: Pass, train: RolloutSet, compute: Compute, column: st
         MachineError: the values of an epoch that has begun are gone.
     """
     spool, ranks = train.spool, compute.ranks
-    if ranks.told(spool.has_column(column)):
+    if ranks.broadcast(spool.has_column(column)):
         return
     if begun:
         raise MachineError(
@@ -85,7 +85,7 @@ def take_old_values(going: Pass, train: RolloutSet, compute: Compute, column: st
     yield Progress(stage="old values", done=0, total=len(train))
     done = 0
     try:
-        with spool.new_column(column) if ranks.leads else nullcontext() as writer:
+        with spool.new_column(column) if ranks.is_main else nullcontext() as writer:
             for places, rollouts in train.by_group(ROLLOUTS_AT_ONCE):
                 values = going.values(rollouts, compute)
                 if writer is not None:
@@ -94,7 +94,7 @@ def take_old_values(going: Pass, train: RolloutSet, compute: Compute, column: st
                 yield Progress(stage="old values", done=done, total=len(train))
     except PassStoppedError:
         return
-    ranks.told(True)  # the column stands from here on
+    ranks.broadcast(True)  # the column stands from here on
 
 
 def judge_held_out(
@@ -124,17 +124,17 @@ def judge_held_out(
             values = {"critic": going.values(rollouts, compute)}
         except PassStoppedError:
             return None
-        if ranks.leads:
+        if ranks.is_main:
             judge.add(rollouts, values)
             examples.add(rollouts, values)
         done += len(rollouts)
         yield Progress(stage="evaluating", done=done, total=len(held_out))
-    if not ranks.leads:
-        return ranks.told(None), {}
+    if not ranks.is_main:
+        return ranks.broadcast(None), {}
     verdict = judge.verdict()
     recorded = {
         **verdict["critics"]["critic"],
         "return_histogram": verdict["return_histogram"],
         "baselines": verdict["baselines"],
     }
-    return ranks.told(recorded), verdict | {"words": summary_text(verdict), "examples": examples.records()}
+    return ranks.broadcast(recorded), verdict | {"words": summary_text(verdict), "examples": examples.records()}

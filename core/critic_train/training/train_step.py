@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.memory import with_oom_retry
+from critic_train.model.fsdp import set_gradient_sync
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.model_input import ModelInput
+from critic_train.model.oom import attempts
 from critic_train.rollouts import Rollouts
 from critic_train.settings import LossAggMode
 from critic_train.stopping import StopRequest
@@ -74,12 +75,10 @@ def accumulate_gradient(
         The mini-batch's figures, or None when asked to stop: the gradient is then incomplete.
     """
     weights = mini_batch_weights(rollouts, recipe)
-    return with_oom_retry(
-        lambda: gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop),
-        rollouts,
-        compute,
-        critic,
-    )
+    for attempt in attempts(critic, rollouts, compute):
+        with attempt:
+            return gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop)
+    raise AssertionError("attempts end by an error")
 
 
 def gradient_pass(
@@ -110,7 +109,7 @@ def gradient_pass(
     for batch, last in marked(micro_batches(rollouts, compute, forest=forest)):
         if stop.look():
             return None
-        compute.ranks.sum_gradients((critic.trunk, critic.head), now=last or after_each is not None)
+        set_gradient_sync((critic.trunk, critic.head), last=last or after_each is not None)
         with compute.autocast():
             values = critic(batch)
         part = value_loss(
@@ -128,7 +127,7 @@ def gradient_pass(
             after_each(batch.response_tokens, part.loss.detach())
     # Of several ranks each has gone through its share; the figures are the whole mini-batch's.
     response_tokens = int(rollouts.response_mask.sum())
-    loss, clipped, saturated, summed, computed = compute.ranks.total(
+    loss, clipped, saturated, summed, computed = compute.ranks.all_reduce_sum(
         torch.cat([totals, torch.tensor([computed_tokens], dtype=torch.float64)])
     ).tolist()
     return StepResult(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from critic_train.evaluation.judge import Judge
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, StepEnded
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.saving import checkpoint_bytes, save_critic
+from critic_train.model.saving import checkpoint_bytes
 from critic_train.prefetch import ReadAhead
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
@@ -28,9 +28,10 @@ from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_diverged_rollouts, save_diverged_rollouts
 from critic_train.training.frozen_cache import CachedStates, cache_states
-from critic_train.training.optimizer import load_optimizer, save_optimizer, schedule_factor, set_learning_rates
+from critic_train.training.optimizer import load_optimizer, schedule_factor, set_learning_rates
 from critic_train.training.passes import Pass, judge_held_out, take_old_values
 from critic_train.training.plan import Position, TrainingPlan, budget_record, restore_token_budget
+from critic_train.training.state_files import LastStepSaver, StateFiles
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe, NonFiniteError, StepResult, accumulate_gradient, apply_gradient
 
@@ -68,6 +69,7 @@ class Trainer:
     keeps_states: bool = False
     judging: Compute = field(init=False)
     keeper: CheckpointManager = field(init=False)
+    files: StateFiles = field(init=False)
     reading: ReadAhead[tuple[int, int, str | None], Rollouts] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,13 @@ class Trainer:
 
     def train(self) -> Iterator[Event]:
         """Run to the end of the plan, or until asked to stop; a checkpoint stands at either."""
+        ranks = self.compute.ranks
+        self.files = StateFiles(self.critic, self.optimizer, self.tokenizer_from, ranks)
+        ranks.save_state_with(
+            LastStepSaver(
+                self.run, self.settings, ranks, lambda: self.position.step, self.files, self._write_checkpoint
+            )
+        )
         try:
             yield from self._train()
         finally:
@@ -186,11 +195,11 @@ class Trainer:
         step, settings, train = self.position.step + 1, self.settings, self.data.train
         suspects = find_diverged_rollouts(self.critic, rollouts, self.recipe, self.compute, forest=self.forest)
         told = ""
-        if self.compute.ranks.leads:
+        if self.compute.ranks.is_main:
             found_at = addresses(rollouts.row[suspects.places], train.files, column_renames(settings.reading.column))
             path = self.run.path / f"diverged-step-{step:08d}.parquet"
             told = f"at step {step} {fault}; {save_diverged_rollouts(path, rollouts, suspects, found_at, step)}"
-        told = self.compute.ranks.told(told)
+        told = self.compute.ranks.broadcast(told)
         if settings.optimizer.on_non_finite == "stop":
             raise diverged(told)
         if self.position.skips == settings.optimizer.max_skips:
@@ -299,16 +308,17 @@ class Trainer:
         if self.position.step == 0:
             return
         ranks = self.compute.ranks
-        if not ranks.leads:
-            while ranks.hear():  # rank 0 writes; where the disk is full, it may try again
-                self._write_weights(None)
+        if not ranks.is_main:
+            while ranks.broadcast(None):  # rank 0 writes; where the disk is full, it may try again
+                self.files.write(None)
             return
-        needed = checkpoint_bytes(self.critic)
-        path = self.keeper.write(self.position.step, self._fill, bytes_needed=needed, best=self.run.best)
-        ranks.tell(False)
-        self.checkpoint = path
-        if self.position.best_step == self.position.step:
-            self.run.point_best_at(path)
+
+        def write_state(directory: Path) -> None:
+            ranks.broadcast(True)
+            self.files.write(directory)
+
+        path = self._write_checkpoint(write_state)
+        ranks.broadcast(False)
         remaining = self.keeper.prune(self.run.best)
         self._drop_old_values({self.plan.locate(checkpoint_step(p) or 0)[0] for p in remaining})
         size = sum(p.stat().st_size for p in path.iterdir() if p.is_file())
@@ -317,9 +327,21 @@ class Trainer:
         self.keeper.warnings.clear()
         yield CheckpointSaved(step=self.position.step, path=str(path), size_bytes=size)
 
-    def _fill(self, directory: Path) -> None:
-        self.compute.ranks.tell(True)
-        self._write_weights(directory)
+    def _write_checkpoint(self, write_state: Callable[[Path], None]) -> Path:
+        """On rank 0: write the checkpoint of this step, given what writes weights and moments, and point `best`."""
+
+        def fill(directory: Path) -> None:
+            write_state(directory)
+            self._write_record(directory)
+
+        needed = checkpoint_bytes(self.critic)
+        path = self.keeper.write(self.position.step, fill, bytes_needed=needed, best=self.run.best)
+        self.checkpoint = path
+        if self.position.best_step == self.position.step:
+            self.run.point_best_at(path)
+        return path
+
+    def _write_record(self, directory: Path) -> None:
         self.position.metrics_bytes = self.run.synced_metrics_bytes()
         epoch, number = self.plan.locate(self.position.step)
         write_json(
@@ -335,17 +357,6 @@ class Trainer:
                 "best_evaluation": self.best_evaluation,
             },
         )
-
-    def _write_weights(self, directory: Path | None) -> None:
-        """Weights and moments; ranks that do not lead give their parts and have no directory."""
-        ranks = self.compute.ranks
-        try:
-            save_critic(self.critic, directory, self.tokenizer_from, ranks)
-        except OSError:
-            if ranks.size > 1:  # the others go on to the moments, and wait for this rank there
-                save_optimizer(self.optimizer, self.critic, None, ranks)
-            raise
-        save_optimizer(self.optimizer, self.critic, directory, ranks)
 
     def _drop_old_values(self, epochs: set[int]) -> None:
         """Remove old values of epochs before any that a standing checkpoint could resume in."""

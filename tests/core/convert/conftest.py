@@ -1,5 +1,7 @@
 """Conversions run in a test's own folder."""
 
+import importlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,15 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import dumps
+
 from critic_train.convert.conversion import convert
 from critic_train.events import Event, RunEnded
-from critic_train.settings import ConvertSettings
+from critic_train.settings import ConvertSettings, FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 VOCABULARY = "<pad> <s> </s> <unk> say p q is said , times user assistant : 0 1 2 3 4 5 6 7"
 WORDS = VOCABULARY.split()
@@ -75,3 +82,75 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ids_of(text: str) -> list[int]:
     """The ids of words, by hand."""
     return [WORDS.index(word) for word in text.split()]
+
+
+def fits(data: Path, out: Path, returns: str, has_values: bool) -> bool:
+    """Two steps of training on shards."""
+    settings = FitSettings(
+        data=[str(data)],
+        out=str(out),
+        preset="tiny",
+        max_steps=2,
+        batch_size=4,
+        val_fraction=0.0,
+        returns=returns,
+        old_values="column" if has_values else "none",
+        device="cpu",
+        no_report=True,
+    )
+    ended = [event for event in fit(settings, StopRequest()) if isinstance(event, RunEnded)]
+    return ended[-1].status == "finished" and ended[-1].result["steps"] == 2
+
+
+def write_lines(path: Path, lines: list[object]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def lines(path, count, *, start=0, bad=()):
+    rows = [
+        {"input_ids": [1, 2 + i % 90, 3], "response_mask": [0, 1, 1], "returns": [0, 1, i], "uid": str(i // 4)}
+        for i in range(start, start + count)
+    ]
+    for place in bad:
+        rows[place]["returns"] = [1] * 5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".parquet"}
+
+
+@pytest.fixture
+def three(tmp_path):
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    for place, name in enumerate(("1.jsonl", "2.jsonl", "10.jsonl")):
+        lines(folder / name, 20, start=20 * place)
+    return folder
+
+
+def fixture(name: str):
+    return lambda path: FIXTURES / name
+
+
+def fresh(package: str, write, name: str):
+    """The same by the framework's own code, now, where it is installed with what it needs."""
+
+    def made(path: Path) -> Path:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            pytest.skip(f"{package} is not here whole: {error}")
+        write(path / name)
+        return path / name
+
+    return made
+
+
+def built(write, name: str):
+    def made(path: Path) -> Path:
+        write(dumps.rollouts(), path / name)
+        return path / name
+
+    return made

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from critic_train.distributed.ranks import SINGLE_PROCESS, init_ranks, rank_info
+from critic_train.distributed.init import init_ranks
+from critic_train.distributed.ranks import SINGLE_PROCESS, rank_info
 from critic_train.errors import ConfigError
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -21,9 +22,9 @@ def test_a_group_of_one_changes_nothing():
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         assert ranks is SINGLE_PROCESS
     numbers, stop = torch.arange(3.0), StopRequest()
-    assert SINGLE_PROCESS.total(numbers) is numbers
-    assert SINGLE_PROCESS.agreeing(stop) is stop
-    assert SINGLE_PROCESS.told({"a": 1}) == {"a": 1}
+    assert SINGLE_PROCESS.all_reduce_sum(numbers) is numbers
+    assert SINGLE_PROCESS.agreed_stop(stop) is stop
+    assert SINGLE_PROCESS.broadcast({"a": 1}) == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_nothing_of_process_groups_is_imported():
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found = {name.removeprefix("critic_train.distributed.") for name in ast.literal_eval(shown.stdout)}
-    assert found == {"ranks", "shares", "exchanging", "faults"}
+    assert found == {"init", "ranks", "rank_errors"}

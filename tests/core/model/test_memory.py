@@ -1,20 +1,14 @@
 """Less memory, the same gradient."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from support import branching_rollouts, readable_rollouts, small_config, write_shard
 from torch._dynamo.utils import counters
 
-from critic_train.errors import ConfigError, MachineError, ModelError
-from critic_train.events import Notice, RunEnded
+from critic_train.errors import ConfigError, ModelError
 from critic_train.model.compute import Compute
-from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
-from critic_train.model.memory import checkpoint_activations, compile_layers, is_out_of_memory
-from critic_train.model.microbatches import predict_values
+from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -112,101 +106,6 @@ def test_what_cannot_be_compiled_is_refused():
         FitSettings(data=["none"], compile=True, activation_checkpointing="selective")
 
 
-@pytest.fixture
-def short_of_memory(monkeypatch):
-    """A device that runs out in the backward pass of anything above some tokens: by then gradients are half there."""
-
-    def limit(tokens, error=None):
-        calls = []
-        whole = Critic.hidden
-
-        def hidden(self, batch):
-            states = whole(self, batch)
-            calls.append(batch.computed_tokens)
-            if batch.computed_tokens > tokens:
-                fault = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-                if not states.requires_grad:
-                    raise fault
-                layer = self.trunk.layers[0].input_layernorm.weight
-
-                def fail(_):
-                    raise fault
-
-                handle = layer.register_hook(lambda gradient: (handle.remove(), fail(gradient)))
-            return states
-
-        monkeypatch.setattr(Critic, "hidden", hidden)
-        return calls
-
-    return limit
-
-
-ERRORS = [
-    torch.OutOfMemoryError("CUDA out of memory"),
-    MemoryError("Unable to allocate 3 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-]
-
-
-@pytest.mark.parametrize("error", ERRORS)
-def test_where_memory_runs_out_the_mini_batch_goes_on_in_halves_with_the_same_gradient(short_of_memory, error):
-    rollouts = branching_rollouts()
-    critic = critic_of()
-    expected, whole = gradient_of(critic, compute_of(), rollouts)
-    calls = short_of_memory(100, error)
-    compute = compute_of()
-    found, result = gradient_of(critic, compute, rollouts)
-    assert difference(found, expected) <= 1e-6
-    assert result.value_loss == pytest.approx(whole.value_loss, rel=1e-6)
-    assert calls[0] > 100
-    assert max(calls[-2:]) <= 100
-    # Half of what the mini-batch holds, and again until it fits: not half of the ten thousand asked for.
-    tokens = len(rollouts.input_ids)
-    assert compute.max_tokens in (tokens // 2, tokens // 4, tokens // 8)
-    assert f"from now on {compute.max_tokens:,}" in compute.lowered()
-    assert compute.lowered() == ""
-
-
-def test_predictions_go_on_in_halves_too(short_of_memory):
-    rollouts = branching_rollouts()
-    critic = critic_of()
-    expected = predict_values(critic, rollouts, compute_of(), forest=True)
-    short_of_memory(100)
-    compute = compute_of()
-    found = predict_values(critic, rollouts, compute, forest=True)
-    assert np.abs(found - expected).max() <= 1e-5
-    assert compute.max_tokens < 10_000
-
-
-def test_a_single_rollout_that_is_too_much_is_named_with_an_estimate(short_of_memory):
-    rollouts = branching_rollouts()
-    critic = critic_of()
-    short_of_memory(5)
-    longest = int(rollouts.lengths.max())
-    with pytest.raises(
-        MachineError, match=f"a single rollout of {longest} tokens: weights, gradients and moments take"
-    ):
-        gradient_of(critic, compute_of(), rollouts)
-
-
-def test_any_other_error_is_not_taken_for_it():
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
-    assert is_out_of_memory(torch.OutOfMemoryError())
-
-
-def test_a_run_says_once_that_it_goes_on_with_less(short_of_memory, tmp_path):
-    rollouts = readable_rollouts(16)
-    shard = write_shard(tmp_path / "data" / "a.parquet", rollouts)
-    small = {"preset": "tiny", "max_steps": 4, "batch_size": 32, "device": "cpu", "no_report": True}
-    settings = FitSettings(data=[str(shard)], out=str(tmp_path / "out"), **small)
-    short_of_memory(150)
-    events = list(fit(settings, StopRequest()))
-    told = [event.message for event in events if isinstance(event, Notice) and "memory ran out" in event.message]
-    assert len(told) == 1
-    assert isinstance(events[-1], RunEnded)
-    assert events[-1].result["steps"] == 4
-
-
 def test_checkpointing_is_a_setting_of_a_run(tmp_path):
     shard = write_shard(tmp_path / "data" / "a.parquet", readable_rollouts(8))
     results = []
@@ -223,7 +122,3 @@ def test_checkpointing_is_a_setting_of_a_run(tmp_path):
         *_, last = fit(settings, StopRequest())
         results.append(last.result["training"]["value_loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
-
-
-def test_a_compute_can_be_copied_with_other_values():
-    assert replace(compute_of(), max_tokens=7).lowered() == ""

@@ -7,21 +7,21 @@ import pytest
 import torch
 from support import branching_rollouts, readable_rollouts, small_config, write_shard
 
-from critic_train.distributed.ranks import init_ranks
+from critic_train.distributed.init import init_ranks
 from critic_train.events import RunEnded
 from critic_train.model.attention import choose_attention
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.prefix_tree import build_tree_layout, prefix_order
-from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import choose_packing, select_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.build import to_device_or_shard
 from critic_train.training.fit import fit
 from critic_train.training.host_adamw import HostAdamW
-from critic_train.training.optimizer import build_optimizer, save_optimizer
+from critic_train.training.optimizer import build_optimizer
+from critic_train.training.state_files import StateFiles
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, apply_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -192,8 +192,7 @@ def test_weights_on_the_host_leave_the_device_to_one_layer(tmp_path):
             parts = [p.to_local() if isinstance(p, DTensor) else p for p in critic.parameters()]
             assert {part.device.type for part in parts} == {"cpu" if offload == "all" else "cuda"}
             (tmp_path / offload).mkdir()
-            save_critic(critic, tmp_path / offload, None, ranks)
-            save_optimizer(optimizer, critic, tmp_path / offload, ranks)
+            StateFiles(critic, optimizer, None, ranks).write(tmp_path / offload)
             found[offload] = losses, held
             del critic, optimizer, parts
     assert found["all"][0] == pytest.approx(found["none"][0], rel=1e-3)

@@ -119,9 +119,11 @@ def test_a_kill_in_the_midst_leaves_nothing_half_trusted(settings, tmp_path):
 def test_memory_that_runs_out_on_one_rank_while_states_are_kept(settings, tmp_path):
     alone = run_alone(settings, tmp_path / "alone", train="head")
     ours = alone.replace(out=str(tmp_path / "ours"), max_tokens=1000)
-    for ended in on_ranks(2, ranks.short_run, ours, [(1, "values", 0)]):
+    leader, _ = on_ranks(2, ranks.short_run, ours, [(1, "values", 0)])
+    assert leader["message"].startswith("memory ran out with 1,000 tokens at once; the run has no checkpoint yet")
+    for ended in on_ranks(2, ranks.short_run, ours, []):
         assert ended["status"] == "finished"
-        assert ended["told"][0].startswith("memory ran out with 1,000 tokens at once: from now on ")
+        assert ended["told"][0].startswith("memory ran out with 1,000 tokens at once before: starting with ")
     assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The folder that a conversion fills: what stands in it, what was made of which source, and nothing half-made."""
+"""The folder that a conversion writes: shards of finished sources, and a record of which source each is from."""
 
 import json
 from dataclasses import dataclass, field
@@ -14,26 +14,26 @@ from critic_train.run.lock import Lock
 from critic_train.run.storage import make_directory, remove, write_json
 
 RECORD = "_convert.json"
-"""Begins with an underscore, so that readers of shards pass it over."""
+"""Begins with an underscore, so that readers of shards skip it."""
 MADE_BY = "critic-train convert"
 VERSION = 1
 ORDER = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
-"""Types of what is carried along, each able to hold what stands before it (a truth becomes text, or a number)."""
+"""Types of columns with one entry a rollout, from narrow to wide."""
 
 
 class ConvertedFolder:
-    """A folder of shards made from sources, held by this process from `with` to its end.
+    """A folder of shards made from sources, locked by this process for the `with` block.
 
-    Every source has shards of its own, recorded once they all stand. What a stopped conversion left unrecorded is
-    removed; what is recorded is not made again.
+    Every source has shards of its own, recorded once all of them are written. What a stopped conversion left unrecorded
+    is removed; what is recorded is not converted again.
 
     Args:
-        path: the folder; made where it is missing.
-        settings: what the result depends on besides the sources.
+        path: the folder; created where it is missing.
+        settings: those that change the shards.
 
     Raises:
         ConfigError: the folder holds something else, or was made with other settings.
-        MachineError: another process fills it.
+        MachineError: another process writes to it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -64,27 +64,27 @@ class ConvertedFolder:
         self._lock.__exit__(kind, error, trace)
 
     def recorded(self, name: str, stamp: dict[str, Any]) -> dict[str, Any] | None:
-        """What was made of a source as it is now; None where it is new or has changed. Old shards are removed."""
-        for place, source in enumerate(self.sources):
+        """The entry of a source; None where it is new, has changed or lacks a shard. Outdated shards are removed."""
+        for number, source in enumerate(self.sources):
             if source["name"] == name:
-                whole = all((self.path / shard).is_file() for shard in source["shards"])
-                if source["stamp"] == stamp and whole:
+                is_complete = all((self.path / shard).is_file() for shard in source["shards"])
+                if source["stamp"] == stamp and is_complete:
                     return source
                 for shard in source["shards"]:
                     remove(self.path / shard)
-                self.sources[place] = {**source, "shards": [], "stamp": None}
+                self.sources[number] = {**source, "shards": [], "stamp": None}
                 return None
         return None
 
-    def place_of(self, name: str) -> int:
+    def number_of(self, name: str) -> int:
         """The number in the names of a source's shards."""
         names = [source["name"] for source in self.sources]
         return names.index(name) if name in names else len(names)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Keep what was made of a source (`name`, `stamp`, `shards`, counts)."""
-        place = self.place_of(entry["name"])
-        self.sources[place : place + 1] = [entry]
+        """Record a source whose shards are written (`name`, `stamp`, `shards`, counts)."""
+        number = self.number_of(entry["name"])
+        self.sources[number : number + 1] = [entry]
         self._write_record()
 
     def _resume(self, recorded: dict[str, Any]) -> None:
@@ -101,9 +101,9 @@ class ConvertedFolder:
         self.sources = recorded["sources"]
 
     def _remove_leftovers(self) -> None:
-        known = {shard for source in self.sources for shard in source["shards"]}
+        recorded = {shard for source in self.sources for shard in source["shards"]}
         for path in self.path.iterdir():
-            is_shard = path.suffix == ".parquet" and path.name.startswith("part-") and path.name not in known
+            is_shard = path.suffix == ".parquet" and path.name.startswith("part-") and path.name not in recorded
             if is_shard or (path.name.startswith(".part-") and ".tmp-" in path.name):
                 remove(path)
 
@@ -125,18 +125,18 @@ class SourceShards:
     """The shards of one source while they are written. Where columns or their types change, a new one begins.
 
     Args:
-        folder: where they go.
-        place: the number in their names.
+        folder: of the conversion.
+        number: of the source, in the shards' names.
         row_group_bytes: Arrow bytes of a row group.
 
     Attributes:
         rollouts, tokens, response_tokens: written so far.
         columns: names of all columns.
-        files: the shards that stand.
+        files: the shards that are finished.
     """
 
     folder: Path
-    place: int
+    number: int
     row_group_bytes: int = ROW_GROUP_BYTES
     rollouts: int = 0
     tokens: int = 0
@@ -152,7 +152,7 @@ class SourceShards:
 
     def write(self, table: pa.Table) -> None:
         """Add rollouts."""
-        schema = table.schema if self._schema is None else unified(self._schema, table.schema)
+        schema = table.schema if self._schema is None else _unified(self._schema, table.schema)
         if self._writer is None or schema != self._schema:
             self._close()
             self._schema = schema
@@ -160,14 +160,14 @@ class SourceShards:
                 self.folder,
                 schema,
                 keep_together="uid" if "uid" in schema.names else None,
-                prefix=f"part-{self.place:05d}",
+                prefix=f"part-{self.number:05d}",
                 first=len(self.files),
                 row_group_bytes=self.row_group_bytes,
             ).__enter__()
-        self._writer.write(_in(schema, table))
+        self._writer.write(_cast(schema, table))
         self.rollouts += table.num_rows
-        self.tokens += _items(table, "input_ids")
-        self.response_tokens += _ones(table)
+        self.tokens += _count_items(table, "input_ids")
+        self.response_tokens += _count_ones(table)
 
     def __enter__(self) -> "SourceShards":
         return self
@@ -181,7 +181,7 @@ class SourceShards:
             self._writer.__exit__(kind, error, trace)
 
     def drop(self) -> None:
-        """Leave nothing of the source."""
+        """Remove all shards of the source."""
         if self._writer is not None:
             self._writer.abandon()
         self._close()
@@ -196,12 +196,12 @@ class SourceShards:
             self.files += writer.files
 
 
-def unified(known: pa.Schema, more: pa.Schema) -> pa.Schema:
-    """The columns of `more`, and those of `known` with one entry a rollout; of the wider type where they differ.
+def _unified(before: pa.Schema, more: pa.Schema) -> pa.Schema:
+    """The columns of `more`, and those of `before` with one entry a rollout; of the wider type where they differ.
 
-    A token column is there or not: null lists would make rows that cannot be used.
+    Token columns of `before` alone are left out: null lists would make rows that cannot be used.
     """
-    fields = {one.name: one.type for one in known if one.name in more.names or not pa.types.is_nested(one.type)}
+    fields = {one.name: one.type for one in before if one.name in more.names or not pa.types.is_nested(one.type)}
     for one in more:
         have = fields.get(one.name, one.type)
         fields[one.name] = have if have == one.type else _wider(have, one.type)
@@ -211,11 +211,12 @@ def unified(known: pa.Schema, more: pa.Schema) -> pa.Schema:
 def _wider(one: pa.DataType, other: pa.DataType) -> pa.DataType:
     if one in ORDER and other in ORDER:
         kinds = ORDER.index(one), ORDER.index(other)
+        # A boolean beside another type becomes text.
         return pa.string() if 1 in kinds and min(kinds) else ORDER[max(kinds)]
     return pa.string()
 
 
-def _in(schema: pa.Schema, table: pa.Table) -> pa.Table:
+def _cast(schema: pa.Schema, table: pa.Table) -> pa.Table:
     arrays = [
         table.column(one.name).cast(one.type) if one.name in table.column_names else pa.nulls(len(table), one.type)
         for one in schema
@@ -223,9 +224,9 @@ def _in(schema: pa.Schema, table: pa.Table) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
-def _items(table: pa.Table, name: str) -> int:
+def _count_items(table: pa.Table, name: str) -> int:
     return sum(len(chunk.flatten()) for chunk in table.column(name).chunks)
 
 
-def _ones(table: pa.Table) -> int:
+def _count_ones(table: pa.Table) -> int:
     return sum(chunk.flatten().true_count for chunk in table.column("response_mask").chunks)

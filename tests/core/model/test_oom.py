@@ -1,0 +1,144 @@
+"""Where memory runs out, a pass begins again with fewer tokens at once, and gives the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support import branching_rollouts, readable_rollouts, small_config, write_shard
+
+from critic_train.errors import MachineError
+from critic_train.events import Notice, RunEnded
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.loading import build_critic
+from critic_train.model.microbatches import predict_values
+from critic_train.model.oom import is_out_of_memory
+from critic_train.model.selfcheck import choose_packing
+from critic_train.settings import FitSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.fit import fit
+from critic_train.training.train_step import LossRecipe, accumulate_gradient
+
+RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
+
+
+def compute_of(max_tokens=10_000):
+    return Compute(device=torch.device("cpu"), precision="fp32", max_tokens=max_tokens)
+
+
+def critic_of(family="Llama"):
+    critic = build_critic(small_config(family), seed=0).train()
+    with torch.no_grad():
+        critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    choose_packing(critic, branching_rollouts(), "auto")
+    return critic
+
+
+def gradient_of(critic, compute, rollouts):
+    critic.zero_grad(set_to_none=True)
+    result = accumulate_gradient(critic, rollouts, RECIPE, compute, forest=True, stop=StopRequest())
+    return torch.cat([p.grad.flatten() for p in critic.parameters()]).double(), result
+
+
+def difference(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """A device that runs out in the backward pass of anything above some tokens: by then gradients are half there."""
+
+    def limit(tokens, error=None):
+        calls = []
+        whole = Critic.hidden
+
+        def hidden(self, batch):
+            states = whole(self, batch)
+            calls.append(batch.computed_tokens)
+            if batch.computed_tokens > tokens:
+                fault = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                if not states.requires_grad:
+                    raise fault
+                layer = self.trunk.layers[0].input_layernorm.weight
+
+                def fail(_):
+                    raise fault
+
+                handle = layer.register_hook(lambda gradient: (handle.remove(), fail(gradient)))
+            return states
+
+        monkeypatch.setattr(Critic, "hidden", hidden)
+        return calls
+
+    return limit
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError("Unable to allocate 3 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_where_memory_runs_out_the_mini_batch_goes_on_in_halves_with_the_same_gradient(short_of_memory, error):
+    rollouts = branching_rollouts()
+    critic = critic_of()
+    expected, whole = gradient_of(critic, compute_of(), rollouts)
+    calls = short_of_memory(100, error)
+    compute = compute_of()
+    found, result = gradient_of(critic, compute, rollouts)
+    assert difference(found, expected) <= 1e-6
+    assert result.value_loss == pytest.approx(whole.value_loss, rel=1e-6)
+    assert calls[0] > 100
+    assert max(calls[-2:]) <= 100
+    # Half of what the mini-batch holds, and again until it fits: not half of the ten thousand asked for.
+    tokens = len(rollouts.input_ids)
+    assert compute.max_tokens in (tokens // 2, tokens // 4, tokens // 8)
+    assert f"from now on {compute.max_tokens:,}" in compute.lowered()
+    assert compute.lowered() == ""
+
+
+def test_predictions_go_on_in_halves_too(short_of_memory):
+    rollouts = branching_rollouts()
+    critic = critic_of()
+    expected = predict_values(critic, rollouts, compute_of(), forest=True)
+    short_of_memory(100)
+    compute = compute_of()
+    found = predict_values(critic, rollouts, compute, forest=True)
+    assert np.abs(found - expected).max() <= 1e-5
+    assert compute.max_tokens < 10_000
+
+
+def test_a_single_rollout_that_is_too_much_is_named_with_an_estimate(short_of_memory):
+    rollouts = branching_rollouts()
+    critic = critic_of()
+    short_of_memory(5)
+    longest = int(rollouts.lengths.max())
+    with pytest.raises(
+        MachineError, match=f"a single rollout of {longest} tokens: weights, gradients and moments take"
+    ):
+        gradient_of(critic, compute_of(), rollouts)
+
+
+def test_any_other_error_is_not_taken_for_it():
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert is_out_of_memory(torch.OutOfMemoryError())
+
+
+def test_a_run_says_once_that_it_goes_on_with_less(short_of_memory, tmp_path):
+    rollouts = readable_rollouts(16)
+    shard = write_shard(tmp_path / "data" / "a.parquet", rollouts)
+    small = {"preset": "tiny", "max_steps": 4, "batch_size": 32, "device": "cpu", "no_report": True}
+    settings = FitSettings(data=[str(shard)], out=str(tmp_path / "out"), **small)
+    short_of_memory(150)
+    events = list(fit(settings, StopRequest()))
+    told = [event.message for event in events if isinstance(event, Notice) and "memory ran out" in event.message]
+    assert len(told) == 1
+    assert isinstance(events[-1], RunEnded)
+    assert events[-1].result["steps"] == 4
+
+
+def test_a_compute_can_be_copied_with_other_values():
+    assert replace(compute_of(), max_tokens=7).lowered() == ""
