@@ -49,7 +49,11 @@ def test_number_types(shards: Any, kind: str) -> None:
 FULL = {"response_mask": [0, 0, 1, 0, 1], "returns": [7.0, 7.0, 1.0, 2.0, 3.0], "values": [8.0, 8.0, 4.0, 5.0, 6.0]}
 
 
-@pytest.mark.parametrize("aligned", [{n for i, n in enumerate(FULL) if k >> i & 1} for k in range(8)], ids=str)
+@pytest.mark.parametrize(
+    "aligned",
+    [{n for i, n in enumerate(FULL) if k >> i & 1} for k in range(8)],
+    ids=lambda aligned: "+".join(sorted(aligned)) or "none",
+)
 def test_response_aligned_in_every_combination(shards: Any, aligned: set[str]) -> None:
     columns = {name: row[2:] if name in aligned else row for name, row in FULL.items()}
     shards.write({"input_ids": [[5, 6, 7, 8, 9]], **{name: [row] for name, row in columns.items()}})
