@@ -18,7 +18,7 @@ from critic_train.events import Event, RunEnded, StepEnded
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
 SIGTERM = 15
 
 

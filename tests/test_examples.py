@@ -109,9 +109,9 @@ def test_a_slurm_job_is_queued_again_after_a_preemption_only(programs, tmp_path,
     log = tmp_path / "log"
     write_program(
         programs / "critic-train",
+        f"trap 'echo heard >> \"{log}\"; sleep 0.3; exit {code}' TERM\n"
         f'echo "critic-train $1" >> "{log}"\n'
         f"if [[ $1 == eval ]]; then echo '{{}}'; exit; fi\n"
-        f"trap 'echo heard >> \"{log}\"; sleep 0.3; exit {code}' TERM\n"
         + ("while true; do sleep 0.1; done" if code == 143 else f"exit {code}"),
     )
     write_program(programs / "scontrol", f'echo "scontrol $*" >> "{log}"')
@@ -121,12 +121,17 @@ def test_a_slurm_job_is_queued_again_after_a_preemption_only(programs, tmp_path,
         [str(EXAMPLES / "slurm.sh")], env=environment(programs, OUT=str(out), SLURM_JOB_ID="17"), cwd=ROOT
     )
     if code == 143:
-        while not log.exists():
+        while not (log.exists() and catches(job.pid, signal.SIGTERM)):
             time.sleep(0.02)
-        time.sleep(0.2)
         job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=30) == code
+    assert job.wait(timeout=300) == code
     told = log.read_text().splitlines()
     assert ("scontrol requeue 17" in told) == requeued
     assert ("critic-train eval" in told) == judged
     assert (out / "held_out.json").exists() == judged
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.findall(r"^SigCgt:\s*(\w+)", status, flags=re.MULTILINE)[0], 16) >> (number - 1) & 1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [

@@ -49,7 +49,7 @@ def fresh_program(clean_environment: dict[str, str], fake_command: list[str], tm
             capture_output=True,
             encoding="utf-8",
             cwd=tmp_path,
-            timeout=60,
+            timeout=300,
         )
 
     return run

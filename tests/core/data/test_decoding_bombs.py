@@ -49,7 +49,7 @@ def read(path: Path, labels: tuple[str, ...] = (), ceiling: int = 0) -> dict[str
     """Read a shard in a process of its own, and say how much memory that took beyond what the imports had."""
     command = [sys.executable, "-c", READ, str(path), json.dumps(labels), str(ceiling)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "core"), "ARROW_DEFAULT_MEMORY_POOL": "system"}
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert shown.returncode == 0, shown.stderr
     found: dict[str, Any] = json.loads(shown.stdout)
     return found

@@ -46,7 +46,7 @@ def server(tmp_path_factory):
 
 
 def _endpoint(log: Path) -> str:
-    for _ in range(300):
+    for _ in range(3000):
         words = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1:")]
         if words:
             return words[0]

@@ -45,7 +45,7 @@ onload = () => {
 """
 
 
-def chromium(*arguments: str, timeout: float = 90) -> "subprocess.CompletedProcess[str]":
+def chromium(*arguments: str, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
     """Run it once."""
     assert CHROMIUM is not None
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1"]

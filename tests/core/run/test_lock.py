@@ -21,7 +21,7 @@ from pathlib import Path
 from critic_train.run.lock import Lock
 with Lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
