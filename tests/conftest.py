@@ -6,6 +6,7 @@ own (`--basetemp`, TMPDIR) holds.
 
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,10 @@ from hypothesis import HealthCheck, settings
 # A busy machine is slow at drawing examples too, and that is no fault of the test.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # The shell has started the tests in the background. What they start would ignore Ctrl-C as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MEMORY, ROOM_BYTES = Path("/dev/shm"), 4 * 2**30
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
