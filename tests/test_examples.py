@@ -54,6 +54,22 @@ def pretrained(programs: Path, out: Path) -> "subprocess.CompletedProcess[str]":
     return run("pretrain.sh", programs, "--preset", "tiny", "--max-steps", "16", "--no-report", OUT=str(out))
 
 
+@pytest.mark.parametrize("name", ["pretrain.sh", "sweep.sh", "loop.sh"])
+def test_their_command_lines_are_understood(name, programs, tmp_path):
+    """Each command prints its settings in place of a job; what the jobs do is a slow test's."""
+    log = tmp_path / "log"
+    write_program(
+        programs / "critic-train",
+        f'echo "$1" >> "{log}"; exec "{sys.executable}" -m critic_train_cli "$@" --print-config',
+    )
+    (tmp_path / "out" / "best").mkdir(parents=True)
+    shown = run(name, programs, OUT=str(tmp_path / "out"), RATES="1e-3 4e-3")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    commands = {"pretrain.sh": "check fit eval", "sweep.sh": "fit fit eval", "loop.sh": "fit predict fit eval"}
+    assert log.read_text().split() == commands[name].split()
+
+
+@pytest.mark.slow
 def test_a_value_model_is_pretrained_and_handed_over(programs, tmp_path):
     shown = pretrained(programs, tmp_path)
     assert shown.returncode == 0, shown.stderr

@@ -4,22 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support import readable_rollouts, write_shard
+from warm import program
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def verify(clean_environment):
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        environment = clean_environment | {"PYTHONPATH": f"{ROOT / 'core'}{os.pathsep}{ROOT / 'cli'}"}
-        command = [sys.executable, "-m", "critic_train_cli", "verify", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    return run
+def verify(clean_environment, tmp_path):
+    return partial(program, "verify", cwd=tmp_path, environment=clean_environment)
 
 
 def test_exit_code_lines_and_json(verify, tmp_path):

@@ -71,6 +71,7 @@ def test_fit_with_all_streams_closed_and_a_home_that_cannot_be_written(data: Pat
     whole(tmp_path)
 
 
+@pytest.mark.slow
 def test_eval_in_ascii_twenty_columns_wide_and_without_a_home(data: Path, tmp_path: Path) -> None:
     shown = shell(f"eval --data {shlex.quote(str(data))}", tmp_path, **ASCII, HOME=str(tmp_path / "nowhere"))
     assert shown.returncode == 0

@@ -157,6 +157,7 @@ def test_three_ranks_and_then_one_go_on_with_what_two_began(settings, tmp_path):
     assert_is_that_of_one(ours.run.out, settings.run.out)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_with_what_one_began(settings, tmp_path):
     ours, stop = settings.replace(out=str(tmp_path / "grown")), StopRequest()
     for event in fit(ours, stop):

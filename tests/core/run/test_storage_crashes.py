@@ -147,7 +147,7 @@ def killed_at(world: World, n: int, out: Path, *, torn: bool) -> None:
 
 def test_killed_at_any_operation_of_a_save(world, tmp_path):
     """Scenario 1. Half of what the operation was to write is written."""
-    for n in second_checkpoint(world)[::3]:
+    for n in second_checkpoint(world)[::5]:
         killed_at(world, n, tmp_path / str(n), torn=True)
         shutil.rmtree(tmp_path / str(n))
 
@@ -206,7 +206,7 @@ def cut_at(world: World, n: int, out: Path) -> None:
 
 def test_the_power_goes_during_a_save(world, tmp_path):
     """Scenario 2, prevented: what was renamed had been synced."""
-    for n in second_checkpoint(world)[1::4]:
+    for n in second_checkpoint(world)[1::6]:
         cut_at(world, n, tmp_path / str(n))
         shutil.rmtree(tmp_path / str(n))
 
@@ -239,7 +239,7 @@ def refused_at(world: World, n: int, out: Path, number: int, times: int) -> str:
 )
 def test_the_disk_refuses_during_a_save(first, number, times, world, tmp_path):
     """Scenario 5: exit code 6, nothing half done left, and what stood still stands. Each fault at other places."""
-    ends = [refused_at(world, n, tmp_path / str(n), number, times) for n in second_checkpoint(world)[first::5]]
+    ends = [refused_at(world, n, tmp_path / str(n), number, times) for n in second_checkpoint(world)[first::7]]
     assert "refused" in ends
 
 

@@ -134,6 +134,7 @@ def test_three_ranks_resume_their_own_to_the_bit(settings, tmp_path):
         assert last_files(parts.run.out)[name].read_bytes() == file.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_three_ranks_and_then_one_go_on_with_what_two_began(settings, tmp_path):
     ours = settings.replace(out=str(tmp_path / "elastic"))
     run_on(2, ours, stop_at=3)

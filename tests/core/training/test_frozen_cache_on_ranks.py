@@ -50,7 +50,7 @@ def curve(out: str, name: str = "value_loss") -> list[float]:
 SLOW = pytest.mark.slow
 CASES = [
     ("head", "forest", 2),
-    ("last-2", "forest", 2),
+    pytest.param("last-2", "forest", 2, marks=SLOW),
     pytest.param("last-1", "rows", 3, marks=SLOW),
     pytest.param("head", "rows", 3, marks=SLOW),
 ]
@@ -91,7 +91,7 @@ def test_states_of_two_ranks_serve_three_and_one(settings, tmp_path):
     assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-5)
 
 
-@pytest.mark.parametrize("file", ["states-00001", "state-rows"])
+@pytest.mark.parametrize("file", [pytest.param("states-00001", marks=SLOW), "state-rows"])
 def test_a_rank_whose_disk_is_full_ends_all_and_leaves_nothing_half_trusted(settings, tmp_path, file):
     ours = settings.replace(out=str(tmp_path / "ours"), train="head")
     leader, _ = on_ranks(2, ranks.full_disk_run, ours, file)

@@ -109,7 +109,7 @@ def test_a_file_of_either_is_that_of_the_other_and_goes_on_with_either(tmp_path)
     assert all(found == files[0] for found in files)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_take_the_same_steps_and_write_the_same_files(size, tmp_path):
     for offload in ("none", "optimizer"):
         (tmp_path / offload).mkdir()
@@ -118,7 +118,7 @@ def test_ranks_take_the_same_steps_and_write_the_same_files(size, tmp_path):
         assert (tmp_path / "optimizer" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_weights_that_wait_on_the_host_take_the_same_steps_on_one_rank_and_on_two(size, tmp_path):
     """The files of torch's own AdamW on one process, rounding aside; on as many ranks without the flag, to the bit."""
     source, alone = tmp_path / "source", tmp_path / "alone"
@@ -147,7 +147,7 @@ def settings_for(tmp_path: Path, out: str, **more: object) -> FitSettings:
     shard = tmp_path / "data" / "a.parquet"
     if not shard.exists():
         write_shard(shard, readable_rollouts(16))
-    given = {"preset": "tiny", "batch_size": 16, "epochs": 3, "device": "cpu"}
+    given = {"preset": "tiny", "batch_size": 16, "epochs": 3, "device": "cpu", "no_report": True}
     return FitSettings(data=[str(shard)], out=str(tmp_path / out), **given | more)
 
 

@@ -110,6 +110,7 @@ def test_cut_rollouts_are_left_out_and_counted(rollouts, rewarded, tmp_path):
     assert outcome(tmp_path / "dropped")[0] == outcome(tmp_path / "k")[0]
 
 
+SLOW = pytest.mark.slow
 MOVING = {"returns": "gae", "lam": 0.8, "old_values": "epoch"}
 
 
@@ -121,7 +122,7 @@ def moving(request, rewarded, tmp_path_factory) -> tuple[dict, tuple[bytes, byte
     return flags, outcome(out)
 
 
-@pytest.mark.parametrize("looks", [2, 12, 25, 40])
+@pytest.mark.parametrize("looks", [2, pytest.param(12, marks=SLOW), 25, pytest.param(40, marks=SLOW)])
 def test_moving_targets_resume_bit_identical(looks, moving, rewarded, tmp_path):
     flags, expected = moving
     first = run(rewarded, tmp_path, StopAfter(looks=looks), **flags)[-1]
