@@ -9,7 +9,6 @@ import pytest
 from critic_train import __version__
 from critic_train.data.schema import ALIASES
 from critic_train_cli.main import COMMANDS
-from critic_train_cli.manual import pages
 from critic_train_cli.options import options_of
 
 ROOT = Path(__file__).parent.parent
@@ -50,12 +49,6 @@ FLAGS = {option.flag for command in COMMANDS for option in options_of(command.se
 def test_every_flag_on_a_page_exists(page):
     named = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*[a-z]", page.read_text()))
     assert named <= FLAGS | OF_EVERY_COMMAND | OF_OTHER_PROGRAMS
-
-
-def test_the_manual_is_what_the_code_makes_of_it():
-    """`./dev manual` writes the pages anew."""
-    written = {page.name: page.read_text() for page in (ROOT / "docs" / "commands").glob("*.md")}
-    assert written == pages()
 
 
 def test_every_command_is_in_the_readme():

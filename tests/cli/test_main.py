@@ -17,101 +17,11 @@ HEAVY = {"torch", "transformers", "pyarrow", "numpy", "safetensors", "matplotlib
 """What may not be imported before a job starts. To read the value of a flag typer brings in pydantic."""
 
 
-def words(text: str) -> list[str]:
-    return text.split()
-
-
-OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
-FIT_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --max-length --val-data --val-fraction
---returns --gamma --lam --lam-policy --length-alpha --truncated
---model --preset --train --lora-rank --lora-alpha
---old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
---epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps --lr-schedule --grad-clip
---on-non-finite --max-skips --seed
---device --precision --packing --attention --max-tokens --activation-checkpointing --offload --compile --nproc
---out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
---log-to --log-project
-""")
-EVAL_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --max-length
---returns --gamma --lam --lam-policy --length-alpha --truncated
---model
---device --precision --packing --attention --max-tokens --nproc
---by --cliprange-value --resamples --seed --fail-under --fail-over
---report
-""")
-PREDICT_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --max-length
---returns --gamma --lam --lam-policy --length-alpha --truncated
---model
---device --precision --packing --attention --max-tokens
---to --write --whiten-advantages --part
-""")
-REPORT_FLAGS = words("runs --tokenizer --to")
-
-
-SPLIT_FLAGS = words("data --column --on-bad-rows --on-bad-file --max-length --val-fraction --seed --to")
-CHECK_FLAGS = words("data --column --against --show")
-CONVERT_FLAGS = words("""
-source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokenize
---to
-""")
-COMMANDS = {
-    "fit": FIT_FLAGS,
-    "eval": EVAL_FLAGS,
-    "predict": PREDICT_FLAGS,
-    "report": REPORT_FLAGS,
-    "check": CHECK_FLAGS,
-    "split": SPLIT_FLAGS,
-    "convert": CONVERT_FLAGS,
-    "verify": words("target --column"),
-}
-
-
-@pytest.mark.parametrize(("command", "flags"), COMMANDS.items())
-def test_flags_are_these_and_no_others(command, flags):
-    """The surface is frozen: a flag added, renamed or lost has to be so on purpose, here."""
-    params = typer.main.get_command(app).commands[command].params
-    assert [flag for param in params for flag in (*param.opts, *param.secondary_opts)] == flags + OWN_FLAGS
+NAMES = ["fit", "eval", "predict", "report", "check", "split", "convert", "verify"]
 
 
 def test_commands_are_these():
-    assert list(typer.main.get_command(app).commands) == list(COMMANDS)
-
-
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_program_page(program, flag):
-    shown = program(flag)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert "Usage: critic-train COMMAND" in shown.stdout
-    assert "fit  " in shown.stdout
-    assert "eval  " in shown.stdout
-    assert "70 a bug of ours" in shown.stdout
-
-
-@pytest.mark.parametrize(("command", "flags"), COMMANDS.items())
-def test_command_page_names_every_flag(program, command, flags):
-    shown = program(command, "--help")
-    assert (shown.returncode, shown.stderr) == (0, "")
-    named = words(shown.stdout.replace(",", " "))
-    assert [flag for flag in flags if flag.startswith("-") and flag not in named] == []
-    assert max(map(len, shown.stdout.splitlines())) <= 100
-
-
-def test_command_page_gives_choices_defaults_and_their_meaning(program):
-    page = program("fit", "-h").stdout
-    assert "--preset tiny|small|base" in page
-    assert "[default: 64]" in page
-    assert "[default: 1e-5 with --model, 1e-4 with --train lora;" in " ".join(page.split())
-    assert "CRITIC_TRAIN_BATCH_SIZE is --batch-size" in page
-
-
-def test_twenty_columns_are_enough_for_the_page(program):
-    shown = program("fit", "--help", COLUMNS="20")
-    assert shown.returncode == 0
-    prose = [line for line in shown.stdout.splitlines() if not line.startswith("  ")]
-    assert "Run" in prose
+    assert list(typer.main.get_command(app).commands) == NAMES
 
 
 def test_version(program):
@@ -160,15 +70,11 @@ def test_of_several_ranks_only_rank_0_speaks(program):
         assert (done.returncode, bool(done.stdout), bool(done.stderr)) == (0, spoken, spoken)
 
 
-def test_flags_may_not_be_abbreviated(program):
-    assert program("fit", "--data", "x", "--epoc", "1").returncode == 2
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         *(["--help"], ["--version"], [], ["fti"]),
-        *([command, "--help"] for command in COMMANDS),
+        *([command, "--help"] for command in NAMES),
         *(["fit"], ["fit", "--epoch"], ["fit", "--no-no-clip"]),
     ],
     ids=" ".join,
@@ -211,23 +117,6 @@ def imported(environment, arguments):
     marker, *names = shown.stderr.splitlines()[-1].split(" ")
     assert marker == "IMPORTED"
     return set(names)
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [("fit --pre", ["--preset", "--precision"]), ("fit --preset ", ["tiny", "small", "base"]), ("e", ["eval"])],
-)
-def test_completion_in_bash(fresh_program, typed, offered):
-    words = f"critic-train {typed}"
-    shown = fresh_program(
-        _CRITIC_TRAIN_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
-    )
-    assert shown.stdout.split() == offered
-
-
-def test_completion_script_can_be_shown(fresh_program):
-    shown = fresh_program(_CRITIC_TRAIN_COMPLETE="source_bash")
-    assert "_CRITIC_TRAIN_COMPLETE=complete_bash" in shown.stdout
 
 
 def test_the_module_is_the_program(clean_environment):

@@ -360,26 +360,6 @@ def test_another_command_does_not_go_on_with_it(shards, critic, tmp_path):
         predict(shards, critic, tmp_path / "to", returns="mc")
 
 
-@pytest.mark.parametrize(
-    ("settings", "complaint"),
-    [
-        ({"model": None}, "--model is needed"),
-        ({"to": None}, "--to is needed"),
-        ({"part": "3/2"}, "--part takes K/N, as in 1/4 to 4/4, not '3/2'"),
-        ({"part": "0/2"}, "--part takes K/N"),
-        ({"write": ["advantages"]}, "--write advantages needs --returns mc or gae"),
-        ({"write": ["returns"]}, "--write returns needs --returns mc or gae"),
-        ({"truncated": "drop"}, "--truncated drop needs --returns mc or gae"),
-        ({"returns": "mc", "write": ["values"]}, "--returns mc computes nothing"),
-        ({"returns": "mc", "whiten_advantages": True}, "--whiten-advantages needs --write advantages"),
-    ],
-)
-def test_settings(settings, complaint):
-    with pytest.raises(ConfigError) as refused:
-        PredictSettings(**({"data": ["x"], "model": "m", "to": "y"} | settings))
-    assert refused.value.message.startswith(complaint)
-
-
 def test_the_folder_reads_as_one_table(shards, critic, tmp_path):
     """By whoever reads folders of Parquet files: what else stands there begins with an underscore."""
     predict(shards, critic, tmp_path / "to")

@@ -10,7 +10,6 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from support import StopAfter, readable_rollouts, write_shard
 
-from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, StepEnded
 from critic_train.model import compute
 from critic_train.model.saving import save_critic
@@ -201,8 +200,3 @@ def test_a_cpu_is_told_that_there_is_nothing_to_offload(tmp_path):
     events = fit(settings_for(tmp_path, "out", max_steps=1, offload="optimizer"), StopRequest())
     said = [event.message for event in events if isinstance(event, Notice)]
     assert "--offload optimizer changes nothing on a CPU: all is in host memory already" in said
-
-
-def test_8_bit_moments_stay_where_they_are():
-    with pytest.raises(ConfigError, match="--optimizer adamw-8bit cannot be combined with --offload"):
-        FitSettings(data=["x"], optimizer="adamw-8bit", offload="optimizer")

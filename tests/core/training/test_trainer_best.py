@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from support import readable_rollouts, write_shard
 
-from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, StepEnded
 from critic_train.run.checkpoint import checkpoint_name
 from critic_train.settings import FitSettings
@@ -87,8 +86,3 @@ def test_best_may_be_chosen_by_an_error(shards, tmp_path):
     events = run(shards, tmp_path, best_by="mse", epochs=6)
     errors = judged(tmp_path, "mse")
     assert events[-1].result["best_step"] == min(errors, key=lambda pair: pair[1])[0]
-
-
-def test_patience_needs_held_out_rollouts():
-    with pytest.raises(ConfigError, match="--patience needs held-out rollouts"):
-        FitSettings(data=["x"], val_fraction=0.0, patience=2)

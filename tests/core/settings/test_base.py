@@ -75,15 +75,3 @@ def test_settings_are_frozen_and_can_be_sent_to_another_process() -> None:
         settings.run = None  # type: ignore[assignment, misc]
     with pytest.raises(AttributeError):
         settings.optimizer.lr = 1.0  # type: ignore[misc]
-
-
-def test_broken_rules_of_all_sections_and_between_them_are_reported_at_once() -> None:
-    with pytest.raises(ConfigError) as raised:
-        FitSettings(lr=-1.0, keep=0, nproc=0, optimizer="adamw-8bit", offload="all")
-    assert raised.value.message.splitlines() == [
-        "--data is needed: a folder, a Parquet file or a glob",
-        "--lr must be at least 0, not -1.0",
-        "--nproc must be at least 1, not 0",
-        "--keep must be at least 1, not 0",
-        "--optimizer adamw-8bit cannot be combined with --offload",
-    ]
