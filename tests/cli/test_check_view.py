@@ -53,7 +53,7 @@ def test_bad_rows_are_shown_up_to_a_number(tmp_path):
     pq.write_table(table.set_column(place, "returns", pa.array(returns)), tmp_path / "a.parquet")
     shown = program("check", str(tmp_path), "--show", "2")
     assert shown.returncode == 1
-    assert shown.stdout.count("row group 0, row") == 2
+    assert " ".join(shown.stdout.split()).count("row group 0, row") == 2  # lines fold where the path is long
     assert f"... and {len(table) - 3} more" in shown.stdout
 
 
