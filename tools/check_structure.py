@@ -139,7 +139,8 @@ def line_kinds(module: Module) -> dict[str, int]:
         # A string that stands as a statement: a docstring, also that of a constant or of a field.
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             docstring.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    comment, code = set(), set()
+    comment: set[int] = set()
+    code: set[int] = set()
     skipped = (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
         if token.type == tokenize.COMMENT:
