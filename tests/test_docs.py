@@ -22,6 +22,7 @@ OF_OTHER_PROGRAMS = {
     "--wheel-dir",
     "--strict",
     "--size",
+    "--slow-budget",
     "--rounds",
     "--logdir",
     "--cpus-per-task",
