@@ -30,7 +30,9 @@ REPEATABLE_BASENAMES = ("__init__", "__main__")
 SINGLE_IMPORTER_ALLOWED: dict[str, str] = {}
 """Small modules with at most one importer -> why they stand alone."""
 
-UNTESTED_ALLOWED: dict[str, str] = {}
+UNTESTED_ALLOWED: dict[str, str] = {
+    "critic_train.verify.outcome": "one dataclass; test_verify and test_model_checks read every field",
+}
 """Modules without a test file named after them -> why, and what tests them."""
 
 FREE_TESTS: dict[str, str] = {}
