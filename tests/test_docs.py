@@ -100,6 +100,13 @@ def test_the_version_stands_in_one_place_and_heads_the_changelog():
     assert released[0] == __version__
 
 
+def test_the_layers_on_the_map_are_those_of_the_contract():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    block = "\n".join(layer.replace(" | ", ", ") for layer in layers)
+    assert f"```\n{block}\n```" in (ROOT / "ARCHITECTURE.md").read_text()
+
+
 def test_the_readme_opens_with_the_two_commands():
     block = re.search(r"```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert block is not None

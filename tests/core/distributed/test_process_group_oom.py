@@ -14,7 +14,7 @@ from support import readable_rollouts, write_shard
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint
 from critic_train.settings import EvalSettings, FitSettings
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(900)
 STEPS = 8
 
 
