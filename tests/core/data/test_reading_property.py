@@ -106,7 +106,7 @@ def shards(draw: Any) -> tuple[list[dict[str, Any]], bool, bool, Any, int]:
     )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(shards())
 def test_reading_equals_a_reference_in_plain_python(case: Any) -> None:
     raw, paired, has_mask, kind, row_group_size = case

@@ -178,6 +178,7 @@ def test_what_others_write_for_no_number_is_none(make_evaluation):
     assert "Cannot tell" in page_of(path).text
 
 
+@pytest.mark.slow
 def test_very_many_evaluations_stay_small(make_run):
     run = make_run("a", steps=4)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -192,6 +193,7 @@ def test_very_many_evaluations_stay_small(make_run):
     assert ">999<" in html
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_small(make_run, tmp_path):
     run = make_run("long", steps=8)
     lines = (run / "metrics.jsonl").read_text().splitlines()
