@@ -1,0 +1,86 @@
+"""Random queries, keys and values over small tree layouts, and plain attention to compare with."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from support import branching_rollouts, rollouts_of
+
+from critic_train.model.attention_kernel import Queries, all_queries, queries_at
+from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
+
+CPU = torch.device("cpu")
+
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
+
+
+def layout_of(seed: int) -> TreeLayout:
+    """Branching rollouts with prompts and responses; rollouts one token long; every form a tree can have."""
+    rollouts = branching_rollouts(seed)
+    if seed == 2:
+        lists = [[1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [1, 7, 8], [5], [6, 6, 6, 6], [6, 6, 6, 7]]
+        rollouts = rollouts_of([np.asarray(ids, dtype=np.int32) for ids in lists], [1] * len(lists))
+    return build_tree_layout(rollouts, prefix_order(rollouts))
+
+
+def some_positions(layout: TreeLayout, seed: int) -> np.ndarray:
+    """Runs of positions with gaps between them, some of which cross from one rollout to the next."""
+    draw = np.random.default_rng(seed)
+    chosen = np.repeat(draw.random(len(layout) // 3 + 1) < 0.6, 3)[: len(layout)]
+    chosen[-1] = True
+    return np.flatnonzero(chosen)
+
+
+def drawn(layout: TreeLayout, queries: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    shapes = ((1, HEADS, queries, WIDTH), (1, KV_HEADS, len(layout), WIDTH), (1, KV_HEADS, len(layout), WIDTH))
+    return tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
+
+
+def plain(
+    layout: TreeLayout, positions: np.ndarray, window: int | None, tensors: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """Attention over all pairs under the mask: [1, Q, heads, head_dim]."""
+    seen = attention_mask(layout)
+    if window is not None:
+        seen &= layout.depth[:, None] - layout.depth[None, :] < window
+    query, key, value = tensors
+    key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) / WIDTH**0.5
+    scores = scores.masked_fill(~torch.from_numpy(seen[positions]), -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def queries_of(layout: TreeLayout, seed: int, asking: str) -> tuple[Queries, np.ndarray]:
+    if asking == "all":
+        return all_queries(layout), np.arange(len(layout))
+    positions = some_positions(layout, seed)
+    return queries_at(layout, positions), positions
+
+
+def check(kernel, layout, positions, window):
+    tensors = drawn(layout, len(positions))
+    expected = plain(layout, positions, window, tensors)
+    slope = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, tensors, slope)
+    actual = kernel(*tensors, window, None)
+    assert actual.shape == expected.shape
+    assert float((actual - expected).detach().abs().max()) <= 2e-6
+    for one, other in zip(torch.autograd.grad(actual, tensors, slope), wanted, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5
+
+
+def varlen_by_hand(query, key, value, query_offsets, key_offsets, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch documents of varlen_attn: [Q, heads, head_dim] sequences, causal aligned at the lower right."""
+    outputs = []
+    bounds = zip(query_offsets[:-1], query_offsets[1:], key_offsets[:-1], key_offsets[1:], strict=True)
+    for q0, q1, k0, k1 in bounds:
+        assert q1 - q0 <= max_q
+        assert k1 - k0 <= max_k
+        back = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)[None, :]
+        left, right = window_size
+        seen = (back >= -right) & ((back <= left) | (left < 0))
+        q, k, v = (part.transpose(0, 1)[None] for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)

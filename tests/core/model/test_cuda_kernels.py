@@ -1,0 +1,95 @@
+"""The kernels for CUDA, on a CPU: flex attention and its block mask, and how variable-length attention is called."""
+
+import numpy as np
+import pytest
+import torch
+from attention_cases import (
+    CPU,
+    check,
+    drawn,
+    layout_of,
+    plain,
+    queries_of,
+    varlen_by_hand,
+)
+from support import rollouts_of
+
+from critic_train.model.attention_kernel import all_queries
+from critic_train.model.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
+from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
+
+
+def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeypatch):
+    """There varlen_attn has no `enable_gqa`; its kernel shares heads without it."""
+
+    def of_2_11(query, key, value, q, k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        shared = query.shape[1] != key.shape[1]
+        more = {"scale": scale, "window_size": window_size, "enable_gqa": shared}
+        return varlen_by_hand(query, key, value, q, k, max_q, max_k, **more)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
+    layout = layout_of(0)
+    check(VarlenKernel(all_queries(layout), CPU), layout, np.arange(len(layout)), None)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("asking", ["all", "some"])
+def test_flex_attention_is_plain_attention(asking, window):
+    """Forward only: FlexAttention has no backward pass on a CPU."""
+    layout = layout_of(0)
+    queries, positions = queries_of(layout, 0, asking)
+    tensors = [tensor.detach() for tensor in drawn(layout, len(positions))]
+    expected = plain(layout, positions, window, tensors)
+    assert float((FlexKernel(queries, CPU)(*tensors, window, None) - expected).abs().max()) <= 2e-6
+
+
+def large_forest() -> TreeLayout:
+    """Three prompts with eight responses each, long enough for whole blocks, and a branch in mid-response."""
+    draw = np.random.default_rng(0)
+    sequences = []
+    for length in (300, 40, 700):
+        prompt = draw.integers(1, 128, length)
+        family = [np.concatenate([prompt, draw.integers(1, 128, int(draw.integers(20, 400)))]) for _ in range(8)]
+        sequences += [*family, np.concatenate([family[0][: length + 15], draw.integers(1, 128, 200)])]
+    rollouts = rollouts_of([s.astype(np.int32) for s in sequences], [1] * len(sequences))
+    return build_tree_layout(rollouts, prefix_order(rollouts))
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("asking", ["all", "some"])
+def test_the_block_mask_is_the_one_that_trying_every_pair_gives(asking, window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = large_forest()
+    queries, positions = queries_of(layout, 0, asking)
+    ours = FlexKernel(queries, CPU).block_mask(window)
+    theirs = create_block_mask(ours.mask_mod, 1, 1, len(positions), len(layout), device="cpu", BLOCK_SIZE=BLOCK)
+    seen = attention_mask(layout)[positions]
+    if window is not None:
+        seen &= (layout.depth[positions][:, None] - layout.depth[None, :]) < window
+    assert bool((dense(ours, whole=True) <= dense(theirs, whole=True)).all())
+    visited, needed = dense(ours, whole=False), dense(theirs, whole=False)
+    assert bool((visited >= needed).all())
+    if asking == "all" and window is None:
+        assert torch.equal(visited, needed)
+        assert torch.equal(dense(ours, whole=True), dense(theirs, whole=True))
+        assert 0 < int(dense(ours, whole=True).sum()) < int(visited.sum()) < visited.numel() / 2
+    # No pair is lost, and none is added: a block seen whole holds nothing that is hidden.
+    blocks = np.zeros((visited.shape[0] * BLOCK, visited.shape[1] * BLOCK), dtype=bool)
+    blocks[: seen.shape[0], : seen.shape[1]] = seen
+    blocks = blocks.reshape(visited.shape[0], BLOCK, visited.shape[1], BLOCK)
+    assert not (blocks.any((1, 3)) & ~visited.numpy()).any()
+    assert blocks.all((1, 3))[dense(ours, whole=True).numpy()].all()
+
+
+def dense(mask, *, whole: bool) -> torch.Tensor:
+    """bool [blocks of queries, blocks of keys]: the blocks seen whole, or all that are visited."""
+    shape = mask.kv_indices.shape[2:]
+    actual = torch.zeros(shape, dtype=torch.bool)
+    lists = [(mask.full_kv_num_blocks, mask.full_kv_indices)]
+    if not whole:
+        lists.append((mask.kv_num_blocks, mask.kv_indices))
+    for counts, indices in lists:
+        for row, count in enumerate(counts[0, 0].tolist()):
+            actual[row, indices[0, 0, row, :count].long()] = True
+    return actual
