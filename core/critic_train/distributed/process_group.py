@@ -72,9 +72,11 @@ class ProcessGroup:
         self._broadcasts = 0
         self._attempt = 0
         self._attempt_event: torch.cuda.Event | None = None
+        self._device: int | None = None
         self._saver: StateSaver | None = None
         self._end: list[str] | None = None
         self._over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._aborting = threading.Lock()
         self._store: Store
 
@@ -84,7 +86,7 @@ class ProcessGroup:
             self._join()
         except (dist.DistError, RuntimeError) as error:
             raise self._lost_error(error) from error
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -143,7 +145,7 @@ class ProcessGroup:
         """Say that this rank is through with all that came before, and begins the next pass."""
         self._attempt += 1
         if self._cuda:
-            self._attempt_event = torch.cuda.current_stream().record_event()
+            self._device, self._attempt_event = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
         self._store.set(f"attempt/{self.rank}", str(self._attempt))
 
     def save_state_with(self, saver: StateSaver | None) -> None:
@@ -174,6 +176,8 @@ class ProcessGroup:
                 self._store.compare_set(OOM, "", json.dumps(asdict(report)))  # the first report stands
             while self._end is None:
                 self._store.check([OOM])  # raises where rank 0 is gone
+                if not self._watcher.is_alive() and self._end is None:
+                    raise MachineError(f"{what}\n{error}", hint=hint)
                 time.sleep(POLL_SECONDS)
         except (dist.DistError, RuntimeError) as lost:
             raise self._lost_error(lost) from lost
@@ -350,12 +354,11 @@ class ProcessGroup:
 
     def _beside_the_main_stream(self) -> AbstractContextManager[Any]:
         """On a GPU, a stream that does not wait for collectives that hang, but for the last optimizer step."""
-        if not self._cuda:
+        if self._device is None or self._attempt_event is None:
             return nullcontext()
-        torch.cuda.set_device(self.local_rank if self.size > 1 else torch.cuda.current_device())
+        torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream()
-        if self._attempt_event is not None:
-            stream.wait_event(self._attempt_event)
+        stream.wait_event(self._attempt_event)
         return torch.cuda.stream(stream)
 
     def _abort(self) -> None:
