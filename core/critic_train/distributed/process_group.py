@@ -41,7 +41,7 @@ GRACE_SECONDS = 5.0
 """How long the cause of a lost connection is looked for before it is called unknown."""
 PROGRESS_SECONDS = 60.0
 """How long a rank may take to write one tensor of its part before it is given up."""
-LEAVE_SECONDS = 2.0
+LEAVE_SECONDS = 4.0
 """How long a main thread may take to notice that the run has ended before its process is ended."""
 
 ERROR = "error"
