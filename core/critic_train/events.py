@@ -4,6 +4,8 @@ Nothing heavy is imported here. `metrics` dictionaries hold plain numbers (or No
 exist), under the names that `metrics.jsonl` uses.
 """
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,3 +95,25 @@ class RunEnded:
 
 
 Event = Notice | Progress | RunStarted | StepEnded | EvaluationEnded | CheckpointSaved | RunEnded
+
+
+def run_to_end(events: Iterable[Event]) -> RunEnded:
+    """Run a job to its end without looking at its progress: `run_to_end(fit(settings)).result`.
+
+    Notices of level "warning" become Python warnings.
+
+    Args:
+        events: what `fit`, `evaluate`, `predict`, `check`, `convert`, `split` or `verify` returned.
+
+    Raises:
+        CriticTrainError: whatever the job raises.
+    """
+    ended: RunEnded | None = None
+    for event in events:
+        if isinstance(event, Notice) and event.level == "warning":
+            warnings.warn(event.message, stacklevel=2)
+        elif isinstance(event, RunEnded):
+            ended = event
+    if ended is None:
+        raise RuntimeError("the job ended without a RunEnded event")
+    return ended

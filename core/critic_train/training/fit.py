@@ -29,7 +29,7 @@ from critic_train.training.run_record import (
 from critic_train.training.trainer import Trainer
 
 
-def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
+def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Train a critic, or go on with a run that was stopped.
 
     Args:
@@ -42,6 +42,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend; the run directory stays usable.
     """
+    stop = stop or StopRequest()
     require_packages(settings.run)
     sharded = resolve_offload(settings.compute) == "all"
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
