@@ -153,6 +153,7 @@ def test_values_that_are_not_finite_are_refused(directory):
 
 
 def test_a_run_is_loaded_by_its_checkpoint(directory, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     written = write_checkpoint(
         tmp_path / "checkpoints", 7, lambda path: shutil.copytree(directory, path, dirs_exist_ok=True)
     )
