@@ -8,7 +8,7 @@ from critic_train.events import Notice, Progress, RunEnded, run_to_end
 def test_the_result_is_the_last_event_and_warnings_are_given_as_pythons():
     ended = RunEnded(status="finished", result={"steps": 1})
     events = [Notice(message="a head was created"), Progress(stage="reading", done=1, total=2)]
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="rows were left out") as warned:
         assert run_to_end(iter([*events, Notice(message="rows were left out", level="warning"), ended])) is ended
     assert [str(warning.message) for warning in warned] == ["rows were left out"]
 
