@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from critic_train.callbacks.observer import Observer
+from critic_train.callbacks.callback import Callback
 from critic_train.errors import ConfigError
 from critic_train.events import EvaluationEnded, Event, StepEnded
 from critic_train.settings import RunSettings
@@ -82,7 +82,7 @@ def _numbers(named: dict[str, Any]) -> dict[str, float]:
 
 
 class Tracker(ABC):
-    """An observer that logs numbers by step.
+    """A callback that logs numbers by step.
 
     Attributes:
         name: of the tracker, for what is told of it.
@@ -93,15 +93,15 @@ class Tracker(ABC):
     def __init__(self) -> None:
         self._is_open = False
 
-    def take(self, event: Event) -> None:
-        """See Observer."""
+    def on_event(self, event: Event) -> None:
+        """See Callback."""
         if isinstance(event, StepEnded):
             self._log(step_metrics(event), event.step)
         elif isinstance(event, EvaluationEnded):
             self._log(evaluation_metrics(event), event.step)
 
     def close(self) -> None:
-        """See Observer."""
+        """See Callback."""
         if self._is_open:
             self._is_open = False
             self.close_run()
@@ -274,7 +274,7 @@ def require_packages(settings: RunSettings) -> None:
 
 def trackers(
     settings: RunSettings, out: Path, *, run_id: str, first_step: int, config: dict[str, Any]
-) -> list[Observer]:
+) -> list[Callback]:
     """The trackers that were asked for. Each opens its run when the first event comes.
 
     Args:
@@ -284,7 +284,7 @@ def trackers(
         first_step: the step from which this start goes on.
         config: what the tracker shows as the run's configuration.
     """
-    made: list[Observer] = []
+    made: list[Callback] = []
     name = out.resolve().name
     for tracker in dict.fromkeys(settings.log_to):
         if tracker == "tensorboard":
