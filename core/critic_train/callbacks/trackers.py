@@ -1,19 +1,13 @@
-"""Our metrics under the names that the field's dashboards know: verl's `critic/vf_loss` and its kin.
+"""Experiment trackers: TensorBoard, Weights & Biases, Trackio.
 
-What all trackers do alike: open late, log steps and evaluations, close once.
-
-TensorBoard event files in the run directory.
-
-Weights & Biases, online or (WANDB_MODE=offline) to files in the run directory.
-
-Trackio: a local database under TRACKIO_DIR, shown by `trackio show`.
-
-Experiment trackers, one file each. Their packages are extras, imported when they are asked for.
+Metrics have the names that dashboards of RL trainers use, verl's `critic/vf_loss` among them. A tracker opens its run at
+the first event, logs steps and evaluations, and closes once. The packages are extras, imported when they are used.
 """
 
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -85,7 +79,7 @@ class Tracker(ABC):
     """A callback that logs numbers by step.
 
     Attributes:
-        name: of the tracker, for what is told of it.
+        name: of the tracker, for --log-to and warnings.
     """
 
     name: str
@@ -108,15 +102,15 @@ class Tracker(ABC):
 
     @abstractmethod
     def open_run(self) -> None:
-        """Start, or go on with, the tracker's run."""
+        """Start the tracker's run, or resume it."""
 
     @abstractmethod
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Hand the tracker some numbers of a step."""
+        """Log the numbers of a step."""
 
     @abstractmethod
     def close_run(self) -> None:
-        """Let the tracker write out what it holds."""
+        """Write out what is buffered, and end the run."""
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
         if not self._is_open:
@@ -130,7 +124,7 @@ class ToTensorboard(Tracker):
 
     Args:
         folder: where the event files go.
-        first_step: the step this start goes on from; what an earlier start logged beyond it is purged from view.
+        first_step: the step from which the run resumes; what was logged beyond it before is hidden.
         config: shown as text.
     """
 
@@ -163,13 +157,13 @@ class ToTensorboard(Tracker):
 
 
 class ToWandb(Tracker):
-    """Logs to one W&B run, which a resumed fit goes on with. W&B's own environment variables hold.
+    """Logs to one W&B run, also where `fit` resumes. W&B's environment variables take precedence.
 
     Args:
         out: the run directory; W&B's files go to `wandb/` in it.
         project: unless WANDB_PROJECT names one.
-        run_name: what the run is called.
-        run_id: what the run is known by.
+        run_name: shown.
+        run_id: identifies the run.
         config: shown as the run's configuration.
     """
 
@@ -182,8 +176,6 @@ class ToWandb(Tracker):
 
     def open_run(self) -> None:
         """See Tracker."""
-        import os
-
         import wandb
 
         # Stdout and stderr are left alone, and nothing of the machine's code or repository is collected.
@@ -211,11 +203,11 @@ class ToWandb(Tracker):
 
 
 class ToTrackio(Tracker):
-    """Logs to one Trackio run, which a resumed fit goes on with. Trackio's own environment variables hold.
+    """Logs to one Trackio run, also where `fit` resumes. Trackio's environment variables take precedence.
 
     Args:
         project: the Trackio project.
-        run_name: what the run is called and known by.
+        run_name: identifies the run.
         config: shown as the run's configuration.
     """
 
@@ -259,7 +251,7 @@ PACKAGES = ("tensorboard", "wandb", "trackio")
 
 
 def require_packages(settings: RunSettings) -> None:
-    """See that the trackers asked for are installed, before anything is read.
+    """Check that the packages of the trackers are installed, before any data is read.
 
     Raises:
         ConfigError: one is not, with the command that installs it.
@@ -275,28 +267,22 @@ def require_packages(settings: RunSettings) -> None:
 def trackers(
     settings: RunSettings, out: Path, *, run_id: str, first_step: int, config: dict[str, Any]
 ) -> list[Callback]:
-    """The trackers that were asked for. Each opens its run when the first event comes.
+    """The trackers of --log-to. Each opens its run at the first event.
 
     Args:
-        settings: which, and under what project.
+        settings: which trackers, and the project.
         out: the run directory; its name is the run's name.
-        run_id: the same at every start of this run, another for every other run.
-        first_step: the step from which this start goes on.
-        config: what the tracker shows as the run's configuration.
+        run_id: identifies the run; the same where it is resumed.
+        first_step: the step from which the run resumes, or 0.
+        config: shown as the run's configuration.
     """
     made: list[Callback] = []
     name = out.resolve().name
     for tracker in dict.fromkeys(settings.log_to):
         if tracker == "tensorboard":
-            pass
-
             made.append(ToTensorboard(out / "tensorboard", first_step=first_step, config=config))
         elif tracker == "wandb":
-            pass
-
             made.append(ToWandb(out, project=settings.log_project, run_name=name, run_id=run_id, config=config))
         else:
-            pass
-
             made.append(ToTrackio(project=settings.log_project, run_name=f"{name}-{run_id}", config=config))
     return made
