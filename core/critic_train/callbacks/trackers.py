@@ -1,7 +1,7 @@
 """Experiment trackers: TensorBoard, Weights & Biases, Trackio.
 
-Metrics have the names that dashboards of RL trainers use, verl's `critic/vf_loss` among them. A tracker opens its run at
-the first event, logs steps and evaluations, and closes once. The packages are extras, imported when they are used.
+Metrics have the names that dashboards of RL trainers use, as verl's `critic/vf_loss`. A tracker opens its run at the
+first event, logs steps and evaluations, and closes once. The packages are extras, imported when they are used.
 """
 
 import contextlib
