@@ -8,18 +8,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from critic_train.errors import ConfigError
-from critic_train.settings import Settings, flag_of, settings_fields
+from critic_train.settings import EXPECTED, Settings, flag_of, settings_fields, value_type
 
 VARIABLE_PREFIX = "CRITIC_TRAIN_"
 LARGEST = 2**64
 """Integers must be smaller in magnitude."""
 OTHER_VARIABLES = ("CRITIC_TRAIN_CONFIG", "CRITIC_TRAIN_DEBUG", "CRITIC_TRAIN_PROGRESS")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,24 +74,16 @@ def options_of(settings: type[Settings]) -> list[Option]:
 
 def option_of(field: "Field[Any]") -> Option:
     """One field as an option; its type decides how a value is parsed."""
-    hint: Any = field.type
-    if get_origin(hint) in (Union, UnionType):
-        hint = next(inner for inner in get_args(hint) if inner is not type(None))
-    repeatable = get_origin(hint) is list
-    if repeatable:
-        hint = get_args(hint)[0]
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kind = str if choices else hint
-    metadata = field.metadata
+    declared, metadata = value_type(field), field.metadata
     help, _, unset = metadata["help"].partition(" [default: ")
     metavars = {int: "N", float: "X", bool: "", str: "TEXT"}
-    metavar = metadata.get("metavar") or "|".join(choices) or metavars[kind]
+    metavar = metadata.get("metavar") or "|".join(declared.choices) or metavars[declared.kind]
     return Option(
         name=field.name,
         flag=metavar if metadata["positional"] else metadata.get("flag") or flag_of(field.name),
-        kind=kind,
-        choices=choices,
-        repeatable=repeatable,
+        kind=declared.kind,
+        choices=declared.choices,
+        repeatable=declared.repeatable,
         default=[] if field.default is MISSING else field.default,
         unset=unset.rstrip("]"),
         help=help,

@@ -16,7 +16,7 @@ from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
 from critic_train.predict.first_pass import critic_source
 from critic_train.rollouts import Rollouts, offsets_from_lengths
-from critic_train.settings import ComputeSettings, Precision
+from critic_train.settings import ComputeSettings, Precision, type_errors
 
 ERRORS_SHOWN = 10
 
@@ -105,7 +105,7 @@ def load_critic(
         MachineError: this machine has no such device.
     """
     settings = ComputeSettings(device=device, precision=precision, max_tokens=max_tokens)
-    if errors := settings.validate():
+    if errors := type_errors(settings) or settings.validate():
         raise ConfigError("\n".join(errors))
     return LoadedCritic(critic_source(Path(path)), settings)
 
