@@ -17,7 +17,7 @@ VARIABLE_PREFIX = "CRITIC_TRAIN_"
 LARGEST = 2**64
 """Integers must be smaller in magnitude."""
 OTHER_VARIABLES = ("CRITIC_TRAIN_CONFIG", "CRITIC_TRAIN_DEBUG", "CRITIC_TRAIN_PROGRESS")
-TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+TRUE_TEXTS, FALSE_TEXTS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +157,8 @@ def read_one(option: Option, text: str) -> Any:
     value: Any = text
     try:
         if option.kind is bool:
-            value = text.strip().lower() in TRUE_WORDS
-            if not value and text.strip().lower() not in FALSE_WORDS:
+            value = text.strip().lower() in TRUE_TEXTS
+            if not value and text.strip().lower() not in FALSE_TEXTS:
                 raise ValueError
         elif option.kind is not str:
             value = option.kind(text)

@@ -44,7 +44,7 @@ EVALUATION_NAMES = {
     "explained_variance": "critic/vf_explained_var",
     "explained_variance_within_group": "critic/vf_explained_var_within_group",
 }
-"""An evaluation's figures that the field has names for; the others stand as `val/` and our own name."""
+"""A metric of an evaluation -> its usual name; others are logged as `val/` and their own name."""
 
 
 def step_metrics(event: StepEnded) -> dict[str, float]:
@@ -58,18 +58,19 @@ def evaluation_metrics(event: EvaluationEnded) -> dict[str, float]:
     """The numbers of an evaluation on held-out rollouts: the critic's own, and what its baselines explain."""
     named: dict[str, Any] = {}
     for name, value in event.metrics.items():
-        known = EVALUATION_NAMES.get(name.removesuffix("_interval"), f"val/{name.removesuffix('_interval')}")
+        metric = name.removesuffix("_interval")
+        logged = EVALUATION_NAMES.get(metric, f"val/{metric}")
         if name.endswith("_interval") and isinstance(value, list):
-            named |= {f"{known}_low": value[0], f"{known}_high": value[1]}
+            named |= {f"{logged}_low": value[0], f"{logged}_high": value[1]}
         else:
-            named[known] = value
+            named[logged] = value
     for name, metrics in event.metrics.get("baselines", {}).items():
         named[f"val/baselines/{name}/explained_variance"] = metrics.get("explained_variance")
     return _numbers(named)
 
 
 def _numbers(named: dict[str, Any]) -> dict[str, float]:
-    """Without what does not exist, and without tables."""
+    """The entries that are numbers: without None, tables and flags."""
     return {
         name: value for name, value in named.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }
