@@ -1,13 +1,10 @@
-"""Which view is chosen, and what a log file gets."""
+"""What a log file gets."""
 
 import pytest
 
-from critic_train.errors import ConfigError
 from critic_train.events import CheckpointSaved, EvaluationEnded, Notice, Progress, RunEnded, RunStarted, StepEnded
-from critic_train_cli.job import choose_view
-from critic_train_cli.live import LiveView
 from critic_train_cli.output import Output
-from critic_train_cli.plain_view import PlainView, View, told
+from critic_train_cli.plain_view import PlainView, View, format_value
 from critic_train_cli.run_state import RunState
 
 FULL = StepEnded(
@@ -33,7 +30,7 @@ def clock():
 @pytest.fixture
 def view(clock):
     view = PlainView(Output(), stopping="stopping")
-    view.course = RunState(clock)
+    view.state = RunState(clock)
     return view
 
 
@@ -51,30 +48,6 @@ def started(steps, first_step=0):
 
 def step(number):
     return StepEnded(step=number, epoch=0, metrics={}, timing={})
-
-
-@pytest.mark.parametrize(
-    ("word", "quiet", "terminal", "kind"),
-    [
-        ("", False, True, LiveView),
-        ("", False, False, PlainView),
-        ("", True, True, View),
-        ("0", False, True, View),
-        ("plain", False, True, PlainView),
-        ("live", False, False, LiveView),
-        ("LIVE", True, False, View),
-    ],
-)
-def test_choice(monkeypatch, word, quiet, terminal, kind):
-    monkeypatch.setenv("CRITIC_TRAIN_PROGRESS", word)
-    monkeypatch.setattr("critic_train_cli.job.can_redraw", lambda stream: terminal)
-    assert type(choose_view(Output(quiet=quiet), stopping="stopping")) is kind
-
-
-def test_another_word_is_refused(monkeypatch):
-    monkeypatch.setenv("CRITIC_TRAIN_PROGRESS", "fancy")
-    with pytest.raises(ConfigError, match="must be live, plain or 0, not 'fancy'"):
-        choose_view(Output(), stopping="stopping")
 
 
 def test_a_step_in_one_line(view, capsys):
@@ -154,11 +127,11 @@ def test_the_start_is_told_in_lines_no_wider_than_the_terminal(view, monkeypatch
     [(True, "yes"), (12345, "12,345"), (0.1, "0.1"), ({"a": 1, "b": None}, "a 1, b -"), (["x", 2], "x, 2")],
 )
 def test_values_of_the_summary(value, text):
-    assert told(value) == text
+    assert format_value(value) == text
 
 
 def test_quiet_view_tells_warnings_only(capsys):
     view = View(Output(quiet=True), stopping="stopping")
     events = [started(1), FULL, Notice(message="a"), Notice(message="b", level="warning")]
     assert lines_after(view, capsys, *events) == ["warning: b"]
-    assert view.course.losses.points == [0.04213]
+    assert view.state.losses.points == [0.04213]
