@@ -132,6 +132,34 @@ def load_and_save_adapters(base: str, source: str, target: str) -> None:
         ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
 
 
+def run_out_alone(kind: str) -> tuple[float, int]:
+    """A single process whose critic is sharded runs out of memory in its second micro-batch, and begins again.
+
+    Returns:
+        (the largest relative difference of a gradient to that of one that is not sharded, max_tokens after it).
+    """
+    from critic_train.model.fsdp import shard
+
+    with init_ranks(SETTINGS, nproc=1, device="cpu", sharded=True) as ranks:
+        alone, sharded = critic_of("Llama"), critic_of("Llama")
+        compute = replace(ONE, ranks=ranks)
+        shard(sharded, compute)
+        calls = 0
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        def enter(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                arguments[0].register_hook(fail) if kind == "backward" else fail()
+
+        sharded.trunk.layers[1].register_forward_pre_hook(enter)
+        ours, theirs = gradients(sharded, compute, **CASES[0]), gradients(alone, ONE, **CASES[0])
+        return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs), compute.max_tokens
+
+
 def load_and_save(source: str, target: str) -> None:
     """Every rank loads its part of a directory, and together they write it anew, with moments."""
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:

@@ -1,11 +1,14 @@
 """The documentation cannot rot: flags, aliases and exit codes in it are those of the code."""
 
+import builtins
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from support import readable_rollouts, write_shard
 
+import critic_train
 from critic_train import __version__
 from critic_train.data.schema import ALIASES
 from critic_train_cli.main import COMMANDS
@@ -87,6 +90,36 @@ def test_the_index_links_every_page_of_the_documentation():
     linked = {(index.parent / target).resolve() for target, _ in LINK.findall(index.read_text()) if target}
     pages = {page for folder in ("guides", "concepts", "reference") for page in (ROOT / "docs" / folder).glob("*.md")}
     assert pages <= linked
+
+
+PYTHON_PAGE = (ROOT / "docs" / "reference" / "python.md").read_text()
+PYTHON_CODE = re.findall(r"^```python\n(.*?)^```$", PYTHON_PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_page_names_what_the_package_exports_and_no_more():
+    prose = re.sub(r"^```.*?^```$", "", PYTHON_PAGE, flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", prose))
+    assert set(critic_train.__all__) <= named
+    classes = {name for name in named if re.match(r"[A-Z][a-z]\w*[A-Z]|[A-Z][a-z]+$", name)}
+    imported = {
+        name
+        for line in re.findall(r"^from critic_train import (.*)$", PYTHON_PAGE, re.MULTILINE)
+        for name in line.split(", ")
+    }
+    assert (classes - set(dir(builtins))) | imported <= set(critic_train.__all__)
+
+
+def test_the_code_of_the_python_page_runs(tmp_path, monkeypatch, capsys):
+    for folder, seed in (("rollouts", 0), ("held_out", 1)):
+        write_shard(tmp_path / folder / "a.parquet", readable_rollouts(8, seed=seed))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for code in PYTHON_CODE:
+        exec(code, names)
+    shown = capsys.readouterr().out
+    for code in PYTHON_CODE:
+        assert [line for line in re.findall(r"print\(.*\)  # (.*)$", code, re.MULTILINE) if line not in shown] == []
+    assert (tmp_path / "mine" / "part-00000.parquet").is_file()
 
 
 def test_the_version_stands_in_one_place_and_heads_the_changelog():

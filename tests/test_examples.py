@@ -1,13 +1,15 @@
-"""The scripts in docs/examples do what they say."""
+"""The scripts in docs/examples and the programs in examples/python do what they say."""
 
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -145,6 +147,38 @@ def test_a_slurm_job_is_queued_again_after_a_preemption_only(programs, tmp_path,
     assert ("scontrol requeue 17" in told) == requeued
     assert ("critic-train eval" in told) == judged
     assert (out / "held_out.json").exists() == judged
+
+
+@pytest.fixture
+def run_program(capsys) -> Iterator[Callable[..., list[str]]]:
+    """Runs a program of examples/python in this process; gives the lines that it prints."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    def run(name: str, *arguments: str) -> list[str]:
+        runpy.run_path(str(ROOT / "examples" / "python" / f"{name}.py"))["main"](*arguments)
+        return capsys.readouterr().out.splitlines()
+
+    yield run
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_the_library_trains_and_judges(run_program, tmp_path):
+    trained = run_program("fit", str(tmp_path / "run"), "1")
+    assert any(line.startswith("step 1: held-out explained variance") for line in trained)
+    assert trained[-1] == f"finished: the best critic is {tmp_path / 'run' / 'best'}"
+    judged = run_program("evaluate", str(tmp_path / "run"))
+    rows = [line.split()[0] for line in judged[1:7]]
+    assert rows == [str(tmp_path / "run"), "task", "task", "constant", "stored", "group_mean"]
+
+
+def test_rollouts_of_ones_own_are_written_checked_and_trained_on(run_program, tmp_path):
+    shown = run_program("custom_data", str(tmp_path), "40")
+    assert shown[0].startswith("512 rollouts, 0 of them cannot be used")
+    assert shown[1] == "finished"
+    right, wrong = ([float(value) for value in line.split()] for line in shown[2:])
+    assert right[:2] == wrong[:2]  # before the first wrong token there is no difference
+    assert right[2] - wrong[2] > 0.2
+    assert right[3] - wrong[3] > 0.2
 
 
 def catches(pid: int, number: int) -> bool:

@@ -1,4 +1,4 @@
-"""How a command is put together: options from its settings, the same own flags for all, then its work."""
+"""Make a Typer command of settings and a function: options from the settings, and the flags that all commands have."""
 
 import inspect
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from critic_train.settings import Settings
-from critic_train_cli.config_file import config_text, file_from, read_config
+from critic_train_cli.config_file import config_path, config_text, read_config
 from critic_train_cli.help_page import command_page
 from critic_train_cli.options import Chosen, Option, misspelt_variables, options_of, resolve
 from critic_train_cli.output import Output
@@ -22,11 +22,11 @@ class Command:
     """A command of the program.
 
     Attributes:
-        name: the word that calls it.
+        name: as on the command line.
         settings: the class that declares its options.
-        about: what it does, in a sentence or two; the first sentence also stands on the program's page.
+        about: what it does; the first sentence is also shown on the program's page.
         examples: command lines for the help page.
-        work: does it, given the settings and the output; returns the exit code.
+        work: called with the settings and the output; returns the exit code.
     """
 
     name: str
@@ -35,14 +35,19 @@ class Command:
     examples: tuple[str, ...]
     work: Callable[[Any, Output], int]
 
+    @property
+    def summary(self) -> str:
+        """The first sentence of `about`, for lists of commands."""
+        return self.about.split(". ")[0].rstrip(".") + "."
+
 
 def add_command(app: typer.Typer, command: Command, every: tuple[Command, ...]) -> None:
-    """Give the app a command.
+    """Add a command to the Typer app.
 
     Args:
         app: the Typer app.
         command: the command to add.
-        every: all commands, for the configuration file may speak to each of them.
+        every: all commands: the configuration file may have tables of others.
     """
     options = options_of(command.settings)
 
@@ -61,7 +66,7 @@ def add_command(app: typer.Typer, command: Command, every: tuple[Command, ...]) 
         settings = command.settings(**{name: value.value for name, value in chosen.items()})
         return command.work(settings, output)
 
-    parameters = [parameter_of(option) for option in options] + own_parameters(command, options)
+    parameters = [parameter_of(option) for option in options] + common_parameters(command, options)
     context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     call.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in (context, *parameters)}
@@ -71,8 +76,8 @@ def add_command(app: typer.Typer, command: Command, every: tuple[Command, ...]) 
 def chosen_settings(
     command: Command, options: list[Option], given: dict[str, Any], every: tuple[Command, ...]
 ) -> dict[str, Chosen]:
-    """Each setting's value and origin, from the four places it can come from."""
-    path = file_from(given["config"])
+    """Each setting's value and origin: flags, environment, configuration file or default."""
+    path = config_path(given["config"])
     file: dict[str, Chosen] = {}
     if path:
         file = read_config(path, command.name, {other.name: options_of(other.settings) for other in every})
@@ -80,31 +85,31 @@ def chosen_settings(
 
 
 def print_config(command: Command, options: list[Option], chosen: dict[str, Chosen], output: Output) -> None:
-    """Show every setting and its origin, as TOML or as JSON."""
-    told = {name: {"value": value.value, "source": value.source} for name, value in chosen.items()}
+    """Print every setting and its origin, as TOML or as JSON."""
+    result = {name: {"value": value.value, "source": value.source} for name, value in chosen.items()}
     text = config_text(command.name, options, chosen, escape=not is_unicode(sys.stdout))
-    output.result(told, lambda console: output.text(text))
+    output.result(result, lambda console: output.text(text))
 
 
 def parameter_of(option: Option) -> inspect.Parameter:
-    """A setting as Typer takes it: text, read later by `resolve`; None or False where nothing was given."""
+    """A setting as a parameter of Typer's: a string, parsed later by `resolve`; None or False where it is not given."""
     choices = list(option.choices)
-    told: Any
+    default: Any
     kind: Any
     if option.positional:
-        told, kind = typer.Argument(None, help=option.help, metavar=option.metavar), list[str] | None
+        default, kind = typer.Argument(None, help=option.help, metavar=option.metavar), list[str] | None
     elif option.kind is bool:
-        # The flag alone, spelt out: Typer would invent --no-no-clip beside --no-clip.
-        told, kind = typer.Option(False, option.flag, help=option.help), bool
+        # The flag is named because Typer would otherwise add --no-no-clip beside --no-clip.
+        default, kind = typer.Option(False, option.flag, help=option.help), bool
     else:
         complete = (lambda: choices) if choices else None
-        told = typer.Option(None, option.flag, help=option.help, metavar=option.metavar, autocompletion=complete)
+        default = typer.Option(None, option.flag, help=option.help, metavar=option.metavar, autocompletion=complete)
         kind = list[str] | None if option.repeatable else str | None
-    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-def own_parameters(command: Command, options: list[Option]) -> list[inspect.Parameter]:
-    """The flags that every command has beside its settings."""
+def common_parameters(command: Command, options: list[Option]) -> list[inspect.Parameter]:
+    """The flags that every command has besides its settings."""
 
     def show_help(ctx: typer.Context, value: bool) -> None:
         if value and not ctx.resilient_parsing:
@@ -123,6 +128,6 @@ def own_parameters(command: Command, options: list[Option]) -> list[inspect.Para
         ),
     }
     return [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=told, annotation=kind)
-        for name, (kind, told) in declared.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in declared.items()
     ]

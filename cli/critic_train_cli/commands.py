@@ -1,18 +1,7 @@
-"""`critic-train fit`: train a critic.
+"""The commands: for each, the work it does and how its result is shown, then its entry in the program's list.
 
-`critic-train eval`: judge critics.
-
-`critic-train predict`: write a critic's values into the shards.
-
-`critic-train split`: hold prompts out, as shards of their own.
-
-`critic-train check`: look a data set over.
-
-`critic-train convert`: shards out of other systems' rollout dumps.
-
-`critic-train report`: put runs and evaluations on one page.
-
-`critic-train verify`: whether runs, checkpoints and rollouts are what was written.
+The library's functions are imported when they are called (see `critic_train.__getattr__`), while the view is already
+on the screen.
 """
 
 import shlex
@@ -21,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import critic_train
 from critic_train.events import Event
 from critic_train.settings import (
     CheckSettings,
@@ -36,29 +26,25 @@ from critic_train.stopping import StopRequest
 from critic_train.text import format_bytes
 from critic_train_cli.command import Command
 from critic_train_cli.exit_codes import DONE, REFUSED
-from critic_train_cli.job import run_inspection
+from critic_train_cli.job import choose_view, exit_code_of, run_inspection, run_job
 from critic_train_cli.output import Output
 from critic_train_cli.terminal import RED, paint
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+CONTINUES = "stopping; the same command goes on from here"
+"""Shown at the first signal by commands that keep what they have written."""
+
 
 def run_fit(settings: FitSettings, output: Output) -> int:
-    """Train, showing how it goes; then the summary, or the result as JSON."""
-    from critic_train_cli.job import choose_view, exit_code_of, run_job
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.training.fit import fit
-
-        yield from fit(settings, stop)
-
+    """Train a critic, then print the summary with charts."""
     if settings.run.dry_run:
         return run_dry_run(settings, output)
     output.run_directory = settings.run.out
     view = choose_view(output, stopping="stopping after this micro-batch; a checkpoint will be written")
     view.log_every = settings.run.log_every
-    ended = run_job(start, view, output)
+    ended = run_job(lambda stop: critic_train.fit(settings, stop), view, output)
 
     from critic_train.report.report_sources import reread_run
     from critic_train_cli.command_results import draw_next, draw_summary
@@ -68,7 +54,7 @@ def run_fit(settings: FitSettings, output: Output) -> int:
         output.line("")
 
     def draw(console: "Console") -> None:
-        draw_summary(console, ended, view.course.losses.points)
+        draw_summary(console, ended, view.state.losses.points)
         run = reread_run(ended.result.get("out"))
         if run is not None:
             draw_charts(console, run.evaluation.data, [record.data for record in run.evaluations])
@@ -79,8 +65,7 @@ def run_fit(settings: FitSettings, output: Output) -> int:
 
 
 def run_dry_run(settings: FitSettings, output: Output) -> int:
-    """Say what the run would take."""
-    from critic_train_cli.job import choose_view, exit_code_of, run_job
+    """Print the time, memory and disk that the run would take."""
 
     def start(stop: StopRequest) -> Iterator[Event]:
         from critic_train.training.dry_run import dry_run
@@ -115,20 +100,13 @@ FIT = Command(
 
 
 def run_eval(settings: EvalSettings, output: Output) -> int:
-    """Judge, showing how far it is; then the tables, or the verdict as JSON; last, which gates failed."""
-    from critic_train_cli.job import choose_view, exit_code_of, run_job
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.evaluation.evaluate import evaluate
-
-        yield from evaluate(settings, stop)
-
+    """Evaluate critics or stored values, then print the tables, write the page, and list the gates that failed."""
     if settings.evaluation.report is not None:
         from critic_train.report.report_sources import refuse_place
 
         refuse_place(Path(settings.evaluation.report), "--report")
     view = choose_view(output, stopping="stopping")
-    ended = run_job(start, view, output)
+    ended = run_job(lambda stop: critic_train.evaluate(settings, stop), view, output)
 
     from critic_train_cli.text_charts import draw_charts
     from critic_train_cli.verdict_tables import draw_verdict
@@ -166,22 +144,15 @@ EVAL = Command(
 
 
 def run_predict(settings: PredictSettings, output: Output) -> int:
-    """Predict and write, showing how far it is; then what was written, or the same as JSON."""
-    from critic_train_cli.job import choose_view, exit_code_of, run_job
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.predict.predict import predict
-
-        yield from predict(settings, stop)
-
-    view = choose_view(output, stopping="stopping; the same command goes on from here")
-    ended = run_job(start, view, output)
+    """Write a critic's values into shards, then print how many rows of how many files have them."""
+    view = choose_view(output, stopping=CONTINUES)
+    ended = run_job(lambda stop: critic_train.predict(settings, stop), view, output)
     output.result(ended.result, lambda console: draw_prediction(console, ended.result))
     return exit_code_of(ended)
 
 
 def draw_prediction(console: "Console", result: dict[str, Any]) -> None:
-    """Say what stands where, and what to do next."""
+    """Print what was written where, and the command that trains on it."""
     files = f"{result['files']} of {result['files_in_all']} files"
     if result["status"] == "interrupted":
         console.print(f"Interrupted: {files} stand in {result['to']}.", style="bold")
@@ -190,10 +161,10 @@ def draw_prediction(console: "Console", result: dict[str, Any]) -> None:
     head = {"already finished": "Already finished"}.get(result["status"], "Finished")
     columns = ", ".join(result["columns"])
     console.print(f"{head}: {columns} of {result['rows']:,} rows in {files} in {result['to']}.", style="bold")
-    bad = (result["rows_left_out"] or {}).get("count")
-    if bad:
-        console.print(f"{bad:,} rows could not be used: they have nulls there.")
-    # Unwrapped, so that it can be copied.
+    bad_rows = (result["rows_left_out"] or {}).get("count")
+    if bad_rows:
+        console.print(f"{bad_rows:,} rows could not be used: they have nulls there.")
+    # Not wrapped at the terminal's width, so that it can be copied.
     console.print(f"\nNext: critic-train fit --data {shlex.quote(result['to'])}", soft_wrap=True)
 
 
@@ -212,15 +183,9 @@ PREDICT = Command(
 
 
 def run_split(settings: SplitSettings, output: Output) -> int:
-    """Split, showing how far it is; then what went where, or the same as JSON."""
-    from critic_train_cli.job import choose_view, exit_code_of, run_job
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.data.split import split
-
-        yield from split(settings, stop)
-
-    ended = run_job(start, choose_view(output, stopping="stopping; the same command goes on from here"), output)
+    """Hold prompts out, then print how many rollouts and prompt groups are on each side."""
+    view = choose_view(output, stopping=CONTINUES)
+    ended = run_job(lambda stop: critic_train.split(settings, stop), view, output)
     output.result(
         {"status": ended.status, **ended.result}, lambda console: draw_split(console, ended.status, ended.result)
     )
@@ -228,7 +193,7 @@ def run_split(settings: SplitSettings, output: Output) -> int:
 
 
 def draw_split(console: "Console", status: str, result: dict[str, Any]) -> None:
-    """Say what went where, and what to do next."""
+    """Print the sizes of both sides, and the command that trains on them."""
     if status == "interrupted":
         console.print("Interrupted. The same command goes on from there.", style="bold")
         return
@@ -236,9 +201,9 @@ def draw_split(console: "Console", status: str, result: dict[str, Any]) -> None:
     for side in ("train", "val"):
         rollouts, groups = result[side]["rollouts"], result[side]["prompt_groups"]
         console.print(f"{to}/{side}: {rollouts:,} rollouts of {groups:,} prompt groups", style="bold", soft_wrap=True)
-    bad = result["rows_left_out"]["count"]
-    if bad:
-        console.print(f"{bad:,} rows that could not be used are in neither.")
+    bad_rows = result["rows_left_out"]["count"]
+    if bad_rows:
+        console.print(f"{bad_rows:,} rows that could not be used are in neither.")
     paths = (shlex.quote(f"{to}/{side}") for side in ("train", "val"))
     console.print("\nNext: critic-train fit --data {} --val-data {}".format(*paths), soft_wrap=True)
 
@@ -257,19 +222,14 @@ SPLIT = Command(
 
 
 def run_check(settings: CheckSettings, output: Output) -> int:
-    """Read everything, showing how far it is; then the findings, or all of them as JSON."""
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.check.check import check
-
-        yield from check(settings, stop)
+    """Read a data set to its end, then print what is in it and what is wrong with it."""
 
     def draw(console: "Console", result: dict[str, Any]) -> None:
         from critic_train_cli.check_view import draw_check
 
         draw_check(console, result, settings.output.show)
 
-    return run_inspection(start, draw, output)
+    return run_inspection(lambda stop: critic_train.check(settings, stop), draw, output)
 
 
 CHECK = Command(
@@ -289,16 +249,9 @@ CHECK = Command(
 
 
 def run_convert(settings: ConvertSettings, output: Output) -> int:
-    """Convert, showing how far it is; then what was made of what."""
-    from critic_train_cli.job import choose_view, exit_code_of, run_job
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.convert.conversion import convert
-
-        yield from convert(settings, stop)
-
+    """Convert dumps to shards, then print how many rollouts came of each source."""
     view = choose_view(output, stopping="stopping; the same command goes on from the last whole source")
-    ended = run_job(start, view, output)
+    ended = run_job(lambda stop: critic_train.convert(settings, stop), view, output)
 
     from critic_train_cli.command_results import draw_conversion
 
@@ -322,18 +275,16 @@ CONVERT = Command(
 
 
 def run_report(settings: ReportSettings, output: Output) -> int:
-    """Write the page; then the same in short, where somebody reads along."""
-    from critic_train.report.page import report
+    """Write the page, then print a summary of what it shows."""
     from critic_train_cli.command_results import draw_report
-    from critic_train_cli.exit_codes import DONE
 
-    written = report(settings)
-    told = {
+    written = critic_train.report(settings)
+    result = {
         "report": str(written.path),
         "bytes": written.size_bytes,
         "sources": [source.label for source in written.sources],
     }
-    output.result(told, lambda console: draw_report(console, written, in_full=settings.page.to is None))
+    output.result(result, lambda console: draw_report(console, written, in_full=settings.page.to is None))
     return DONE
 
 
@@ -355,18 +306,16 @@ OUTCOME_LABELS = {"sound": "ok", "unsound": "BAD", "unknown": "-"}
 
 
 def run_verify(settings: VerifySettings, output: Output) -> int:
-    """Look at each target; then a line a finding, or all of them as JSON."""
-
-    def start(stop: StopRequest) -> Iterator[Event]:
-        from critic_train.verify.verify import verify
-
-        yield from verify(settings, stop)
-
-    return run_inspection(start, lambda console, result: draw_outcomes(console, result["targets"]), output)
+    """Verify each target, then print one line a finding."""
+    return run_inspection(
+        lambda stop: critic_train.verify(settings, stop),
+        lambda console, result: draw_outcomes(console, result["targets"]),
+        output,
+    )
 
 
 def draw_outcomes(console: "Console", targets: list[dict[str, Any]]) -> None:
-    """A block a target, a line a finding: its verdict, what it is of, and what was looked at or is wrong."""
+    """Print each target with its verdict, and one line a finding: ok, BAD, or - for what could not be compared."""
     for target in targets:
         verdict = "sound" if target["sound"] else "NOT SOUND"
         console.print(f"{target['target']} ({target['kind']}): {verdict}", style="bold", soft_wrap=True, markup=False)

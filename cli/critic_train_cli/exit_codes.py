@@ -1,7 +1,7 @@
-"""The one map from what went wrong to an exit code and to words.
+"""From an exception to the exit code and the error message.
 
-Usage errors of Typer are known by their shape (`format_message`, `exit_code`): its exception classes moved
-between releases, their shape did not.
+Typer's usage errors are recognised by their attributes (`format_message`, `exit_code`): its exception classes moved
+between releases, the attributes did not.
 """
 
 import errno
@@ -15,7 +15,7 @@ from critic_train.text import without_secrets
 
 DONE, REFUSED, USAGE, DATA, MODEL, DIVERGED, MACHINE, BUG, CLOSED = 0, 1, 2, 3, 4, 5, 6, 70, 141
 INTERRUPTED = 128
-"""Added to the number of the signal that stopped the job."""
+"""128 + the signal's number is the exit code of an interrupted job."""
 
 EXIT_CODES: dict[type[CriticTrainError], int] = {
     ConfigError: USAGE,
@@ -40,8 +40,15 @@ LOWER_MEMORY = "lower --max-tokens (it never changes the result), or use --preci
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """What is said of an error, and the code the program ends with."""
+class Failure:
+    """The exit code for an exception, and what is printed of it.
+
+    Attributes:
+        exit_code: of the program.
+        message: what happened and where.
+        hint: what to do about it, or an empty string.
+        is_bug: whether it is a bug of critic-train.
+    """
 
     exit_code: int
     message: str
@@ -49,38 +56,38 @@ class Fault:
     is_bug: bool = False
 
 
-def explain(error: BaseException) -> Fault:
-    """Put an exception into words. Whatever is not known here is a bug of ours (exit 70)."""
+def explain(error: BaseException) -> Failure:
+    """Find the exit code and the message of an exception. What is not listed here is a bug (exit code 70)."""
     if isinstance(error, CriticTrainError):
         code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), BUG)
-        return Fault(exit_code=code, message=error.message, hint=error.hint)
+        return Failure(exit_code=code, message=error.message, hint=error.hint)
     if isinstance(error, KeyboardInterrupt):
-        return Fault(exit_code=INTERRUPTED + 2, message="interrupted")
+        return Failure(exit_code=INTERRUPTED + 2, message="interrupted")
     if isinstance(error, BrokenPipeError):
-        return Fault(exit_code=CLOSED, message="")
-    if out_of_memory(error):
+        return Failure(exit_code=CLOSED, message="")
+    if is_out_of_memory(error):
         first = str(error).split("\n")[0][:200]
-        return Fault(exit_code=MACHINE, message=f"out of memory: {first or 'no more was given'}", hint=LOWER_MEMORY)
+        return Failure(exit_code=MACHINE, message=f"out of memory: {first or 'no more was given'}", hint=LOWER_MEMORY)
     if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-        words = (error.strerror or os.strerror(error.errno)).lower()
-        return Fault(exit_code=MACHINE, message=f"{words}{where}", hint=MACHINE_ERRNOS[error.errno])
+        reason = (error.strerror or os.strerror(error.errno)).lower()
+        return Failure(exit_code=MACHINE, message=f"{reason}{where}", hint=MACHINE_ERRNOS[error.errno])
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        return usage_fault(error)
+        return usage_failure(error)
     kind = type(error).__name__
-    return Fault(exit_code=BUG, message=f"this is a bug in critic-train ({kind}: {error})", is_bug=True)
+    return Failure(exit_code=BUG, message=f"this is a bug in critic-train ({kind}: {error})", is_bug=True)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the host or a device; torch's classes are told by name, not imported."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or a device. torch's class is recognised by name: torch is not imported."""
     if isinstance(error, MemoryError) or any(k.__name__ == "OutOfMemoryError" for k in type(error).__mro__):
         return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
-def usage_fault(error: BaseException) -> Fault:
-    """Typer's complaint in this program's words, with the flag or command that was probably meant."""
+def usage_failure(error: BaseException) -> Failure:
+    """A usage error of Typer, reworded, with the flag or command that was probably meant."""
     from difflib import get_close_matches
 
     context = getattr(error, "ctx", None)
@@ -91,20 +98,20 @@ def usage_fault(error: BaseException) -> Fault:
         flags = [flag for param in getattr(context.command, "params", []) for flag in param.opts] if context else []
         close = get_close_matches(unknown, flags, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        return Fault(exit_code=USAGE, message=f"no such option: {unknown}", hint=hint + listing)
-    words = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
-    head, _, meant = words.partition(". Did you mean ")
+        return Failure(exit_code=USAGE, message=f"no such option: {unknown}", hint=hint + listing)
+    message = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+    head, _, meant = message.partition(". Did you mean ")
     if meant:
-        return Fault(exit_code=USAGE, message=lower_first(head), hint=f"did you mean {meant} {listing}")
-    if "unexpected extra argument" in words:
-        words = f"unexpected argument: {words.partition('(')[2].rpartition('(')[2].rstrip(')')}"
+        return Failure(exit_code=USAGE, message=lower_first(head), hint=f"did you mean {meant} {listing}")
+    if "unexpected extra argument" in message:
+        message = f"unexpected argument: {message.partition('(')[2].rpartition('(')[2].rstrip(')')}"
         listing = "values belong to flags, as in --data rollouts/; " + listing
-    return Fault(exit_code=USAGE, message=lower_first(words), hint=listing)
+    return Failure(exit_code=USAGE, message=lower_first(message), hint=listing)
 
 
-def lower_first(words: str) -> str:
-    """`No such command` -> `no such command`: what follows `error: ` is no sentence's beginning."""
-    return words[:1].lower() + words[1:]
+def lower_first(text: str) -> str:
+    """`No such command` -> `no such command`, because it follows `error: `."""
+    return text[:1].lower() + text[1:]
 
 
 def write_crash_log(error: BaseException, run_directory: str | None) -> str | None:
@@ -113,19 +120,19 @@ def write_crash_log(error: BaseException, run_directory: str | None) -> str | No
     Returns:
         The path, or None where neither could be written.
     """
-    words = without_secrets("".join(traceback.format_exception(error)))
+    text = without_secrets("".join(traceback.format_exception(error)))
     try:
         if run_directory and os.path.isdir(run_directory):
             path = os.path.join(run_directory, "crash.log")
             with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(words)
+                file.write(text)
             return path
     except OSError:
         pass
     try:
         handle, path = tempfile.mkstemp(prefix="critic-train-crash-", suffix=".log")
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(words)
+            file.write(text)
     except OSError:
         return None
     return path

@@ -1,9 +1,4 @@
-"""Which view suits where stderr goes.
-
-Run a long job: its events go to a view, its signals to a stop request, its end to an exit code.
-
-Jobs that only look: what they have found is shown, and whether it is sound is their exit code.
-"""
+"""Run a job of the library: its events go to a view, signals to its stop request, its end to an exit code."""
 
 import os
 import signal
@@ -28,21 +23,21 @@ VARIABLE = "CRITIC_TRAIN_PROGRESS"
 
 
 def choose_view(output: Output, *, stopping: str) -> View:
-    """The view that suits stderr, unless CRITIC_TRAIN_PROGRESS says which.
+    """Choose how progress is shown: live on a terminal, in plain lines elsewhere, unless CRITIC_TRAIN_PROGRESS is set.
 
     Args:
         output: where the view writes.
-        stopping: what happens after the first signal.
+        stopping: the message at the first signal: what happens now.
 
     Raises:
-        ConfigError: the variable holds another word.
+        ConfigError: the variable has another value than live, plain or 0.
     """
-    word = os.environ.get(VARIABLE, "").lower()
-    if word not in ("", "0", "plain", "live"):
-        raise ConfigError(f"{VARIABLE} must be live, plain or 0, not {word!r}")
-    if output.quiet or output.silent or word == "0":
+    form = os.environ.get(VARIABLE, "").lower()
+    if form not in ("", "0", "plain", "live"):
+        raise ConfigError(f"{VARIABLE} must be live, plain or 0, not {form!r}")
+    if output.quiet or output.silent or form == "0":
         return View(output, stopping=stopping)
-    if word == "live" or (not word and can_redraw(sys.stderr)):
+    if form == "live" or (not form and can_redraw(sys.stderr)):
         from critic_train_cli.live import LiveView
 
         return LiveView(output, stopping=stopping)
@@ -50,15 +45,15 @@ def choose_view(output: Output, *, stopping: str) -> View:
 
 
 def run_job(start: Callable[[StopRequest], Iterator[Event]], view: View, output: Output) -> RunEnded:
-    """Follow a job to its last event.
+    """Run a job to its last event.
 
     Args:
-        start: begins the job and yields its events; whatever is heavy is imported in here, under the view.
+        start: returns the job's events. It is called when the view is shown, so heavy imports belong into it.
         view: draws the events.
-        output: learns of the run directory, for a crash log.
+        output: is given the run directory, for a crash log.
 
     Raises:
-        RuntimeError: the job ended without saying so; that is a bug.
+        RuntimeError: the job yielded no RunEnded event, which is a bug.
     """
     stop = StopRequest()
     ended: RunEnded | None = None
@@ -78,7 +73,7 @@ def run_job(start: Callable[[StopRequest], Iterator[Event]], view: View, output:
 
 
 def exit_code_of(ended: RunEnded) -> int:
-    """0, or 128 and the number of the signal that stopped the job."""
+    """0, or 128 + the number of the signal that stopped the job."""
     if ended.status == "interrupted":
         return INTERRUPTED + (ended.signal_number or signal.SIGINT)
     return DONE
@@ -87,10 +82,13 @@ def exit_code_of(ended: RunEnded) -> int:
 def run_inspection(
     start: Callable[[StopRequest], Iterator[Event]], draw: Callable[["Console", dict[str, Any]], None], output: Output
 ) -> int:
-    """Run a job whose result has "sound" in it; draw the result, or give it as JSON. The exit code: 1 if unsound."""
-    pass
-    pass
+    """Run a job that only reads, print its result, and return the exit code: 1 where the result is not "sound".
 
+    Args:
+        start: see `run_job`.
+        draw: draws the result on the console; with --json it is printed as it is.
+        output: where the result goes.
+    """
     ended = run_job(start, choose_view(output, stopping="stopping"), output)
     if ended.status != "finished":
         output.result({"status": ended.status}, lambda console: None)

@@ -1,4 +1,4 @@
-"""The program `critic-train`: its commands, and the one place where an error becomes an exit code."""
+"""The entry point of `critic-train`: parses the command line, runs the command, and exits with its code."""
 
 import os
 import sys
@@ -16,46 +16,46 @@ from critic_train_cli.help_page import program_page
 from critic_train_cli.options import VARIABLE_PREFIX
 from critic_train_cli.output import Output
 from critic_train_cli.signals import exit_on_closed_pipe
-from critic_train_cli.terminal import open_closed_descriptors, replace_undecodable_output
+from critic_train_cli.terminal import escape_unencodable_output, open_closed_descriptors
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
 COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, SPLIT, CONVERT, VERIFY)
-BARE_FLAGS = {"--json", "--quiet", "-q", "--debug"}
-"""Flags that say nothing of the settings."""
+OUTPUT_FLAGS = {"--json", "--quiet", "-q", "--debug"}
+"""Flags that are no settings."""
 COMPLETION = (
     ("--install-completion", "Install completion for the current shell."),
     ("--show-completion", "Print the completion script of the current shell."),
 )
 
 
-def completion_wanted() -> bool:
+def is_completion_call() -> bool:
     """Whether this call is about shell completion.
 
-    Typer's own two options cost 0.07 s on every call, by way of pydantic. So they are added only where they
-    are used; the help page names them always.
+    Typer's two completion options cost 0.07 s on every call, because they import pydantic. So they are added only where
+    they are used; the help page always lists them.
     """
-    asked = any(argument in {name for name, _ in COMPLETION} for argument in sys.argv[1:])
-    return asked or "_CRITIC_TRAIN_COMPLETE" in os.environ
+    flags = {name for name, _ in COMPLETION}
+    return "_CRITIC_TRAIN_COMPLETE" in os.environ or not flags.isdisjoint(sys.argv[1:])
 
 
 app = typer.Typer(
     name="critic-train",
     help=ABOUT,
-    add_completion=completion_wanted(),
+    add_completion=is_completion_call(),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
 def show_version(value: bool) -> None:
-    """Print the version and end."""
+    """Print the version and exit."""
     if value:
         print(f"critic-train {__version__}")
         raise typer.Exit(DONE)
 
 
 def show_help(ctx: typer.Context, value: bool) -> None:
-    """Print the program's page and end."""
+    """Print the program's help page and exit."""
     if value and not ctx.resilient_parsing:
         print(page())
         raise typer.Exit(DONE)
@@ -63,7 +63,7 @@ def show_help(ctx: typer.Context, value: bool) -> None:
 
 def page() -> str:
     """The program's help page."""
-    commands = [(command.name, command.about.split(". ")[0].rstrip(".") + ".") for command in COMMANDS]
+    commands = [(command.name, command.summary) for command in COMMANDS]
     flags = [("--version", "Print the version."), *COMPLETION, ("--help, -h", "Show this page.")]
     return program_page(ABOUT, commands, flags)
 
@@ -74,7 +74,7 @@ def critic_train(
     version: bool = typer.Option(False, "--version", is_eager=True, callback=show_version),
     help: bool = typer.Option(False, "--help", "-h", is_eager=True, callback=show_help),
 ) -> None:
-    """Without a command, show the page; that is still a wrong command line."""
+    """Without a command, print the help page on stderr; the exit code is that of a wrong command line."""
     if ctx.invoked_subcommand is None:
         print(page(), file=sys.stderr)
         raise typer.Exit(USAGE)
@@ -84,46 +84,44 @@ for each in COMMANDS:
     add_command(app, each, COMMANDS)
 
 
-def json_asked(arguments: list[str]) -> bool:
-    """Whether errors should be JSON; known before parsing, for a wrong command line is an error too."""
-    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    return "--json" in before
+def wants_json(arguments: list[str]) -> bool:
+    """Whether --json is given. Looked up before the command line is parsed, whose errors are printed as JSON too."""
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in flags
 
 
 def wants_no_messages(arguments: list[str], environment: Mapping[str, str]) -> bool:
-    """Whether this is one of several ranks (torchrun says so) that work together, and not rank 0, which speaks for all.
+    """Whether this is a rank other than 0 of a command that runs on several ranks together, as torchrun started it.
 
-    The ranks of `predict` each do a part by themselves, and each speaks.
+    `predict` is no such command: each of its processes works alone and prints its own messages.
     """
-    together = any("nproc" in defaults_of(each.settings) for each in COMMANDS if each.name in arguments[:1])
-    return together and environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
+    has_ranks = any("nproc" in defaults_of(each.settings) for each in COMMANDS if each.name in arguments[:1])
+    return has_ranks and environment.get("WORLD_SIZE", "1") != "1" and environment.get("RANK", "0") != "0"
 
 
 def refuse_bare_command(arguments: list[str]) -> None:
-    """Say what a command lacks that is called without any setting.
-
-    Typer would say the same, but it loads pydantic (0.1 s) to read values that are not there.
+    """Refuse a command without settings that needs some, before Typer imports pydantic (0.1 s) to parse none.
 
     Raises:
         ConfigError: the command's settings cannot all be defaults.
     """
-    said_elsewhere = any(name.startswith(VARIABLE_PREFIX) for name in os.environ)
+    has_variables = any(name.startswith(VARIABLE_PREFIX) for name in os.environ)
     for command in COMMANDS:
-        if arguments[:1] == [command.name] and set(arguments[1:]) <= BARE_FLAGS and not said_elsewhere:
+        if arguments[:1] == [command.name] and set(arguments[1:]) <= OUTPUT_FLAGS and not has_variables:
             command.settings()
 
 
 def run() -> NoReturn:
-    """The entry point of the console script: parse, do the work, and end with the documented exit code."""
+    """The console script: run the command, and exit with the documented code."""
     open_closed_descriptors()
-    replace_undecodable_output()
+    escape_unencodable_output()
     exit_on_closed_pipe()
-    # torch writes pages to stderr when another rank is gone; a fault of ours says it in a line.
+    # torch writes pages to stderr when another rank has died; our own error says so in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:]
     debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
     output = Output(
-        as_json=json_asked(arguments),
+        as_json=wants_json(arguments),
         debug=debug or "--debug" in arguments,
         silent=wants_no_messages(arguments, os.environ),
     )
@@ -132,8 +130,8 @@ def run() -> NoReturn:
         code = app(args=arguments, prog_name="critic-train", standalone_mode=False, obj=output)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
     except BaseException as error:
         code = output.error(error)
         discard_stdout()
@@ -141,7 +139,7 @@ def run() -> NoReturn:
 
 
 def discard_stdout() -> None:
-    """Drop what stdout could not take, so that the interpreter does not fail on it again while it ends."""
+    """Replace a stdout that cannot be flushed by /dev/null, so that the interpreter does not fail on it at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):

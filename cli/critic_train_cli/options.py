@@ -1,25 +1,23 @@
-"""A command's options, derived from its settings: declared once, shown and read everywhere.
+"""A command's options, derived from its settings; values from flags, environment and configuration file.
 
-Typer splits the command line and completes it; it hands every value over as text. Reading the text is done
-here, by one rule for flags and environment alike, so that a complaint can name where the value came from.
+Typer splits and completes the command line, and hands every value over as text. The text is parsed here, the same way
+for flags and environment variables, so that an error can name where the value came from.
 """
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from critic_train.errors import ConfigError
-from critic_train.settings import Settings, flag_of, settings_fields
+from critic_train.settings import EXPECTED, Settings, flag_of, settings_fields, value_type
 
 VARIABLE_PREFIX = "CRITIC_TRAIN_"
 LARGEST = 2**64
-"""Whole numbers lie below it; what is larger fits no machine's numbers."""
+"""Integers must be smaller in magnitude."""
 OTHER_VARIABLES = ("CRITIC_TRAIN_CONFIG", "CRITIC_TRAIN_DEBUG", "CRITIC_TRAIN_PROGRESS")
-TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+TRUE_TEXTS, FALSE_TEXTS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +27,11 @@ class Option:
     Attributes:
         name: the field of a section of the settings.
         flag: the long flag; the metavar where there is none.
-        positional: whether the values stand on the command line without a flag.
+        positional: whether the values are given without a flag.
         kind: type of one value.
-        choices: the words allowed, or none where any value of the kind is.
+        choices: the values allowed; empty where any value of the type is.
         repeatable: whether the setting is a list, given by repeating the flag.
-        default: what holds when nothing is said.
+        default: the value where none is given.
         unset: what None means, for the help page ("3 % of the run"), or an empty string.
         help, panel, metavar: for the help page.
     """
@@ -57,7 +55,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What one value must be, in words."""
+        """What one value must be, for an error message."""
         return f"one of {', '.join(self.choices)}" if self.choices else EXPECTED[self.kind]
 
 
@@ -75,31 +73,23 @@ def options_of(settings: type[Settings]) -> list[Option]:
 
 
 def option_of(field: "Field[Any]") -> Option:
-    """One field as an option; its type says how a value is read."""
-    hint: Any = field.type
-    if get_origin(hint) in (Union, UnionType):
-        hint = next(inner for inner in get_args(hint) if inner is not type(None))
-    repeatable = get_origin(hint) is list
-    if repeatable:
-        hint = get_args(hint)[0]
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    kind = str if choices else hint
-    told = field.metadata
-    help, _, unset = told["help"].partition(" [default: ")
-    shown = {int: "N", float: "X", bool: "", str: "TEXT"}
-    metavar = told.get("metavar") or "|".join(choices) or shown[kind]
+    """One field as an option; its type decides how a value is parsed."""
+    declared, metadata = value_type(field), field.metadata
+    help, _, unset = metadata["help"].partition(" [default: ")
+    metavars = {int: "N", float: "X", bool: "", str: "TEXT"}
+    metavar = metadata.get("metavar") or "|".join(declared.choices) or metavars[declared.kind]
     return Option(
         name=field.name,
-        flag=metavar if told["positional"] else told.get("flag") or flag_of(field.name),
-        kind=kind,
-        choices=choices,
-        repeatable=repeatable,
+        flag=metavar if metadata["positional"] else metadata.get("flag") or flag_of(field.name),
+        kind=declared.kind,
+        choices=declared.choices,
+        repeatable=declared.repeatable,
         default=[] if field.default is MISSING else field.default,
         unset=unset.rstrip("]"),
         help=help,
-        panel=told["panel"],
+        panel=metadata["panel"],
         metavar=metavar,
-        positional=told["positional"],
+        positional=metadata["positional"],
     )
 
 
@@ -113,21 +103,21 @@ def resolve(
 
     Args:
         options: the options of the command.
-        flags: name -> what the command line gave: text, a list of texts, True, or nothing (None, False, []).
+        flags: name -> from the command line: a string, a list of strings, True, or nothing (None, False, []).
         environment: the environment variables; an empty one counts as not set.
-        file: what the configuration file gave.
+        file: name -> value from the configuration file.
 
     Raises:
-        ConfigError: a text cannot be read as its setting's type; names every such text at once.
+        ConfigError: values cannot be parsed as their setting's type; all of them are named.
     """
-    wrong: list[str] = []
+    errors: list[str] = []
     chosen: dict[str, Chosen] = {}
 
     def read(option: Option, given: Any, source: str) -> None:
         try:
             chosen[option.name] = Chosen(read_value(option, given), source)
         except ValueError as error:
-            wrong.append(f"{source.removeprefix('flag ')} {error}")
+            errors.append(f"{source.removeprefix('flag ')} {error}")
 
     for option in options:
         given, variable = flags.get(option.name), environment.get(option.variable)
@@ -137,38 +127,38 @@ def resolve(
             read(option, variable, f"environment {option.variable}")
         else:
             chosen[option.name] = file.get(option.name, Chosen(option.default, "default"))
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    if errors:
+        raise ConfigError("\n".join(errors))
     return chosen
 
 
 def read_value(option: Option, given: Any) -> Any:
-    """A flag's or variable's text as the setting's value.
+    """Parse the text of a flag or variable.
 
     Args:
         option: the setting.
-        given: one text; for a repeatable setting a list of texts, or one text whose words are split as a
-            shell would; True for a flag that takes no value.
+        given: a string; for a repeatable setting a list of strings, or one string that is split as a shell would;
+            True for a flag without a value.
 
     Raises:
-        ValueError: the text is no such value; reads on from the flag's name.
+        ValueError: the text is no such value. The message continues a sentence that begins with the flag.
     """
     if option.repeatable:
         try:
-            words = shlex.split(given) if isinstance(given, str) else given
+            texts = shlex.split(given) if isinstance(given, str) else given
         except ValueError as error:
             raise ValueError(f"cannot be split into words ({str(error).lower()}): {given!r}") from None
-        return [read_one(option, word) for word in words]
+        return [read_one(option, text) for text in texts]
     return given if given is True else read_one(option, given)
 
 
 def read_one(option: Option, text: str) -> Any:
-    """One text as one value of the setting's kind."""
+    """Parse one value; errors as in `read_value`."""
     value: Any = text
     try:
         if option.kind is bool:
-            value = text.strip().lower() in TRUE_WORDS
-            if not value and text.strip().lower() not in FALSE_WORDS:
+            value = text.strip().lower() in TRUE_TEXTS
+            if not value and text.strip().lower() not in FALSE_TEXTS:
                 raise ValueError
         elif option.kind is not str:
             value = option.kind(text)
@@ -182,16 +172,21 @@ def read_one(option: Option, text: str) -> Any:
     return value
 
 
-def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean X?` for the closest known word, or nothing."""
-    close = get_close_matches(word, known, n=1)
+def did_you_mean(text: str, candidates: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean X?` for the closest candidate, or an empty string where none is close."""
+    close = get_close_matches(text, candidates, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def misspelt_variables(environment: Mapping[str, str], known: list[str]) -> list[str]:
-    """Warnings about CRITIC_TRAIN_ variables that are nobody's but look like somebody's."""
-    # Compared without the prefix, which alone would make any two alike.
-    bare = [name.removeprefix(VARIABLE_PREFIX) for name in (*known, *OTHER_VARIABLES)]
+def misspelt_variables(environment: Mapping[str, str], variables: list[str]) -> list[str]:
+    """Warnings about CRITIC_TRAIN_ variables that are no setting but look like one.
+
+    Args:
+        environment: the environment variables.
+        variables: those of all settings.
+    """
+    # Compared without the prefix, which would make any two similar.
+    bare = [name.removeprefix(VARIABLE_PREFIX) for name in (*variables, *OTHER_VARIABLES)]
     given = [name.removeprefix(VARIABLE_PREFIX) for name in sorted(environment) if name.startswith(VARIABLE_PREFIX)]
     meant = {name: get_close_matches(name, bare, n=1, cutoff=0.8) for name in given if name not in bare}
     return [

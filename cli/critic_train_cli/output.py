@@ -1,4 +1,4 @@
-"""Everything that leaves the program goes through one object: results on stdout, all else on stderr."""
+"""All output of the program: results go to stdout, everything else to stderr."""
 
 import contextlib
 import json
@@ -6,10 +6,11 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from critic_train.text import without_secrets
-from critic_train_cli.exit_codes import Fault, explain, write_crash_log
+from critic_train_cli.exit_codes import Failure, explain, write_crash_log
 from critic_train_cli.terminal import BOLD, CYAN, RED, YELLOW, console_on, paint
 
 if TYPE_CHECKING:
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Where words and results go, and in which form.
+    """Prints results, notices and errors.
 
     Attributes:
         as_json: the result is one JSON object on stdout, an error one JSON object on stderr.
         quiet: no progress and no notices; warnings, errors and the result remain.
         debug: errors come with their traceback.
-        silent: nothing is said at all: this is one of several ranks, and rank 0 speaks for all.
-        run_directory: where a crash log belongs, once a run has one.
+        silent: print nothing: this is one of several ranks, of which rank 0 prints.
+        run_directory: where a crash log goes; None until a run has a directory.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Output:
         self.run_directory: str | None = None
 
     def result(self, result: dict[str, Any], draw: "Callable[[Console], None]") -> None:
-        """Give the result of the command: as JSON, or as `draw` shows it on a console over stdout."""
+        """Print the result of the command: as JSON, or as `draw` prints it on a console over stdout."""
         if self.silent:
             return
         if self.as_json:
@@ -45,68 +46,63 @@ class Output:
         else:
             draw(console_on(sys.stdout))
 
-    def text(self, words: str) -> None:
-        """Give a result that is already text."""
+    def text(self, text: str) -> None:
+        """Print a result that is already text."""
         if not self.silent:
-            print(without_secrets(words), flush=True)
+            print(without_secrets(text), flush=True)
 
     def notice(self, message: str, level: str = "info") -> None:
-        """Tell something worth hearing; a warning is told even when quiet."""
+        """Print a note, or a warning, which is printed with --quiet too."""
         if level == "warning":
             self.line(paint("warning:", YELLOW, sys.stderr) + " " + message)
         elif not self.quiet:
             self.line(paint("note:", CYAN, sys.stderr) + " " + message)
 
-    def line(self, words: str) -> None:
-        """Write one line to stderr. A reader who has gone away is no reason to stop a long job."""
+    def line(self, text: str) -> None:
+        """Print one line on stderr. A closed stderr is ignored: it must not end a long job."""
         if self.silent:
             return
         with contextlib.suppress(OSError, ValueError):
-            print(without_secrets(words), file=sys.stderr, flush=True)
+            print(without_secrets(text), file=sys.stderr, flush=True)
 
     def error(self, error: BaseException) -> int:
-        """Say what went wrong and what to do; returns the exit code."""
-        fault = explain(error)
-        if fault.is_bug and not self.silent:
-            fault = self._with_crash_log(error, fault)
+        """Print an error and what to do about it; returns the exit code."""
+        failure = explain(error)
+        if failure.is_bug and not self.silent:
+            failure = self._with_crash_log(error, failure)
         if self.debug:
             self.line("".join(traceback.format_exception(error)).rstrip())
-        if self.as_json and fault.message:
-            told = {"message": fault.message, "hint": fault.hint, "exit_code": fault.exit_code}
-            self.line(as_json_text({"error": told}))
-        elif fault.message:
-            self.line(paint("error:", RED, sys.stderr) + " " + fault.message.replace("\n", "\n       "))
-            for hint in fault.hint.splitlines():
+        if self.as_json and failure.message:
+            fields = {"message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
+            self.line(as_json_text({"error": fields}))
+        elif failure.message:
+            self.line(paint("error:", RED, sys.stderr) + " " + failure.message.replace("\n", "\n       "))
+            for hint in failure.hint.splitlines():
                 self.line(paint("hint:", BOLD, sys.stderr) + " " + hint)
-        return fault.exit_code
+        return failure.exit_code
 
-    def _with_crash_log(self, error: BaseException, fault: Fault) -> Fault:
+    def _with_crash_log(self, error: BaseException, failure: Failure) -> Failure:
         path = write_crash_log(error, self.run_directory)
         where = f"the traceback is in {path}; " if path else ""
-        return Fault(
-            exit_code=fault.exit_code,
-            message=fault.message,
-            hint=where + "please report it, with the command you ran",
-            is_bug=True,
-        )
+        return replace(failure, hint=where + "please report it, with the command you ran")
 
 
 def as_json_text(value: Any) -> str:
-    """One line of strict JSON: a figure that is not finite becomes null, for NaN is no JSON."""
-    return without_secrets(json.dumps(finite(value), allow_nan=False, default=plain))
+    """One line of strict JSON, which has no NaN and no infinity: both become null."""
+    return without_secrets(json.dumps(without_non_finite(value), allow_nan=False, default=to_json))
 
 
-def finite(value: Any) -> Any:
-    """The same value with every non-finite float in it replaced by None."""
+def without_non_finite(value: Any) -> Any:
+    """The value with every float in it that is not finite replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): finite(inner) for key, inner in value.items()}
+        return {str(key): without_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [without_non_finite(inner) for inner in value]
     return value
 
 
-def plain(value: Any) -> Any:
-    """What JSON has no form for: numpy scalars as numbers, all else as text."""
-    return finite(value.item()) if hasattr(value, "item") else str(value)
+def to_json(value: Any) -> Any:
+    """A value of a type that JSON lacks: a numpy scalar as a number, anything else as text."""
+    return without_non_finite(value.item()) if hasattr(value, "item") else str(value)

@@ -1,4 +1,4 @@
-"""What a run has said so far: the state that every way of showing it draws from."""
+"""The state of a run, collected from its events; every view draws from it."""
 
 import time
 from collections.abc import Callable
@@ -10,45 +10,48 @@ CURVE_POINTS = 512
 
 
 class Curve:
-    """The course of a figure over any number of steps, in bounded memory: equal stretches, averaged."""
+    """A metric over any number of steps in bounded memory: means of equally many steps, at most 1,024 of them."""
 
     def __init__(self) -> None:
         self._points: list[float] = []
-        self._stretch = 1
+        self._steps_per_point = 1
         self._sum = 0.0
-        self._seen = 0
+        self._count = 0
 
     def add(self, value: float | None) -> None:
-        """Take the next step's figure; a missing one is left out."""
+        """Add the next step's value; None is left out."""
         if value is None:
             return
         self._sum += value
-        self._seen += 1
-        if self._seen < self._stretch:
+        self._count += 1
+        if self._count < self._steps_per_point:
             return
-        self._points.append(self._sum / self._seen)
-        self._sum, self._seen = 0.0, 0
+        self._points.append(self._sum / self._count)
+        self._sum, self._count = 0.0, 0
         if len(self._points) == 2 * CURVE_POINTS:
             pairs = zip(self._points[::2], self._points[1::2], strict=True)
             self._points = [(a + b) / 2 for a, b in pairs]
-            self._stretch *= 2
+            self._steps_per_point *= 2
 
     @property
     def points(self) -> list[float]:
-        """The stretches' means, in order, the unfinished one last."""
-        return [*self._points, self._sum / self._seen] if self._seen else list(self._points)
+        """The means, in order; the last may be of fewer steps."""
+        return [*self._points, self._sum / self._count] if self._count else list(self._points)
 
 
 class RunState:
-    """The run as its events told it.
+    """The newest of each kind of event, and the loss curve.
+
+    Args:
+        clock: seconds.
 
     Attributes:
-        run: how it started, None before the first step is next.
-        step: steps taken, those of earlier sessions included.
+        run: how the run started; None until the first step is next.
+        step: steps taken, those before a resume included.
         metrics, timing: of the newest step.
-        evaluation: the newest one; `best` the best one of this session.
-        checkpoint: the newest one.
-        stage: what goes on besides steps, None when nothing does.
+        evaluation, best: the newest evaluation, and the best one since the process started.
+        checkpoint: the newest.
+        stage: the stage other than training that is under way, or None.
         losses: the value loss over the steps.
     """
 
@@ -66,8 +69,8 @@ class RunState:
         self.stage: Progress | None = None
         self.losses = Curve()
 
-    def take(self, event: Event) -> None:
-        """Remember what an event says. Called between steps, so it only stores."""
+    def update(self, event: Event) -> None:
+        """Store what an event says. Nothing is drawn here: it is called between steps."""
         if isinstance(event, Progress):
             if self.stage is None or self.stage.stage != event.stage:
                 self._stage_began = self._clock()
@@ -91,25 +94,25 @@ class RunState:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Seconds since the first step of this session was next."""
+        """Seconds since training started or was resumed."""
         return self._clock() - self._began
 
     @property
     def stage_seconds(self) -> float:
-        """Seconds since the stage began."""
+        """Seconds since the stage started."""
         return self._clock() - self._stage_began
 
     @property
     def left_seconds(self) -> float | None:
-        """Seconds to the last step at this session's pace, evaluations included; None before the first."""
+        """Estimated seconds to the last step, evaluations included; None before the first step."""
         if self.run is None or self.step <= self.run.first_step:
             return None
-        pace = self.elapsed_seconds / (self.step - self.run.first_step)
-        return pace * max(self.run.total_steps - self.step, 0)
+        seconds_per_step = self.elapsed_seconds / (self.step - self.run.first_step)
+        return seconds_per_step * max(self.run.total_steps - self.step, 0)
 
     @property
     def epoch(self) -> tuple[int, int, int, int]:
-        """(epoch from 1, epochs, steps done in it, steps of it), by the run's own plan."""
+        """(epoch counted from 1, number of epochs, steps taken in it, steps of it)."""
         plan = self.run.steps_per_epoch if self.run else []
         before = 0
         for index, steps in enumerate(plan):

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP ask a job to stop; a second one leaves at once."""
+"""SIGINT, SIGTERM and SIGHUP ask a job to stop; the second signal ends the process at once."""
 
 import os
 import signal
@@ -12,58 +12,55 @@ from typing import Any
 from critic_train.stopping import StopRequest
 from critic_train_cli.exit_codes import INTERRUPTED
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-HANDED_ON_SECONDS = 5.0
-"""Slurm signals a whole job and torchrun hands on what it got: one signal, which a rank then gets twice."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED_SECONDS = 5.0
+"""Slurm signals every process of a job and torchrun forwards the signal: within this time a rank gets one twice."""
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, tell: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
-    """While a job runs, turn the first signal into a request and the second into an exit.
+def stop_on_signals(stop: StopRequest, on_stop: Callable[[], None], on_exit: Callable[[], None]) -> Iterator[None]:
+    """While a job runs, the first signal requests a stop and the second exits the process.
 
-    A signal that is ignored at the start stays ignored: a shell without job control starts `command &` with
-    SIGINT ignored, nohup does so with SIGHUP, and both mean it. A closed pipe is ignored as well, so that a
-    log's reader who goes away does not end hours of training; the old handlers come back at the end.
+    A signal that is ignored at the start stays ignored: a shell without job control starts `command &` with SIGINT
+    ignored, and nohup ignores SIGHUP. SIGPIPE is ignored too, so that a closed log does not end hours of training.
+    The previous handlers are restored at the end.
 
     Args:
-        stop: where the request is left for the job.
-        tell: called at the first signal, from within the handler: it must not take locks.
-        leave: called at the second, likewise, just before the program is gone.
+        stop: set by the first signal, read by the job.
+        on_stop: called at the first signal, inside the handler: it must not take locks.
+        on_exit: called at the second, likewise, just before the process exits.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    launched = os.environ.get("WORLD_SIZE", "1") != "1"
-    first = -HANDED_ON_SECONDS
+    is_launched = os.environ.get("WORLD_SIZE", "1") != "1"
+    first_signal_at = 0.0
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        now, before = time.monotonic(), first
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first_signal_at
         if not stop.requested:
-            first = now
-        elif launched and now - before < HANDED_ON_SECONDS:
-            return
-        else:
-            leave()
+            first_signal_at = time.monotonic()
+            stop.signal_number = number
+            on_stop()
+        elif not is_launched or time.monotonic() - first_signal_at >= FORWARDED_SECONDS:
+            on_exit()
             os._exit(INTERRUPTED + number)
-        stop.signal_number = number
-        tell()
 
-    before: dict[signal.Signals, Any] = {}
-    for number in STOPPING:
+    previous: dict[signal.Signals, Any] = {}
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, ask)
-    before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+            previous[number] = signal.signal(number, handle)
+    previous[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            # None: a handler that C code installed, which Python can neither name nor bring back.
+        for number, handler in previous.items():
+            # None is a handler that C code installed, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def exit_on_closed_pipe() -> None:
-    """Outside of a job a closed pipe ends the program as it ends any Unix tool (the shell says 141)."""
+    """Outside a job, let a closed pipe end the process as it ends any Unix tool (exit code 141 in the shell)."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

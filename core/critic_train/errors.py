@@ -1,11 +1,11 @@
-"""Faults a user can cause or mend. Each says what happened, where, and what to do about it.
+"""Errors that a user can cause or correct. Each says what happened, where, and what to do about it.
 
 The command line maps each class to an exit code; the library itself never exits and never prints.
 """
 
 
 class CriticTrainError(Exception):
-    """Base of every fault that is reported without a traceback.
+    """Base of the errors that are reported without a traceback.
 
     Args:
         message: what was found, where, and what was expected; one or a few plain lines.

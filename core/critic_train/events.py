@@ -1,16 +1,18 @@
-"""What a run says while it goes: the trainer yields these, the command line draws them, files record them.
+"""The events that a job yields while it runs: the command line draws them, callbacks log them.
 
-Nothing heavy is imported here. `metrics` dictionaries hold plain numbers (or None where a figure does not
-exist), under the names that `metrics.jsonl` uses.
+Nothing heavy is imported here. `metrics` dictionaries hold plain numbers, or None where a metric does not exist, under
+the names of `metrics.jsonl`.
 """
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """Something a user should hear about: a head was created, a fallback taken, rows left out.
+    """A message for the user: a value head was created, a fallback was taken, rows were left out.
 
     `level` is "info" or "warning".
     """
@@ -21,7 +23,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A stage other than training moved on: "reading rollouts", "evaluating", "old values"."""
+    """Progress of a stage other than training: "reading rollouts", "evaluating", "old values"."""
 
     stage: str
     done: int
@@ -31,9 +33,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
-    """Everything is resolved and the first step is next.
+    """Data, model and plan are resolved, and the first step is next.
 
-    `summary` holds what a person wants to see once: data, model, plan (plain values, in display order).
+    `summary` describes them in plain values, in display order.
     `first_step` is 0, or the step from which the run resumes.
     """
 
@@ -73,7 +75,7 @@ class EvaluationEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved:
-    """A whole checkpoint stands at `path`; `size_bytes` its size on disk."""
+    """A complete checkpoint was written to `path`; `size_bytes` is its size on disk."""
 
     step: int
     path: str
@@ -93,3 +95,25 @@ class RunEnded:
 
 
 Event = Notice | Progress | RunStarted | StepEnded | EvaluationEnded | CheckpointSaved | RunEnded
+
+
+def run_to_end(events: Iterable[Event]) -> RunEnded:
+    """Run a job to its end without looking at its progress: `run_to_end(fit(settings)).result`.
+
+    Notices of level "warning" become Python warnings.
+
+    Args:
+        events: what `fit`, `evaluate`, `predict`, `check`, `convert`, `split` or `verify` returned.
+
+    Raises:
+        CriticTrainError: whatever the job raises.
+    """
+    ended: RunEnded | None = None
+    for event in events:
+        if isinstance(event, Notice) and event.level == "warning":
+            warnings.warn(event.message, stacklevel=2)
+        elif isinstance(event, RunEnded):
+            ended = event
+    if ended is None:
+        raise RuntimeError("the job ended without a RunEnded event")
+    return ended

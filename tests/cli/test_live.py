@@ -23,7 +23,7 @@ class Clock:
 def live(width, *, unicode=True):
     console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
     view = LiveView(Output(), stopping="stopping after this micro-batch", console=console)
-    view.course = RunState(Clock())
+    view.state = RunState(Clock())
     view.unicode = unicode
     return view
 
@@ -47,12 +47,12 @@ STARTED = RunStarted(out="runs/x", total_steps=200, steps_per_epoch=[100, 100], 
 
 
 def picture(view):
-    return view.picture().plain.splitlines()
+    return view.frame().plain.splitlines()
 
 
 def follow(view, *events):
     for event in events:
-        view.course.take(event)
+        view.state.update(event)
     return picture(view)
 
 
@@ -66,7 +66,7 @@ def test_before_the_run_the_stage_is_shown():
 def test_everything_worth_watching():
     view = live(100)
     follow(view, STARTED, *(step(n, 0.1 - n / 10_000) for n in range(1, 150)), evaluation(100, 0.41, True))
-    view.course._clock.now = 745.0
+    view.state._clock.now = 745.0
     lines = follow(view, step(150), CheckpointSaved(step=100, path="p", size_bytes=1))
     assert lines[0] == "step      " + "━" * 37 + "·" * 13 + "  150/200  75 %"
     assert lines[1] == "epoch 2/2 " + "━" * 25 + "·" * 25 + "  50/100  50 %"
@@ -146,6 +146,6 @@ def test_redrawing_is_cheap():
     def cost(steps):
         view = live(100)
         follow(view, STARTED, *(step(n, 1 / n) for n in range(1, steps)), evaluation(99, 0.4, True))
-        return lines_executed(lambda: view.console.print(view.picture()))
+        return lines_executed(lambda: view.console.print(view.frame()))
 
     assert cost(3000) < 1.2 * cost(300) < 12_000

@@ -1,10 +1,10 @@
-"""Which view is chosen, and what a log file gets."""
+"""What a log file gets."""
 
 import pytest
 
 from critic_train.events import CheckpointSaved, EvaluationEnded, Notice, Progress, RunEnded, RunStarted, StepEnded
 from critic_train_cli.output import Output
-from critic_train_cli.plain_view import PlainView, View, told
+from critic_train_cli.plain_view import PlainView, View, format_value
 from critic_train_cli.run_state import RunState
 
 FULL = StepEnded(
@@ -30,7 +30,7 @@ def clock():
 @pytest.fixture
 def view(clock):
     view = PlainView(Output(), stopping="stopping")
-    view.course = RunState(clock)
+    view.state = RunState(clock)
     return view
 
 
@@ -127,11 +127,11 @@ def test_the_start_is_told_in_lines_no_wider_than_the_terminal(view, monkeypatch
     [(True, "yes"), (12345, "12,345"), (0.1, "0.1"), ({"a": 1, "b": None}, "a 1, b -"), (["x", 2], "x, 2")],
 )
 def test_values_of_the_summary(value, text):
-    assert told(value) == text
+    assert format_value(value) == text
 
 
 def test_quiet_view_tells_warnings_only(capsys):
     view = View(Output(quiet=True), stopping="stopping")
     events = [started(1), FULL, Notice(message="a"), Notice(message="b", level="warning")]
     assert lines_after(view, capsys, *events) == ["warning: b"]
-    assert view.course.losses.points == [0.04213]
+    assert view.state.losses.points == [0.04213]

@@ -25,11 +25,11 @@ def clock():
 
 
 def started(clock, *, first_step=0, plan=(60, 40)):
-    course = RunState(clock)
-    course.take(
+    state = RunState(clock)
+    state.update(
         RunStarted(out="o", total_steps=sum(plan), steps_per_epoch=list(plan), first_step=first_step, summary={})
     )
-    return course
+    return state
 
 
 @pytest.mark.parametrize(
@@ -37,58 +37,58 @@ def started(clock, *, first_step=0, plan=(60, 40)):
     [(0, (1, 2, 0, 60)), (1, (1, 2, 1, 60)), (60, (1, 2, 60, 60)), (61, (2, 2, 1, 40)), (100, (2, 2, 40, 40))],
 )
 def test_epoch_is_read_off_the_plan(clock, number, epoch):
-    course = started(clock)
+    state = started(clock)
     if number:
-        course.take(step(number))
-    assert course.epoch == epoch
+        state.update(step(number))
+    assert state.epoch == epoch
 
 
 def test_before_the_start_there_is_nothing_to_tell(clock):
-    course = RunState(clock)
-    assert course.left_seconds is None
-    assert course.epoch == (1, 1, 0, 0)
+    state = RunState(clock)
+    assert state.left_seconds is None
+    assert state.epoch == (1, 1, 0, 0)
 
 
 def test_time_left_is_at_this_sessions_pace(clock):
-    course = started(clock, first_step=50)
-    assert course.left_seconds is None
+    state = started(clock, first_step=50)
+    assert state.left_seconds is None
     clock.now = 20.0
-    course.take(step(60))
-    assert (course.elapsed_seconds, course.left_seconds) == (20.0, 80.0)
-    course.take(step(100))
-    assert course.left_seconds == 0.0
+    state.update(step(60))
+    assert (state.elapsed_seconds, state.left_seconds) == (20.0, 80.0)
+    state.update(step(100))
+    assert state.left_seconds == 0.0
 
 
 def test_stage_goes_when_it_is_done_or_something_else_happens(clock):
-    course = started(clock)
-    course.take(Progress(stage="evaluating", done=1, total=2))
-    assert course.stage is not None
-    course.take(Progress(stage="evaluating", done=2, total=2))
-    assert course.stage is None
-    course.take(Progress(stage="counting", done=5, total=0))
-    assert course.stage is not None
-    course.take(step(1))
-    assert course.stage is None
+    state = started(clock)
+    state.update(Progress(stage="evaluating", done=1, total=2))
+    assert state.stage is not None
+    state.update(Progress(stage="evaluating", done=2, total=2))
+    assert state.stage is None
+    state.update(Progress(stage="counting", done=5, total=0))
+    assert state.stage is not None
+    state.update(step(1))
+    assert state.stage is None
 
 
 def test_stage_has_its_own_time(clock):
-    course = RunState(clock)
-    course.take(Progress(stage="one", done=0, total=9))
+    state = RunState(clock)
+    state.update(Progress(stage="one", done=0, total=9))
     clock.now = 3.0
-    course.take(Progress(stage="one", done=1, total=9))
-    assert course.stage_seconds == 3.0
-    course.take(Progress(stage="two", done=0, total=9))
-    assert course.stage_seconds == 0.0
+    state.update(Progress(stage="one", done=1, total=9))
+    assert state.stage_seconds == 3.0
+    state.update(Progress(stage="two", done=0, total=9))
+    assert state.stage_seconds == 0.0
 
 
 def test_newest_and_best_are_kept(clock):
-    course = started(clock)
+    state = started(clock)
     good = EvaluationEnded(step=1, metrics={}, best=True)
     worse = EvaluationEnded(step=2, metrics={}, best=False)
     saved = CheckpointSaved(step=2, path="p", size_bytes=1)
     for event in (good, worse, saved):
-        course.take(event)
-    assert (course.best, course.evaluation, course.checkpoint) == (good, worse, saved)
+        state.update(event)
+    assert (state.best, state.evaluation, state.checkpoint) == (good, worse, saved)
 
 
 def test_curve_is_all_the_points_while_there_are_few():
@@ -111,7 +111,7 @@ def test_curve_stays_short_and_true_however_long_the_run():
 
 
 def test_a_loss_that_is_missing_is_no_point(clock):
-    course = started(clock)
-    course.take(step(1, loss=None))
-    course.take(step(2, loss=0.25))
-    assert course.losses.points == [0.25]
+    state = started(clock)
+    state.update(step(1, loss=None))
+    state.update(step(2, loss=0.25))
+    assert state.losses.points == [0.25]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from critic_train.stopping import StopRequest
-from critic_train_cli.signals import STOPPING, stop_on_signals
+from critic_train_cli.signals import STOP_SIGNALS, stop_on_signals
 
 
 def started(fake_command, environment, tmp_path, job, *, command="fit", before=None):
@@ -101,7 +101,7 @@ def test_a_background_job_keeps_ignoring_sigint_but_hears_sigterm(fake_command, 
 
 
 def test_handlers_come_back():
-    before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGPIPE)}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGPIPE)}
     told = []
     stop = StopRequest()
     with stop_on_signals(stop, lambda: told.append("asked"), lambda: None):

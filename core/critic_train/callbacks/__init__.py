@@ -1,1 +1,1 @@
-"""Those who look on while a run goes: trackers, the report. None of them can stop it."""
+"""Callbacks of a run: trackers and the report. They are given its events and cannot end it."""

@@ -1,4 +1,4 @@
-"""Keep a run's page up to date: the whole verdict beside the run at each evaluation, and the page that shows it."""
+"""Write evaluation.json and report.html while a run goes on."""
 
 import time
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from critic_train.jsonio import read_json_object_or_none
 from critic_train.report.report_sources import EVALUATION, PAGE
 from critic_train.run.storage import write_json
 
-SHARE = 0.03
-"""Of a run's time, what drawing pages may take before its end."""
-FIRST_SECONDS = 1.0
-"""What the first page is taken to cost; matplotlib is loaded for it."""
+MAX_SHARE = 0.03
+"""The share of a run's time that may be spent on its page before the end."""
+FIRST_PAGE_SECONDS = 1.0
+"""How long the first page is assumed to take; matplotlib is imported for it."""
 
 
 class ReportWriter:
-    """Writes evaluation.json at each evaluation that is the best so far, and report.html as often as it may.
+    """Writes evaluation.json at each evaluation that is the best so far, and report.html as often as MAX_SHARE allows.
 
-    The page at the end is always written, also of a run that was stopped or has failed.
+    The page is always written at the end, also where the run was stopped or has failed.
 
     Args:
-        run: the run's directory.
+        run: the run directory.
         clock: seconds.
     """
 
@@ -31,23 +31,23 @@ class ReportWriter:
         self._run = run
         self._clock = clock
         self._began = clock()
-        self._spent = 0.0
-        self._last = FIRST_SECONDS
+        self._seconds_spent = 0.0
+        self._seconds_of_last_page = FIRST_PAGE_SECONDS
         self._failed = False
-        self._best_stands = _is_of_the_best(run / EVALUATION)
+        self._file_is_of_best = _is_of_best(run / EVALUATION)
 
-    def take(self, event: Event) -> None:
-        """See Observer."""
+    def on_event(self, event: Event) -> None:
+        """See Callback."""
         if not isinstance(event, EvaluationEnded) or self._failed:
             return
-        if event.best or not self._best_stands:
+        if event.best or not self._file_is_of_best:
             write_json(self._run / EVALUATION, {"step": event.step, "best": event.best, **event.verdict})
-            self._best_stands = event.best
-        if self._spent + self._last <= SHARE * (self._clock() - self._began):
+            self._file_is_of_best = event.best
+        if self._seconds_spent + self._seconds_of_last_page <= MAX_SHARE * (self._clock() - self._began):
             self._write()
 
     def close(self) -> None:
-        """See Observer."""
+        """See Callback."""
         if not self._failed:
             self._write()
 
@@ -56,13 +56,13 @@ class ReportWriter:
         from critic_train.report.report_sources import read_run
 
         began = self._clock()
-        self._failed = True  # until it is written: what fails once is not tried again
+        self._failed = True  # until it is written: a page that failed is not tried again
         write_page(self._run / PAGE, [read_run(self._run)])
         self._failed = False
-        self._last = self._clock() - began
-        self._spent += self._last
+        self._seconds_of_last_page = self._clock() - began
+        self._seconds_spent += self._seconds_of_last_page
 
 
-def _is_of_the_best(path: Path) -> bool:
-    """Whether an evaluation from before a run was stopped is of the best critic until then."""
+def _is_of_best(path: Path) -> bool:
+    """Whether an evaluation.json that the run wrote before it was resumed is of its best critic."""
     return bool((read_json_object_or_none(path) or {}).get("best"))

@@ -1,25 +1,19 @@
-"""Our metrics under the names that the field's dashboards know: verl's `critic/vf_loss` and its kin.
+"""Experiment trackers: TensorBoard, Weights & Biases, Trackio.
 
-What all trackers do alike: open late, log steps and evaluations, close once.
-
-TensorBoard event files in the run directory.
-
-Weights & Biases, online or (WANDB_MODE=offline) to files in the run directory.
-
-Trackio: a local database under TRACKIO_DIR, shown by `trackio show`.
-
-Experiment trackers, one file each. Their packages are extras, imported when they are asked for.
+Metrics have the names that dashboards of RL trainers use, as verl's `critic/vf_loss`. A tracker opens its run at the
+first event, logs steps and evaluations, and closes once. The packages are extras, imported when they are used.
 """
 
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from critic_train.callbacks.observer import Observer
+from critic_train.callbacks.callback import Callback
 from critic_train.errors import ConfigError
 from critic_train.events import EvaluationEnded, Event, StepEnded
 from critic_train.settings import RunSettings
@@ -50,7 +44,7 @@ EVALUATION_NAMES = {
     "explained_variance": "critic/vf_explained_var",
     "explained_variance_within_group": "critic/vf_explained_var_within_group",
 }
-"""An evaluation's figures that the field has names for; the others stand as `val/` and our own name."""
+"""A metric of an evaluation -> its usual name; others are logged as `val/` and their own name."""
 
 
 def step_metrics(event: StepEnded) -> dict[str, float]:
@@ -64,28 +58,29 @@ def evaluation_metrics(event: EvaluationEnded) -> dict[str, float]:
     """The numbers of an evaluation on held-out rollouts: the critic's own, and what its baselines explain."""
     named: dict[str, Any] = {}
     for name, value in event.metrics.items():
-        known = EVALUATION_NAMES.get(name.removesuffix("_interval"), f"val/{name.removesuffix('_interval')}")
+        metric = name.removesuffix("_interval")
+        logged = EVALUATION_NAMES.get(metric, f"val/{metric}")
         if name.endswith("_interval") and isinstance(value, list):
-            named |= {f"{known}_low": value[0], f"{known}_high": value[1]}
+            named |= {f"{logged}_low": value[0], f"{logged}_high": value[1]}
         else:
-            named[known] = value
+            named[logged] = value
     for name, metrics in event.metrics.get("baselines", {}).items():
         named[f"val/baselines/{name}/explained_variance"] = metrics.get("explained_variance")
     return _numbers(named)
 
 
 def _numbers(named: dict[str, Any]) -> dict[str, float]:
-    """Without what does not exist, and without tables."""
+    """The entries that are numbers: without None, tables and flags."""
     return {
         name: value for name, value in named.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
 class Tracker(ABC):
-    """An observer that logs numbers by step.
+    """A callback that logs numbers by step.
 
     Attributes:
-        name: of the tracker, for what is told of it.
+        name: of the tracker, for --log-to and warnings.
     """
 
     name: str
@@ -93,30 +88,30 @@ class Tracker(ABC):
     def __init__(self) -> None:
         self._is_open = False
 
-    def take(self, event: Event) -> None:
-        """See Observer."""
+    def on_event(self, event: Event) -> None:
+        """See Callback."""
         if isinstance(event, StepEnded):
             self._log(step_metrics(event), event.step)
         elif isinstance(event, EvaluationEnded):
             self._log(evaluation_metrics(event), event.step)
 
     def close(self) -> None:
-        """See Observer."""
+        """See Callback."""
         if self._is_open:
             self._is_open = False
             self.close_run()
 
     @abstractmethod
     def open_run(self) -> None:
-        """Start, or go on with, the tracker's run."""
+        """Start the tracker's run, or resume it."""
 
     @abstractmethod
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Hand the tracker some numbers of a step."""
+        """Log the numbers of a step."""
 
     @abstractmethod
     def close_run(self) -> None:
-        """Let the tracker write out what it holds."""
+        """Write out what is buffered, and end the run."""
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
         if not self._is_open:
@@ -130,7 +125,7 @@ class ToTensorboard(Tracker):
 
     Args:
         folder: where the event files go.
-        first_step: the step this start goes on from; what an earlier start logged beyond it is purged from view.
+        first_step: the step from which the run resumes; what was logged beyond it before is hidden.
         config: shown as text.
     """
 
@@ -163,13 +158,13 @@ class ToTensorboard(Tracker):
 
 
 class ToWandb(Tracker):
-    """Logs to one W&B run, which a resumed fit goes on with. W&B's own environment variables hold.
+    """Logs to one W&B run, also where `fit` resumes. W&B's environment variables take precedence.
 
     Args:
         out: the run directory; W&B's files go to `wandb/` in it.
         project: unless WANDB_PROJECT names one.
-        run_name: what the run is called.
-        run_id: what the run is known by.
+        run_name: shown.
+        run_id: identifies the run.
         config: shown as the run's configuration.
     """
 
@@ -182,8 +177,6 @@ class ToWandb(Tracker):
 
     def open_run(self) -> None:
         """See Tracker."""
-        import os
-
         import wandb
 
         # Stdout and stderr are left alone, and nothing of the machine's code or repository is collected.
@@ -211,11 +204,11 @@ class ToWandb(Tracker):
 
 
 class ToTrackio(Tracker):
-    """Logs to one Trackio run, which a resumed fit goes on with. Trackio's own environment variables hold.
+    """Logs to one Trackio run, also where `fit` resumes. Trackio's environment variables take precedence.
 
     Args:
         project: the Trackio project.
-        run_name: what the run is called and known by.
+        run_name: identifies the run.
         config: shown as the run's configuration.
     """
 
@@ -259,7 +252,7 @@ PACKAGES = ("tensorboard", "wandb", "trackio")
 
 
 def require_packages(settings: RunSettings) -> None:
-    """See that the trackers asked for are installed, before anything is read.
+    """Check that the packages of the trackers are installed, before any data is read.
 
     Raises:
         ConfigError: one is not, with the command that installs it.
@@ -274,29 +267,23 @@ def require_packages(settings: RunSettings) -> None:
 
 def trackers(
     settings: RunSettings, out: Path, *, run_id: str, first_step: int, config: dict[str, Any]
-) -> list[Observer]:
-    """The trackers that were asked for. Each opens its run when the first event comes.
+) -> list[Callback]:
+    """The trackers of --log-to. Each opens its run at the first event.
 
     Args:
-        settings: which, and under what project.
+        settings: which trackers, and the project.
         out: the run directory; its name is the run's name.
-        run_id: the same at every start of this run, another for every other run.
-        first_step: the step from which this start goes on.
-        config: what the tracker shows as the run's configuration.
+        run_id: identifies the run; the same where it is resumed.
+        first_step: the step from which the run resumes, or 0.
+        config: shown as the run's configuration.
     """
-    made: list[Observer] = []
+    made: list[Callback] = []
     name = out.resolve().name
     for tracker in dict.fromkeys(settings.log_to):
         if tracker == "tensorboard":
-            pass
-
             made.append(ToTensorboard(out / "tensorboard", first_step=first_step, config=config))
         elif tracker == "wandb":
-            pass
-
             made.append(ToWandb(out, project=settings.log_project, run_name=name, run_id=run_id, config=config))
         else:
-            pass
-
             made.append(ToTrackio(project=settings.log_project, run_name=f"{name}-{run_id}", config=config))
     return made

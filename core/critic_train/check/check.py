@@ -74,7 +74,7 @@ MOST_BAD_ROWS = 10_000
 """Bad rows that are named one by one; all are counted."""
 
 
-def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
+def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Say what is in a data set. Streams: memory does not grow with the tokens.
 
     Args:
@@ -88,6 +88,7 @@ def check(settings: CheckSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         DataError: there is not one row that can be used.
     """
+    stop = stop or StopRequest()
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
     reader = full_reader(shards, settings.reading.column, stop, bad_files, MOST_BAD_ROWS)

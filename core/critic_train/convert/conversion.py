@@ -32,7 +32,7 @@ FIRST_BAD_ROWS = 10
 """How many are named."""
 
 
-def convert(settings: ConvertSettings, stop: StopRequest) -> Iterator[Event]:
+def convert(settings: ConvertSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Make canonical shards of rollout dumps. Called again, it goes on where it stopped.
 
     Either all shards of a source are written or none. Memory holds one source of a pickled format, and a row group of
@@ -48,6 +48,7 @@ def convert(settings: ConvertSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: an error that the user can correct.
     """
+    stop = stop or StopRequest()
     sources = find_sources(settings.reading.source)
     options = Options(
         format=settings.reading.source_format,

@@ -22,7 +22,7 @@ from critic_train.stopping import StopRequest
 TRAIN, VAL = "train", "val"
 
 
-def split(settings: SplitSettings, stop: StopRequest) -> Iterator[Event]:
+def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Write shards twice: the rows to train on, and those of held-out prompt groups.
 
     The groups held out are those that `fit --val-fraction --seed` holds out of the same rollouts. Rows keep their
@@ -39,6 +39,7 @@ def split(settings: SplitSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
+    stop = stop or StopRequest()
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
     to = Path(settings.output.to or "")

@@ -185,7 +185,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        directory: Path,
+        directory: str | Path,
         schema: pa.Schema,
         *,
         keep_together: str | None = None,
@@ -196,7 +196,7 @@ class ShardWriter:
     ) -> None:
         self.files: list[Path] = []
         self.rows = 0
-        self._directory = directory
+        self._directory = Path(directory)
         self._schema = schema
         self._keep_together = keep_together
         self._prefix = prefix

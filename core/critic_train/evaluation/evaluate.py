@@ -118,7 +118,7 @@ STORED = "stored"
 """The name under which the shards' own values are judged."""
 
 
-def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
+def evaluate(settings: EvalSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Judge critics, or the stored values, on rollouts. Streams: memory does not grow with the data.
 
     All rows are read and checked before any model runs, so that a bad row is reported at once. Several ranks read the
@@ -136,6 +136,7 @@ def evaluate(settings: EvalSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
+    stop = stop or StopRequest()
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device) as ranks:
         yield from _evaluate(settings, resolve_compute(settings.compute, ranks), ranks.agreed_stop(stop))
 

@@ -74,7 +74,7 @@ def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) 
     lengths = rollouts.lengths if forest else np.full(len(rollouts), rollouts.lengths.max(initial=1))
     pieces = Pieces(order, lengths, Cost(pair=compute.pair_cost))
     every = shares(pieces, compute.ranks.size, compute.max_tokens)
-    return [order.part(places) for places in every[compute.ranks.rank]]
+    return [order.part(positions) for positions in every[compute.ranks.rank]]
 
 
 def _alone(rollouts: Rollouts) -> PrefixOrder:
@@ -99,14 +99,14 @@ def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrde
     order = prefix_order(rollouts)
     lengths = rollouts.lengths[order.index]
     own = lengths - order.shared
-    trees: list[tuple[int, int, int]] = []  # size, first and last+1 place in `order`
+    trees: list[tuple[int, int, int]] = []  # size, first and last+1 position in `order`
     start = size = 0
-    for place in range(len(order)):
-        whole = order.shared[place] == 0
-        if place and (whole or size + own[place] > max_tokens):
-            trees.append((size, start, place))
-            start, size = place, 0
-        size += int(lengths[place] if place == start else own[place])
+    for position in range(len(order)):
+        starts_tree = order.shared[position] == 0
+        if position and (starts_tree or size + own[position] > max_tokens):
+            trees.append((size, start, position))
+            start, size = position, 0
+        size += int(lengths[position] if position == start else own[position])
     trees.append((size, start, len(order)))
     bins = best_fit_decreasing([tree[0] for tree in trees], max_tokens)
     return [order.part(np.concatenate([np.arange(*trees[t][1:]) for t in sorted(members)])) for members in bins]
@@ -133,12 +133,12 @@ def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # what is left in each bin, and its number, ascending
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = bisect_left(rooms, (sizes[item], -1))
-        if place == len(rooms):
+        fullest = bisect_left(rooms, (sizes[item], -1))
+        if fullest == len(rooms):
             bins.append([])
             room, number = capacity, len(bins) - 1
         else:
-            room, number = rooms.pop(place)
+            room, number = rooms.pop(fullest)
         bins[number].append(item)
         insort(rooms, (room - sizes[item], number))
     return bins

@@ -1,14 +1,13 @@
-"""Even out micro-batches by single rollouts, where whole prefix trees and their ends were too coarse to deal out.
+"""Share the rollouts of a mini-batch out over ranks and micro-batches, by what they cost to compute.
 
-A rollout can leave the middle of a tree and join another part of the same tree, or any other micro-batch: what it
-costs there depends on how much it shares with the two rollouts that it then stands between.
+Whole prefix trees go to the rank with the least work so far, the most expensive tree first (longest processing time
+first, Graham 1969: within 0.1 % of Karmarkar-Karp here and a thousand times faster). Where that leaves ranks unequal,
+trees of the busiest rank are cut between two rollouts: the prefix is then computed once more, so a cut is made only
+where the busiest rank gains by it.
 
-Share the rollouts of a mini-batch out over ranks and micro-batches, by what they cost to compute.
-
-Whole prefix trees go to the rank with the least work so far, the dearest tree first (longest processing time first,
-Graham 1969: within 0.1 % of Karmarkar-Karp here and a thousand times faster). Where that leaves ranks unequal, trees
-of the busiest rank are cut between two rollouts: the prefix is then computed once more, so a cut is made only where
-the busiest rank gains by it. What is still unequal then is evened out by single rollouts (`exchanging`).
+What is still unequal then is evened out by single rollouts. A rollout can leave the middle of a tree and join another
+part of the same tree, or any other micro-batch: what it costs there depends on how much it shares with the two
+rollouts that it then stands between.
 """
 
 import heapq
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 
 from critic_train.model.prefix_tree import PrefixOrder
 
-Places = NDArray[np.int64]
-"""int64 [k], ascending: places of an order whose rollouts are computed together."""
+Positions = NDArray[np.int64]
+"""int64 [k], ascending: positions in an order, of rollouts that are computed together."""
 
 MOST_ROLLOUTS = 1024
 """Mini-batches with more have small enough trees to be dealt out as they are; what rollouts share is a square table."""
@@ -36,7 +35,7 @@ class Exchanges:
     """What a micro-batch costs with a rollout more or less.
 
     Args:
-        full: int64 [n], tokens of the rollout at each place of the order.
+        full: int64 [n], tokens of the rollout at each position of the order.
         shared: int64 [n], how much each has in common with the one before it.
         pair: the work of one (query, key) pair beside a position's.
     """
@@ -48,15 +47,17 @@ class Exchanges:
         above = np.where(np.arange(n)[:, None] < np.arange(n)[None], shared[None], np.iinfo(np.int64).max)
         self._common = np.minimum.accumulate(above, axis=1)
 
-    def tokens(self, places: Places) -> int:
+    def tokens(self, positions: Positions) -> int:
         """Forest positions of some rollouts together."""
-        return int(self._full[places].sum() - self._common[places[:-1], places[1:]].sum())
+        return int(self._full[positions].sum() - self._common[positions[:-1], positions[1:]].sum())
 
-    def work(self, places: Places) -> float:
+    def work(self, positions: Positions) -> float:
         """What they cost together."""
-        return float(self._own(self._full[places]).sum() - self._own(self._common[places[:-1], places[1:]]).sum())
+        return float(
+            self._own(self._full[positions]).sum() - self._own(self._common[positions[:-1], positions[1:]]).sum()
+        )
 
-    def level(self, bins: list[Places], max_tokens: int, enough: float) -> list[Places]:
+    def level(self, bins: list[Positions], max_tokens: int, enough: float) -> list[Positions]:
         """Have the busiest micro-batch give a rollout away, or take another for it, as long as that helps.
 
         Args:
@@ -68,7 +69,7 @@ class Exchanges:
             As many micro-batches, which together hold the same rollouts.
         """
         bins = list(bins)
-        work = np.asarray([self.work(places) for places in bins])
+        work = np.asarray([self.work(positions) for positions in bins])
         for _ in range(EXCHANGES_A_BIN * len(bins)):
             busy, *others = np.argsort(-work, kind="stable").tolist()
             if work[busy] <= enough * work.mean() or not any(
@@ -77,7 +78,9 @@ class Exchanges:
                 break
         return bins
 
-    def _exchange(self, bins: list[Places], work: NDArray[np.float64], busy: int, idle: int, max_tokens: int) -> bool:
+    def _exchange(
+        self, bins: list[Positions], work: NDArray[np.float64], busy: int, idle: int, max_tokens: int
+    ) -> bool:
         """Give one rollout of the busy one for one or none of the idle one; returns whether that lowered the larger."""
         mine, theirs = bins[busy], bins[idle]
         # Beside what is there: "nothing" is given back last. Two exchanged rollouts that were neighbours make these
@@ -99,22 +102,22 @@ class Exchanges:
                 return True
         return False
 
-    def _less(self, places: Places) -> NDArray[np.float64]:
+    def _less(self, positions: Positions) -> NDArray[np.float64]:
         """What each of some rollouts takes away with it when it alone leaves (below 0)."""
-        before, after = np.append(-1, places[:-1]), np.append(places[1:], -1)
-        return -self._between(places, before, after)
+        before, after = np.append(-1, positions[:-1]), np.append(positions[1:], -1)
+        return -self._between(positions, before, after)
 
-    def _more(self, newcomers: Places, places: Places) -> NDArray[np.float64]:
-        """What each of some rollouts adds when it alone joins those at `places`."""
-        at = np.searchsorted(places, newcomers)
-        return self._between(newcomers, np.append(-1, places)[at], np.append(places, -1)[at])
+    def _more(self, newcomers: Positions, positions: Positions) -> NDArray[np.float64]:
+        """What each of some rollouts adds when it alone joins those at `positions`."""
+        at = np.searchsorted(positions, newcomers)
+        return self._between(newcomers, np.append(-1, positions)[at], np.append(positions, -1)[at])
 
-    def _between(self, places: Places, before: Places, after: Places) -> NDArray[np.float64]:
+    def _between(self, positions: Positions, before: Positions, after: Positions) -> NDArray[np.float64]:
         """The work of rollouts that stand between two others; -1 where there is none."""
-        up = np.where(before >= 0, self._common[before, places], 0)
-        down = np.where(after >= 0, self._common[places, after], 0)
+        up = np.where(before >= 0, self._common[before, positions], 0)
+        down = np.where(after >= 0, self._common[positions, after], 0)
         past = np.where((before >= 0) & (after >= 0), self._common[before, after], 0)
-        return self._own(self._full[places]) - self._own(up) - self._own(down) + self._own(past)
+        return self._own(self._full[positions]) - self._own(up) - self._own(down) + self._own(past)
 
     def _own(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         return row_work(tokens, self._pair)
@@ -123,12 +126,12 @@ class Exchanges:
 def row_work(tokens: NDArray[np.int64], pair: float) -> NDArray[np.float64]:
     """What rows of some tokens cost, each from its first token on, where a pair of attention costs `pair`."""
     rows = tokens.astype(np.float64)
-    found: NDArray[np.float64] = rows + pair * rows * (rows + 1) / 2
-    return found
+    work: NDArray[np.float64] = rows + pair * rows * (rows + 1) / 2
+    return work
 
 
 Run = tuple[int, int]
-"""Places start:stop of an order; the rollouts there are computed together as one tree."""
+"""Positions start:stop of an order; the rollouts there are computed together as one tree."""
 
 LEVEL = 1.005
 """Micro-batches are level when the busiest has at most this much more work than the mean."""
@@ -188,15 +191,15 @@ class Pieces:
 
     def work_of_runs(self, runs: NDArray[np.int64]) -> NDArray[np.float64]:
         """float64 [k]: cost of runs int64 [k, 2]; an empty run costs nothing."""
-        whole = runs[:, 0] < runs[:, 1]
-        found = np.zeros(len(runs))
-        found[whole] = self.work(runs[whole, 0], runs[whole, 1])
-        return found
+        filled = runs[:, 0] < runs[:, 1]
+        work = np.zeros(len(runs))
+        work[filled] = self.work(runs[filled, 0], runs[filled, 1])
+        return work
 
-    def work_together(self, places: Places) -> float:
-        """Cost of rollouts at some places, ascending, whatever stands between them."""
-        shared = self.order.part(places).shared
-        return float((self._full_work[places] - row_work(shared, self.pair)).sum())
+    def work_together(self, positions: Positions) -> float:
+        """Cost of rollouts at some positions, ascending, whatever stands between them."""
+        shared = self.order.part(positions).shared
+        return float((self._full_work[positions] - row_work(shared, self.pair)).sum())
 
     def tokens(self, start: int, stop: int) -> int:
         """Forest positions of a run."""
@@ -206,16 +209,16 @@ class Pieces:
         """The prefix trees of the order, cut between rollouts where one is larger than `max_tokens`."""
         runs: list[Run] = []
         start = 0
-        for place in range(1, len(self.shared)):
-            if self.shared[place] == 0 or self.tokens(start, place + 1) > max_tokens:
-                runs.append((start, place))
-                start = place
+        for position in range(1, len(self.shared)):
+            if self.shared[position] == 0 or self.tokens(start, position + 1) > max_tokens:
+                runs.append((start, position))
+                start = position
         runs.append((start, len(self.shared)))
         return runs
 
 
-def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[Places]]:
-    """The micro-batches of each rank: `shares(...)[rank][number]` are the places of one, ascending.
+def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[Positions]]:
+    """The micro-batches of each rank: `shares(...)[rank][number]` are the positions of one, ascending.
 
     Every rank has the same number of micro-batches, since ranks go through them in step; those that are computed at
     the same time cost about the same. Some may be empty.
@@ -241,8 +244,8 @@ def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[Places]]:
     bins = [np.concatenate([np.zeros(0, np.int64), *(np.arange(*run) for run in sorted(mine))]) for mine in held]
     if ranks > 1 and len(pieces.shared) <= MOST_ROLLOUTS:
         bins = Exchanges(pieces.full, pieces.shared, pieces.pair).level(bins, max_tokens, LEVEL)
-    bins.sort(key=lambda places: -pieces.work_together(places))
-    # Every second row backwards, so that no rank has the dearest of each.
+    bins.sort(key=lambda positions: -pieces.work_together(positions))
+    # Every second row backwards, so that no rank has the most expensive of each.
     rows = [bins[ranks * n : ranks * (n + 1)][:: -1 if n % 2 else 1] for n in range(count)]
     return [[row[rank] for row in rows] for rank in range(ranks)]
 
@@ -267,7 +270,7 @@ def _fits(pieces: Pieces, runs: list[Run], max_tokens: int) -> bool:
 
 
 def longest_first(work: list[float], bins: int) -> list[list[int]]:
-    """Item numbers of each bin: the dearest item first, each into the bin with the least work so far."""
+    """Item numbers of each bin: the most expensive item first, each into the bin with the least work so far."""
     held: list[list[int]] = [[] for _ in range(bins)]
     least = [(0.0, number) for number in range(bins)]
     for item in sorted(range(len(work)), key=lambda i: (-work[i], i)):

@@ -211,7 +211,7 @@ class Job:
 NOT_PART_OF_THE_RESULT = ("to", "part")
 
 
-def predict(settings: PredictSettings, stop: StopRequest) -> Iterator[Event]:
+def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Write shards again with a critic's values, and returns and advantages made of them. Streams.
 
     All rows are read and checked before the model runs. Values are kept on the disk as they are computed, so a job that
@@ -227,6 +227,7 @@ def predict(settings: PredictSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend.
     """
+    stop = stop or StopRequest()
     part = part_of_this_process(settings)
     compute = Compute(
         device=resolve_device(device_of(settings.compute.device)),

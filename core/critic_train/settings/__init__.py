@@ -5,6 +5,7 @@ these dataclasses. Nothing heavy is imported here, so that `--help` stays instan
 """
 
 from critic_train.settings.base import (
+    EXPECTED,
     Section,
     Settings,
     as_dict,
@@ -12,6 +13,8 @@ from critic_train.settings.base import (
     flag_of,
     setting,
     settings_fields,
+    type_errors,
+    value_type,
 )
 from critic_train.settings.commands import (
     CheckSettings,
@@ -66,6 +69,7 @@ from critic_train.settings.training_sections import (
 
 __all__ = [
     "AUTO",
+    "EXPECTED",
     "LOWER_IS_BETTER",
     "ActivationCheckpointing",
     "Attention",
@@ -116,4 +120,6 @@ __all__ = [
     "setting",
     "settings_fields",
     "trained_layers",
+    "type_errors",
+    "value_type",
 ]

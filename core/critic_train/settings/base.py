@@ -1,7 +1,8 @@
 """How settings are declared: one dataclass field each, in sections, of which a command's settings are composed."""
 
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Self
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from critic_train.errors import ConfigError
 
@@ -60,7 +61,7 @@ class Settings:
         values: field name -> value, of whichever section; what is not given has its default.
 
     Raises:
-        ConfigError: values break rules; all of them, of all sections, are in the message.
+        ConfigError: values are of the wrong type or break rules; all of them, of all sections, are in the message.
         TypeError: no section has a field of that name.
     """
 
@@ -72,7 +73,8 @@ class Settings:
             object.__setattr__(self, name, section(**given))
         if values:
             raise TypeError(f"{type(self).__name__} has no setting {', '.join(values)}")
-        errors = [error for section in self.sections() for error in section.validate()] + self.validate()
+        errors = [error for section in self.sections() for error in type_errors(section)]
+        errors = errors or [error for section in self.sections() for error in section.validate()] + self.validate()
         if errors:
             raise ConfigError("\n".join(errors), hint=f"critic-train {self.command} --help lists every flag")
 
@@ -87,6 +89,66 @@ class Settings:
     def replace(self, **changes: Any) -> Self:
         """A copy with other values; arguments and errors as in the constructor."""
         return type(self)(**as_dict(self) | changes)
+
+
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class ValueType:
+    """The type of a setting.
+
+    Attributes:
+        kind: type of one value: str, int, float or bool.
+        choices: the values allowed; empty where any value of the type is.
+        repeatable: whether the setting is a list of values.
+        optional: whether it may be None.
+    """
+
+    kind: type
+    choices: tuple[str, ...]
+    repeatable: bool
+    optional: bool
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value has this type. An int counts as a float; a bool counts as neither."""
+        if value is None:
+            return self.optional
+        if self.repeatable:
+            return isinstance(value, list) and all(map(self._accepts_one, value))
+        return self._accepts_one(value)
+
+    def _accepts_one(self, value: Any) -> bool:
+        if isinstance(value, bool) or self.kind is bool:
+            return isinstance(value, bool) and self.kind is bool
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float if self.kind is float else self.kind)
+
+
+def value_type(declared: "Field[Any]") -> ValueType:
+    """Take the annotation of a setting apart: `int`, `str | None`, `list[str]`, `Literal[...]`, ..."""
+    hint: Any = declared.type
+    optional = get_origin(hint) in (Union, UnionType)
+    if optional:
+        hint = next(inner for inner in get_args(hint) if inner is not NoneType)
+    repeatable = get_origin(hint) is list
+    if repeatable:
+        hint = get_args(hint)[0]
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    return ValueType(str if choices else hint, choices, repeatable, optional)
+
+
+def type_errors(section: Section) -> list[str]:
+    """A line for each value that is not of its setting's type, as a Python caller may give it."""
+    errors = []
+    for each in fields(section):
+        expected, value = value_type(each), getattr(section, each.name)
+        if not expected.accepts(value):
+            one = f"one of {', '.join(expected.choices)}" if expected.choices else EXPECTED[expected.kind]
+            wanted = f"a list, each {one}" if expected.repeatable else one
+            errors.append(f"{name_in_usage(section, each.name)} must be {wanted}, not {value!r}")
+    return errors
 
 
 def sections_of(settings: type[Settings]) -> dict[str, type[Section]]:

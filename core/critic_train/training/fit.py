@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from critic_train.callbacks.observer import Observer, observed
+from critic_train.callbacks.callback import Callback, with_callbacks
 from critic_train.callbacks.report_writer import ReportWriter
 from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
@@ -29,7 +29,7 @@ from critic_train.training.run_record import (
 from critic_train.training.trainer import Trainer
 
 
-def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
+def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Train a critic, or go on with a run that was stopped.
 
     Args:
@@ -42,6 +42,7 @@ def fit(settings: FitSettings, stop: StopRequest) -> Iterator[Event]:
     Raises:
         CriticTrainError: a fault that the user can mend; the run directory stays usable.
     """
+    stop = stop or StopRequest()
     require_packages(settings.run)
     sharded = resolve_offload(settings.compute) == "all"
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
@@ -87,7 +88,7 @@ def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterato
         )
         stop = ranks.agreed_stop(stop)
         trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
-        yield from observed(trainer.train(), _observers(trainer))
+        yield from with_callbacks(trainer.train(), _callbacks(trainer))
         stopped = stop.requested  # looked at once: a signal may come at any moment
         result = result_of(trainer, began, "interrupted" if stopped else "finished")
         if not stopped:
@@ -114,8 +115,8 @@ def _follow(settings: FitSettings, compute: Compute, stop: StopRequest) -> Itera
         yield RunEnded(status=status, signal_number=stop.signal_number)
 
 
-def _observers(trainer: Trainer) -> list[Observer]:
-    """Those who look on while this run goes."""
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    """The callbacks of this run: its trackers, and its report unless --no-report."""
     record = trainer.run.read_json("run.json") or {}
     tracking = trackers(
         trainer.settings.run,

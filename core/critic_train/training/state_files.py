@@ -152,8 +152,8 @@ def remember_budget(run: RunDirectory, settings: FitSettings, ranks: Ranks, next
     """Write down in the run what the same command is to begin with."""
     record = {"asked": settings.compute.max_tokens, "ranks": ranks.size}
     before = run.read_json(BUDGET_FILE) or {}
-    kept = before if all(before.get(name) == value for name, value in record.items()) else {}
-    run.write_json(BUDGET_FILE, kept | record | next_start)
+    comparable = all(before.get(name) == value for name, value in record.items())
+    run.write_json(BUDGET_FILE, (before if comparable else {}) | record | next_start)
 
 
 def begin_with_remembered_budget(run: RunDirectory, settings: FitSettings, compute: Compute) -> Iterator[Event]:

@@ -111,7 +111,7 @@ def _model(source: str, before: dict[str, Any]) -> Finding:
     return Finding("base model", "sound" if same else "unsound", "as when the run began" if same else "changed since")
 
 
-def verify(settings: VerifySettings, stop: StopRequest) -> Iterator[Event]:
+def verify(settings: VerifySettings, stop: StopRequest | None = None) -> Iterator[Event]:
     """Look at runs, checkpoints, models and rollouts without changing anything.
 
     Args:
@@ -122,6 +122,7 @@ def verify(settings: VerifySettings, stop: StopRequest) -> Iterator[Event]:
         Progress; RunEnded last, whose result is {"sound": bool, "targets": [{"target", "kind", "sound", "findings":
         [{"what", "state", "said"}]}]}. What cannot be read at all is a finding too, no error.
     """
+    stop = stop or StopRequest()
     targets: list[dict[str, Any]] = []
     for number, name in enumerate(settings.reading.target):
         yield Progress(stage="verifying", done=number, total=len(settings.reading.target), unit="targets")

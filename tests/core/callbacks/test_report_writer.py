@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from critic_train.callbacks.observer import observed
-from critic_train.callbacks.report_writer import FIRST_SECONDS, SHARE, ReportWriter
+from critic_train.callbacks.callback import with_callbacks
+from critic_train.callbacks.report_writer import FIRST_PAGE_SECONDS, MAX_SHARE, ReportWriter
 from critic_train.events import EvaluationEnded, Notice, StepEnded
+from critic_train.report import page
 
 
 class Clock:
@@ -37,7 +38,7 @@ def pages(monkeypatch):
         clock.now += 2.0
         return 1
 
-    monkeypatch.setattr("critic_train.report.page.write_page", write)
+    monkeypatch.setattr(page, "write_page", write)
     return written, clock
 
 
@@ -55,9 +56,9 @@ def test_pages_take_a_small_share_of_the_time_and_the_last_is_always_written(run
     writer = ReportWriter(run, clock=clock)
     for step in range(200):
         clock.now += 5.0
-        writer.take(evaluation(step))
+        writer.on_event(evaluation(step))
     assert 5 <= len(written) <= 200
-    assert 2.0 * len(written) <= SHARE * clock.now + 2.0
+    assert 2.0 * len(written) <= MAX_SHARE * clock.now + 2.0
     before = len(written)
     writer.close()
     assert len(written) == before + 1
@@ -67,33 +68,33 @@ def test_pages_take_a_small_share_of_the_time_and_the_last_is_always_written(run
 def test_the_first_evaluation_of_a_young_run_waits(run, pages):
     written, clock = pages
     writer = ReportWriter(run, clock=clock)
-    clock.now = 0.9 * FIRST_SECONDS / SHARE
-    writer.take(evaluation(0))
+    clock.now = 0.9 * FIRST_PAGE_SECONDS / MAX_SHARE
+    writer.on_event(evaluation(0))
     assert written == []
-    clock.now = 1.1 * FIRST_SECONDS / SHARE
-    writer.take(evaluation(1))
+    clock.now = 1.1 * FIRST_PAGE_SECONDS / MAX_SHARE
+    writer.on_event(evaluation(1))
     assert len(written) == 1
 
 
 def test_the_best_verdict_is_kept(run, pages):
     writer = ReportWriter(run, clock=pages[1])
-    writer.take(evaluation(0, best=False, figure=0.0))
+    writer.on_event(evaluation(0, best=False, figure=0.0))
     assert (stored(run)["step"], stored(run)["best"]) == (0, False)
-    writer.take(evaluation(10, figure=0.6))
-    writer.take(evaluation(20, best=False, figure=0.4))
+    writer.on_event(evaluation(10, figure=0.6))
+    writer.on_event(evaluation(20, best=False, figure=0.4))
     assert (stored(run)["step"], stored(run)["best"]) == (10, True)
     assert stored(run)["critics"]["critic"]["explained_variance"] == 0.6
     resumed = ReportWriter(run, clock=pages[1])
-    resumed.take(evaluation(30, best=False, figure=0.3))
+    resumed.on_event(evaluation(30, best=False, figure=0.3))
     assert stored(run)["step"] == 10
-    resumed.take(evaluation(40, figure=0.7))
+    resumed.on_event(evaluation(40, figure=0.7))
     assert stored(run)["step"] == 40
 
 
 def test_other_events_cost_nothing(run, pages):
     writer = ReportWriter(run, clock=pages[1])
     pages[1].now = 1e6
-    writer.take(StepEnded(step=1, epoch=0, metrics={}, timing={}))
+    writer.on_event(StepEnded(step=1, epoch=0, metrics={}, timing={}))
     assert pages[0] == []
     assert not (run / "evaluation.json").exists()
 
@@ -105,12 +106,12 @@ def test_a_page_that_fails_is_told_once_and_the_run_goes_on(run, monkeypatch):
         tries.append(path)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("critic_train.report.page.write_page", write)
+    monkeypatch.setattr(page, "write_page", write)
     clock = Clock()
     writer = ReportWriter(run, clock=clock)
     clock.now = 1e6
     events = [evaluation(1), StepEnded(step=2, epoch=0, metrics={}, timing={}), evaluation(3)]
-    told = list(observed(iter(events), [writer]))
+    told = list(with_callbacks(iter(events), [writer]))
     notices = [event for event in told if isinstance(event, Notice)]
     assert [event for event in told if not isinstance(event, Notice)] == events
     assert len(notices) == 1
@@ -126,5 +127,5 @@ def test_a_run_that_failed_has_its_page(run, pages):
         raise RuntimeError("diverged")
 
     with pytest.raises(RuntimeError, match="diverged"):
-        list(observed(events(), [ReportWriter(run, clock=pages[1])]))
+        list(with_callbacks(events(), [ReportWriter(run, clock=pages[1])]))
     assert pages[0] == [run / "report.html"]

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rank_work import run_out_alone
+from ranks import on_ranks
 from support import branching_rollouts, readable_rollouts, small_config, write_shard
 
 from critic_train.errors import MachineError
@@ -142,3 +144,10 @@ def test_a_run_says_once_that_it_goes_on_with_less(short_of_memory, tmp_path):
 
 def test_a_compute_can_be_copied_with_other_values():
     assert replace(compute_of(), max_tokens=7).lowered() == ""
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_a_single_process_whose_weights_are_sharded_begins_again(kind):
+    ((far, max_tokens),) = on_ranks(1, run_out_alone, kind)
+    assert far <= 1e-5
+    assert max_tokens == max(35, int(branching_rollouts().lengths.max()))

@@ -75,3 +75,24 @@ def test_settings_are_frozen_and_can_be_sent_to_another_process() -> None:
         settings.run = None  # type: ignore[assignment, misc]
     with pytest.raises(AttributeError):
         settings.optimizer.lr = 1.0  # type: ignore[misc]
+
+
+def test_values_of_another_type_are_refused_all_at_once() -> None:
+    """What the command line parses, a Python caller may give as anything."""
+    with pytest.raises(ConfigError) as raised:
+        FitSettings(data="rollouts/", epochs=True, lr="3", precision="fp16", out=3, no_clip=1, log_to=["mlflow"])
+    assert raised.value.message.splitlines() == [
+        "--data must be a list, each text, not 'rollouts/'",
+        "--no-clip must be true or false, not 1",
+        "--epochs must be a whole number, not True",
+        "--lr must be a number, not '3'",
+        "--precision must be one of fp32, bf16, not 'fp16'",
+        "--out must be text, not 3",
+        "--log-to must be a list, each one of tensorboard, wandb, trackio, not ['mlflow']",
+    ]
+
+
+def test_an_int_is_a_number_and_none_is_one_where_it_is_the_default() -> None:
+    assert FitSettings(data=["x"], lr=1, max_steps=None, warmup_steps=2).optimizer.lr == 1
+    with pytest.raises(ConfigError, match="--batch-size must be a whole number, not None"):
+        FitSettings(data=["x"], batch_size=None)

@@ -90,6 +90,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_three_resume_what_two_be
     assert len(records(ours.run.out, "step")) == STEPS
     assert furthest(ours.run.out, settings.run.out, "value_loss") <= 1e-5
     assert json.loads((Path(ours.run.out) / "run.json").read_text())["ranks"] == 2
+    assert {end["status"] for end in on_ranks(2, ranks.fit_run, ours)} == {"already finished"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Observers see everything, and can break nothing."""
+"""Callbacks are given every event, and cannot end the run."""
 
 import pytest
 
-from critic_train.callbacks.observer import observed
+from critic_train.callbacks.callback import with_callbacks
 from critic_train.events import Notice, Progress
 
 EVENTS = [Progress(stage="reading", done=done, total=3) for done in range(4)]
@@ -15,7 +15,7 @@ class Watcher:
         self.closed = 0
         self._fails_at, self._fails_to_close = fails_at, fails_to_close
 
-    def take(self, event: object) -> None:
+    def on_event(self, event: object) -> None:
         if len(self.seen) == self._fails_at:
             raise ConnectionError("the server\nis away")
         self.seen.append(event)
@@ -28,14 +28,14 @@ class Watcher:
 
 def test_every_event_is_shown_and_passed_on():
     first, second = Watcher(), Watcher()
-    assert list(observed(iter(EVENTS), [first, second])) == EVENTS
+    assert list(with_callbacks(iter(EVENTS), [first, second])) == EVENTS
     assert first.seen == second.seen == EVENTS
     assert first.closed == second.closed == 1
 
 
 def test_one_that_fails_is_told_of_once_and_shown_nothing_more():
     broken, whole = Watcher("wandb", fails_at=2), Watcher()
-    passed = list(observed(iter(EVENTS), [broken, whole]))
+    passed = list(with_callbacks(iter(EVENTS), [broken, whole]))
     told = [event for event in passed if isinstance(event, Notice)]
     assert [event for event in passed if not isinstance(event, Notice)] == EVENTS
     assert [(notice.level, "wandb failed" in notice.message) for notice in told] == [("warning", True)]
@@ -45,12 +45,12 @@ def test_one_that_fails_is_told_of_once_and_shown_nothing_more():
 
 
 def test_a_failure_to_close_is_only_a_warning():
-    passed = list(observed(iter(EVENTS), [Watcher(fails_to_close=True)]))
+    passed = list(with_callbacks(iter(EVENTS), [Watcher(fails_to_close=True)]))
     assert passed[:-1] == EVENTS
     assert "no room" in passed[-1].message
 
 
-def test_observers_are_closed_when_the_run_fails():
+def test_callbacks_are_closed_when_the_run_fails():
     watcher = Watcher()
 
     def failing():
@@ -58,5 +58,5 @@ def test_observers_are_closed_when_the_run_fails():
         raise RuntimeError("the run")
 
     with pytest.raises(RuntimeError, match="the run"):
-        list(observed(failing(), [watcher]))
+        list(with_callbacks(failing(), [watcher]))
     assert (watcher.seen, watcher.closed) == (EVENTS[:1], 1)
