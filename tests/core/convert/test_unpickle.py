@@ -30,9 +30,9 @@ BATCH = {
         b"\xff\xff\xff\xffK\0tb\x89C\x01xtb.",
         "array of shape",
     ),
-    "lists without end": (b"\x80\x02(" + b"]" * 2**20 + b"l.", "more than"),
+    "lists without end": (b"\x80\x02(" + b"]" * 2**23 + b"l.", "more than"),
     "marks without end": (b"\x80\x02" + b"(" * 2**23 + b".", "more than"),
-    "a dictionary of one entry, often": (b"\x80\x02" + b"}" * 2**20 + b".", "more than"),
+    "a dictionary of one entry, often": (b"\x80\x02" + b"}" * 2**23 + b".", "more than"),
     "tuples in tuples as a key": (b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.", "a key is a tuple"),
     "tuples in tuples in a set": (b"\x80\x04\x8f()" + b"2\x86" * 60 + b"\x90.", "a key is a tuple"),
     "tuples of a tuple in the memo as a key": (
