@@ -140,7 +140,7 @@ def test_wandb_offline_holds_every_step(shards, tmp_path, monkeypatch):
     list(fit(settings_for(shards, tmp_path, log_to=["wandb"]), StopRequest()))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     expected, seen = losses(tmp_path), {}
-    # W&B's service writes the file from a process of its own: on a busy machine, some of it after `finish` has returned.
+    # W&B's service writes the file from a process of its own: on a busy machine, some of it after `finish`.
     for _ in range(600):
         seen = wandb_losses(file)
         if len(seen) == len(expected):
