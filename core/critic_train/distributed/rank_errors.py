@@ -3,8 +3,9 @@
 import traceback
 from typing import Any
 
-from critic_train import errors
-from critic_train.errors import CriticTrainError, MachineError
+from critic_train.errors import ConfigError, CriticTrainError, DataError, DivergedError, MachineError, ModelError
+
+KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, DivergedError, MachineError, ModelError)}
 
 
 class RankError(Exception):
@@ -29,8 +30,8 @@ def as_error(record: dict[str, Any]) -> BaseException:
     whose, message = f"rank {record['rank']}", str(record["message"])
     if record.get("errno") is not None:
         return OSError(int(record["errno"]), f"{message} (on {whose})", record["where"] or None)
-    kind = getattr(errors, str(record["kind"]), None)
-    if isinstance(kind, type) and issubclass(kind, CriticTrainError):
+    kind = KINDS.get(str(record["kind"]))
+    if kind is not None:
         return kind(f"{whose}: {message}", hint=str(record["hint"]))
     if "out of memory" in message.lower() or record["kind"] in ("MemoryError", "OutOfMemoryError"):
         return MachineError(

@@ -25,10 +25,11 @@ from critic_train.run.changes import is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, set_aside
 from critic_train.run.manifest import model_digest, tokenizer_digest
 from critic_train.run.run_directory import RunDirectory
-from critic_train.run.storage import require_room
+from critic_train.run.storage import remove, require_room
 from critic_train.settings import FitSettings, as_dict, defaults_of
 from critic_train.text import format_bytes
 from critic_train.training.dataset import RunShards
+from critic_train.training.state_files import BUDGET_FILE
 from critic_train.training.trainer import Trainer
 from critic_train.versions import versions
 
@@ -55,6 +56,8 @@ def compare_with_before(
     }
     before = run.read_json("run.json")
     if not checkpoints(run.checkpoints):
+        if before is not None and before.get("settings") != record["settings"]:
+            remove(run.path / BUDGET_FILE)  # it is of another critic, or of other rollouts
         run.start_afresh()
         run.write_json("run.json", {"id": uuid.uuid4().hex[:8], **record})
         return None
