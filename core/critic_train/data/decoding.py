@@ -18,11 +18,11 @@ from critic_train.data.memory_guard import at_most
 from critic_train.data.parquet_footer import (
     COPY_AGAIN,
     NO_ROLLOUTS,
+    Footer,
     FooterError,
     RowGroup,
     check_pages,
     read_footer,
-    read_row_groups,
 )
 from critic_train.data.shards import Shard
 from critic_train.data.stores import open_file, parquet_file
@@ -79,19 +79,17 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
         DataError: pages are damaged, or the file claims what no rollouts are.
     """
     try:
-        groups = _checked_row_groups(shard, names, ids)
+        footer = read_footer(shard.path)
+        groups = _checked_row_groups(shard, footer, names, ids)
         kept = [name for name in texts if not any(c.delta for group in groups for c in group.chunks if c.path == name)]
         with parquet_file(
             shard.path,
+            metadata=footer.metadata,
             page_checksum_verification=True,
             pre_buffer=False,
             buffer_size=BUFFER_BYTES,
             read_dictionary=kept,
         ) as file:
-            if file.num_row_groups != len(groups):
-                raise FooterError(
-                    f"is damaged: Arrow finds {file.num_row_groups} row groups, and there are {len(groups)}"
-                )
             for number, group in enumerate(groups):
                 yield from _row_group(file, number, group, names, heavy=_is_heavy(group, names, kept))
     except FooterError as error:
@@ -104,18 +102,15 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
         raise damaged(shard, error) from error
 
 
-def _checked_row_groups(shard: Shard, names: list[str], ids: list[str] | None) -> list[RowGroup]:
-    """The row groups by the footer, of the columns that are read, with every page header looked at."""
+def _checked_row_groups(shard: Shard, footer: Footer, names: list[str], ids: list[str] | None) -> list[RowGroup]:
+    """The row groups by the footer, of the columns that are read, all page headers checked."""
+    groups = footer.row_groups(names)
     with open_file(shard.path) as file:
-        size, footer = read_footer(file)
-        groups = []
-        for number, group in enumerate(read_row_groups(footer, size)):
-            chunks = [chunk for chunk in group.chunks if chunk.column in names]
-            page_bytes = {chunk.path: check_pages(file, chunk) for chunk in chunks}
+        for number, group in enumerate(groups):
+            page_bytes = {chunk.path: check_pages(file, chunk) for chunk in group.chunks}
             if ids is not None:
-                _check_density(number, RowGroup(rows=group.rows, chunks=chunks), ids, page_bytes)
-            groups.append(RowGroup(rows=group.rows, chunks=chunks))
-        return groups
+                _check_density(number, group, ids, page_bytes)
+    return groups
 
 
 def _check_density(number: int, group: RowGroup, ids: list[str], page_bytes: dict[str, int]) -> None:

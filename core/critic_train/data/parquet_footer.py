@@ -1,171 +1,46 @@
-"""Thrift's compact protocol, as much as Parquet's footers and page headers need, in plain Python.
+"""The claims of a Parquet footer and of page headers, checked before Arrow acts on them.
 
-Arrow reads footers too, and refused or read every damaged one that was tried (120,000 reads by pyarrow 21 and 26, no
-crash). But it believes the sizes and counts that a footer claims. They are read here first and compared with the size
-of the file, so that a hostile file of a few hundred bytes allocates no gigabytes. The format is described at
-https://thrift.apache.org/docs/spec (compact protocol).
+Arrow reads the footer itself and refuses a damaged one. What it lacks are limits on hostile sizes: it believes the
+rows, the row groups and the page sizes that a file claims, so that a file of a few hundred bytes could make it allocate
+gigabytes. The schema and the number of row groups are therefore read here first, and the page headers, which pyarrow
+does not show, before their pages are decoded; the row groups come from pyarrow's own metadata.
 
-What a Parquet file claims of itself, held against its size before anything is allocated for it.
-
-Field numbers are those of https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
+Field numbers are those of https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift; the
+encoding is Thrift's compact protocol, https://thrift.apache.org/docs/spec.
 """
 
 import os
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from critic_train.data.stores import open_file
 from critic_train.errors import DataError
-
-DEEPEST = 12
-"""Structs within structs; Parquet's own go 6 deep."""
-MOST_ELEMENTS = 2_000_000
-TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
-
-Struct = dict[int, Any]
-"""Field number -> value: int, bool, bytes, list or Struct. Doubles and maps are passed over."""
-
-
-class ThriftError(ValueError):
-    """The bytes are no Thrift of the kind."""
-
-
-def read_struct(data: bytes, place: int = 0, wanted: int | None = None) -> tuple[Struct, int]:
-    """Read one struct.
-
-    Args:
-        data: the bytes.
-        place: where it begins.
-        wanted: the last field that is of interest: reading ends before any beyond it.
-
-    Returns:
-        The struct, and the place after what was read of it.
-
-    Raises:
-        ThriftError: it is cut off, nested too deeply, or no struct.
-    """
-    reader = _Reader(data, place)
-    try:
-        return reader.struct(0, wanted), reader.place
-    except IndexError:
-        raise ThriftError("it ends in the middle") from None
-
-
-def size_of_list(data: bytes, place: int) -> int:
-    """How many elements the list claims whose field begins at a place; 0 where no list begins there."""
-    try:
-        if data[place] & 15 != LIST:
-            return 0
-        size = data[place + 1] >> 4
-        return _Reader(data, place + 2).varint() if size == 15 else size
-    except IndexError:
-        return 0
-
-
-class _Reader:
-    """A place in some bytes that moves on."""
-
-    def __init__(self, data: bytes, place: int) -> None:
-        self.data = data
-        self.place = place
-
-    def struct(self, depth: int, wanted: int | None = None) -> Struct:
-        if depth > DEEPEST:
-            raise ThriftError("it is nested too deeply")
-        found: Struct = {}
-        number = 0
-        while True:
-            begin = self.place
-            head = self.data[begin]
-            self.place = begin + 1
-            kind = head & 15
-            if kind == 0:
-                return found
-            number = number + (head >> 4) if head >> 4 else self.zigzag()
-            if wanted is not None and number > wanted:
-                self.place = begin
-                return found
-            found[number] = kind == TRUE if kind in (TRUE, FALSE) else self.value(kind, depth)
-
-    def value(self, kind: int, depth: int) -> Any:
-        if kind in (I16, I32, I64):
-            return self.zigzag()
-        if kind == BINARY:
-            return self.take(self.varint())
-        if kind == STRUCT:
-            return self.struct(depth + 1)
-        if kind in (LIST, SET):
-            return self.list(depth)
-        if kind == BYTE:
-            return self.take(1)[0]
-        if kind == DOUBLE:
-            return self.take(8)
-        raise ThriftError(f"it holds type {kind}, which Parquet does not use")
-
-    def list(self, depth: int) -> "list[Any]":
-        head = self.data[self.place]
-        self.place += 1
-        size, kind = head >> 4, head & 15
-        size = self.varint() if size == 15 else size
-        # Every element takes a byte at least.
-        if size > min(MOST_ELEMENTS, len(self.data) - self.place):
-            raise ThriftError(f"it claims a list of {size:,} elements")
-        if kind in (TRUE, FALSE):
-            return [self.take(1)[0] == TRUE for _ in range(size)]
-        if depth >= DEEPEST:
-            raise ThriftError("it is nested too deeply")
-        return [self.value(kind, depth + 1) for _ in range(size)]
-
-    def zigzag(self) -> int:
-        number = self.varint()
-        return (number >> 1) ^ -(number & 1)
-
-    def varint(self) -> int:
-        data, place = self.data, self.place
-        byte = data[place]
-        place += 1
-        number, shift = byte & 127, 7
-        while byte > 127:
-            if shift > 63:
-                raise ThriftError("a number has too many bytes")
-            byte = data[place]
-            place += 1
-            number |= (byte & 127) << shift
-            shift += 7
-        self.place = place
-        return number
-
-    def take(self, size: int) -> bytes:
-        begin = self.place
-        if size > len(self.data) - begin:
-            raise ThriftError("it ends in the middle")
-        self.place = begin + size
-        return self.data[begin : begin + size]
-
 
 MAGIC = b"PAR1"
 TAIL_BYTES = 8
 """A footer ends in its length (4 bytes, little-endian) and the magic; a file begins with the magic too."""
 MOST_FOOTER_BYTES = 2**25
-"""Reading a footer takes some twenty times its size."""
 MOST_COLUMNS = 10_000
 DEEPEST_COLUMN = 64
-"""Groups within groups of a schema; Arrow goes down them by recursion."""
+"""Groups within groups of a schema; Arrow descends by recursion, and not every version has a limit."""
 MOST_ROW_GROUPS = 100_000
 MOST_PAGE_BYTES = 2**28
-"""A page decompressed; writers make them 1 MiB, some a few tens."""
+"""Decompressed bytes of a page; writers make pages of 1 MiB, some of a few tens."""
 SHORT_HEADER_BYTES, LONG_HEADER_BYTES = 512, 2**16
-
 
 COPY_AGAIN = "copy the file again, or take it out of --data"
 NO_ROLLOUTS = "no rollouts look so; check the file, or take it out of --data"
 
 
 class FooterError(ValueError):
-    """The file claims what cannot be, or what no rollouts are; says what, to be read after the file's name.
+    """A file claims something impossible, or something that no rollouts need.
 
     Args:
-        message: see there.
+        message: what it claims, to be read after the file's name.
         hint: what to do about it.
     """
 
@@ -174,25 +49,24 @@ class FooterError(ValueError):
         self.hint = hint
 
     def of(self, name: str) -> DataError:
-        """The fault of a file with this name."""
+        """The same as an error that names the file."""
         between = " " if str(self).startswith("is ") else ": "
         return DataError(f"{name}{between}{self}", hint=self.hint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """One column of one row group.
+    """One leaf column of one row group, as the footer describes it.
 
     Attributes:
         column: the top-level column it belongs to.
         path: its full path, dots between.
-        elements: values, nulls and empty lists among them.
-        start, end: the bytes of its pages in the file.
-        page_bytes: the same decompressed, as claimed.
+        elements: number of values, nulls and empty lists included.
+        start, end: byte range of its pages in the file.
+        page_bytes: decompressed bytes of its pages, as claimed.
         is_nested: whether the column is a list or struct.
-        is_integer, is_text: whether it holds whole numbers, or texts or bytes.
+        is_text: whether it holds texts or bytes.
         delta: whether delta encodings are among its encodings.
-        nulls: by its statistics; None where they do not say.
     """
 
     column: str
@@ -202,26 +76,109 @@ class Chunk:
     end: int
     page_bytes: int
     is_nested: bool
-    is_integer: bool
     is_text: bool
     delta: bool
-    nulls: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowGroup:
-    """Some rows of a file."""
+    """The rows of a row group, and the chunks of the columns that are read."""
 
     rows: int
     chunks: list[Chunk]
 
 
-def read_footer(file: BinaryIO) -> tuple[int, bytes]:
-    """The size of a file, and its footer without length and magic.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footer:
+    """The checked footer of a Parquet file.
+
+    Attributes:
+        file_bytes: size of the file.
+        content: the footer's bytes, without length and magic.
+        metadata: the same as pyarrow reads it.
+    """
+
+    file_bytes: int
+    content: bytes
+    metadata: pq.FileMetaData
+
+    def row_groups(self, names: list[str]) -> list[RowGroup]:
+        """The row groups of the file, in order, with the chunks of the named columns.
+
+        Raises:
+            FooterError: a count or an offset does not fit the file.
+        """
+        return [self._row_group(self.metadata.row_group(i), names) for i in range(self.metadata.num_row_groups)]
+
+    def may_be_null(self, name: str) -> bool:
+        """Whether a column without children may hold nulls, by its statistics."""
+        groups = [self.metadata.row_group(i) for i in range(self.metadata.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == name]
+        # 0 is what pyarrow says of statistics without a count, too
+        return not statistics or any(s is None or not s.has_null_count or s.null_count for s in statistics)
+
+    def _row_group(self, group: pq.RowGroupMetaData, names: list[str]) -> RowGroup:
+        chunks = []
+        for number in range(group.num_columns):
+            meta = group.column(number)
+            # The columns that iter_batches decodes for these names.
+            column = next((name for name in names if f"{meta.path_in_schema}.".startswith(f"{name}.")), None)
+            if column is not None:
+                chunks.append(self._chunk(meta, column))
+        return RowGroup(rows=_checked_count(group.num_rows, 2**62, "rows in a row group"), chunks=chunks)
+
+    def _chunk(self, meta: pq.ColumnChunkMetaData, column: str) -> Chunk:
+        path, pages_end = meta.path_in_schema, self.file_bytes - len(self.content) - TAIL_BYTES
+        if meta.file_path:
+            raise FooterError("found a column kept in another file, expected every column in this one")
+        start = min(meta.data_page_offset, meta.dictionary_page_offset or meta.data_page_offset)
+        start = _checked_count(start, pages_end, f"bytes before {path}")
+        size = _checked_count(meta.total_compressed_size, pages_end - start, f"bytes in {path}")
+        return Chunk(
+            column=column,
+            path=path,
+            elements=_checked_count(meta.num_values, 2**62, f"elements in {path}"),
+            start=start,
+            end=start + size,
+            page_bytes=_checked_count(meta.total_uncompressed_size, 2**62, f"bytes in {path}"),
+            is_nested=path != column,
+            is_text=meta.physical_type == "BYTE_ARRAY",
+            delta=any(encoding.startswith("DELTA") for encoding in meta.encodings),
+        )
+
+
+def read_footer(path: str) -> Footer:
+    """Read the footer of a Parquet file, here or in a store; quick however large the file is.
 
     Raises:
-        FooterError: it is no Parquet file, or no whole one.
+        FooterError: it is no Parquet file, a truncated one, or claims what no rollouts need.
+        OSError: the file cannot be read.
+        pa.ArrowException: Arrow cannot read the footer.
     """
+    with open_file(path) as file:
+        size, content = _footer_bytes(file)
+    _check_claims(content, size)
+    # The footer alone, so that Arrow sees the bytes that were checked.
+    alone = pa.BufferReader(MAGIC + content + len(content).to_bytes(4, "little") + MAGIC)
+    return Footer(file_bytes=size, content=content, metadata=pq.ParquetFile(alone).metadata)
+
+
+def token_count(path: str) -> int:
+    """A lower bound of a shard's tokens: elements of its longest integer column. 0 where the footer is unreadable."""
+    try:
+        metadata = read_footer(path).metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        columns = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    except (OSError, FooterError, pa.ArrowException):
+        return 0
+    return sum(
+        max((c.num_values for c in group if c.physical_type in ("INT32", "INT64")), default=0) for group in columns
+    )
+
+
+def _footer_bytes(file: BinaryIO) -> tuple[int, bytes]:
+    """The size of a file, and its footer without length and magic."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         raise FooterError("the file is empty (0 bytes)")
@@ -246,20 +203,17 @@ def read_footer(file: BinaryIO) -> tuple[int, bytes]:
     return size, file.read(footer_bytes)
 
 
-def check_head(footer: bytes, file_bytes: int) -> None:
-    """Hold the schema and the counts of a footer against limits; quick, and before Arrow sees it.
-
-    Args:
-        footer: its bytes, without length and magic.
-        file_bytes: size of the file.
-
-    Raises:
-        FooterError: see there.
-    """
-    head, place = _struct(footer, wanted=3)
-    schema, rows = head.get(2), head.get(3)
-    if not isinstance(schema, list) or not isinstance(rows, int) or not all(isinstance(e, dict) for e in schema):
-        raise FooterError("the Parquet footer is damaged (it has no schema or no number of rows)")
+def _check_claims(footer: bytes, file_bytes: int) -> None:
+    """Check the schema and the counts of a footer against limits and the size of the file."""
+    try:
+        head, _ = _read_struct(footer, size_only=4)
+    except ThriftError as error:
+        raise FooterError(f"the Parquet footer is damaged ({error})") from error
+    schema, rows, row_groups = head.get(2), head.get(3), head.get(4, 0)
+    if not isinstance(schema, list) or not all(isinstance(element, dict) for element in schema):
+        raise FooterError("the Parquet footer is damaged (it has no schema)")
+    if not isinstance(rows, int) or not isinstance(row_groups, int):
+        raise FooterError("the Parquet footer is damaged (it has no number of rows)")
     if len(schema) > MOST_COLUMNS:
         raise FooterError(
             f"found a schema of {len(schema):,} columns and groups, expected at most {MOST_COLUMNS:,}", NO_ROLLOUTS
@@ -271,107 +225,14 @@ def check_head(footer: bytes, file_bytes: int) -> None:
         raise FooterError(
             f"found a claim of {rows:,} rows in {file_bytes:,} bytes: no rollouts pack as tightly", NO_ROLLOUTS
         )
-    groups = size_of_list(footer, place)
-    if groups > MOST_ROW_GROUPS:
-        raise FooterError(f"found {groups:,} row groups, expected at most {MOST_ROW_GROUPS:,}", NO_ROLLOUTS)
+    if row_groups > MOST_ROW_GROUPS:
+        raise FooterError(f"found {row_groups:,} row groups, expected at most {MOST_ROW_GROUPS:,}", NO_ROLLOUTS)
+    if row_groups > len(footer):
+        raise FooterError(f"the Parquet footer is damaged (it claims a list of {row_groups:,} elements)")
 
 
-def row_groups_of(path: str) -> list[RowGroup]:
-    """The row groups of the file at a path. Raises FooterError and OSError."""
-    with open_file(path) as file:
-        size, footer = read_footer(file)
-    return read_row_groups(footer, size)
-
-
-def read_row_groups(footer: bytes, file_bytes: int) -> list[RowGroup]:
-    """The row groups of a file, in order.
-
-    Args:
-        footer: its bytes, without length and magic.
-        file_bytes: size of the file.
-
-    Raises:
-        FooterError: see there.
-    """
-    groups = _struct(footer, wanted=4)[0].get(4, [])
-    end = file_bytes - len(footer) - 8
-    try:
-        return [_row_group(group, end) for group in groups]
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, IndexError) as error:
-        raise FooterError(f"the Parquet footer is damaged ({type(error).__name__} in a row group)") from error
-
-
-def check_pages(file: BinaryIO, chunk: Chunk) -> int:
-    """Go through the headers of a chunk's pages: what each claims must fit the chunk, the footer and sense.
-
-    Returns:
-        The bytes of its pages, decompressed.
-
-    Raises:
-        FooterError: see there.
-    """
-    place, elements, page_bytes = chunk.start, 0, 0
-    while elements < chunk.elements:
-        header, size = _page_header(file, chunk, place)
-        unpacked, packed = header.get(2), header.get(3)
-        if not isinstance(unpacked, int) or not isinstance(packed, int) or not 0 <= packed <= chunk.end - place - size:
-            raise FooterError(f"is damaged: a page of {chunk.path} does not fit into its column chunk")
-        if not 0 <= unpacked <= MOST_PAGE_BYTES:
-            raise FooterError(
-                f"found a page of {chunk.path} that unpacks to {unpacked:,} bytes, "
-                f"expected at most {MOST_PAGE_BYTES:,}",
-                NO_ROLLOUTS,
-            )
-        data_page = header.get(5, header.get(8, {}))
-        if not isinstance(data_page, dict):
-            raise FooterError(f"is damaged: a page header of {chunk.path} cannot be read")
-        elements += _count(data_page.get(1, 0), chunk.elements - elements, f"elements in a page of {chunk.path}")
-        place, page_bytes = place + size + packed, page_bytes + unpacked
-        if place >= chunk.end and elements < chunk.elements:
-            raise FooterError(
-                f"is damaged: {chunk.path} holds {elements:,} elements, its footer says {chunk.elements:,}"
-            )
-    return page_bytes
-
-
-def _row_group(group: Struct, end: int) -> RowGroup:
-    rows = _count(group[3], 2**62, "rows in a row group")
-    return RowGroup(rows=rows, chunks=[_chunk(column, end) for column in group[1]])
-
-
-def _chunk(column: Struct, end: int) -> Chunk:
-    if column.get(1):
-        raise FooterError("found a column kept in another file, expected every column in this one")
-    meta = column[3]
-    parts = [part.decode() for part in meta[3]]
-    path = ".".join(parts)
-    start = min(meta[9], meta.get(11) or meta[9])
-    start = _count(start, end, f"bytes before {path}")
-    packed = _count(meta[7], end - start, f"bytes in {path}")
-    nulls = meta.get(12, {}).get(3)
-    return Chunk(
-        column=parts[0],
-        path=path,
-        elements=_count(meta[5], 2**62, f"elements in {path}"),
-        start=start,
-        end=start + packed,
-        page_bytes=_count(meta[6], 2**62, f"bytes in {path}"),
-        is_nested=len(parts) > 1,
-        is_integer=meta[1] in (1, 2),
-        is_text=meta[1] == 6,
-        delta=any(5 <= encoding <= 7 for encoding in meta[2]),
-        nulls=nulls if isinstance(nulls, int) else None,
-    )
-
-
-def _count(found: Any, most: int, what: str) -> int:
-    if not isinstance(found, int) or not 0 <= found <= most:
-        raise FooterError(f"the Parquet footer is damaged (it claims {found} {what})")
-    return found
-
-
-def _depth(schema: list[Struct]) -> int:
-    """How deep the flattened tree of a schema is."""
+def _depth(schema: list["Struct"]) -> int:
+    """Depth of the tree that a schema lists in preorder."""
     open_children: list[int] = []
     deepest = 0
     for element in schema:
@@ -385,19 +246,151 @@ def _depth(schema: list[Struct]) -> int:
     return deepest
 
 
-def _struct(data: bytes, wanted: int | None = None) -> tuple[Struct, int]:
-    try:
-        return read_struct(data, wanted=wanted)
-    except ThriftError as error:
-        raise FooterError(f"the Parquet footer is damaged ({error})") from error
+def _checked_count(count: int, most: int, what: str) -> int:
+    if not 0 <= count <= most:
+        raise FooterError(f"the Parquet footer is damaged (it claims {count} {what})")
+    return count
 
 
-def _page_header(file: BinaryIO, chunk: Chunk, place: int) -> tuple[Struct, int]:
-    """The header at a place, and its size; a short read first, for nearly all are short."""
+def check_pages(file: BinaryIO, chunk: Chunk) -> int:
+    """Check the page headers of a chunk: their sizes and counts must fit the chunk and the footer.
+
+    Returns:
+        The decompressed bytes of its pages.
+
+    Raises:
+        FooterError: a page is larger than its chunk or than MOST_PAGE_BYTES, or the counts disagree.
+    """
+    position, elements, page_bytes = chunk.start, 0, 0
+    while elements < chunk.elements:
+        header, size = _page_header(file, chunk, position)
+        unpacked, packed = header.get(2), header.get(3)
+        room = chunk.end - position - size
+        if not isinstance(unpacked, int) or not isinstance(packed, int) or not 0 <= packed <= room:
+            raise FooterError(f"is damaged: a page of {chunk.path} does not fit into its column chunk")
+        if not 0 <= unpacked <= MOST_PAGE_BYTES:
+            raise FooterError(
+                f"found a page of {chunk.path} that unpacks to {unpacked:,} bytes, "
+                f"expected at most {MOST_PAGE_BYTES:,}",
+                NO_ROLLOUTS,
+            )
+        data_page = header.get(5, header.get(8, {}))
+        count = data_page.get(1, 0) if isinstance(data_page, dict) else None
+        if not isinstance(count, int):
+            raise FooterError(f"is damaged: a page header of {chunk.path} cannot be read")
+        elements += _checked_count(count, chunk.elements - elements, f"elements in a page of {chunk.path}")
+        position, page_bytes = position + size + packed, page_bytes + unpacked
+        if position >= chunk.end and elements < chunk.elements:
+            raise FooterError(
+                f"is damaged: {chunk.path} holds {elements:,} elements, its footer says {chunk.elements:,}"
+            )
+    return page_bytes
+
+
+def _page_header(file: BinaryIO, chunk: Chunk, position: int) -> tuple["Struct", int]:
+    """The page header at a position, and its size; a short read first, since nearly all are short."""
     for most in (SHORT_HEADER_BYTES, LONG_HEADER_BYTES):
-        file.seek(place)
+        file.seek(position)
         try:
-            return read_struct(file.read(min(most, chunk.end - place)))
+            return _read_struct(file.read(min(most, chunk.end - position)))
         except ThriftError as error:
-            fault = error
-    raise FooterError(f"is damaged: a page header of {chunk.path} cannot be read ({fault})") from fault
+            reason = error
+    raise FooterError(f"is damaged: a page header of {chunk.path} cannot be read ({reason})") from reason
+
+
+DEEPEST_STRUCT = 12
+"""Structs within structs; Parquet's own go 6 deep."""
+MOST_ELEMENTS = 2_000_000
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
+
+Struct = dict[int, Any]
+"""Field number -> value: int, bool, bytes, list or Struct."""
+
+
+class ThriftError(ValueError):
+    """The bytes are not a Thrift struct."""
+
+
+def _read_struct(data: bytes, size_only: int | None = None) -> tuple[Struct, int]:
+    """Read one Thrift struct.
+
+    Args:
+        data: begins with the struct.
+        size_only: a field that holds a list; its value is the number of elements claimed, and reading ends there.
+
+    Returns:
+        The struct, and how many bytes were read.
+
+    Raises:
+        ThriftError: it is cut off, nested too deeply, or not a struct.
+    """
+    stream = BytesIO(data)
+    try:
+        return _struct(stream, 0, size_only), stream.tell()
+    except IndexError:
+        raise ThriftError("it ends in the middle") from None
+
+
+def _struct(stream: BytesIO, depth: int, size_only: int | None = None) -> Struct:
+    if depth > DEEPEST_STRUCT:
+        raise ThriftError("it is nested too deeply")
+    fields: Struct = {}
+    number = 0
+    while (head := stream.read(1)[0]) & 15:
+        number = number + (head >> 4) if head >> 4 else _zigzag(stream)
+        kind = head & 15
+        if number == size_only and kind == LIST:
+            fields[number] = _list_head(stream)[0]
+            break
+        fields[number] = kind == TRUE if kind in (TRUE, FALSE) else _value(stream, kind, depth)
+    return fields
+
+
+def _value(stream: BytesIO, kind: int, depth: int) -> Any:
+    if kind in (I16, I32, I64):
+        return _zigzag(stream)
+    if kind == BINARY:
+        return _take(stream, _varint(stream))
+    if kind == STRUCT:
+        return _struct(stream, depth + 1)
+    if kind in (LIST, SET):
+        size, item = _list_head(stream)
+        # Every element takes a byte at least.
+        if size > min(MOST_ELEMENTS, len(stream.getbuffer()) - stream.tell()):
+            raise ThriftError(f"it claims a list of {size:,} elements")
+        if depth >= DEEPEST_STRUCT:
+            raise ThriftError("it is nested too deeply")
+        return [_value(stream, item, depth + 1) for _ in range(size)]
+    if kind in (TRUE, FALSE, BYTE):  # a boolean in a list takes a byte
+        return _take(stream, 1)[0]
+    if kind == DOUBLE:
+        return _take(stream, 8)
+    raise ThriftError(f"it holds type {kind}, which Parquet does not use")
+
+
+def _list_head(stream: BytesIO) -> tuple[int, int]:
+    """Number and type of a list's elements."""
+    head = stream.read(1)[0]
+    return _varint(stream) if head >> 4 == 15 else head >> 4, head & 15
+
+
+def _zigzag(stream: BytesIO) -> int:
+    number = _varint(stream)
+    return (number >> 1) ^ -(number & 1)
+
+
+def _varint(stream: BytesIO) -> int:
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = stream.read(1)[0]
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number
+    raise ThriftError("a number has too many bytes")
+
+
+def _take(stream: BytesIO, size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise ThriftError("it ends in the middle")
+    return content

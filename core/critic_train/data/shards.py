@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from critic_train.data.bad_input import BadFile, BadFiles
-from critic_train.data.parquet_footer import MAGIC, FooterError, check_head, read_footer
-from critic_train.data.stores import is_remote, open_file, parquet_file, remote_files
+from critic_train.data.parquet_footer import MAGIC, FooterError, read_footer
+from critic_train.data.stores import is_remote, open_file, remote_files
 from critic_train.errors import DataError, first_line
 
 SUFFIXES = (".parquet", ".parq")
@@ -178,18 +178,15 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _shard(name: str) -> Shard:
-    with open_file(name) as file:
-        size, footer = read_footer(file)
-    check_head(footer, size)
-    with parquet_file(name) as parquet:
-        metadata = parquet.metadata
+    footer = read_footer(name)
+    content = footer.content
     return Shard(
         path=name if is_remote(name) else os.path.abspath(name),
         name=name,
-        num_rows=metadata.num_rows,
-        num_row_groups=metadata.num_row_groups,
-        size_bytes=size,
-        footer_digest=hashlib.sha256(footer + len(footer).to_bytes(4, "little") + MAGIC).hexdigest(),
+        num_rows=footer.metadata.num_rows,
+        num_row_groups=footer.metadata.num_row_groups,
+        size_bytes=footer.file_bytes,
+        footer_digest=hashlib.sha256(content + len(content).to_bytes(4, "little") + MAGIC).hexdigest(),
     )
 
 
