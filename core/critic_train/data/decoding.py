@@ -104,12 +104,14 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
 
 def _checked_row_groups(shard: Shard, footer: Footer, names: list[str], ids: list[str] | None) -> list[RowGroup]:
     """The row groups by the footer, of the columns that are read, all page headers checked."""
-    groups = footer.row_groups(names)
+    groups = []
     with open_file(shard.path) as file:
-        for number, group in enumerate(groups):
-            page_bytes = {chunk.path: check_pages(file, chunk) for chunk in group.chunks}
+        for number, group in enumerate(footer.row_groups()):
+            read = RowGroup(rows=group.rows, chunks=[chunk for chunk in group.chunks if chunk.column in names])
+            page_bytes = {chunk.path: check_pages(file, chunk) for chunk in read.chunks}
             if ids is not None:
-                _check_density(number, group, ids, page_bytes)
+                _check_density(number, read, ids, page_bytes)
+            groups.append(read)
     return groups
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from critic_train.data.bad_input import ROWS_SHOWN, BadFile, BadFiles, BadRow, BadRows, RowErrors
 from critic_train.data.decoding import MOST_TOKENS, Piece, damaged, pieces
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
-from critic_train.data.parquet_footer import FooterError, read_footer
+from critic_train.data.parquet_footer import FooterError, RowGroup, read_footer
 from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
 from critic_train.data.schema import Columns, Needs, check_canonical, resolve_schema
 from critic_train.data.shards import Shard
@@ -249,7 +249,8 @@ class RolloutReader:
             footer = read_footer(shard.path)
             schema = footer.metadata.schema.to_arrow_schema()
             columns = resolve_schema(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
-            nullable = frozenset(name for name in self._labels if footer.may_be_null(name))
+            groups = footer.row_groups() if self._labels else []
+            nullable = frozenset(name for name in self._labels if _may_be_null(groups, name))
         except FooterError as error:
             raise error.of(shard.name) from error
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -332,6 +333,12 @@ def _text_labels(plans: list[_Plan]) -> frozenset[str]:
         for name in names
         if any(name in plan.nullable_labels for plan in plans) or len({plan.label_kinds[name] for plan in plans}) > 1
     )
+
+
+def _may_be_null(groups: list[RowGroup], name: str) -> bool:
+    """Whether a column without children may hold nulls, by the footer's statistics."""
+    chunks = [chunk for group in groups for chunk in group.chunks if chunk.path == name]
+    return not chunks or any(chunk.nulls is None or chunk.nulls for chunk in chunks)
 
 
 def _rollouts(

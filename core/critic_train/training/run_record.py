@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from critic_train.data.parquet_footer import token_count
+from critic_train.data.parquet_footer import FooterError, read_footer
 from critic_train.data.shards import Shard
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError, ModelError
@@ -172,13 +172,22 @@ def require_room_for_cache(run: RunDirectory, shards: list[Shard]) -> None:
     The size is a lower bound, from the shards' footers: no disk is refused that would have done.
     """
     standing = sum(file.stat().st_size for file in run.cache.rglob("*") if file.is_file())
-    tokens = sum(token_count(shard.path) for shard in shards)
+    tokens = sum(_tokens(shard) for shard in shards)
     require_room(
         run.path,
         CACHED_BYTES_PER_TOKEN * tokens - standing,
         f"the cache of {tokens:,} tokens",
         hint="make room, or give another --out",
     )
+
+
+def _tokens(shard: Shard) -> int:
+    """At least how many tokens a shard holds: the longest column of whole numbers, by the footer."""
+    try:
+        groups = read_footer(shard.path).row_groups()
+    except (FooterError, OSError):
+        return 0  # the reader will say what is wrong with it
+    return sum(max((chunk.elements for chunk in group.chunks if chunk.is_integer), default=0) for group in groups)
 
 
 def require_room_for_checkpoints(trainer: Trainer) -> None:
