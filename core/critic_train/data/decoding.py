@@ -8,6 +8,7 @@ it is decoded, and is cut out before anything else is made of it.
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -79,8 +80,9 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
         DataError: pages are damaged, or the file claims what no rollouts are.
     """
     try:
-        footer = read_footer(shard.path)
-        groups = _checked_row_groups(shard, footer, names, ids)
+        with open_file(shard.path) as file:
+            footer = read_footer(file)
+            groups = _checked_row_groups(file, footer, names, ids)
         kept = [name for name in texts if not any(c.delta for group in groups for c in group.chunks if c.path == name)]
         with parquet_file(
             shard.path,
@@ -89,9 +91,9 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
             pre_buffer=False,
             buffer_size=BUFFER_BYTES,
             read_dictionary=kept,
-        ) as file:
+        ) as parquet:
             for number, group in enumerate(groups):
-                yield from _row_group(file, number, group, names, heavy=_is_heavy(group, names, kept))
+                yield from _row_group(parquet, number, group, names, heavy=_is_heavy(group, names, kept))
     except FooterError as error:
         raise error.of(shard.name) from error
     except MemoryError as error:
@@ -102,16 +104,15 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
         raise damaged(shard, error) from error
 
 
-def _checked_row_groups(shard: Shard, footer: Footer, names: list[str], ids: list[str] | None) -> list[RowGroup]:
+def _checked_row_groups(file: BinaryIO, footer: Footer, names: list[str], ids: list[str] | None) -> list[RowGroup]:
     """The row groups by the footer, of the columns that are read, all page headers checked."""
     groups = []
-    with open_file(shard.path) as file:
-        for number, group in enumerate(footer.row_groups()):
-            read = RowGroup(rows=group.rows, chunks=[chunk for chunk in group.chunks if chunk.column in names])
-            page_bytes = {chunk.path: check_pages(file, chunk) for chunk in read.chunks}
-            if ids is not None:
-                _check_density(number, read, ids, page_bytes)
-            groups.append(read)
+    for number, group in enumerate(footer.row_groups()):
+        read = RowGroup(rows=group.rows, chunks=[chunk for chunk in group.chunks if chunk.column in names])
+        page_bytes = {chunk.path: check_pages(file, chunk) for chunk in read.chunks}
+        if ids is not None:
+            _check_density(number, read, ids, page_bytes)
+        groups.append(read)
     return groups
 
 

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from critic_train.data.stores import open_file
 from critic_train.errors import DataError
 
 MAGIC = b"PAR1"
@@ -150,16 +149,15 @@ def _chunk(column: "Struct", pages_end: int) -> Chunk:
     )
 
 
-def read_footer(path: str) -> Footer:
-    """Read the footer of a Parquet file, here or in a store; quick however large the file is.
+def read_footer(file: BinaryIO) -> Footer:
+    """Read the footer of an open Parquet file; quick however large the file is.
 
     Raises:
         FooterError: it is no Parquet file, a truncated one, or claims what no rollouts need.
         OSError: the file cannot be read.
         pa.ArrowException: Arrow cannot read the footer.
     """
-    with open_file(path) as file:
-        size, content = _footer_bytes(file)
+    size, content = _footer_bytes(file)
     _check_claims(content, size)
     # The footer alone, so that Arrow sees the bytes that were checked.
     alone = pa.BufferReader(MAGIC + content + len(content).to_bytes(4, "little") + MAGIC)

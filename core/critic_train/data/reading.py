@@ -20,6 +20,7 @@ from critic_train.data.parquet_footer import FooterError, RowGroup, read_footer
 from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
 from critic_train.data.schema import Columns, Needs, check_canonical, resolve_schema
 from critic_train.data.shards import Shard
+from critic_train.data.stores import open_file
 from critic_train.errors import DataError
 from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.settings import OnBadFile, OnBadRows
@@ -246,7 +247,8 @@ class RolloutReader:
 
     def _understand(self, shard: Shard) -> "_Plan":
         try:
-            footer = read_footer(shard.path)
+            with open_file(shard.path) as file:
+                footer = read_footer(file)
             schema = footer.metadata.schema.to_arrow_schema()
             columns = resolve_schema(schema, shard, renames=self._renames, labels=self._labels, needs=self._needs)
             groups = footer.row_groups() if self._labels else []

@@ -178,7 +178,8 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _shard(name: str) -> Shard:
-    footer = read_footer(name)
+    with open_file(name) as file:
+        footer = read_footer(file)
     content = footer.content
     return Shard(
         path=name if is_remote(name) else os.path.abspath(name),

@@ -13,6 +13,7 @@ import torch
 
 from critic_train.data.parquet_footer import FooterError, read_footer
 from critic_train.data.shards import Shard
+from critic_train.data.stores import open_file
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError, ModelError
 from critic_train.evaluation.verdict import without_tables
@@ -184,7 +185,8 @@ def require_room_for_cache(run: RunDirectory, shards: list[Shard]) -> None:
 def _tokens(shard: Shard) -> int:
     """At least how many tokens a shard holds: the longest column of whole numbers, by the footer."""
     try:
-        groups = read_footer(shard.path).row_groups()
+        with open_file(shard.path) as file:
+            groups = read_footer(file).row_groups()
     except (FooterError, OSError):
         return 0  # the reader will say what is wrong with it
     return sum(max((chunk.elements for chunk in group.chunks if chunk.is_integer), default=0) for group in groups)
