@@ -1,22 +1,14 @@
-"""The file systems behind addresses: pyarrow's own, and fsspec's where pyarrow has none.
+"""Files on this machine and in object stores (`s3://`, `gs://`, `hf://`, ...): listed, opened, read in cached blocks.
 
-Credentials come from the environment, as each store's own tools take them.
-
-A file of an object store as a Python file, fetched in blocks that are kept for a while.
-
-Where files are: paths on this machine, and addresses of object stores (`s3://`, `gs://`, `hf://`, ...).
-
-Reading goes through pyarrow's file systems, and through fsspec where pyarrow has none. Credentials come from the
+S3 and Google's store are read by pyarrow's own file systems, every other one by fsspec's. Credentials come from the
 environment, as each store's own tools take them; settings refuse an address that carries some, since addresses are
-kept in records and logs.
+written to records and logs.
 """
 
 import io
 import os
 import re
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -38,22 +30,27 @@ EXTRA = "pip install 'critic-train[remote]'"
 
 
 def store_of(address: str) -> tuple[pafs.FileSystem, str]:
-    """A store's file system, and the path in it."""
-    found = SCHEME.match(address)
-    assert found is not None, "is_remote sees to it"
-    scheme, path = found[1].lower(), address[found.end() :]
+    """The file system behind an address, and the path in it."""
+    scheme = _scheme(address)
+    path = address.partition("://")[2]
     return _file_system({"gcs": "gs", "s3a": "s3"}.get(scheme, scheme), path.partition("/")[0], os.getpid()), path
+
+
+def _scheme(name: str) -> str:
+    """The scheme of an address in lower case; an empty string for a path."""
+    match = SCHEME.match(name)
+    return match[1].lower() if match else ""
 
 
 @lru_cache(maxsize=32)
 def _file_system(scheme: str, bucket: str, process: int) -> pafs.FileSystem:
     """One a scheme, bucket and process (connections do not outlive a fork)."""
     native = {"s3": _s3, "gs": _gs}.get(scheme)
-    try:
-        if native is not None:
+    if native is not None:
+        try:
             return native(bucket)
-    except ImportError:
-        pass  # a pyarrow that was built without it; fsspec may have it
+        except ImportError:
+            pass  # this pyarrow was built without it
     return _from_fsspec(scheme)
 
 
@@ -82,60 +79,58 @@ def _gs(bucket: str) -> pafs.FileSystem:
 
 
 def _from_fsspec(scheme: str) -> pafs.FileSystem:
-    try:
-        import fsspec  # type: ignore[import-untyped]
-    except ImportError:
-        raise ConfigError(f"{scheme}:// needs the package fsspec", hint=EXTRA) from None
+    import fsspec  # 0.05 s, for addresses alone
+
     try:
         return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(scheme)))
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs a package that is not installed: {error}", hint=EXTRA) from None
     except ValueError:
-        known = ", ".join(f"{name}://" for name in CREDENTIALS)
-        raise ConfigError(f"no store is known for {scheme}://", hint=f"{known} and what fsspec knows are") from None
+        named = ", ".join(f"{name}://" for name in CREDENTIALS)
+        raise ConfigError(f"no store is known for {scheme}://", hint=f"{named} and what fsspec knows are") from None
 
 
 def store_fault(address: str, error: Exception) -> DataError:
-    said = first_line(error)
-    scheme = (SCHEME.match(address) or [""] * 2)[1].lower()
-    needed = CREDENTIALS.get(scheme, "")
+    """The error for a store that refuses or lacks an address, with where its credentials come from."""
+    needed = CREDENTIALS.get(_scheme(address), "")
     hint = f"credentials come from the environment: {needed}" if needed else ""
-    return DataError(f"{address} cannot be read: {said}", hint=hint)
+    return DataError(f"{address} cannot be read: {first_line(error)}", hint=hint)
 
 
 BLOCK_BYTES = 4 * 2**20
-"""What is asked of a store at once; smaller requests cost as much."""
+"""Bytes of one request to a store; smaller requests cost as much."""
 CACHED_BLOCKS = 48
-"""Blocks kept in memory, of all remote files together: a shard is listed, looked over and decoded, and fetched once."""
-AGAIN = "run the same command again"
+"""Blocks in memory, of all files together: the footer, the page headers and the pages of a shard are read by three
+readers, and fetched once. (fsspec's caches are of one open file each.)"""
+RETRY = "run the same command again"
 
 
-class Blocks:
-    """Blocks of remote files, those used last kept in memory."""
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One block of a file in a store. Blocks are the same whichever open file they are read through."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, int, int]) -> bytes | None:
-        with self._lock:
-            block = self._kept.get(key)
-            if block is not None:
-                self._kept.move_to_end(key)
-            return block
-
-    def put(self, key: tuple[str, int, int], block: bytes) -> None:
-        with self._lock:
-            self._kept[key] = block
-            while len(self._kept) > CACHED_BLOCKS:
-                self._kept.popitem(last=False)
+    address: str
+    file_bytes: int
+    number: int
+    block_bytes: int
+    file: pa.NativeFile = field(compare=False)
 
 
-BLOCKS = Blocks()
+@lru_cache(maxsize=CACHED_BLOCKS)
+def _fetch(block: _Block) -> bytes:
+    start = block.number * block.block_bytes
+    size = min(block.block_bytes, block.file_bytes - start)
+    try:
+        content: bytes = block.file.read_at(size, start)
+    except (OSError, pa.ArrowException) as error:
+        raise MachineError(f"{block.address} cannot be read: {error}", hint=RETRY) from None
+    if len(content) != size:
+        raise MachineError(f"{block.address} has changed while it was read", hint=RETRY)
+    return content
 
 
 class RemoteReader(io.RawIOBase):
-    """A file of a store, fetched block by block as it is read."""
+    """A file in a store as a seekable Python file that is read block by block."""
 
     def __init__(self, address: str) -> None:
         super().__init__()
@@ -146,7 +141,7 @@ class RemoteReader(io.RawIOBase):
             self._size = self._file.size()
         except pa.ArrowException as error:
             raise OSError(str(error)) from None
-        self._at = 0
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -155,44 +150,31 @@ class RemoteReader(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
+        self._position = max(0, offset + (0, self._position, self._size)[whence])
+        return self._position
 
     def readinto(self, target: Any) -> int:
-        if self._at >= self._size:
+        if self._position >= self._size:
             return 0
-        number, inside = divmod(self._at, BLOCK_BYTES)
-        piece = self._block(number)[inside : inside + len(target)]
-        target[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
+        number, start = divmod(self._position, BLOCK_BYTES)
+        block = _fetch(_Block(self._address, self._size, number, BLOCK_BYTES, self._file))
+        part = block[start : start + len(target)]
+        target[: len(part)] = part
+        self._position += len(part)
+        return len(part)
 
     def close(self) -> None:
         if not self.closed:
             self._file.close()
         super().close()
 
-    def _block(self, number: int) -> bytes:
-        key = (self._address, self._size, number)
-        block = BLOCKS.get(key)
-        if block is None:
-            wanted = min(BLOCK_BYTES, self._size - number * BLOCK_BYTES)
-            try:
-                block = self._file.read_at(wanted, number * BLOCK_BYTES)
-            except (OSError, pa.ArrowException) as error:
-                raise MachineError(f"{self._address} cannot be read: {error}", hint=AGAIN) from None
-            if len(block) != wanted:
-                raise MachineError(f"{self._address} has changed while it was read", hint=AGAIN)
-            BLOCKS.put(key, block)
-        return block
-
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a store: its whole address, its size and when it was changed (ns since 1970, None where not told)."""
+    """A file in a store: its address, size and time of last change (ns since 1970; None where the store has none)."""
 
     address: str
     size_bytes: int
@@ -201,8 +183,7 @@ class RemoteFile:
 
 def is_remote(name: str) -> bool:
     """Whether a name is an address of a store."""
-    found = SCHEME.match(name)
-    return found is not None and found[1].lower() != "file"
+    return _scheme(name) not in ("", "file")
 
 
 def open_file(path: str) -> BinaryIO:
@@ -230,12 +211,12 @@ def _local(path: str) -> str | pa.NativeFile:
 
 
 def remote_files(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
-    """The files behind an address: itself, those below a folder, or those that match a pattern; sorted.
+    """The files behind an address: the file itself, those below a folder, or those that match a glob; sorted.
 
     Args:
-        address: as in `s3://bucket/folder`, with `*`, `?`, `[...]` or `**` where several are meant.
-        suffixes: what names below folders and of patterns must end in; of these, names beginning with "." or "_" are
-            left out, with the folders so named.
+        address: as in `s3://bucket/folder`, with or without `*`, `?`, `[...]` or `**`.
+        suffixes: endings of the names wanted below folders and of globs. Names beginning with "." or "_" are left out,
+            and so are the folders so named.
 
     Raises:
         DataError: the store does not have it, or does not let it be read.
@@ -245,28 +226,29 @@ def remote_files(address: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
     scheme = address[: -len(path)] if path else address
     try:
         if re.search(r"[*?\[]", path):
-            # Up to the folder above the first wildcard, all has one name.
+            # The folder above the first wildcard is the same for all matches.
             root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
-            pattern = re.compile(_translated(path))
-            listed = [info for info in _below(store, root) if pattern.fullmatch(info.path)]
+            pattern = _glob_pattern(path)
+            files = [info for info in _files_below(store, root) if pattern.fullmatch(info.path)]
         else:
             info = store.get_file_info(path)
             if info.type == pafs.FileType.File:
-                return [_file(scheme, info)]
+                return [_remote_file(scheme, info)]
             root = path.rstrip("/")
-            listed = _below(store, root) if info.type == pafs.FileType.Directory else []
+            files = _files_below(store, root) if info.type == pafs.FileType.Directory else []
     except (OSError, pa.ArrowException) as error:
         raise store_fault(address, error) from None
-    kept = [info for info in listed if info.path.endswith(suffixes) and not _is_hidden(info.path[len(root) :])]
-    return sorted((_file(scheme, info) for info in kept), key=lambda file: file.address)
+    wanted = [info for info in files if info.path.endswith(suffixes) and not _is_hidden(info.path[len(root) :])]
+    return sorted((_remote_file(scheme, info) for info in wanted), key=lambda file: file.address)
 
 
-def _below(store: pafs.FileSystem, root: str) -> list[pafs.FileInfo]:
+def _files_below(store: pafs.FileSystem, root: str) -> list[pafs.FileInfo]:
+    """All files below a folder, in one listing; fsspec's `find` would list every folder by itself."""
     selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
     return [info for info in store.get_file_info(selector) if info.type == pafs.FileType.File]
 
 
-def _file(scheme: str, info: pafs.FileInfo) -> RemoteFile:
+def _remote_file(scheme: str, info: pafs.FileInfo) -> RemoteFile:
     return RemoteFile(address=scheme + info.path, size_bytes=info.size or 0, modified_ns=info.mtime_ns)
 
 
@@ -274,11 +256,13 @@ def _is_hidden(below: str) -> bool:
     return any(part.startswith((".", "_")) for part in below.strip("/").split("/"))
 
 
-def _translated(pattern: str) -> str:
-    """A glob over paths as a regular expression; `*` stays within a folder, `**` does not."""
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(
-        known.get(piece) or (piece.replace("[!", "[^") if piece.startswith("[") else re.escape(piece))
-        for piece in pieces
+def _glob_pattern(glob: str) -> "re.Pattern[str]":
+    """A glob as a regular expression; `*` stays within a folder, `**` does not (fsspec refuses `a**b`)."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", glob)
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile(
+        "".join(
+            wildcards.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
+            for part in parts
+        )
     )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pytest
 import warm
 from support import readable_rollouts, write_shard
 
+from critic_train.data import stores
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards, fingerprint
 from critic_train.data.stores import parquet_file, remote_files
@@ -111,23 +113,19 @@ def test_addresses_lead_to_files_folders_and_patterns(shards, address, names):
 
 
 def test_a_file_larger_than_a_block_is_fetched_once(server, shards, tmp_path, monkeypatch):
-    from critic_train.data import stores as remote_reading
-
     path = write_shard(tmp_path / "a.parquet", readable_rollouts(400, seed=3))
     server.put("bucket/large/a.parquet", path.read_bytes())
-    monkeypatch.setattr(remote_reading, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 10_000)
     fetched = []
-    real = remote_reading.RemoteReader._block
+    real = stores._fetch.__wrapped__
 
-    def block(self, number):
-        key = (self._address, self._size, number)
-        if remote_reading.BLOCKS.get(key) is None:
-            fetched.append(number)
-        return real(self, number)
+    @lru_cache(maxsize=stores.CACHED_BLOCKS)
+    def fetch(block):
+        fetched.append(block.number)
+        return real(block)
 
-    monkeypatch.setattr(remote_reading.RemoteReader, "_block", block)
-    found = parquet_file("s3://bucket/large/a.parquet").read()
-    assert found.equals(pq.read_table(path))
+    monkeypatch.setattr(stores, "_fetch", fetch)
+    assert parquet_file("s3://bucket/large/a.parquet").read().equals(pq.read_table(path))
     list(RolloutReader(find_shards(["s3://bucket/large"])))
     assert sorted(fetched) == list(range(-(-path.stat().st_size // 10_000)))
 
@@ -147,25 +145,23 @@ def test_a_file_that_is_no_parquet_is_named(server, shards):
 
 
 def test_a_store_that_stops_answering_is_the_machines_fault(shards, monkeypatch):
-    from critic_train.data import stores as remote_reading
-
     (shard,) = find_shards(["s3://bucket/rollouts/a.parquet"])
-    monkeypatch.setattr(remote_reading, "BLOCKS", remote_reading.Blocks())
+    stores._fetch.cache_clear()
 
     class Gone:
-        def read_at(self, size, place):
+        def read_at(self, size, position):
             raise OSError("When reading: AWS Error NETWORK_CONNECTION")
 
         def close(self):
             pass
 
-    real = remote_reading.RemoteReader.__init__
+    real = stores.RemoteReader.__init__
 
     def init(self, address):
         real(self, address)
         self._file = Gone()
 
-    monkeypatch.setattr(remote_reading.RemoteReader, "__init__", init)
+    monkeypatch.setattr(stores.RemoteReader, "__init__", init)
     with pytest.raises(MachineError, match=r"s3://bucket/rollouts/a\.parquet cannot be read: .*NETWORK"):
         list(RolloutReader([shard]))
 
@@ -181,18 +177,12 @@ def test_other_stores_go_through_fsspec(shards):
 
 
 def test_a_store_or_package_that_is_missing_says_what_to_install(monkeypatch):
-    from critic_train.data import stores
-
     with pytest.raises(ConfigError, match="no store is known for nowhere://"):
         find_shards(["nowhere://x/y"])
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(ConfigError, match="abfs:// needs a package that is not installed") as caught:
         find_shards(["abfs://x/y"])
     assert caught.value.hint == "pip install 'critic-train[remote]'"
-    stores._file_system.cache_clear()
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(ConfigError, match="hf:// needs the package fsspec"):
-        find_shards(["hf://datasets/a/b"])
 
 
 SETTINGS = {
