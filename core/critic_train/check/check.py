@@ -19,7 +19,7 @@ from critic_train.data.shards import find_shards, fingerprint
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.rollouts import Rollouts
 from critic_train.settings import CheckSettings, ComputeSettings, LossSettings
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 
 HELD_BACK = 0.2
 """Share of tokens farther from their old value than the clip lets a critic go, above which the clip is in the way."""
@@ -93,12 +93,14 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     shards = find_shards(settings.reading.data, bad_files)
     reader = full_reader(shards, settings.reading.column, stop, bad_files, MOST_BAD_ROWS)
     survey, other = Survey(), None
-    yield from read_through(reader, stop, survey.add)
-    if settings.reading.against and not stop.requested:
-        apart = full_reader(find_shards(settings.reading.against), settings.reading.column, stop, None)
-        other = Survey()
-        yield from read_through(apart, stop, other.add, "reading the other rollouts")
-    if stop.requested:
+    try:
+        yield from read_through(reader, stop, survey.add)
+        if settings.reading.against:
+            other = Survey()
+            other_reader = full_reader(find_shards(settings.reading.against), settings.reading.column, stop, None)
+            yield from read_through(other_reader, stop, other.add, "reading the other rollouts")
+        stop.check()
+    except Stopped:
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
     for sentence in reader.notices:

@@ -110,10 +110,6 @@ Change = Callable[[int, pa.RecordBatch], pa.RecordBatch]
 """From a piece's first row in the file and its rows to the rows to write."""
 
 
-class CopyStoppedError(Exception):
-    """Somebody asked the job to stop; the file does not stand."""
-
-
 def copied(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: StopRequest) -> Iterator[int]:
     """Write a shard's rows, changed, under another path. The file stands when this ends.
 
@@ -130,7 +126,7 @@ def copied(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: 
         How many rows were read so far.
 
     Raises:
-        CopyStoppedError: asked to stop.
+        Stopped: asked to stop; no file stands under the target's name.
         DataError: the shard is damaged.
         OSError: the disk is full or not writable.
     """
@@ -144,8 +140,7 @@ def copied(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: 
                 pending.clear()
 
         for piece in pieces(shard, list(schema_of(shard).names)):
-            if stop.requested:
-                raise CopyStoppedError
+            stop.check()
             refuse_oversized_rows(shard, piece)
             if piece.row_group != row_group or weight > ROW_GROUP_BYTES:
                 write()

@@ -84,7 +84,7 @@ class RolloutReader:
             shard has them.
         drop_truncated: leave out rollouts that were cut; nothing in them makes a row bad.
         bad_rows_kept: how many bad rows are kept to be named.
-        stop: looked at while a file is tried with "skip"; iteration then ends early.
+        stop: checked while a file is tried with "skip"; iteration then raises Stopped.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
@@ -172,8 +172,7 @@ class RolloutReader:
         if not self._read_once:
             self._read_once = True
             self._said.update(dict.fromkeys(filter(None, [self._copies.sentence()])))
-        if not self._stop.requested:
-            self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
+        self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
 
     def _checked(self, piece: Piece, plan: "_Plan") -> CheckedBatch:
         checked = check_batch(
@@ -234,8 +233,7 @@ class RolloutReader:
             return True
         try:
             for _ in plan.pieces():
-                if self._stop.requested:
-                    return False
+                self._stop.check()
         except DataError as error:
             self._set_aside(plan.shard, error)
             return False

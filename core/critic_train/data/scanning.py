@@ -91,10 +91,13 @@ def read_through(
     use: Callable[[Rollouts], None] = lambda batch: None,
     stage: str = "reading rollouts",
 ) -> Iterator[Event]:
-    """Read to the end, or until asked to stop, telling how far it is; `use` is given every batch."""
+    """Read to the end, passing every batch to `use`; yields progress.
+
+    Raises:
+        Stopped: asked to stop.
+    """
     total = sum(shard.num_rows for shard in reader.shards)
     for batch in reader:
-        if stop.requested:
-            break
+        stop.check()
         use(batch)
         yield Progress(stage=stage, done=int(batch.row[-1]) + 1, total=total)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import CopyStoppedError, OutputDirectory, copied, places, schema_of
+from critic_train.data.copying import OutputDirectory, copied, places, schema_of
 from critic_train.data.labels import prompt_keys
 from critic_train.data.order import kept_together, split_groups
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
@@ -17,7 +17,7 @@ from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.settings import SplitSettings, as_dict, column_renames
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 
 TRAIN, VAL = "train", "val"
 
@@ -58,10 +58,8 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
             needs=Needs(returns=False, values=False),
             stop=stop,
         )
-        found = yield from _keys(reader, sum(shard.num_rows for shard in shards), stop)
         try:
-            if stop.requested:
-                raise CopyStoppedError
+            found = yield from _keys(reader, sum(shard.num_rows for shard in shards), stop)
             held = found.held_out(settings.output.val_fraction, settings.output.seed)
             by_name = {shard.name: shard for shard in shards}
             first_row = 0
@@ -71,7 +69,7 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
                     if mine.any() and not output.is_written(f"{side}/{name}"):
                         yield from _write(by_name[name], sides[side][name], mine, stop)
                 first_row += rows
-        except CopyStoppedError:
+        except Stopped:
             yield RunEnded(status="interrupted", signal_number=stop.signal_number, result={"to": settings.output.to})
             return
         output.clear()
@@ -121,12 +119,12 @@ def _keys(reader: RolloutReader, total: int, stop: StopRequest) -> Generator[Eve
     usable = np.zeros(total, dtype=np.bool_)
     groups, prompts = np.zeros((2, total), dtype=np.int64)
     for batch in reader:
-        if stop.requested:
-            break
+        stop.check()
         usable[batch.row] = True
         groups[batch.row] = batch.group
         prompts[batch.row] = prompt_keys(batch)
         yield Progress(stage="reading prompts", done=int(batch.row[-1]) + 1, total=total)
+    stop.check()
     return _Keys(usable=usable, groups=groups, prompts=prompts)
 
 

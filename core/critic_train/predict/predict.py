@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import CopyStoppedError, OutputDirectory, places
+from critic_train.data.copying import OutputDirectory, places
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.scanning import blocks
@@ -34,7 +34,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest
 from critic_train.run.storage import remove
 from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames, part_of
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 from critic_train.versions import versions
 
 
@@ -62,10 +62,6 @@ def device_of(name: str) -> str:
     return name
 
 
-class StoppedError(Exception):
-    """Somebody asked the job to stop."""
-
-
 @dataclass(slots=True, kw_only=True)
 class Job:
     """What all steps need."""
@@ -88,8 +84,7 @@ class Job:
         """Check all files, then predict and write one after the other; with whitening, predict all of them first."""
         reader = self._reader(shards, self.settings.reading.on_bad_rows)
         found = yield from first_pass(reader, sum(shard.num_rows for shard in shards), self.stop)
-        if self.stop.requested:
-            raise StoppedError
+        self.stop.check()
         self.rows_left_out = reader.bad_rows.summary()
         sound = [shard for shard in shards if shard.name not in self.bad_files]
         left = [shard for shard in sound if not self.output.is_written(shard.name)]
@@ -135,22 +130,18 @@ class Job:
 
     def _batches(self, shard: Shard) -> Iterator[Rollouts]:
         for batch in self._reader([shard]):
-            if self.stop.requested:
-                raise StoppedError
+            self.stop.check()
             yield batch
-        if self.stop.requested:
-            raise StoppedError
 
     def _predict(self, critic: Critic, shard: Shard, *, forest: bool) -> Iterator[Event]:
         """Have all values of a file in its log."""
         with ValueLog(self._log(shard)) as log:
             for block in blocks(self._reader([shard])):
-                if self.stop.requested:
-                    raise StoppedError
+                self.stop.check()
                 if not log.has(int(block.response_mask.sum())):
                     values = predict_values(critic, block, self.compute, forest=forest, stop=self.stop)
                     if values is None:
-                        raise StoppedError
+                        raise Stopped
                     if not np.isfinite(values).all():
                         raise ModelError(
                             f"{self.settings.prediction.model} predicts NaN or infinite values on {shard.name}",
@@ -160,8 +151,6 @@ class Job:
                     if sentence := self.compute.lowered():
                         yield Notice(message=sentence, level="warning")
                 yield Progress(stage=f"predicting {shard.name}", done=int(block.row[-1]) + 1, total=shard.num_rows)
-        if self.stop.requested:
-            raise StoppedError
 
     def _log(self, shard: Shard) -> Path:
         """Where a file's values are kept until it stands."""
@@ -257,7 +246,7 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
             return
         try:
             yield from job.run(mine)
-        except (StoppedError, CopyStoppedError):
+        except Stopped:
             yield RunEnded(
                 status="interrupted",
                 result=job.result("interrupted", mine, part),

@@ -1,11 +1,10 @@
-"""Whether a run is whole: its records, every checkpoint, its best, and whether data and model are still the same.
+"""`critic-train verify`: whether runs, checkpoints, models and rollouts are what was written.
 
-`critic-train verify`, from top to bottom: what each target is, and whether it is what was written.
+Of a run: its records, every checkpoint, the best one, and whether its data and its base model are still the same.
 """
 
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from critic_train.jsonio import read_json_object
 from critic_train.run.checkpoint import checkpoint_step, checkpoints, inspect, resolve_model
 from critic_train.run.manifest import MANIFEST, model_digest
 from critic_train.settings import VerifySettings
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 from critic_train.verify.outcome import Finding
 
 
 def verify_run(path: Path) -> Iterator[Finding]:
-    """Findings of a run, one by one. What a run that goes on meanwhile prunes is no fault."""
+    """Findings of a run, one by one. Checkpoints that a running job removes meanwhile are passed over."""
     record, finding = _record(path / "run.json")
     yield finding
     if (path / "metrics.jsonl").exists():
@@ -62,24 +61,24 @@ def _checkpoints(path: Path) -> Iterator[Finding]:
     from critic_train.verify.model_checks import verify_model  # brings torch, for which rollouts need not wait
 
     folder = path / "checkpoints"
-    whole = set()
+    complete = set()
     for checkpoint in checkpoints(folder):
-        found = inspect(checkpoint)
+        condition = inspect(checkpoint)
         if not checkpoint.exists():
-            continue  # pruned by the run that goes on
-        if found.kind == "whole":
-            whole.add(checkpoint.name)
+            continue  # removed by the running job
+        if condition.kind == "whole":
+            complete.add(checkpoint.name)
             yield verify_model(checkpoint)
         else:
-            yield Finding(checkpoint.name, "unsound", f"{found.kind}: {found.fault}")
-    if not whole:
+            yield Finding(checkpoint.name, "unsound", f"{condition.kind}: {condition.fault}")
+    if not complete:
         yield Finding("checkpoints", "unsound", "there is no whole checkpoint")
     for aside in sorted(folder.glob("damaged-*")):
         yield Finding(aside.name, "unknown", "set aside as damaged when the run went on; may be removed")
     best = path / "best"
     if best.is_symlink():
         name = best.readlink().name
-        if name in whole:
+        if name in complete:
             yield Finding("best", "sound", f"leads to {name}")
         else:
             yield Finding("best", "unsound", f"leads to {name}, which is no whole checkpoint")
@@ -116,7 +115,7 @@ def verify(settings: VerifySettings, stop: StopRequest | None = None) -> Iterato
 
     Args:
         settings: what to look at.
-        stop: looked at between findings and between batches of rows.
+        stop: checked between findings and between batches of rows.
 
     Yields:
         Progress; RunEnded last, whose result is {"sound": bool, "targets": [{"target", "kind", "sound", "findings":
@@ -124,24 +123,32 @@ def verify(settings: VerifySettings, stop: StopRequest | None = None) -> Iterato
     """
     stop = stop or StopRequest()
     targets: list[dict[str, Any]] = []
-    for number, name in enumerate(settings.reading.target):
-        yield Progress(stage="verifying", done=number, total=len(settings.reading.target), unit="targets")
-        kind = kind_of(Path(name))
-        findings: list[Finding] = []
-        looking = {"run": verify_run, "checkpoint": _one_model, "model": _one_model}.get(kind)
-        for finding in looking(Path(name)) if looking else ():
-            findings.append(finding)
-            if stop.requested:
-                break
-        if looking is None:
-            findings += yield from _rollouts(name, settings, stop)
-        if stop.requested:
-            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
-            return
-        sound = all(finding.state != "unsound" for finding in findings)
-        told = [asdict(finding) for finding in findings]
-        targets.append({"target": name, "kind": kind, "sound": sound, "findings": told})
+    try:
+        for number, name in enumerate(settings.reading.target):
+            yield Progress(stage="verifying", done=number, total=len(settings.reading.target), unit="targets")
+            targets.append((yield from _verify_target(name, settings.reading.column, stop)))
+    except Stopped:
+        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+        return
     yield RunEnded(status="finished", result={"sound": all(target["sound"] for target in targets), "targets": targets})
+
+
+def _verify_target(name: str, column: list[str], stop: StopRequest) -> Generator[Event, None, dict[str, Any]]:
+    """The entry of one target in the result of `verify`."""
+    kind = kind_of(Path(name))
+    findings: list[Finding] = []
+    if kind == "rollouts":
+        findings = yield from _rollouts(name, column, stop)
+    else:
+        for finding in (verify_run if kind == "run" else _one_model)(Path(name)):
+            findings.append(finding)
+            stop.check()
+    return {
+        "target": name,
+        "kind": kind,
+        "sound": all(finding.state != "unsound" for finding in findings),
+        "findings": [{"what": each.what, "state": each.state, "said": each.message} for each in findings],
+    }
 
 
 def kind_of(path: Path) -> str:
@@ -159,11 +166,11 @@ def _one_model(path: Path) -> Iterator[Finding]:
     yield verify_model(path)
 
 
-def _rollouts(name: str, settings: VerifySettings, stop: StopRequest) -> Generator[Event, None, list[Finding]]:
+def _rollouts(name: str, column: list[str], stop: StopRequest) -> Generator[Event, None, list[Finding]]:
     """Read everything: footers, pages and their checksums, every row's arrays."""
     bad_files = BadFiles()
     try:
-        reader = full_reader(find_shards([name], bad_files), settings.reading.column, stop, bad_files)
+        reader = full_reader(find_shards([name], bad_files), column, stop, bad_files)
         yield from read_through(reader, stop)
     except DataError as error:
         return _bad(bad_files) or [Finding(name, "unsound", error.message)]
