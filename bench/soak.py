@@ -141,7 +141,7 @@ class Soak:
         standing = checkpoints(out / "checkpoints")
         for path in standing:
             found = inspect(path)
-            if found.kind != "whole":
+            if found.kind != "complete":
                 self.faults.append(f"{out.name}: {path.name} is {found.kind}: {found.fault}")
         newest = max((checkpoint_step(path) or 0 for path in standing), default=0)
         if newest < before:

@@ -141,7 +141,7 @@ def stopped_and_resumed(folder, out, undisturbed, monkeypatch, number=signal.SIG
     """Run into the signal, look at what stands, go on without it."""
     ended, code = job(lambda stop: fit(settings_for(folder, out), stop))
     assert (ended.status, ended.signal_number, code) == ("interrupted", number, 128 + number)
-    assert all(inspect(path).kind == "whole" for path in checkpoints(out / "checkpoints"))
+    assert all(inspect(path).kind == "complete" for path in checkpoints(out / "checkpoints"))
     monkeypatch.undo()
     assert job(lambda stop: fit(settings_for(folder, out), stop))[1] == 0
     assert end_of(out) == undisturbed
@@ -189,7 +189,7 @@ def test_a_second_signal_in_a_save_leaves_at_once_without_damage(folder, undistu
     process.start()
     process.join()
     assert process.exitcode == 143
-    assert [(p.name, inspect(p).kind) for p in checkpoints(tmp_path / "checkpoints")] == [("step-00000001", "whole")]
+    assert [(p.name, inspect(p).kind) for p in checkpoints(tmp_path / "checkpoints")] == [("step-00000001", "complete")]
     assert job(lambda stop: fit(settings_for(folder, tmp_path), stop))[1] == 0
     assert end_of(tmp_path) == undisturbed
 

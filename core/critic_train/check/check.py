@@ -5,7 +5,6 @@
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -118,18 +117,18 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
 
 
 def _found(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, Any]:
-    told = survey.told()
+    told = survey.summary()
     sample = survey.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
-    if "returns" not in reader.kept:
+    if "returns" not in reader.shared_columns:
         told |= {"returns": None, "stored_values": None, "group_mean": None}
     match = match_returns(sample) if told["returns"] else None
     return {
-        "schema": {} if reader.understood is None else reader.understood.as_dict(),
+        "schema": {} if reader.first_columns is None else reader.first_columns.as_dict(),
         "files": len(reader.shards),
         "data_digest": digest,
         **told,
-        "returns_match": None if match is None else asdict(match),
+        "returns_match": None if match is None else match.as_dict(),
         "clip": _clip(sample) if told["returns"] else None,
         "bad_rows": reader.bad_rows.summary(),
         "bad_files": reader.bad_files.summary(),

@@ -28,14 +28,24 @@ class ReturnsMatch:
         gamma, lam: the pair that comes closest; lam is 1 where there are no values to try others with.
         error: root mean square difference, relative to the root mean square of the returns.
         bootstrapped: whether truncated rollouts go on with a value behind their last token.
-        found: whether the error is small enough to call it a match.
+        matches: whether the error is small enough to call it a match.
     """
 
     gamma: float
     lam: float
     error: float
     bootstrapped: bool
-    found: bool
+    matches: bool
+
+    def as_dict(self) -> dict[str, float | bool]:
+        """For the result of `check`; JSON-able."""
+        return {
+            "gamma": self.gamma,
+            "lam": self.lam,
+            "error": self.error,
+            "bootstrapped": self.bootstrapped,
+            "found": self.matches,
+        }
 
 
 def match_returns(rollouts: Rollouts) -> ReturnsMatch | None:
@@ -54,7 +64,7 @@ def match_returns(rollouts: Rollouts) -> ReturnsMatch | None:
         return None
     trial = _Trial(rollouts)
     best = min(trial.grid(), key=lambda match: (round(match.error, 9), -match.lam, -match.gamma))
-    return best if best.found else trial.refined(best)
+    return best if best.matches else trial.refined(best)
 
 
 class _Trial:
@@ -80,7 +90,7 @@ class _Trial:
         recipe = ReturnRecipe(kind="gae", gamma=gamma, lam=lam, truncated="bootstrap" if bootstrapped else "terminal")
         made = recipe.returns(self._rollouts, self._rollouts.values)[self._rollouts.response_mask].astype(np.float64)
         error = float(np.sqrt(np.mean((made - self._target) ** 2))) / self._size
-        return ReturnsMatch(gamma=gamma, lam=lam, error=error, bootstrapped=bootstrapped, found=error <= TOLERANCE)
+        return ReturnsMatch(gamma=gamma, lam=lam, error=error, bootstrapped=bootstrapped, matches=error <= TOLERANCE)
 
     def refined(self, best: ReturnsMatch) -> ReturnsMatch:
         """A pattern search around a pair of the grid, its result rounded to the decimals that people write."""
@@ -100,4 +110,4 @@ class _Trial:
             if step < 10.0 ** -(DECIMALS + 1):
                 break
         written = self.tried(round(best.gamma, DECIMALS), round(best.lam, DECIMALS), best.bootstrapped)
-        return written if written.found or written.error <= best.error else best
+        return written if written.matches or written.error <= best.error else best

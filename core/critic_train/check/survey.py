@@ -155,7 +155,7 @@ class Survey:
         """int64 [n], a key of the tokens before the response."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *self._prompts])
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Everything, ready for JSON; None stands for what does not exist."""
         groups, prompts = self.groups, self.prompts
         lengths = np.concatenate(self._prompt_lengths), np.concatenate(self._response_lengths)

@@ -282,9 +282,9 @@ class Canonicaliser:
         columns = self._resolve(batch.schema)
         has_rewards = columns.rewards or columns.reward
         checked = check_batch(batch, columns, RowLimits(), "yes" if has_rewards else "no")
-        for row, (reason, column, actual, expected) in sorted(checked.faults.found.items()):
+        for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
             self._count(reason, int(records.rows[row]), column, actual, expected)
-        good = np.flatnonzero(~checked.faults.bad)
+        good = np.flatnonzero(~checked.errors.bad)
         if not len(good):
             return None
         return self._table(batch, columns, checked, good)
@@ -344,7 +344,7 @@ class Canonicaliser:
         return carried
 
     def _count(self, reason: str, row: int, column: str, actual: str, expected: str) -> None:
-        bad = BadRow(file=self.name, unit=self.unit, row=row, column=column, found=actual, expected=expected)
+        bad = BadRow(file=self.name, unit=self.unit, row=row, column=column, actual=actual, expected=expected)
         self.bad_rows.add(reason, bad)
 
 

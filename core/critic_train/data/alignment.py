@@ -1,8 +1,7 @@
-"""List columns of Arrow as flat numpy arrays and lengths.
+"""Arrow's list columns as flat numpy arrays, aligned to the tokens they pair with.
 
-Put a shard's columns under the tokens they pair with.
-
-What a batch says of rewards: under which token each stands, and which rollouts were cut.
+A column may be as long as the rollout or as its response; rewards that stand on observation tokens are carried back to
+the response token that earned them.
 """
 
 from dataclasses import dataclass, field, replace
@@ -87,15 +86,14 @@ def counts_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[n
 
 
 def first_of(flags: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [n]: place of the first flagged element in each row; the row's length where there is none."""
+    """int64 [n]: index of the first flagged element in each row; the row's length where there is none."""
     offsets = offsets_from_lengths(lengths)
     at = np.flatnonzero(flags)
     if not len(at):
         return lengths.copy()
     after = np.searchsorted(at, offsets[:-1])
     first = np.where(after < len(at), at[np.minimum(after, len(at) - 1)], offsets[-1])
-    found: NDArray[np.int64] = np.minimum(first, offsets[1:]) - offsets[:-1]
-    return found
+    return np.asarray(np.minimum(first, offsets[1:]) - offsets[:-1], dtype=np.int64)
 
 
 def _signed(column: Ragged) -> Ragged:
@@ -123,16 +121,16 @@ class Tokens:
     prompt_lengths: NDArray[np.int64] | None
 
 
-def read_tokens(batch: pa.RecordBatch, columns: Columns, faults: RowErrors) -> Tokens:
+def read_tokens(batch: pa.RecordBatch, columns: Columns, errors: RowErrors) -> Tokens:
     """The ids of every row. Marks null and empty rows."""
     if columns.input_ids is not None:
-        ids = _read_ids(batch, columns.input_ids, faults)
+        ids = _read_ids(batch, columns.input_ids, errors)
         prompts = None
-        faults.mark(ids.lengths == 0, columns.input_ids, "no tokens", _empty, "at least two token ids")
+        errors.mark(ids.lengths == 0, columns.input_ids, "no tokens", _empty, "at least two token ids")
     else:
-        left = _read_ids(batch, columns.prompts or "", faults)
-        right = _read_ids(batch, columns.responses or "", faults)
-        faults.mark(right.lengths == 0, columns.responses or "", "no tokens", _empty, "at least one token id")
+        left = _read_ids(batch, columns.prompts or "", errors)
+        right = _read_ids(batch, columns.responses or "", errors)
+        errors.mark(right.lengths == 0, columns.responses or "", "no tokens", _empty, "at least one token id")
         ids, prompts = side_by_side(left, right), left.lengths
     return Tokens(ids=ids.flat, lengths=ids.lengths, prompt_lengths=prompts)
 
@@ -144,38 +142,38 @@ class Aligner:
     Attributes:
         batch: raw rows.
         lengths: int64 [n], tokens of each row.
-        faults: of the batch; rows whose columns fit nowhere are marked.
-        response_aligned: columns that were found to be as long as the response.
+        errors: of the batch; rows whose columns fit nowhere are marked.
+        response_aligned: columns that were as long as the response.
     """
 
     batch: pa.RecordBatch
     lengths: NDArray[np.int64]
-    faults: RowErrors
+    errors: RowErrors
     response_aligned: set[str] = field(default_factory=set)
 
     def response_mask(
         self, name: str | None, prompt_lengths: NDArray[np.int64] | None
     ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """The mask over all tokens, and the place in each row where its response starts.
+        """The mask over all tokens, and the index in each row where its response starts.
 
-        Where the prompt's length is not known, a mask shorter than the rollout is a mask of the response, and
-        says so how long that is; under a full mask the response starts at the first 1.
+        Where the shard has no prompt lengths, a mask shorter than the rollout is a mask of the response, and its length
+        is the response's; under a full mask the response starts at the first 1.
 
         Args:
             name: the mask's column; None (with prompts and responses only) where all of the response counts.
-            prompt_lengths: int64 [n], where the shard says it.
+            prompt_lengths: int64 [n], where the shard has prompts and responses apart.
         """
         if name is None:
             assert prompt_lengths is not None, "without a mask the schema has prompts and responses"
-            places = repeat_by_length(np.zeros_like(self.lengths), self.lengths)
-            return places >= np.repeat(prompt_lengths, self.lengths), prompt_lengths
+            positions = repeat_by_length(np.zeros_like(self.lengths), self.lengths)
+            return positions >= np.repeat(prompt_lengths, self.lengths), prompt_lengths
         column = self._read(name)
         full = column.lengths == self.lengths
         if prompt_lengths is None:
             short = (column.lengths > 0) & (column.lengths < self.lengths)
         else:
             short = ~full & (column.lengths == self.lengths - prompt_lengths)
-        mask = self._ones(self._spread(name, column, full, short), name)
+        mask = self._ones(self._align(name, column, full, short), name)
         if prompt_lengths is not None:
             return mask, prompt_lengths
         return mask, np.where(short, self.lengths - column.lengths, first_of(mask, self.lengths))
@@ -184,24 +182,24 @@ class Aligner:
         """bool [T], false on padding. It covers prompt and response; one of the response alone says too little."""
         column = self._read(name)
         full = column.lengths == self.lengths
-        return self._ones(self._spread(name, column, full, np.zeros_like(full)), name)
+        return self._ones(self._align(name, column, full, np.zeros_like(full)), name)
 
     def numbers(
         self, name: str, response_start: NDArray[np.int64], mask: NDArray[np.bool_] | None = None
     ) -> NDArray[Any]:
-        """[T], a column as long as the rollout or its response; 0 where it says nothing.
+        """[T], a column as long as the rollout or its response; 0 where it has no entry.
 
         Args:
             name: the column.
-            response_start: int64 [n], the place where each row's response starts.
-            mask: bool [T], outside of which nulls are passed over, as NaN is; None where none are allowed.
+            response_start: int64 [n], the index where each row's response starts.
+            mask: bool [T], outside of which nulls are ignored, as NaN is; None where none are allowed.
         """
         column = self._read(name, null_items=mask is not None)
         full = column.lengths == self.lengths
         short = ~full & (column.lengths == self.lengths - response_start)
-        numbers = self._spread(name, column, full, short)
+        numbers = self._align(name, column, full, short)
         if mask is not None and column.null_items is not None:
-            nulls = self._spread(name, replace(column, flat=column.null_items), full, short)
+            nulls = self._align(name, replace(column, flat=column.null_items), full, short)
             self._mark_nulls(rows_with(nulls & mask, self.lengths), name)
         return numbers
 
@@ -212,26 +210,26 @@ class Aligner:
         return column
 
     def _mark_nulls(self, rows: NDArray[np.bool_], name: str) -> None:
-        self.faults.mark(rows, name, NULLS, lambda _: "null", "a number for every token")
+        self.errors.mark(rows, name, NULLS, lambda _: "null", "a number for every token")
 
-    def _spread(self, name: str, column: Ragged, full: NDArray[np.bool_], short: NDArray[np.bool_]) -> NDArray[Any]:
+    def _align(self, name: str, column: Ragged, full: NDArray[np.bool_], short: NDArray[np.bool_]) -> NDArray[Any]:
         """A column over all tokens: from the first one where `full`, up to the last one where `short`."""
         fits = full | short
         if full.all():
             return column.flat
         expected = "as many as the rollout or its response has tokens"
-        self.faults.mark(~fits, name, LENGTHS, lambda row: self._lengths_of(column, row), expected)
-        if (short & ~self.faults.bad).any():
+        self.errors.mark(~fits, name, LENGTHS, lambda row: self._lengths_of(column, row), expected)
+        if (short & ~self.errors.bad).any():
             self.response_aligned.add(name)
-        placed = np.zeros(int(self.lengths.sum()), dtype=column.flat.dtype)
+        aligned = np.zeros(int(self.lengths.sum()), dtype=column.flat.dtype)
         # Both kinds end with the rollout.
         starts = offsets_from_lengths(self.lengths)[1:] - column.lengths
         if fits.all():
-            placed[repeat_by_length(starts, column.lengths)] = column.flat
+            aligned[repeat_by_length(starts, column.lengths)] = column.flat
         else:
             lengths = np.where(fits, column.lengths, 0)
-            placed[repeat_by_length(starts, lengths)] = column.flat[repeat_by_length(column.offsets[:-1], lengths)]
-        return placed
+            aligned[repeat_by_length(starts, lengths)] = column.flat[repeat_by_length(column.offsets[:-1], lengths)]
+        return aligned
 
     def _lengths_of(self, column: Ragged, row: int) -> str:
         return f"{column.lengths[row]} elements beside {self.lengths[row]} tokens"
@@ -246,13 +244,13 @@ class Aligner:
             offsets = offsets_from_lengths(self.lengths)
             rows = rows_with(odd, self.lengths)
             first = offsets[:-1] + first_of(odd, self.lengths)
-            self.faults.mark(rows, name, "mask entries other than 0 and 1", lambda row: f"{flat[first[row]]}", "0 or 1")
+            self.errors.mark(rows, name, "mask entries other than 0 and 1", lambda row: f"{flat[first[row]]}", "0 or 1")
         return mask
 
 
-def _read_ids(batch: pa.RecordBatch, name: str, faults: RowErrors) -> Ragged:
+def _read_ids(batch: pa.RecordBatch, name: str, errors: RowErrors) -> Ragged:
     ids = ragged(batch.column(name))
-    faults.mark(ids.null_rows, name, NULLS, lambda _: "null", "a token id for every token")
+    errors.mark(ids.null_rows, name, NULLS, lambda _: "null", "a token id for every token")
     return ids
 
 
@@ -266,7 +264,7 @@ class TokenRewards:
 
     Attributes:
         rewards: float64 [T]; off the mask anything.
-        carried: bool [n], rollouts of which a reward stood on an observation token and was carried back.
+        carried: bool [n], rollouts with a reward on an observation token, which was carried back.
     """
 
     rewards: NDArray[np.float64]
@@ -274,24 +272,24 @@ class TokenRewards:
 
 
 def carried_back(
-    rewards: NDArray[Any], mask: NDArray[np.bool_], seen: NDArray[np.bool_] | None, lengths: NDArray[np.int64]
+    rewards: NDArray[Any], mask: NDArray[np.bool_], attended: NDArray[np.bool_] | None, lengths: NDArray[np.int64]
 ) -> TokenRewards:
-    """Rewards with those on observation tokens given to the response token before them.
+    """Rewards with those on observation tokens moved to the response token before them.
 
-    What an environment pays for an action is often written under its answer, or under a last token that is masked
-    out. There the recursion takes no step, so it would be lost; it belongs to the choice that earned it. What stands
-    on the prompt or on padding earned nothing and is passed over, and so is NaN off the mask.
+    Environments often write the reward of an action under their answer, or under a last token that is masked out. The
+    returns are computed over masked tokens alone, so such a reward would be lost. Rewards on the prompt or on padding,
+    and NaN off the mask, are ignored.
 
     Args:
         rewards: numbers [T].
         mask: bool [T].
-        seen: bool [T], false on padding; None where there is none.
+        attended: bool [T], false on padding; None where there is none.
         lengths: int64 [n].
     """
     numbers = rewards.astype(np.float64)
     stray = ~mask & (numbers != 0) & np.isfinite(numbers)
-    if seen is not None:
-        stray &= seen
+    if attended is not None:
+        stray &= attended
     if not stray.any():
         return TokenRewards(rewards=numbers, carried=np.zeros(len(lengths), dtype=np.bool_))
     before = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))
@@ -302,7 +300,7 @@ def carried_back(
 
 
 def on_last_token(rewards: NDArray[np.float64], mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[Any]:
-    """A reward a rollout over its tokens: on the last response token, where it was known.
+    """Put each rollout's one reward on its last response token.
 
     Args:
         rewards: float64 [n].
@@ -315,23 +313,23 @@ def on_last_token(rewards: NDArray[np.float64], mask: NDArray[np.bool_], lengths
     at = np.flatnonzero(mask)
     bounds = np.searchsorted(at, offsets_from_lengths(lengths))
     some = bounds[1:] > bounds[:-1]
-    placed = np.zeros(len(mask))
-    placed[at[bounds[1:][some] - 1]] = rewards[some]
-    return placed
+    aligned = np.zeros(len(mask))
+    aligned[at[bounds[1:][some] - 1]] = rewards[some]
+    return aligned
 
 
-def numbers_of(column: pa.Array, name: str, faults: RowErrors) -> NDArray[np.float64]:
+def numbers_of(column: pa.Array, name: str, errors: RowErrors) -> NDArray[np.float64]:
     """float64 [n], one number a rollout. Marks nulls."""
     nulls = column.is_null().to_numpy(zero_copy_only=False)
-    faults.mark(nulls, name, NULLS, lambda _: "null", "a number")
+    errors.mark(nulls, name, NULLS, lambda _: "null", "a number")
     plain = pc.cast(column, pa.int8()) if pa.types.is_boolean(column.type) else column
     filled = pc.fill_null(plain, pa.scalar(0).cast(plain.type)).to_numpy(zero_copy_only=False)
     return np.asarray(filled, dtype=np.float64)
 
 
-def truths_of(column: pa.Array, name: str, faults: RowErrors) -> NDArray[np.bool_]:
+def booleans_of(column: pa.Array, name: str, errors: RowErrors) -> NDArray[np.bool_]:
     """bool [n], one boolean a rollout. Marks nulls and anything but 0 and 1."""
-    numbers = numbers_of(column, name, faults)
+    numbers = numbers_of(column, name, errors)
     odd = (numbers != 0) & (numbers != 1)
-    faults.mark(odd, name, "truth values other than 0 and 1", lambda row: f"{numbers[row]:g}", "true or false")
+    errors.mark(odd, name, "truth values other than 0 and 1", lambda row: f"{numbers[row]:g}", "true or false")
     return np.equal(numbers, 1.0)

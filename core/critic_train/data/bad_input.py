@@ -1,9 +1,4 @@
-"""Which rows of a batch are bad, and why: one fault a row, the first that is found.
-
-Rows that cannot be used: all are counted, the first ten are kept to be shown.
-
-Files that cannot be used: all of them are named at once, or left out and counted.
-"""
+"""Rows and files that cannot be used: marked in a batch, counted over a data set, listed in errors and results."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,19 +12,19 @@ from critic_train.errors import DataError
 
 
 class RowErrors:
-    """The bad rows of a batch.
+    """The bad rows of a batch, each with the first error that was marked in it.
 
     Args:
         rows: rows in the batch.
 
     Attributes:
         bad: bool [rows].
-        found: row -> (reason, column, found, expected).
+        by_row: row -> (reason, column, actual, expected).
     """
 
     def __init__(self, rows: int) -> None:
         self.bad: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
-        self.found: dict[int, tuple[str, str, str, str]] = {}
+        self.by_row: dict[int, tuple[str, str, str, str]] = {}
         self._ignored: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
 
     def ignore(self, rows: NDArray[np.bool_]) -> None:
@@ -37,21 +32,21 @@ class RowErrors:
         self._ignored = self._ignored | rows
 
     def mark(
-        self, rows: NDArray[np.bool_], column: str, reason: str, found: Callable[[int], str], expected: str
+        self, rows: NDArray[np.bool_], column: str, reason: str, actual: Callable[[int], str], expected: str
     ) -> None:
         """Mark those of the rows that are not marked yet.
 
         Args:
             rows: bool [rows in the batch].
-            column: the shard's name of the column at fault.
-            reason: the kind of fault, under which it is counted.
-            found: what stands in a row.
+            column: the shard's name of the bad column.
+            reason: the kind of error, under which it is counted.
+            actual: what stands in a row.
             expected: what should stand there.
         """
         fresh = rows & ~self.bad & ~self._ignored
         if fresh.any():
             for row in np.flatnonzero(fresh).tolist():
-                self.found[row] = (reason, column, found(row), expected)
+                self.by_row[row] = (reason, column, actual(row), expected)
             self.bad |= fresh
 
 
@@ -60,10 +55,9 @@ ROWS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRow:
-    """Where a row is, what was found there and what was expected.
+    """Where a bad row is, its content and what was expected.
 
-    `row` counts from 0 within the row group; where a file has none of those, in the file, and `unit` says what it
-    counts.
+    `row` counts from 0 within the row group, or within a file that has no row groups; `unit` says what it counts there.
     """
 
     file: str
@@ -71,13 +65,13 @@ class BadRow:
     unit: str = "row"
     row: int
     column: str
-    found: str
+    actual: str
     expected: str
 
     def __str__(self) -> str:
         within = "" if self.row_group is None else f", row group {self.row_group}"
         column = f", column {self.column}" if self.column else ""
-        return f"{self.file}{within}, {self.unit} {self.row}{column}: found {self.found}, expected {self.expected}"
+        return f"{self.file}{within}, {self.unit} {self.row}{column}: found {self.actual}, expected {self.expected}"
 
 
 @dataclass(slots=True)
@@ -85,13 +79,13 @@ class BadRows:
     """A running count of bad rows.
 
     Attributes:
-        kept: how many are kept to be named.
+        most_listed: the number of rows that are listed one by one.
         count: how many there are.
         reasons: how many there are of each kind.
-        first: the first `kept` of them.
+        first: the first `most_listed` of them.
     """
 
-    kept: int = ROWS_SHOWN
+    most_listed: int = ROWS_SHOWN
     count: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     first: list[BadRow] = field(default_factory=list)
@@ -100,11 +94,11 @@ class BadRows:
         """Count one."""
         self.count += 1
         self.reasons[reason] += 1
-        if len(self.first) < self.kept:
+        if len(self.first) < self.most_listed:
             self.first.append(row)
 
     def error(self, *, all_of_them: bool = False) -> DataError:
-        """The fault that tells of them.
+        """The error that lists them.
 
         Args:
             all_of_them: whether there was no good row.
@@ -138,81 +132,81 @@ class BadFile:
 
     Attributes:
         file: its name as the user gave it.
-        fault: what is wrong with it, to be read after the name; one line or several.
-        said: the same as a sentence of its own, with the name in it.
+        fault: why, to be read after the name; one line or several.
+        message: the same as a sentence of its own, with the name in it.
         hint: what to do about it, where that is more than to mend or replace the file.
         rows: how many rows its footer claims; None where the footer cannot be read.
     """
 
     file: str
     fault: str
-    said: str = ""
+    message: str = ""
     hint: str = ""
     rows: int | None = None
 
     @classmethod
     def of(cls, name: str, error: DataError, rows: int | None) -> "BadFile":
-        """A file for what was said of it: the name, where the sentence begins with it, is taken off."""
+        """A file from the error it raised, whose message may begin with the name."""
         fault = error.message.removeprefix(name).lstrip(" ,:")
-        return cls(file=name, fault=fault, said=error.message, hint=error.hint, rows=rows)
+        return cls(file=name, fault=fault, message=error.message, hint=error.hint, rows=rows)
 
 
 @dataclass(slots=True)
 class BadFiles:
-    """The bad files of a data set, each once, in the order found.
+    """The bad files of a data set, each once, in the order added.
 
     Attributes:
-        found: name -> the file.
+        by_name: name -> the file.
     """
 
-    found: dict[str, BadFile] = field(default_factory=dict)
+    by_name: dict[str, BadFile] = field(default_factory=dict)
 
     def add(self, file: BadFile) -> None:
-        """Take one in; of a file that is known already, the first fault stays."""
-        self.found.setdefault(file.file, file)
+        """Add a file; of one that was added before, the first error stays."""
+        self.by_name.setdefault(file.file, file)
 
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.by_name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.found
+        return name in self.by_name
 
     @property
     def rows(self) -> int:
         """Rows that the footers of the bad files claim."""
-        return sum(file.rows or 0 for file in self.found.values())
+        return sum(file.rows or 0 for file in self.by_name.values())
 
     def lines(self) -> list[str]:
         """A line for each file; files with the same fault share one. Long lists are cut and counted."""
         by_fault: dict[str, list[str]] = {}
-        for file in self.found.values():
+        for file in self.by_name.values():
             by_fault.setdefault(" ".join(file.fault.split()), []).append(file.file)
-        told = [
+        lines = [
             f"{', '.join(names[start : start + NAMES_A_LINE])}: {fault}"
             for fault, names in by_fault.items()
             for start in range(0, len(names), NAMES_A_LINE)
         ]
-        return told[:FILES_SHOWN] + ([f"and {len(told) - FILES_SHOWN:,} more"] if len(told) > FILES_SHOWN else [])
+        return lines[:FILES_SHOWN] + ([f"and {len(lines) - FILES_SHOWN:,} more"] if len(lines) > FILES_SHOWN else [])
 
     def error(self, *, all_of_them: bool = False) -> DataError:
-        """The fault that tells of them.
+        """The error that lists them.
 
         Args:
             all_of_them: whether there is no good file.
         """
-        if len(self.found) == 1:
-            (file,) = self.found.values()
+        if len(self.by_name) == 1:
+            (file,) = self.by_name.values()
             hints = [hint for hint in (file.hint, "" if all_of_them else LEAVES_OUT) if hint]
-            return DataError(file.said or f"{file.file}: {file.fault}", hint="\n".join(hints))
+            return DataError(file.message or f"{file.file}: {file.fault}", hint="\n".join(hints))
         left = ", and there are no others" if all_of_them else ""
         shown = "\n".join(f"  {line}" for line in self.lines())
-        hints = list(dict.fromkeys(file.hint for file in self.found.values() if file.hint))[:1]
+        hints = list(dict.fromkeys(file.hint for file in self.by_name.values() if file.hint))[:1]
         hints += [] if all_of_them else [LEAVES_THEM_OUT]
-        return DataError(f"{len(self.found)} files cannot be used{left}\n{shown}", hint="\n".join(hints))
+        return DataError(f"{len(self.by_name)} files cannot be used{left}\n{shown}", hint="\n".join(hints))
 
     def sentence(self) -> str:
         """What was left out, for a notice."""
-        count = len(self.found)
+        count = len(self.by_name)
         lines = "\n".join(f"  {line}" for line in self.lines())
         what = "1 file is left out" if count == 1 else f"{count} files are left out"
         return f"{what}, with the {self.rows:,} rows their footers tell of:\n{lines}"
@@ -221,6 +215,6 @@ class BadFiles:
         """For records and reports; JSON-able. Every file is in it."""
         files = [
             {"file": file.file, "rows": file.rows, "fault": " ".join(file.fault.split())}
-            for file in self.found.values()
+            for file in self.by_name.values()
         ]
         return {"count": len(files), "rows": self.rows, "files": files}

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
-from critic_train.data.shards import Shard, place_of
+from critic_train.data.shards import Shard, absolute_path
 from critic_train.data.stores import parquet_file
 from critic_train.data.writing import ShardFile
 from critic_train.errors import ConfigError, MachineError
@@ -161,7 +161,7 @@ def schema_of(shard: Shard) -> pa.Schema:
         raise damaged(shard, error) from error
 
 
-def places(shards: list[Shard], sources: list[str], directory: Path) -> dict[str, Path]:
+def target_paths(shards: list[Shard], sources: list[str], directory: Path) -> dict[str, Path]:
     """Where each shard is written: under its name, relative to the folder that all of them share.
 
     Args:
@@ -175,7 +175,7 @@ def places(shards: list[Shard], sources: list[str], directory: Path) -> dict[str
     Raises:
         ConfigError: a shard would be replaced, or the next command would find old and new ones together.
     """
-    folder = os.path.commonpath([os.path.dirname(place_of(shard.path)) for shard in shards])
+    folder = os.path.commonpath([os.path.dirname(absolute_path(shard.path)) for shard in shards])
     target = directory.resolve()
     for source in sources:
         if os.path.isdir(source) and target.is_relative_to(Path(source).resolve()):
@@ -183,7 +183,7 @@ def places(shards: list[Shard], sources: list[str], directory: Path) -> dict[str
                 f"--to {directory} lies in {source}, which is read: the same command would then read its own output",
                 hint="give a folder beside it",
             )
-    found = {shard.name: directory / os.path.relpath(place_of(shard.path), folder) for shard in shards}
+    found = {shard.name: directory / os.path.relpath(absolute_path(shard.path), folder) for shard in shards}
     for shard in shards:
         if os.path.realpath(found[shard.name]) == os.path.realpath(shard.path):
             raise ConfigError(

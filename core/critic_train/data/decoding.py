@@ -1,8 +1,8 @@
 """Decode a shard's columns piece by piece, in bounded memory, page checksums verified.
 
-A file of a few hundred bytes can decode to gigabytes. So what the footer and the page headers claim is held against
-limits before Arrow acts on it; what they cannot tell (one row that is giant among many) meets a ceiling on memory while
-it is decoded, and is cut out before anything else is made of it.
+A file of a few hundred bytes can decode to gigabytes. The claims of the footer and the page headers are therefore
+checked against limits before Arrow acts on them. One oversized row among many shows in none of them: it is decoded
+under a limit on memory, and made null before anything else is done with it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,21 +30,21 @@ from critic_train.data.stores import open_file, parquet_file
 from critic_train.errors import DataError, first_line
 
 FIRST_ROWS = 64
-"""Rows decoded at once, at most: one look at a batch's weight comes after so many."""
+"""Rows decoded at once, at most; the size of a batch is known only after."""
 MOST_ROWS = 8192
 BATCH_BYTES = 16 * 2**20
 """Arrow bytes at which a batch of rows is full."""
 BUFFER_BYTES = 2**18
-"""What is read of a column's pages ahead of decoding; without it a whole column of a row group is."""
+"""Bytes of a column's pages that are read ahead; without it Arrow reads a row group's entire column."""
 ELEMENT_BYTES = 8
 MOST_TOKENS = 2**21
-"""Elements of one list above which a row is cut out unseen: no context is as long."""
+"""Elements of one list above which a row is oversized: no context is as long."""
 FEW_ELEMENTS = 2**22
 """Up to so many elements a column of a row group may hold at any density."""
 ELEMENTS_A_BYTE = 64
-"""Token ids to a byte of decompressed pages; above it they are no rollouts', which take a bit an id at the least."""
+"""Most token ids a byte of decompressed pages; real rollouts take a bit an id at the least."""
 DECODED_BYTES = 24
-"""What Arrow needs for an element while it decodes: the number, its levels, and a copy as buffers grow."""
+"""Memory Arrow needs for an element while it decodes: the number, its levels, and a copy as buffers grow."""
 MOST_BYTES = 2**29
 """Memory that decoding a piece may take."""
 
@@ -55,15 +55,15 @@ class Piece:
 
     Attributes:
         row_group: its number.
-        first_row: the first row's place within it.
-        rows: the rows; those that are giant are null in every column.
-        giants: row of the piece -> (column, elements) of those.
+        first_row: the first row's number within it.
+        rows: the rows; oversized ones are null in every column.
+        oversized: row of the piece -> (column, elements) of those.
     """
 
     row_group: int
     first_row: int
     rows: pa.RecordBatch
-    giants: dict[int, tuple[str, int]]
+    oversized: dict[int, tuple[str, int]]
 
 
 def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: Sequence[str] = ()) -> Iterator[Piece]:
@@ -72,9 +72,9 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
     Args:
         shard: the file.
         names: columns to decode.
-        ids: those of them that hold token ids; None where nobody knows, and nothing is held against their number.
-        texts: those that hold one text a row. They are kept as dictionaries where Arrow can: what repeats is held
-            once, however long it is.
+        ids: those of them that hold token ids; None where that is unknown, and their number is not checked.
+        texts: those that hold one text a row. They are read as dictionaries where Arrow can: a text that repeats is in
+            memory once, however long it is.
 
     Raises:
         DataError: pages are damaged, or the file claims what no rollouts are.
@@ -83,17 +83,19 @@ def pieces(shard: Shard, names: list[str], ids: list[str] | None = None, texts: 
         with open_file(shard.path) as file:
             footer = read_footer(file)
             groups = _checked_row_groups(file, footer, names, ids)
-        kept = [name for name in texts if not any(c.delta for group in groups for c in group.chunks if c.path == name)]
+        as_dictionary = [
+            name for name in texts if not any(c.delta for group in groups for c in group.chunks if c.path == name)
+        ]
         with parquet_file(
             shard.path,
             metadata=footer.metadata,
             page_checksum_verification=True,
             pre_buffer=False,
             buffer_size=BUFFER_BYTES,
-            read_dictionary=kept,
+            read_dictionary=as_dictionary,
         ) as parquet:
             for number, group in enumerate(groups):
-                yield from _row_group(parquet, number, group, names, heavy=_is_heavy(group, names, kept))
+                yield from _row_group(parquet, number, group, names, heavy=_is_heavy(group, as_dictionary))
     except FooterError as error:
         raise error.of(shard.name) from error
     except MemoryError as error:
@@ -127,19 +129,19 @@ def _check_density(number: int, group: RowGroup, ids: list[str], page_bytes: dic
         raise FooterError(f"found {most:,} elements beside {tokens:,} token ids in row group {number}", NO_ROLLOUTS)
 
 
-def _is_heavy(group: RowGroup, names: list[str], dictionaries: list[str]) -> bool:
-    """Whether decoding a piece of a row group could take more than MOST_BYTES, for all that is known."""
+def _is_heavy(group: RowGroup, dictionaries: list[str]) -> bool:
+    """Whether decoding a piece of a row group could take more than MOST_BYTES."""
     texts = [c for c in group.chunks if not c.is_nested and c.is_text and c.path not in dictionaries]
     rows = min(FIRST_ROWS, group.rows)
-    known = sum(DECODED_BYTES * chunk.elements + 2 * chunk.page_bytes for chunk in group.chunks)
-    return known + sum(rows * chunk.page_bytes for chunk in texts) > MOST_BYTES
+    decoded = sum(DECODED_BYTES * chunk.elements + 2 * chunk.page_bytes for chunk in group.chunks)
+    return decoded + sum(rows * chunk.page_bytes for chunk in texts) > MOST_BYTES
 
 
 def _row_group(file: pq.ParquetFile, number: int, group: RowGroup, names: list[str], *, heavy: bool) -> Iterator[Piece]:
-    """The rows of one row group; where a piece is too heavy, from there on row by row."""
+    """The rows of one row group; from a piece on that is too heavy, row by row."""
     rows_at_once, done = _rows_at_once(group), 0
     while True:
-        # Under the ceiling no thread may be started: where one finds no room for its stack, the process ends.
+        # Under the limit no thread may be started: without room for its stack the process ends.
         decoded = file.iter_batches(batch_size=rows_at_once, row_groups=[number], columns=names, use_threads=not heavy)
         try:
             for piece in _filled(_after(decoded, done, heavy), number, done):
@@ -155,7 +157,7 @@ def _row_group(file: pq.ParquetFile, number: int, group: RowGroup, names: list[s
 
 
 def _after(decoded: Iterator[pa.RecordBatch], skip: int, heavy: bool) -> Iterator[pa.RecordBatch]:
-    """What is decoded, without the first `skip` rows, under the ceiling where it is heavy."""
+    """Decoded batches without the first `skip` rows, decoded under the limit on memory where they are heavy."""
     while True:
         with at_most(MOST_BYTES) if heavy else nullcontext():
             batch = next(decoded, None)
@@ -168,46 +170,46 @@ def _after(decoded: Iterator[pa.RecordBatch], skip: int, heavy: bool) -> Iterato
 
 
 def _rows_at_once(group: RowGroup) -> int:
-    """How many rows of a row group are decoded at once, by what its footer says of its size."""
+    """How many rows of a row group are decoded at once, by its size in the footer."""
     weight = max(1, sum(chunk.elements for chunk in group.chunks) * ELEMENT_BYTES // max(1, group.rows))
     return int(min(FIRST_ROWS, max(1, BATCH_BYTES // weight)))
 
 
 def _filled(decoded: Iterator[pa.RecordBatch], row_group: int, first_row: int) -> Iterator[Piece]:
-    """What is decoded put together until it weighs BATCH_BYTES or is MOST_ROWS rows, giant rows cut out."""
+    """Decoded batches concatenated until they weigh BATCH_BYTES or have MOST_ROWS rows, oversized rows made null."""
     pending: list[pa.RecordBatch] = []
-    giants: dict[int, tuple[str, int]] = {}
+    oversized: dict[int, tuple[str, int]] = {}
     weight = rows = 0
 
     def piece() -> Piece:
-        return Piece(row_group=row_group, first_row=first_row, rows=pa.concat_batches(pending), giants=giants)
+        return Piece(row_group=row_group, first_row=first_row, rows=pa.concat_batches(pending), oversized=oversized)
 
     for batch in decoded:
-        batch, found = _without_oversized_rows(batch)
-        giants |= {rows + row: what for row, what in found.items()}
+        batch, its_oversized = _without_oversized_rows(batch)
+        oversized |= {rows + row: what for row, what in its_oversized.items()}
         pending.append(batch)
         weight += batch.nbytes
         rows += batch.num_rows
         if weight >= BATCH_BYTES or rows >= MOST_ROWS:
             yield piece()
             first_row += rows
-            pending, giants, weight, rows = [], {}, 0, 0
+            pending, oversized, weight, rows = [], {}, 0, 0
     if pending:
         yield piece()
 
 
 def _without_oversized_rows(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict[int, tuple[str, int]]]:
-    """The rows, null where they are giant; and which those are."""
-    giants: dict[int, tuple[str, int]] = {}
+    """The rows, oversized ones null; and row -> (column, elements) of those."""
+    oversized: dict[int, tuple[str, int]] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_list(field.type) and batch.num_rows:
             lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
             for row in np.flatnonzero(lengths > MOST_TOKENS).tolist():
-                giants.setdefault(row, (field.name, int(lengths[row])))
-    if giants:
-        kept = pa.array([None if row in giants else row for row in range(batch.num_rows)], type=pa.int64())
-        batch = batch.take(kept)
-    return batch, giants
+                oversized.setdefault(row, (field.name, int(lengths[row])))
+    if oversized:
+        index = pa.array([None if row in oversized else row for row in range(batch.num_rows)], type=pa.int64())
+        batch = batch.take(index)
+    return batch, oversized
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -216,8 +218,8 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def refuse_oversized_rows(shard: Shard, piece: Piece) -> None:
-    """Raise where a piece has giant rows, for work that must not lose any."""
-    for row, (column, elements) in piece.giants.items():
+    """Raise DataError where a piece has oversized rows, for work that must not lose any."""
+    for row, (column, elements) in piece.oversized.items():
         raise DataError(
             f"{shard.name}, row group {piece.row_group}, row {piece.first_row + row}, column {column}: "
             f"found {elements:,} elements, expected at most {MOST_TOKENS:,}",
@@ -226,6 +228,5 @@ def refuse_oversized_rows(shard: Shard, piece: Piece) -> None:
 
 
 def damaged(shard: Shard, error: BaseException) -> DataError:
-    """What is said of a file that Arrow cannot make sense of."""
-    why = first_line(error)
-    return DataError(f"{shard.name} is damaged: {why}", hint=COPY_AGAIN)
+    """The error for a file that Arrow cannot read."""
+    return DataError(f"{shard.name} is damaged: {first_line(error)}", hint=COPY_AGAIN)

@@ -1,4 +1,4 @@
-"""Who is held out, and in which order the others are trained on: pure functions of seed, epoch and group keys."""
+"""The validation split and the order of training: pure functions of seed, epoch and group keys."""
 
 from dataclasses import dataclass
 
@@ -19,25 +19,25 @@ class EpochPlan:
     bounds: NDArray[np.int64]
 
 
-def kept_together(groups: NDArray[np.int64], prompts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Keys of what a split may not cut apart: a prompt group, and all groups that have a prompt in common.
+def connected_groups(groups: NDArray[np.int64], prompts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Keys of the groups that a split must keep on one side: connected components of groups that share a prompt.
 
-    A dump of several epochs samples a prompt again under another uid; held out by uid alone, it would be on both sides.
+    A dump of several epochs samples a prompt again under another uid; split by uid alone, it would be on both sides.
 
     Args:
         groups: int64 [n], the prompt group of every rollout.
         prompts: int64 [n], a key of its prompt's tokens.
 
     Returns:
-        int64 [n], the smallest key among the groups that belong together: a group that shares nothing keeps its own.
+        int64 [n], the smallest key among the connected groups; a group that shares no prompt has its own.
     """
     smallest, group = np.unique(groups, return_inverse=True)
     prompt = np.unique(prompts, return_inverse=True)[1]
     while True:
-        of_prompt = np.full(len(prompt), np.iinfo(np.int64).max)
-        np.minimum.at(of_prompt, prompt, smallest[group])
+        smallest_of_prompt = np.full(len(prompt), np.iinfo(np.int64).max)
+        np.minimum.at(smallest_of_prompt, prompt, smallest[group])
         joined = smallest.copy()
-        np.minimum.at(joined, group, of_prompt[prompt])
+        np.minimum.at(joined, group, smallest_of_prompt[prompt])
         if np.array_equal(joined, smallest):
             return smallest[group]
         smallest = joined
@@ -50,7 +50,7 @@ def split_groups(groups: NDArray[np.int64], fraction: float, seed: int) -> tuple
     group across, and adding groups moves only those at the edge.
 
     Args:
-        groups: int64 [n], what must stay together, of every rollout: see `kept_together`.
+        groups: int64 [n], what must stay together, of every rollout: see `connected_groups`.
         fraction: share of the groups to hold out, in [0, 1).
         seed: of the split.
 

@@ -1,7 +1,4 @@
-"""Exact copies among rollouts: counted, for a dump written twice weighs twice; no fault, for a policy may do so.
-
-Stream rollouts out of Parquet shards, checked, in file order, in bounded memory.
-"""
+"""Read rollouts from Parquet shards: a stream of checked batches, in file order, in bounded memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +25,10 @@ from critic_train.stopping import StopRequest
 
 
 class DuplicateCounter:
-    """Counts rollouts whose tokens, mask and returns are those of an earlier one. Keeps 8 bytes a rollout."""
+    """Counts rollouts whose tokens, mask and returns are those of an earlier one. Keeps 8 bytes a rollout.
+
+    They are reported and not refused: a dump that was written twice weighs twice, but a policy may also repeat itself.
+    """
 
     def __init__(self) -> None:
         self._keys: list[NDArray[np.uint64]] = []
@@ -53,7 +53,7 @@ class DuplicateCounter:
         return len(keys) - len(np.unique(keys))
 
     def sentence(self) -> str:
-        """What is said of them; an empty string where there are none."""
+        """A notice about them; an empty string where there are none."""
         count = self.count
         if not count:
             return ""
@@ -67,8 +67,8 @@ __all__ = ["Needs", "RolloutReader", "RowLimits"]
 class RolloutReader:
     """Rollouts of some shards. Every iteration starts from the first row.
 
-    A file is used whole or not at all: what is damaged in one place is not to be trusted in another. So with
-    on_bad_file "skip" every file is decoded to its end, once, before its first row is given.
+    A file is used entirely or not at all, since damage in one part makes the others suspect. With on_bad_file "skip"
+    every file is therefore decoded to its end, once, before its first row is given.
 
     Args:
         shards: from `find_shards`.
@@ -77,23 +77,23 @@ class RolloutReader:
             them out, and raises only where no good one is left.
         on_bad_file: "fail" raises, after all other files were read, a DataError that names every bad file; "skip"
             leaves them out, and raises only where no good one is left.
-        bad_files: those that `find_shards` has met; more are added here.
+        bad_files: those from `find_shards`; more are added here.
         limits: what the model can take.
         labels: per-rollout columns to carry in `Rollouts.labels`.
-        needs: what is read beside token ids and masks. Columns that are read but not needed are kept only if every
+        needs: what is read beside token ids and masks. Columns that are read but not needed are used only if every
             shard has them.
-        drop_truncated: leave out rollouts that were cut; nothing in them makes a row bad.
-        bad_rows_kept: how many bad rows are kept to be named.
+        drop_truncated: leave truncated rollouts out, unchecked.
+        listed_bad_rows: how many bad rows are listed one by one.
         stop: checked while a file is tried with "skip"; iteration then raises Stopped.
 
     Attributes:
         bad_rows: those of the iteration under way or just ended.
-        kept: which of returns, values, rewards and truncated every file of that iteration has.
-        understood: how the first of these files is read.
-        bad_files: all that were met so far.
+        shared_columns: which of returns, values, rewards and truncated every file of that iteration has.
+        first_columns: the columns of the first of these files.
+        bad_files: all bad files so far.
         files_read: name and rows of each file of that iteration, in order; `Rollouts.row` counts over them.
-        truncated_left_out: cut rollouts left out by the iteration under way or just ended.
-        notices: what was understood without being said, in sentences.
+        truncated_left_out: truncated rollouts left out by the iteration under way or just ended.
+        notices: how columns were interpreted, in sentences.
 
     Raises:
         DataError: from iteration: files or rows are bad.
@@ -111,14 +111,14 @@ class RolloutReader:
         labels: list[str] | None = None,
         needs: Needs | None = None,
         drop_truncated: bool = False,
-        bad_rows_kept: int = ROWS_SHOWN,
+        listed_bad_rows: int = ROWS_SHOWN,
         stop: StopRequest | None = None,
     ) -> None:
         self.shards = shards
-        self.bad_rows = BadRows(bad_rows_kept)
-        self._bad_rows_kept = bad_rows_kept
-        self.kept: frozenset[str] = frozenset()
-        self.understood: Columns | None = None
+        self.bad_rows = BadRows(listed_bad_rows)
+        self._listed_bad_rows = listed_bad_rows
+        self.shared_columns: frozenset[str] = frozenset()
+        self.first_columns: Columns | None = None
         self.bad_files = BadFiles() if bad_files is None else bad_files
         self._renames = renames or {}
         self._on_bad_rows = on_bad_rows
@@ -132,32 +132,32 @@ class RolloutReader:
         self.files_read: list[tuple[str, int]] = []
         self._tried: set[str] = set()
         self._copies, self._read_once = DuplicateCounter(), False
-        self._said: dict[str, None] = {}
+        self._notices: dict[str, None] = {}
 
     @property
     def notices(self) -> list[str]:
         """Sentences, in the order they came up."""
-        return list(self._said)
+        return list(self._notices)
 
     def __iter__(self) -> Iterator[Rollouts]:
         check_canonical(self._renames)
-        self.bad_rows = BadRows(self._bad_rows_kept)
+        self.bad_rows = BadRows(self._listed_bad_rows)
         self.files_read = []
         self.truncated_left_out = 0
         row = good = 0
         plans = self._plans()
-        kept = self.kept = self._kept_columns(plans)
-        self.understood = plans[0].columns if plans else None
+        shared = self.shared_columns = self._shared_columns(plans)
+        self.first_columns = plans[0].columns if plans else None
         text_labels = _text_labels(plans)
         for plan in plans:
-            if not self._is_worth_reading(plan):
+            if not self._is_readable(plan):
                 continue
             self.files_read.append((plan.shard.name, plan.shard.num_rows))
             try:
                 for piece in plan.pieces():
                     checked = self._checked(piece, plan)
                     usable = self._usable(checked)
-                    rollouts = _rollouts(piece.rows, plan.columns, checked, usable, row, kept, text_labels)
+                    rollouts = _rollouts(piece.rows, plan.columns, checked, usable, row, shared, text_labels)
                     row += piece.rows.num_rows
                     if len(rollouts):
                         good += len(rollouts)
@@ -165,14 +165,14 @@ class RolloutReader:
                             self._copies.add(rollouts)
                         yield rollouts
             except DataError as error:
-                self._set_aside(plan.shard, error)
-                # With "skip" it had been read to its end: it has changed since, and part of it is already given.
+                self._add_bad_file(plan.shard, error)
+                # With "skip" the file was read to its end before: it has changed since, and rows of it are in use.
                 if self._on_bad_file == "skip":
                     raise self.bad_files.error() from error
         if not self._read_once:
             self._read_once = True
-            self._said.update(dict.fromkeys(filter(None, [self._copies.sentence()])))
-        self._judge(any(plan.shard.name not in self.bad_files for plan in plans), good)
+            self._notices.update(dict.fromkeys(filter(None, [self._copies.sentence()])))
+        self._check_left_out(any(plan.shard.name not in self.bad_files for plan in plans), good)
 
     def _checked(self, piece: Piece, plan: "_Plan") -> CheckedBatch:
         checked = check_batch(
@@ -181,24 +181,29 @@ class RolloutReader:
             self._limits,
             self._needs.rewards,
             drop_truncated=self._drop_truncated,
-            faults=_oversized_rows(piece),
+            errors=_oversized_rows(piece),
         )
         self._record(plan.shard, piece.row_group, piece.first_row, checked)
         return checked
 
     def _usable(self, checked: CheckedBatch) -> NDArray[np.bool_]:
-        """bool [rows]: neither bad nor to be left out. Counts the latter."""
-        usable = ~checked.faults.bad
+        """bool [rows]: neither bad nor truncated and to be dropped; counts the latter."""
+        usable = ~checked.errors.bad
         if self._drop_truncated and checked.truncated is not None:
             self.truncated_left_out += int((usable & checked.truncated).sum())
             usable &= ~checked.truncated
         return usable
 
-    def _judge(self, some_whole: bool, good: int) -> None:
-        """Raise where what was left out may not be left out: files and rows in one go."""
+    def _check_left_out(self, some_file: bool, good: int) -> None:
+        """Raise where bad files or rows may not be left out, in one error.
+
+        Args:
+            some_file: whether any file could be read.
+            good: number of good rows.
+        """
         errors = []
-        if self.bad_files and (self._on_bad_file == "fail" or not some_whole):
-            errors.append(self.bad_files.error(all_of_them=not some_whole))
+        if self.bad_files and (self._on_bad_file == "fail" or not some_file):
+            errors.append(self.bad_files.error(all_of_them=not some_file))
         if self.bad_rows.count and (self._on_bad_rows == "fail" or not good):
             errors.append(self.bad_rows.error(all_of_them=not good))
         if not good and self.truncated_left_out and not errors:
@@ -212,38 +217,38 @@ class RolloutReader:
             )
 
     def _plans(self) -> "list[_Plan]":
-        """How each file is read; files that are not understood are set aside."""
+        """How each file is read; files whose schema cannot be resolved become bad files."""
         plans = []
-        # A shard without rows says nothing, and its columns often have no type.
+        # A shard without rows is passed over: its columns often have no type.
         empty = [shard.name for shard in self.shards if not shard.num_rows]
         if empty:
             what = f"{empty[0]} holds" if len(empty) == 1 else f"{len(empty)} files hold"
-            self._said.setdefault(f"{what} no rows")
+            self._notices.setdefault(f"{what} no rows")
         for shard in self.shards:
             if shard.num_rows and shard.name not in self.bad_files:
                 try:
-                    plans.append(self._understand(shard))
+                    plans.append(self._plan(shard))
                 except DataError as error:
-                    self._set_aside(shard, error)
+                    self._add_bad_file(shard, error)
         return plans
 
-    def _is_worth_reading(self, plan: "_Plan") -> bool:
-        """Whether a file may be given; with "skip", not before all of it was decoded once."""
+    def _is_readable(self, plan: "_Plan") -> bool:
+        """Whether a file can be read; with "skip" all of it is decoded once to find out."""
         if self._on_bad_file == "fail" or plan.shard.name in self._tried:
             return True
         try:
             for _ in plan.pieces():
                 self._stop.check()
         except DataError as error:
-            self._set_aside(plan.shard, error)
+            self._add_bad_file(plan.shard, error)
             return False
         self._tried.add(plan.shard.name)
         return True
 
-    def _set_aside(self, shard: Shard, error: DataError) -> None:
+    def _add_bad_file(self, shard: Shard, error: DataError) -> None:
         self.bad_files.add(BadFile.of(shard.name, error, shard.num_rows))
 
-    def _understand(self, shard: Shard) -> "_Plan":
+    def _plan(self, shard: Shard) -> "_Plan":
         try:
             with open_file(shard.path) as file:
                 footer = read_footer(file)
@@ -255,12 +260,12 @@ class RolloutReader:
             raise error.of(shard.name) from error
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise damaged(shard, error) from error
-        self._said.update(dict.fromkeys(columns.notices()))
+        self._notices.update(dict.fromkeys(columns.notices()))
         kinds = {name: label_kind(schema.field(name).type) for name in self._labels}
         text_uid = columns.uid is not None and label_kind(schema.field(columns.uid).type) == "text"
         return _Plan(shard=shard, columns=columns, text_uid=text_uid, label_kinds=kinds, nullable_labels=nullable)
 
-    def _kept_columns(self, plans: list["_Plan"]) -> frozenset[str]:
+    def _shared_columns(self, plans: list["_Plan"]) -> frozenset[str]:
         """Which of these columns every shard has."""
         without = {
             "returns": [plan.shard.name for plan in plans if plan.columns.returns is None],
@@ -270,19 +275,19 @@ class RolloutReader:
         }
         for name, files in without.items():
             if files and len(files) < len(plans):
-                self._said.setdefault(
+                self._notices.setdefault(
                     f"{len(files)} of {len(plans)} files have no {name} ({files[0]} first): none are used"
                 )
         return frozenset(name for name, files in without.items() if not files)
 
     def _record(self, shard: Shard, row_group: int, first_row: int, checked: CheckedBatch) -> None:
         if checked.carried:
-            self._said.setdefault(
+            self._notices.setdefault(
                 "rewards stand on observation tokens: each is given to the response token before it, which earned it"
             )
         for name in sorted(checked.response_aligned):
-            self._said.setdefault(f"`{name}` is as long as the response: it is aligned to it")
-        for row, (reason, column, found, expected) in sorted(checked.faults.found.items()):
+            self._notices.setdefault(f"`{name}` is as long as the response: it is aligned to it")
+        for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
             self.bad_rows.add(
                 reason,
                 BadRow(
@@ -290,7 +295,7 @@ class RolloutReader:
                     row_group=row_group,
                     row=first_row + row,
                     column=column,
-                    found=found,
+                    actual=actual,
                     expected=expected,
                 ),
             )
@@ -316,13 +321,13 @@ class _Plan:
 
 
 def _oversized_rows(piece: Piece) -> RowErrors:
-    """The rows that were cut out of a piece."""
-    faults = RowErrors(piece.rows.num_rows)
-    for row, (column, elements) in piece.giants.items():
+    """The oversized rows of a piece, marked as bad."""
+    errors = RowErrors(piece.rows.num_rows)
+    for row, (column, elements) in piece.oversized.items():
         reason, expected = "lists of absurd length", f"at most {MOST_TOKENS:,}"
-        faults.bad[row] = True
-        faults.found[row] = (reason, column, f"{elements:,} elements", expected)
-    return faults
+        errors.bad[row] = True
+        errors.by_row[row] = (reason, column, f"{elements:,} elements", expected)
+    return errors
 
 
 def _text_labels(plans: list[_Plan]) -> frozenset[str]:
@@ -347,28 +352,29 @@ def _rollouts(
     checked: CheckedBatch,
     usable: NDArray[np.bool_],
     first_row: int,
-    kept_columns: frozenset[str],
+    shared_columns: frozenset[str],
     text_labels: frozenset[str],
 ) -> Rollouts:
     """The rows of a batch that can be used."""
     n = batch.num_rows
-    whole = Rollouts(
+    rollouts = Rollouts(
         input_ids=checked.input_ids,
         offsets=offsets_from_lengths(checked.lengths),
         response_mask=checked.response_mask,
         returns=checked.returns,
-        values=checked.values if "values" in kept_columns else None,
-        rewards=checked.rewards if "rewards" in kept_columns else None,
-        truncated=checked.truncated if "truncated" in kept_columns else None,
+        values=checked.values if "values" in shared_columns else None,
+        rewards=checked.rewards if "rewards" in shared_columns else None,
+        truncated=checked.truncated if "truncated" in shared_columns else None,
         group=np.zeros(n, dtype=np.int64),
         row=np.arange(first_row, first_row + n, dtype=np.int64),
         labels={name: label_column(batch.column(name), as_text=name in text_labels) for name in columns.labels},
     )
     good = np.flatnonzero(usable)
-    kept = whole if len(good) == n else whole.take(good)
+    if len(good) < n:
+        rollouts = rollouts.take(good)
     if columns.uid is None:
-        kept.group[:] = prompt_keys(kept)
+        rollouts.group[:] = prompt_keys(rollouts)
     else:
-        keys, known = (part[good] for part in uid_keys(batch.column(columns.uid)))
-        kept.group[:] = keys if known.all() else np.where(known, keys, prompt_keys(kept))
-    return kept
+        keys, has_uid = (part[good] for part in uid_keys(batch.column(columns.uid)))
+        rollouts.group[:] = keys if has_uid.all() else np.where(has_uid, keys, prompt_keys(rollouts))
+    return rollouts

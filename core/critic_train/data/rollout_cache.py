@@ -160,7 +160,7 @@ class RolloutCache:
         """
         return self._read_column(name, kind, index, offsets_from_lengths(self.lengths[index]))
 
-    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def positions_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [m], where the rollouts with these rows in the data set stand in the spool."""
         return np.searchsorted(self.rows, rows)
 

@@ -1,6 +1,6 @@
-"""Turn one batch of raw rows into rollouts, and find the rows that cannot be.
+"""Check one batch of raw rows and align its columns to the tokens; mark the rows that cannot be used.
 
-Everything is done on whole columns. A row gets one fault: the first that is found.
+All checks work on entire columns. A bad row is marked once, by the first check that it fails.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from critic_train.data.alignment import (
     Aligner,
     Tokens,
+    booleans_of,
     carried_back,
     counts_of,
     first_of,
@@ -20,7 +21,6 @@ from critic_train.data.alignment import (
     on_last_token,
     read_tokens,
     rows_with,
-    truths_of,
 )
 from critic_train.data.bad_input import RowErrors
 from critic_train.data.schema import Columns, Need
@@ -38,7 +38,7 @@ class RowLimits:
     Attributes:
         vocab_size: ids must be below it.
         max_length: tokens a rollout may have.
-        vocab_size_of, max_length_of: whose limit it is, in words.
+        vocab_size_of, max_length_of: what sets the limit, for messages.
     """
 
     vocab_size: int | None = None
@@ -56,12 +56,12 @@ class RowLimits:
 FROM_SCRATCH = RowLimits(
     vocab_size=2**20, max_length=2**17, vocab_size_of="a model from scratch", max_length_of="a model from scratch"
 )
-"""Where the model is made for the data, and nothing else would keep one odd row from making it, or a step, absurd."""
+"""The limits of a model made from scratch, which is sized by the data: one odd row must not make it huge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedBatch:
-    """Token-aligned columns of a batch, padding left out; rows that `faults` marks hold anything.
+    """Token-aligned columns of a batch, without padding. The content of rows marked in `errors` is undefined.
 
     Attributes:
         input_ids: int32 [T].
@@ -69,10 +69,10 @@ class CheckedBatch:
         response_mask: bool [T].
         returns: float32 [T], 0 where the mask is false, and everywhere without the column.
         values: float32 [T], 0 where the mask is false; None without the column.
-        rewards: float32 [T], 0 where the mask is false; None without a column, or a sound one.
+        rewards: float32 [T], 0 where the mask is false; None without a column, or where it has bad entries.
         truncated: bool [n]; None without the column.
         carried: rollouts of which a reward was carried back from an observation token.
-        faults: the bad rows.
+        errors: the bad rows.
         response_aligned: names of columns that were as long as the response.
     """
 
@@ -84,7 +84,7 @@ class CheckedBatch:
     rewards: NDArray[np.float32] | None
     truncated: NDArray[np.bool_] | None
     carried: int
-    faults: RowErrors
+    errors: RowErrors
     response_aligned: set[str]
 
 
@@ -95,54 +95,54 @@ def check_batch(
     rewards: Need = "no",
     *,
     drop_truncated: bool = False,
-    faults: RowErrors | None = None,
+    errors: RowErrors | None = None,
 ) -> CheckedBatch:
     """Align every column to the tokens and check it.
 
     Args:
         batch: raw rows.
-        columns: how the shard is understood.
+        columns: the shard's columns.
         limits: what the model can take.
-        rewards: whether unsound rewards make a row bad ("yes"), or are passed over.
-        faults: rows that are known to be bad.
-        drop_truncated: whether cut rollouts will be left out, so that nothing is wrong with them.
+        rewards: whether bad rewards make a row bad ("yes"), or are ignored.
+        errors: rows that are bad already.
+        drop_truncated: whether truncated rollouts will be left out; they are not checked then.
     """
-    faults = RowErrors(batch.num_rows) if faults is None else faults
+    errors = RowErrors(batch.num_rows) if errors is None else errors
     truncated = None
     if columns.truncated is not None:
-        truncated = truths_of(batch.column(columns.truncated), columns.truncated, faults)
+        truncated = booleans_of(batch.column(columns.truncated), columns.truncated, errors)
     if drop_truncated:
         assert truncated is not None, "the schema has the column"
-        faults.ignore(truncated)
-    tokens = read_tokens(batch, columns, faults)
-    aligner = Aligner(batch=batch, lengths=tokens.lengths, faults=faults)
+        errors.ignore(truncated)
+    tokens = read_tokens(batch, columns, errors)
+    aligner = Aligner(batch=batch, lengths=tokens.lengths, errors=errors)
     mask, response_start = aligner.response_mask(columns.response_mask, tokens.prompt_lengths)
-    seen = None
+    attended = None
     if columns.attention_mask is not None:
-        seen = aligner.attention_mask(columns.attention_mask)
-        mask = mask & seen
-    lengths = tokens.lengths if seen is None else counts_of(seen, tokens.lengths)
-    _check_ids(tokens, seen, columns, limits, faults)
-    _check_lengths(lengths, columns, limits, faults)
-    _check_mask(mask, seen, tokens.lengths, columns, faults)
+        attended = aligner.attention_mask(columns.attention_mask)
+        mask = mask & attended
+    lengths = tokens.lengths if attended is None else counts_of(attended, tokens.lengths)
+    _check_ids(tokens, attended, columns, limits, errors)
+    _check_lengths(lengths, columns, limits, errors)
+    _check_mask(mask, attended, tokens.lengths, columns, errors)
 
     def finite(name: str) -> NDArray[np.float32]:
-        return _finite(aligner.numbers(name, response_start, mask), mask, tokens.lengths, name, faults)
+        return _finite(aligner.numbers(name, response_start, mask), mask, tokens.lengths, name, errors)
 
     returns = np.zeros(len(mask), np.float32) if columns.returns is None else finite(columns.returns)
     values = None if columns.values is None else finite(columns.values)
-    paid, carried = _rewards(aligner, columns, mask, seen, response_start, required=rewards == "yes")
-    kept = slice(None) if seen is None else seen
+    paid, carried = _rewards(aligner, columns, mask, attended, response_start, required=rewards == "yes")
+    real = slice(None) if attended is None else attended
     return CheckedBatch(
-        input_ids=tokens.ids[kept].astype(np.int32, copy=False),
+        input_ids=tokens.ids[real].astype(np.int32, copy=False),
         lengths=lengths,
-        response_mask=mask[kept],
-        returns=returns[kept],
-        values=None if values is None else values[kept],
-        rewards=None if paid is None else paid[kept],
+        response_mask=mask[real],
+        returns=returns[real],
+        values=None if values is None else values[real],
+        rewards=None if paid is None else paid[real],
         truncated=truncated,
         carried=carried,
-        faults=faults,
+        errors=errors,
         response_aligned=aligner.response_aligned,
     )
 
@@ -151,7 +151,7 @@ def _rewards(
     aligner: Aligner,
     columns: Columns,
     mask: NDArray[np.bool_],
-    seen: NDArray[np.bool_] | None,
+    attended: NDArray[np.bool_] | None,
     response_start: NDArray[np.int64],
     *,
     required: bool,
@@ -160,52 +160,52 @@ def _rewards(
     name = columns.rewards or columns.reward
     if name is None:
         return None, 0
-    lengths, faults = aligner.lengths, aligner.faults if required else RowErrors(len(aligner.lengths))
+    lengths, errors = aligner.lengths, aligner.errors if required else RowErrors(len(aligner.lengths))
     if columns.rewards is not None:
-        reading = replace(aligner, faults=faults)
-        found = carried_back(reading.numbers(name, response_start), mask, seen, lengths)
-        rewards, carried = found.rewards, int((found.carried & ~faults.bad).sum())
+        reading = replace(aligner, errors=errors)
+        assigned = carried_back(reading.numbers(name, response_start), mask, attended, lengths)
+        rewards, carried = assigned.rewards, int((assigned.carried & ~errors.bad).sum())
     else:
-        rewards, carried = on_last_token(numbers_of(aligner.batch.column(name), name, faults), mask, lengths), 0
-    checked = _finite(rewards, mask, lengths, name, faults)
-    if (faults.bad & ~aligner.faults.bad).any():
+        rewards, carried = on_last_token(numbers_of(aligner.batch.column(name), name, errors), mask, lengths), 0
+    checked = _finite(rewards, mask, lengths, name, errors)
+    if (errors.bad & ~aligner.errors.bad).any():
         return None, 0
     return checked, carried
 
 
 def _check_ids(
-    tokens: Tokens, seen: NDArray[np.bool_] | None, columns: Columns, limits: RowLimits, faults: RowErrors
+    tokens: Tokens, attended: NDArray[np.bool_] | None, columns: Columns, limits: RowLimits, errors: RowErrors
 ) -> None:
-    """Mark rows with ids that the model has no embedding for. What pads a row may be anything."""
+    """Mark rows with ids that the model has no embedding for; padding may hold any id."""
     ids = tokens.ids
     end = INT32_END if limits.vocab_size is None else limits.vocab_size
     if not len(ids) or (ids.min() >= 0 and ids.max() < end):
         return
     outside = (ids < 0) | (ids >= end)
-    if seen is not None:
-        outside &= seen
+    if attended is not None:
+        outside &= attended
     first = offsets_from_lengths(tokens.lengths)[:-1] + first_of(outside, tokens.lengths)
     expected = f"ids from 0 to {end - 1}" + ("" if limits.vocab_size is None else f" ({limits.vocab_size_of})")
 
     def mark(where: NDArray[np.bool_], name: str | None) -> None:
         rows = rows_with(where, tokens.lengths)
-        faults.mark(
+        errors.mark(
             rows, name or "", "token ids outside the vocabulary", lambda row: f"token id {ids[first[row]]}", expected
         )
 
     if tokens.prompt_lengths is None:
         mark(outside, columns.input_ids)
     else:
-        places = repeat_by_length(np.zeros_like(tokens.lengths), tokens.lengths)
-        mark(outside & (places < np.repeat(tokens.prompt_lengths, tokens.lengths)), columns.prompts)
+        positions = repeat_by_length(np.zeros_like(tokens.lengths), tokens.lengths)
+        mark(outside & (positions < np.repeat(tokens.prompt_lengths, tokens.lengths)), columns.prompts)
         mark(outside, columns.responses)
 
 
-def _check_lengths(lengths: NDArray[np.int64], columns: Columns, limits: RowLimits, faults: RowErrors) -> None:
+def _check_lengths(lengths: NDArray[np.int64], columns: Columns, limits: RowLimits, errors: RowErrors) -> None:
     if columns.attention_mask is not None:
-        faults.mark(lengths == 0, columns.attention_mask, "no tokens", lambda _: "padding only", "a 1 on every token")
+        errors.mark(lengths == 0, columns.attention_mask, "no tokens", lambda _: "padding only", "a 1 on every token")
     if limits.max_length is not None:
-        faults.mark(
+        errors.mark(
             lengths > limits.max_length,
             columns.input_ids or columns.responses or "",
             f"more tokens than {limits.max_length_of}",
@@ -216,18 +216,18 @@ def _check_lengths(lengths: NDArray[np.int64], columns: Columns, limits: RowLimi
 
 def _check_mask(
     mask: NDArray[np.bool_],
-    seen: NDArray[np.bool_] | None,
+    attended: NDArray[np.bool_] | None,
     lengths: NDArray[np.int64],
     columns: Columns,
-    faults: RowErrors,
+    errors: RowErrors,
 ) -> None:
     name = columns.response_mask or columns.responses or ""
     first = first_of(mask, lengths)
-    faults.mark(
+    errors.mark(
         first == lengths, name, "nothing to train on", lambda _: "no response token", "a 1 on at least one token"
     )
-    faults.mark(
-        first == (0 if seen is None else first_of(seen, lengths)),
+    errors.mark(
+        first == (0 if attended is None else first_of(attended, lengths)),
         name if columns.prompts is None else columns.prompts,
         "no prompt",
         lambda _: "a response token in first place",
@@ -236,12 +236,12 @@ def _check_mask(
 
 
 def _finite(
-    column: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], name: str, faults: RowErrors
+    column: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], name: str, errors: RowErrors
 ) -> NDArray[np.float32]:
     """float32 [T], 0 off the mask. Marks rows with NaN, infinities and absurdly large numbers, on the mask."""
     wide = column.dtype == np.float64
     numbers = column if wide else column.astype(np.float32, copy=False)
-    # What stands off the mask means nothing, and many dumps pad it with NaN.
+    # Entries off the mask are never used, and many dumps pad with NaN.
     numbers = np.where(mask, numbers, numbers.dtype.type(0))
     # NaN compares false.
     sound = np.abs(numbers) <= LARGEST
@@ -250,11 +250,11 @@ def _finite(
         first = offsets_from_lengths(lengths)[:-1] + first_of(odd, lengths)
         endless = rows_with(odd & ~np.isfinite(numbers), lengths)
 
-        def found(row: int) -> str:
+        def actual(row: int) -> str:
             return f"{column[first[row]]} on a response token"
 
-        faults.mark(endless, name, "NaN or infinite numbers", found, "a finite number")
+        errors.mark(endless, name, "NaN or infinite numbers", actual, "a finite number")
         expected = f"at most {LARGEST:.3g}, of which float32 holds the square"
-        faults.mark(rows_with(odd, lengths), name, "numbers too large", found, expected)
+        errors.mark(rows_with(odd, lengths), name, "numbers too large", actual, expected)
         numbers[odd] = 0.0
     return numbers.astype(np.float32, copy=False)

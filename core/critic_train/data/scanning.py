@@ -1,7 +1,4 @@
-"""Rollouts in blocks whose bounds depend on nothing but the rollouts of their file.
-
-Reading a data set to its end to see what is in it: all columns that may be there; bad rows and files passed over.
-"""
+"""Reading a data set to its end: in blocks of reproducible bounds, or with all its columns and bad rows passed over."""
 
 from collections.abc import Callable, Iterator
 
@@ -22,36 +19,36 @@ BLOCK_TOKENS = 2**18
 def blocks(reader: RolloutReader, most_tokens: int = BLOCK_TOKENS) -> Iterator[Rollouts]:
     """A reader's rollouts in its order, as many at once as `most_tokens` allow, never of two files.
 
-    How the reader batches rows depends on which columns it decodes. What a model computes depends, in its last bits, on
-    what is computed together. So `eval` and `predict` both cut their rollouts here: they compute the same values to
-    the bit, and a job that was stopped finds its bounds again.
+    The bounds depend on nothing but the rollouts of a file; the reader's own batches depend on the columns it decodes,
+    and a model's values depend, in their last bits, on what is computed together. So `eval` and `predict` compute the
+    same values to the bit, and a resumed job has the same blocks as before.
 
     Args:
         reader: of one file or several.
         most_tokens: tokens of a block; a longer rollout has a block of its own.
     """
-    held: list[Rollouts] = []
+    pending: list[Rollouts] = []
     tokens = file = 0
     for batch in reader:
-        if held and len(reader.files_read) != file:
-            yield concat_rollouts(held)
-            held, tokens = [], 0
+        if pending and len(reader.files_read) != file:
+            yield concat_rollouts(pending)
+            pending, tokens = [], 0
         file = len(reader.files_read)
         start = 0
         while start < len(batch):
             last_token = batch.offsets[start] + most_tokens - tokens
             stop = max(start, int(np.searchsorted(batch.offsets, last_token, side="right")) - 1)
-            if stop == start and not held:
+            if stop == start and not pending:
                 stop += 1
             if stop > start:
-                held.append(batch.take(np.arange(start, stop)))
+                pending.append(batch.take(np.arange(start, stop)))
                 tokens += int(batch.offsets[stop] - batch.offsets[start])
             if stop < len(batch):
-                yield concat_rollouts(held)
-                held, tokens = [], 0
+                yield concat_rollouts(pending)
+                pending, tokens = [], 0
             start = stop
-    if held:
-        yield concat_rollouts(held)
+    if pending:
+        yield concat_rollouts(pending)
 
 
 EVERYTHING = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
@@ -62,16 +59,16 @@ def full_reader(
     column: list[str],
     stop: StopRequest,
     bad_files: BadFiles | None,
-    bad_rows_kept: int = ROWS_SHOWN,
+    listed_bad_rows: int = ROWS_SHOWN,
 ) -> RolloutReader:
     """A reader of whatever the shards have.
 
     Args:
         shards: from `find_shards`.
         column: the values of --column.
-        stop: looked at while a file is tried.
+        stop: checked while a file is tried.
         bad_files: takes the files that cannot be used; None makes one an error.
-        bad_rows_kept: how many bad rows are kept to be named.
+        listed_bad_rows: how many bad rows are listed one by one.
     """
     return RolloutReader(
         shards,
@@ -80,7 +77,7 @@ def full_reader(
         on_bad_file="fail" if bad_files is None else "skip",
         bad_files=bad_files,
         needs=EVERYTHING,
-        bad_rows_kept=bad_rows_kept,
+        listed_bad_rows=listed_bad_rows,
         stop=stop,
     )
 

@@ -1,4 +1,4 @@
-"""How a shard's schema is understood: names, aliases, types."""
+"""Which column of a shard is which: canonical names, their aliases, and the types they must have."""
 
 import difflib
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ EXPECTED = {
     "reward": NUMBER,
     "truncated": TRUTH,
 }
-"""Canonical name -> what its column must hold; NUMBERS where nothing is said."""
+"""Canonical name -> what its column must hold; NUMBERS for all others."""
 
 MEANING = {
     "input_ids": "the token ids; or prompts and responses, the token ids of each",
@@ -63,8 +63,8 @@ Need = Literal["no", "where there", "yes"]
 class Needs:
     """What a command needs beside token ids and masks.
 
-    Where `returns` are not needed they are not read, and nothing in them makes a row bad. Where `rewards` are read
-    only where they are there, what is wrong with them is passed over: there are none then.
+    Returns that are not needed are not read, and make no row bad. Rewards that are read only "where there" make no row
+    bad either: a batch with bad ones has none.
     """
 
     returns: bool | Literal["where there"] = True
@@ -116,17 +116,17 @@ class Columns:
         return {name: column for name, column in named.items() if column is not None}
 
     def notices(self) -> list[str]:
-        """What was understood without being said, in sentences."""
-        said = [
+        """The aliases that were used, in sentences."""
+        sentences = [
             f"`{getattr(self, name)}` is read as {name}"
             for name in ("input_ids", "response_mask", "values", "returns", "rewards", "reward", "truncated", "uid")
             if getattr(self, name) not in (None, name)
         ]
         if self.input_ids is None:
-            said.append(f"`{self.prompts}` and `{self.responses}` together are read as input_ids")
+            sentences.append(f"`{self.prompts}` and `{self.responses}` together are read as input_ids")
             if self.response_mask is None:
-                said.append(f"there is no response_mask: all of `{self.responses}` counts as response")
-        return said
+                sentences.append(f"there is no response_mask: all of `{self.responses}` counts as response")
+        return sentences
 
 
 def resolve_schema(
@@ -134,8 +134,8 @@ def resolve_schema(
 ) -> Columns:
     """Find the canonical columns in a shard's schema.
 
-    A rename wins over the canonical name, and that over aliases. An alias counts only where its type fits: what is
-    named `ids` or `mask` and holds text is something else. So are `prompts` and `responses` that hold text.
+    A rename comes before the canonical name, and that before aliases. An alias is used only where its type fits: a
+    column `ids` or `mask` of texts is something else, and so are `prompts` and `responses` of texts.
 
     Args:
         schema: Arrow schema of the shard.
@@ -190,7 +190,7 @@ def resolve_schema(
 
 
 def check_canonical(renames: dict[str, str]) -> None:
-    """Raise where a rename is of no canonical column: that is no file's fault."""
+    """Raise DataError where a rename names no canonical column; this does not depend on any file."""
     unknown = [name for name in renames if name not in ALIASES]
     if unknown:
         raise DataError(
@@ -214,7 +214,7 @@ class _SchemaResolver:
         if name in self.renames:
             return self._checked(name, self.renames[name])
         fitting = [a for a in ALIASES[name] if a in names and self._fits(name, a)]
-        # Text under these names is no mistake, nor is one number a rollout under `rewards`.
+        # Texts are allowed under these names, and one number a rollout under `rewards`.
         may_be_else = name in ("prompts", "responses", "rewards")
         if name in names and (self._fits(name, name) or not (fitting or may_be_else)):
             return self._checked(name, name)
@@ -249,7 +249,7 @@ class _SchemaResolver:
                 )
 
     def check_label(self, label: str) -> None:
-        """Raise where a column cannot slice rollouts."""
+        """Raise DataError where a column does not have one value a rollout."""
         names = self.schema.names
         if label not in names:
             raise DataError(
@@ -264,7 +264,7 @@ class _SchemaResolver:
             )
 
     def fail_for_missing(self, missing: list[str]) -> NoReturn:
-        """Name all columns that are missing, beside those that are there."""
+        """Raise DataError that lists the missing columns and those the shard has."""
         lacking = "\n".join(f"  {name}: {MEANING[name]}" for name in missing)
         there = "\n".join(f"  {field.name}: {field.type}" for field in self.schema)
         close = difflib.get_close_matches(missing[0], self.schema.names, n=1)

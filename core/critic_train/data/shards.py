@@ -1,4 +1,4 @@
-"""Finding the Parquet files of a data set and telling one data set from another."""
+"""The Parquet files of a data set, and its fingerprint."""
 
 import glob
 import hashlib
@@ -23,7 +23,7 @@ SAMPLE_BYTES = 64 * 2**10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One Parquet file of rollouts, known by its footer alone.
+    """One Parquet file of rollouts, as its footer describes it.
 
     Attributes:
         path: absolute path, or the address in a store, as opened.
@@ -31,7 +31,7 @@ class Shard:
         num_rows: rows in the file.
         num_row_groups: row groups in the file.
         size_bytes: size of the file.
-        footer_digest: SHA-256 (hex) of the Parquet footer, which holds the schema, the counts, the place and
+        footer_digest: SHA-256 (hex) of the Parquet footer, which holds the schema, the counts, the offset and
             size of every column chunk and usually each column's extremes.
     """
 
@@ -51,31 +51,30 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
 
     Args:
         sources: paths or globs; `~` is expanded.
-        bad_files: takes the files whose footer cannot be read, for a reader that goes on without them or finds
-            the others first; without it they are an error.
+        bad_files: collects the files whose footer cannot be read; without it they are an error.
 
     Raises:
-        DataError: a source leads nowhere, a file is unreadable or no Parquet, or there is not one row. Every such
+        DataError: a source has no files, a file is unreadable or no Parquet, or there is not one row. Every such
             source and file is listed at once.
     """
-    faults: list[str] = []
-    found: dict[str, str] = {}
+    errors: list[str] = []
+    names_by_path: dict[str, str] = {}
     for source in sources:
-        names = list(_remote_names(source, faults) if is_remote(source) else _names(os.path.expanduser(source), faults))
+        names = list(_remote_names(source, errors) if is_remote(source) else _names(os.path.expanduser(source), errors))
         for name in names:
-            found.setdefault(name if is_remote(name) else os.path.realpath(name), name)
+            names_by_path.setdefault(name if is_remote(name) else os.path.realpath(name), name)
     shards: list[Shard] = []
-    for name in sorted(found.values(), key=place_of):
+    for name in sorted(names_by_path.values(), key=absolute_path):
         try:
             shards.append(_shard(name))
-        except (FooterError, pa.ArrowException, UnicodeDecodeError, OSError) as fault:
-            bad = BadFile(file=name, fault=_reason(fault))
+        except (FooterError, pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            bad = BadFile(file=name, fault=_reason(error))
             if bad_files is None:
-                faults.append(f"{bad.file}: {bad.fault}")
+                errors.append(f"{bad.file}: {bad.fault}")
             else:
                 bad_files.add(bad)
-    if faults:
-        shown = faults[:SHOWN] + ([f"and {len(faults) - SHOWN:,} more"] if len(faults) > SHOWN else [])
+    if errors:
+        shown = errors[:SHOWN] + ([f"and {len(errors) - SHOWN:,} more"] if len(errors) > SHOWN else [])
         raise DataError(
             "some of the data cannot be read:\n" + "\n".join(f"  {line}" for line in shown),
             hint="--data takes folders, Parquet files and globs; mend, replace or remove what is listed",
@@ -89,66 +88,66 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
 
 
 def fingerprint(shards: list[Shard]) -> dict[str, Any]:
-    """What tells one data set from another, JSON-able; moving the whole folder does not change it.
+    """Names, sizes and digests of all files, JSON-able; moving the folder does not change it.
 
-    A footer does not change where a number in the middle does, so the content is read as well: all of it up to
+    A changed number in a page may leave the footer as it was, so the content is read as well: all of it up to
     SAMPLES * SAMPLE_BYTES (16 MiB) a file, and that much in even steps of larger ones.
 
     Returns:
         {"files": [{"name", "bytes", "rows", "footer", "content"}, ...], "digest": SHA-256 hex over all of them}, names
         relative to the folder that all files share.
     """
-    places = [place_of(shard.path) for shard in shards]
-    folder = os.path.commonpath([os.path.dirname(place) for place in places]) if places else ""
+    paths = [absolute_path(shard.path) for shard in shards]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     files = [
         {
-            "name": os.path.relpath(place, folder).replace(os.sep, "/"),
+            "name": os.path.relpath(path, folder).replace(os.sep, "/"),
             "bytes": shard.size_bytes,
             "rows": shard.num_rows,
             "footer": shard.footer_digest,
             "content": _content(shard),
         }
-        for shard, place in zip(shards, places, strict=True)
+        for shard, path in zip(shards, paths, strict=True)
     ]
     text = json.dumps(files, sort_keys=True, separators=(",", ":"))
     return {"files": files, "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _names(source: str, faults: list[str]) -> Iterator[str]:
-    """Files behind one source; what is wrong with the source itself goes to `faults`."""
+def _names(source: str, errors: list[str]) -> Iterator[str]:
+    """Files behind one source; errors of the source itself are appended to `errors`."""
     if os.path.isdir(source):
         names = list(_walk(source))
         if not names:
-            faults.append(f"{source}: the folder holds no .parquet file")
+            errors.append(f"{source}: the folder holds no .parquet file")
         yield from names
     elif os.path.isfile(source):
         yield source
     elif os.path.exists(source):
-        faults.append(f"{source}: neither a file nor a folder")
+        errors.append(f"{source}: neither a file nor a folder")
     elif glob.has_magic(source):
-        yield from _matches(source, faults)
+        yield from _matches(source, errors)
     else:
-        faults.append(f"{source}: there is no such file or folder")
+        errors.append(f"{source}: there is no such file or folder")
 
 
-def _remote_names(source: str, faults: list[str]) -> Iterator[str]:
+def _remote_names(source: str, errors: list[str]) -> Iterator[str]:
     """Files behind an address of a store."""
     try:
         names = [file.address for file in remote_files(source, SUFFIXES)]
     except DataError as error:
-        faults.append(f"{error.message} ({error.hint})" if error.hint else error.message)
+        errors.append(f"{error.message} ({error.hint})" if error.hint else error.message)
         return
     if not names:
-        faults.append(f"{source}: the store has no Parquet file there")
+        errors.append(f"{source}: the store has no Parquet file there")
     yield from names
 
 
-def place_of(path: str) -> str:
-    """An absolute path, also of an address: what shards are sorted and told apart by."""
+def absolute_path(path: str) -> str:
+    """A path made absolute, or an address as one; shards are sorted and distinguished by it."""
     return "/" + path.replace("://", "/", 1) if is_remote(path) else os.path.abspath(path)
 
 
-def _matches(pattern: str, faults: list[str]) -> Iterator[str]:
+def _matches(pattern: str, errors: list[str]) -> Iterator[str]:
     matches = sorted(glob.glob(pattern, recursive=True))
     files = [match for match in matches if os.path.isfile(match)]
     # `data/*` is meant for the Parquet files, not for the README beside them.
@@ -158,7 +157,7 @@ def _matches(pattern: str, faults: list[str]) -> Iterator[str]:
             names += _walk(match)
     names = names or files
     if not names:
-        faults.append(f"{pattern}: no Parquet file matches")
+        errors.append(f"{pattern}: no Parquet file matches")
     yield from names
 
 
@@ -197,15 +196,15 @@ def _content(shard: Shard) -> str:
     step = max(SAMPLE_BYTES, shard.size_bytes // SAMPLES)
     try:
         with open_file(shard.path) as file:
-            for place in range(0, shard.size_bytes, step):
-                file.seek(place)
+            for position in range(0, shard.size_bytes, step):
+                file.seek(position)
                 digest.update(file.read(SAMPLE_BYTES))
-    except OSError as fault:
-        raise DataError(f"{shard.name} cannot be read: {_reason(fault)}") from fault
+    except OSError as error:
+        raise DataError(f"{shard.name} cannot be read: {_reason(error)}") from error
     return digest.hexdigest()
 
 
-def _reason(fault: Exception) -> str:
-    if isinstance(fault, OSError) and fault.strerror:
-        return fault.strerror
-    return first_line(fault)
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)

@@ -9,9 +9,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import OutputDirectory, copied, places, schema_of
+from critic_train.data.copying import OutputDirectory, copied, schema_of, target_paths
 from critic_train.data.labels import prompt_keys
-from critic_train.data.order import kept_together, split_groups
+from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import DataError
@@ -43,7 +43,7 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
     to = Path(settings.output.to or "")
-    sides = {side: places(shards, settings.reading.data, to / side) for side in (TRAIN, VAL)}
+    sides = {side: target_paths(shards, settings.reading.data, to / side) for side in (TRAIN, VAL)}
     files = {f"{side}/{name}": path for side, found in sides.items() for name, path in found.items()}
     told = {name: value for name, value in as_dict(settings).items() if name != "to"}
     with OutputDirectory(to, "split", files) as output:
@@ -96,7 +96,7 @@ class _Keys:
     def held_out(self, fraction: float, seed: int) -> NDArray[np.bool_]:
         """bool [n]: the rows held out."""
         at = np.flatnonzero(self.usable)
-        _, held = split_groups(kept_together(self.groups[at], self.prompts[at]), fraction, seed)
+        _, held = split_groups(connected_groups(self.groups[at], self.prompts[at]), fraction, seed)
         if not len(held):
             raise DataError(
                 "all rollouts have one prompt group, or share a prompt: there is nothing to hold out",

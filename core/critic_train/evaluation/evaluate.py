@@ -162,7 +162,7 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
     assert found.sample is not None, "the reader raises where no row is good"
     recipe = ReturnRecipe.of(settings.returns)
-    uids = UidLookup(shards, column_renames(settings.reading.column), bad_files.found)
+    uids = UidLookup(shards, column_renames(settings.reading.column), bad_files.by_name)
     judge = Judge(
         names,
         cliprange_value=settings.evaluation.cliprange_value,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import OutputDirectory, places
+from critic_train.data.copying import OutputDirectory, target_paths
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.scanning import blocks
@@ -225,7 +225,7 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
     )
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
-    target = places(shards, settings.reading.data, Path(settings.prediction.to or ""))
+    target = target_paths(shards, settings.reading.data, Path(settings.prediction.to or ""))
     source = critic_source(Path(settings.prediction.model or ""))
     with OutputDirectory(Path(settings.prediction.to or ""), "predict", target, part) as output:
         for message in output.compare(_record(settings, shards, source)):

@@ -153,7 +153,7 @@ def filled_in(
     at[rows] = True
     at = np.repeat(at, tokens.lengths)
     if columns.attention_mask is not None:
-        aligner = Aligner(batch=batch, lengths=tokens.lengths, faults=RowErrors(n))
+        aligner = Aligner(batch=batch, lengths=tokens.lengths, errors=RowErrors(n))
         at &= aligner.attention_mask(columns.attention_mask)
     arrays = list(batch.columns)
     for key, name in names.items():

@@ -60,7 +60,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
         found = inspect(target)
         if found.kind == "newer":
             raise _refusal(target, found)
-        if found.kind == "whole":
+        if found.kind == "complete":
             return target
         set_aside(target)
     temporary = hidden(target)
@@ -87,7 +87,7 @@ def hidden(path: Path) -> Path:
 def inspect(path: Path, *, digests: bool = True) -> Condition:
     """What a checkpoint of a run is found to be; see `condition`. Its name and its manifest must agree on the step."""
     found = condition(path, digests=digests)
-    if found.kind == "whole" and recorded_step(path) != checkpoint_step(path):
+    if found.kind == "complete" and recorded_step(path) != checkpoint_step(path):
         return Condition("damaged", f"{MANIFEST} says that it is of step {recorded_step(path)}")
     return found
 
@@ -117,7 +117,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, Condition]]
     wrong: dict[Path, Condition] = {}
     for path in reversed(checkpoints(folder)):
         found = inspect(path)
-        if found.kind == "whole":
+        if found.kind == "complete":
             return path, wrong
         if found.kind == "newer":
             raise _refusal(path, found)
@@ -155,7 +155,7 @@ def _refuse_damage(path: Path) -> None:
     if not of_a_run and not (path / MANIFEST).is_file():
         return  # any other Hugging Face directory
     found = condition(path, state=False)
-    if found.kind != "whole":
+    if found.kind != "complete":
         raise _refusal(path, found)
 
 
@@ -193,7 +193,7 @@ class CheckpointManager:
         self.warnings: list[str] = []
         self._whole: set[Path] = set()
 
-    def found_whole(self, path: Path) -> None:
+    def mark_complete(self, path: Path) -> None:
         """Remember that a checkpoint's digests held, so that they are not taken again."""
         self._whole.add(path)
 
@@ -244,12 +244,12 @@ class CheckpointManager:
         for path in reversed(checkpoints(self.folder)):
             if left > 0:
                 left -= self._is_whole(path)
-            elif path != best and (path in self._whole or inspect(path, digests=False).kind == "whole"):
+            elif path != best and (path in self._whole or inspect(path, digests=False).kind == "complete"):
                 self._remove(path)
         return checkpoints(self.folder)
 
     def _is_whole(self, path: Path) -> bool:
-        if path not in self._whole and inspect(path).kind == "whole":
+        if path not in self._whole and inspect(path).kind == "complete":
             self._whole.add(path)
         return path in self._whole
 

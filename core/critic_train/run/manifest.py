@@ -67,11 +67,11 @@ class Condition:
     """What a checkpoint directory is found to be.
 
     Attributes:
-        kind: "whole", "damaged", "incomplete", or "newer": written by a later critic-train in a format not known here.
-        fault: what is wrong with it, in words; empty where it is whole.
+        kind: "complete", "damaged", "incomplete", or "newer": in the format of a later critic-train.
+        fault: the reason, as text; empty where it is complete.
     """
 
-    kind: Literal["whole", "damaged", "incomplete", "newer"]
+    kind: Literal["complete", "damaged", "incomplete", "newer"]
     fault: str = ""
 
 
@@ -120,7 +120,7 @@ def condition(directory: Path, *, digests: bool = True, state: bool = True) -> C
                 fault = f"{name} cannot be read: {error}"
             if fault:
                 return Condition("damaged", fault)
-    return Condition("whole")
+    return Condition("complete")
 
 
 def recorded_step(directory: Path) -> int | None:

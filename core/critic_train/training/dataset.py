@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from critic_train.data.addresses import UidLookup
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.order import kept_together, split_groups
+from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import RolloutReader
 from critic_train.data.rollout_cache import CacheDamaged, CacheWriter, RolloutCache
 from critic_train.data.row_checks import FROM_SCRATCH, RowLimits
@@ -258,7 +258,7 @@ def _sets(
     }
     train, held_out = everything["train"], everything.get("val")
     if held_out is None:
-        together = kept_together(train.groups, train.prompts)
+        together = connected_groups(train.groups, train.prompts)
         kept, held = split_groups(together, settings.reading.val_fraction, settings.optimizer.seed)
         held_out = replace(train, index=held) if len(held) else None
         train = replace(train, index=kept)
@@ -302,7 +302,7 @@ def _spool(
         "targets": targets.as_record(),
         "on_bad_rows": settings.reading.on_bad_rows,
         "on_bad_file": settings.reading.on_bad_file,
-        "bad_files": list(bad_files.found),
+        "bad_files": list(bad_files.by_name),
     }
     known = directory / "read_as.json"
     if known.is_file():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from critic_train.check.survey import Survey, sharing
-from critic_train.data.order import kept_together, split_groups
+from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import RolloutReader
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
@@ -73,7 +73,7 @@ def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopReq
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
         return
     groups = train.groups
-    together = kept_together(groups, train.prompts)
+    together = connected_groups(groups, train.prompts)
     kept, held = split_groups(together, 0.0 if held_out else settings.reading.val_fraction, settings.optimizer.seed)
     plan = make_plan(settings, groups[kept])
     sample = train.sample.rollouts()

@@ -88,7 +88,7 @@ class CachedStates:
             return tokens
         owner = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
         present, owner = np.unique(owner, return_inverse=True)
-        index = self.spool.places(rollouts.row[present])
+        index = self.spool.positions_of(rollouts.row[present])
         rows = self.spool.read_column(ROWS, np.int64, index)
         starts = offsets_from_lengths(self.spool.lengths[index])[:-1]
         return rows[starts[owner] + tokens - rollouts.offsets[present][owner]]  # type: ignore[no-any-return]

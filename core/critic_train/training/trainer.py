@@ -80,7 +80,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> Iterator[Event]:
         """Put weights' companions back: moments and position. The critic was loaded from the same checkpoint."""
         self.checkpoint = checkpoint
-        self.keeper.found_whole(checkpoint)
+        self.keeper.mark_complete(checkpoint)
         load_optimizer(self.optimizer, self.critic, checkpoint)
         state = read_state(checkpoint)
         try:

@@ -22,7 +22,7 @@ def verify_model(path: Path) -> Finding:
     with_manifest = (path / MANIFEST).exists()
     if with_manifest:
         found = condition(path)
-        if found.kind != "whole":
+        if found.kind != "complete":
             return Finding(path.name, "unsound", f"{found.kind}: {found.fault}")
     try:
         fault = _does_not_predict(path)

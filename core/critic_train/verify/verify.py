@@ -66,7 +66,7 @@ def _checkpoints(path: Path) -> Iterator[Finding]:
         condition = inspect(checkpoint)
         if not checkpoint.exists():
             continue  # removed by the running job
-        if condition.kind == "whole":
+        if condition.kind == "complete":
             complete.add(checkpoint.name)
             yield verify_model(checkpoint)
         else:

@@ -37,14 +37,14 @@ def made(gamma: float, lam: float, *, bootstrap: bool = False, seed: int = 0) ->
 def test_the_pair_is_found(gamma, lam):
     match = match_returns(made(gamma, lam))
     assert match is not None
-    assert match.found
+    assert match.matches
     assert (match.gamma, match.lam) == pytest.approx((gamma, lam), abs=2e-4)
 
 
 def test_a_bootstrap_behind_cut_rollouts_is_seen():
     match = match_returns(made(0.99, 0.95, bootstrap=True))
     assert match is not None
-    assert (match.found, match.bootstrapped, match.gamma, match.lam) == (True, True, 0.99, 0.95)
+    assert (match.matches, match.bootstrapped, match.gamma, match.lam) == (True, True, 0.99, 0.95)
 
 
 def test_noise_matches_nothing():
@@ -52,7 +52,7 @@ def test_noise_matches_nothing():
     noise = np.random.default_rng(1).normal(size=len(rollouts.returns)).astype(np.float32)
     match = match_returns(replace(rollouts, returns=noise))
     assert match is not None
-    assert not match.found
+    assert not match.matches
 
 
 def test_a_little_noise_on_top_is_no_match_either():
@@ -60,7 +60,7 @@ def test_a_little_noise_on_top_is_no_match_either():
     noise = 0.02 * np.random.default_rng(1).normal(size=len(rollouts.returns)).astype(np.float32)
     match = match_returns(replace(rollouts, returns=rollouts.returns + noise))
     assert match is not None
-    assert not match.found
+    assert not match.matches
     assert (match.gamma, match.lam) == pytest.approx((0.99, 0.95), abs=0.02), "the closest is still told"
 
 
@@ -69,13 +69,13 @@ def test_half_precision_passes():
     halved = rollouts.returns.astype(np.float16).astype(np.float32)
     match = match_returns(replace(rollouts, returns=halved))
     assert match is not None
-    assert (match.found, match.gamma, match.lam) == (True, 0.99, 0.95)
+    assert (match.matches, match.gamma, match.lam) == (True, 0.99, 0.95)
 
 
 def test_without_values_only_monte_carlo_can_be_told():
     match = match_returns(replace(made(0.99, 1.0), values=None))
     assert match is not None
-    assert (match.found, match.gamma, match.lam) == (True, 0.99, 1.0)
+    assert (match.matches, match.gamma, match.lam) == (True, 0.99, 1.0)
 
 
 def test_without_rewards_there_is_nothing_to_match():

@@ -34,7 +34,7 @@ def prompt_of(rollouts: Rollouts, i: int) -> tuple[int, ...]:
 
 
 def test_counts_and_lengths(rollouts):
-    told = surveyed(rollouts.take(np.arange(7)), rollouts.take(np.arange(7, len(rollouts)))).told()
+    told = surveyed(rollouts.take(np.arange(7)), rollouts.take(np.arange(7, len(rollouts)))).summary()
     prompts = [prompt_of(rollouts, i) for i in range(len(rollouts))]
     assert told["rollouts"] == len(rollouts)
     assert told["prompts"] == len(set(prompts))
@@ -50,27 +50,27 @@ def test_counts_and_lengths(rollouts):
 
 def test_sharing_counts_the_nodes_of_a_trie(rollouts):
     nodes = {row[:end] for row in tokens_of(rollouts) for end in range(1, len(row) + 1)}
-    assert surveyed(rollouts).told()["sharing"]["computed_tokens"] == len(nodes)
+    assert surveyed(rollouts).summary()["sharing"]["computed_tokens"] == len(nodes)
 
 
 def test_duplicates_are_rollouts_with_the_tokens_of_another(rollouts):
     repeated = rollouts.take(np.asarray([0, 0, 3, 0], dtype=np.int64))
     rows = tokens_of(rollouts) + tokens_of(repeated)
-    assert surveyed(rollouts, repeated).told()["duplicates"] == len(rows) - len(set(rows))
+    assert surveyed(rollouts, repeated).summary()["duplicates"] == len(rows) - len(set(rows))
 
 
 def test_stored_values_are_judged(rollouts):
     assert rollouts.values is not None
     g, v = rollouts.returns[rollouts.response_mask], rollouts.values[rollouts.response_mask]
-    told = surveyed(rollouts).told()
+    told = surveyed(rollouts).summary()
     expected = 1 - np.var((g - v).astype(np.float64)) / np.var(g.astype(np.float64))
     assert told["stored_values"]["explained_variance"] == pytest.approx(expected, abs=1e-9)
-    assert surveyed(replace(rollouts, values=None)).told()["stored_values"] is None
+    assert surveyed(replace(rollouts, values=None)).summary()["stored_values"] is None
 
 
 def test_rewards_are_summed_over_a_rollouts_response(rollouts):
     rewards = np.random.default_rng(0).integers(0, 2, len(rollouts.input_ids)).astype(np.float32)
-    told = surveyed(replace(rollouts, rewards=rewards)).told()["rewards"]
+    told = surveyed(replace(rollouts, rewards=rewards)).summary()["rewards"]
     sums = [rewards[a:b][rollouts.response_mask[a:b]].sum() for a, b in pairwise(rollouts.offsets.tolist())]
     assert (told["min"], told["max"]) == (min(sums), max(sums))
     assert told["mean"] == pytest.approx(np.mean(sums))
@@ -82,7 +82,7 @@ def test_the_mask_share_is_of_what_follows_the_first_response_token(rollouts):
     second = first_of_each + 1
     inside = second < rollouts.offsets[1:]
     mask[second[inside]] = False
-    told = surveyed(replace(rollouts, response_mask=mask)).told()
+    told = surveyed(replace(rollouts, response_mask=mask)).summary()
     span = int((rollouts.offsets[1:] - first_of_each).sum())
     assert told["mask_share"] == pytest.approx(mask.sum() / span)
 

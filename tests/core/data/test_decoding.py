@@ -97,7 +97,7 @@ def test_a_giant_row_among_small_ones(shards: Any) -> None:
     assert shards.read(needs=Needs(values=False)).lengths.tolist() == lengths
     reader = shards.reader(needs=Needs(values=False), on_bad_rows="skip", limits=RowLimits(max_length=4096))
     assert [batch.row.tolist() for batch in reader] == [[0, 2]]
-    assert reader.bad_rows.first[0].found == "400000 tokens"
+    assert reader.bad_rows.first[0].actual == "400000 tokens"
 
 
 def test_a_long_uid_that_repeats_is_kept_once(shards: Any, good: dict[str, Any]) -> None:

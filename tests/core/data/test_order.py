@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critic_train.data.order import epoch_plan, kept_together, split_groups, steps_of_epoch
+from critic_train.data.order import connected_groups, epoch_plan, split_groups, steps_of_epoch
 
 GROUPS = st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 9), min_size=1, max_size=60).map(
     lambda keys: np.asarray(keys, dtype=np.int64)
@@ -115,12 +115,12 @@ def test_what_shares_a_group_or_a_prompt_stays_together(pairs: list[tuple[int, i
         sets = [both for both in sets if both not in touched]
         sets.append(({group}.union(*(b[0] for b in touched)), {prompt}.union(*(b[1] for b in touched))))
     expected = [next(min(both[0]) for both in sets if group in both[0]) for group in groups.tolist()]
-    assert kept_together(groups, prompts).tolist() == expected
+    assert connected_groups(groups, prompts).tolist() == expected
 
 
 def test_a_prompt_under_several_uids_is_not_held_out_and_trained_on() -> None:
     groups = np.arange(100)
     prompts = np.arange(100) % 40
-    kept, held = split_groups(kept_together(groups, prompts), 0.3, 1)
+    kept, held = split_groups(connected_groups(groups, prompts), 0.3, 1)
     assert len(held)
     assert not set(prompts[kept].tolist()) & set(prompts[held].tolist())

@@ -256,7 +256,7 @@ def test_every_kind_of_bad_row(shards: Any, kind: str) -> None:
         list(reader)
     (bad,) = reader.bad_rows.first
     assert (bad.file, bad.row_group, bad.row) == (str(path), 1, 1)
-    assert (bad.column, bad.found, bad.expected) == (column, found, expected)
+    assert (bad.column, bad.actual, bad.expected) == (column, found, expected)
     assert reader.bad_rows.reasons == {reason: 1}
     assert str(bad) in caught.value.message
     assert str(bad) == f"{path}, row group 1, row 1, column {column}: found {found}, expected {expected}"
@@ -305,7 +305,7 @@ def test_bad_rows_of_prompts_and_responses(shards: Any, kind: str) -> None:
     (kept,) = reader
     assert kept.input_ids.tolist() == [7, 8, 9, 14, 15]
     (bad,) = reader.bad_rows.first
-    assert (bad.row, bad.column, bad.found) == (0, column, found)
+    assert (bad.row, bad.column, bad.actual) == (0, column, found)
 
 
 def test_a_row_with_everything_wrong_counts_once(shards: Any) -> None:

@@ -92,12 +92,12 @@ def test_a_flipped_bit_of_a_checkpoint_is_seen(folder):
             flipped = bytearray(content)
             flipped[bit // 8] ^= 1 << bit % 8
             file.write_bytes(flipped)
-            if inspect(path).kind == "whole":
+            if inspect(path).kind == "complete":
                 now = json.loads((path / "manifest.json").read_bytes())
                 assert now["files"] == said_only_by["files"]
                 assert now["step"] == 100
         file.write_bytes(content)
-    assert inspect(path).kind == "whole"
+    assert inspect(path).kind == "complete"
 
 
 def test_a_later_format_is_refused_by_name_never_passed_over(folder):
@@ -144,12 +144,12 @@ def test_a_checkpoint_that_stands_whole_is_not_written_again(folder):
     def other(directory: Path) -> None:
         raise AssertionError("written again")
 
-    assert inspect(write_checkpoint(folder, 100, other)).kind == "whole"
+    assert inspect(write_checkpoint(folder, 100, other)).kind == "complete"
 
 
 def test_one_that_stands_incomplete_is_set_aside_and_written(folder):
     (folder / "step-00000100" / "manifest.json").unlink()
-    assert inspect(write_checkpoint(folder, 100, fill)).kind == "whole"
+    assert inspect(write_checkpoint(folder, 100, fill)).kind == "complete"
     assert (folder / "damaged-step-00000100-0" / "model.safetensors").read_bytes() == b"weights"
 
 

@@ -199,7 +199,7 @@ def test_killed_twice(world, tmp_path):
 def cut_at(world: World, n: int, out: Path) -> None:
     with pytest.raises(Dead):
         run(world.settings(out), PowerCut(at=n))
-    assert all(kind == "whole" for _, kind in view(out)[0]), world.operations[n]
+    assert all(kind == "complete" for _, kind in view(out)[0]), world.operations[n]
     assert run(world.settings(out)) in ENDED, world.operations[n]
     assert final_state(out) == world.final, world.operations[n]
 
@@ -227,7 +227,7 @@ def refused_at(world: World, n: int, out: Path, number: int, times: int) -> str:
         hidden = [p.name for p in out.rglob(".*") if p.name != ".lock"]
         assert not hidden, f"{world.operations[n]}: left {hidden}"
         if world.views[n] != ((), None, b"", None, None):
-            steps = [name for name, kind in view(out)[0] if kind == "whole"]
+            steps = [name for name, kind in view(out)[0] if kind == "complete"]
             assert steps[-1:] >= [name for name, _ in world.views[n][0]][-1:], world.operations[n]
         assert run(world.settings(out)) in ENDED, world.operations[n]
     assert final_state(out) == world.final, world.operations[n]
