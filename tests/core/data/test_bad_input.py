@@ -14,7 +14,7 @@ from critic_train.data.bad_input import BadFiles
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 
 ROWS = {"cut": None, "empty": None, "text": None, "flipped": 90, "header": 90, "schema": 3, "good1": 3, "good2": 3}
 """What the footer of each file of `folder` tells of."""
@@ -151,4 +151,5 @@ def test_fewer_rows_than_the_footer_says_are_no_whole_file(
 def test_a_stop_is_heard_while_files_are_tried(shards: Any, good: dict[str, Any]) -> None:
     shards.write(good)
     stop = StopRequest(signal_number=15)
-    assert list(shards.reader(on_bad_file="skip", stop=stop)) == []
+    with pytest.raises(Stopped):
+        list(shards.reader(on_bad_file="skip", stop=stop))

@@ -9,7 +9,7 @@ from critic_train.data.bad_input import BadFiles
 from critic_train.data.scanning import full_reader, read_through
 from critic_train.data.shards import find_shards
 from critic_train.errors import DataError
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 
 
 @pytest.fixture
@@ -37,5 +37,6 @@ def test_a_damaged_file_is_passed_over_where_there_is_room_for_its_name(folder):
 def test_nothing_is_used_after_it_was_asked_to_stop(folder):
     used = []
     reader = full_reader(find_shards([str(folder / "a.parquet")]), [], StopRequest(), None)
-    assert list(read_through(reader, StopAfter(looks=0), used.append)) == []
+    with pytest.raises(Stopped):
+        list(read_through(reader, StopAfter(looks=0), used.append))
     assert used == []
