@@ -46,7 +46,7 @@ def tear(operation: Operation) -> None:
     if operation.kind == "write" and operation.data is not None:
         half = memoryview(operation.data)[: len(operation.data) // 2]
         with operation.path.open("r+b") as file:
-            file.seek(operation.place or 0, os.SEEK_END if operation.place is None else os.SEEK_SET)
+            file.seek(operation.offset or 0, os.SEEK_END if operation.offset is None else os.SEEK_SET)
             file.write(half)
     elif operation.kind == "library done":
         for file_path in files_of(operation.path)[:1]:
@@ -94,7 +94,7 @@ class PowerCut:
         kind, path = operation.kind, operation.path
         if kind == "append":
             self.safe.setdefault(path, path.stat().st_size if path.exists() else 0)
-        elif kind == "create" or (kind in ("write", "truncate") and path not in self.safe) or operation.place:
+        elif kind == "create" or (kind in ("write", "truncate") and path not in self.safe) or operation.offset:
             self.safe[path] = 0
         elif kind == "sync" and path.is_file():
             self.safe[path] = path.stat().st_size

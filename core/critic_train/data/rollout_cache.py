@@ -1,10 +1,9 @@
-"""A private on-disk copy of checked rollouts, from which any rollout is read in one seek.
+"""A run's on-disk copy of its checked rollouts, from which any rollout is read in one seek.
 
 Training takes rollouts in shuffled order, over and over; Parquet is made for reading from front to back. So the
-rollouts are read once and kept as flat columns, one file each. Reads are positioned reads into fresh arrays, not
-memory maps, so resident memory stays flat however large the data is.
-
-Make a spool: columns appended batch by batch, an index at the end, the whole renamed into place.
+rollouts are read once and written as flat columns, one file each, with an index; the directory is renamed to its final
+name when it is complete. Reads are positioned reads into fresh arrays, not memory maps, so resident memory stays flat
+however large the data is.
 """
 
 import io
@@ -21,7 +20,16 @@ from numpy.typing import NDArray
 from critic_train.data.labels import prompt_keys
 from critic_train.jsonio import read_json_object
 from critic_train.rollouts import Rollouts, offsets_from_lengths
-from critic_train.run.storage import File, make_directory, remove, remove_tree, rename, sync_directory, write_file
+from critic_train.run.storage import (
+    File,
+    StagedFile,
+    make_directory,
+    remove,
+    remove_tree,
+    rename,
+    sync_directory,
+    write_file,
+)
 
 FORMAT_VERSION = 3
 COLUMNS: dict[str, type[np.generic]] = {
@@ -32,7 +40,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "rewards": np.float32,
 }
 OPTIONAL = frozenset({"values", "rewards"})
-"""Kept only where every rollout has them."""
+"""Columns that are written only where every rollout has them."""
 INDEX = {
     "offsets": np.int64,
     "groups": np.int64,
@@ -45,11 +53,11 @@ INDEX = {
 
 
 class CacheDamaged(ValueError):  # noqa: N818 - it names a state, not a programming error
-    """The spool is absent, incomplete or of another version."""
+    """The cache is absent, incomplete or of another version."""
 
 
 class RolloutCache:
-    """Rollouts kept on disk. Open one with `Spool.open`, make one with `write_spool` or `SpoolWriter`.
+    """Rollouts on disk. Open one with `RolloutCache.open`, make one with `write_cache` or `CacheWriter`.
 
     Attributes:
         offsets: int64 [n+1], first token of every rollout in the column files.
@@ -59,8 +67,8 @@ class RolloutCache:
         response_counts: int64 [n], masked tokens.
         return_sums: float64 [n], sum of the returns over masked tokens.
         max_token_id: the largest id.
-        truncated: bool [n], rollouts known to have been cut.
-        columns: the token columns that are kept.
+        truncated: bool [n], rollouts marked truncated.
+        columns: the token columns in the cache.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -94,26 +102,26 @@ class RolloutCache:
 
     @classmethod
     def open(cls, directory: Path) -> "RolloutCache":
-        """Open a spool that stands complete.
+        """Open a complete cache.
 
         Raises:
-            SpoolDamaged: there is none, or not a whole one.
+            CacheDamaged: there is none, or it is incomplete.
         """
         return cls(directory)
 
     @property
     def has_values(self) -> bool:
-        """Whether values are kept."""
+        """Whether stored values are in the cache."""
         return "values" in self.columns
 
     @property
     def num_rollouts(self) -> int:
-        """Rollouts kept."""
+        """Number of rollouts."""
         return len(self.groups)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens kept."""
+        """Number of tokens."""
         return int(self.offsets[-1])
 
     @property
@@ -130,7 +138,7 @@ class RolloutCache:
         """Read rollouts in the order given.
 
         Args:
-            index: int64 [m], places in the spool.
+            index: int64 [m], positions in the cache.
             values_from: an extra column to take as `values` in place of the stored ones.
         """
         offsets = offsets_from_lengths(self.lengths[index])
@@ -156,12 +164,12 @@ class RolloutCache:
         Args:
             name: the column.
             kind: its dtype, as it was written.
-            index: int64 [m], places in the spool.
+            index: int64 [m], positions in the cache.
         """
         return self._read_column(name, kind, index, offsets_from_lengths(self.lengths[index]))
 
     def positions_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [m], where the rollouts with these rows in the data set stand in the spool."""
+        """int64 [m], positions in the cache of the rollouts with these rows in the data set."""
         return np.searchsorted(self.rows, rows)
 
     def new_column(self, name: str, kind: type[np.generic] = np.float32) -> "ColumnWriter":
@@ -186,69 +194,60 @@ class RolloutCache:
         try:
             for first, last in _neighbours(index):
                 begin, end = int(offsets[first]) * width, int(offsets[last + 1]) * width
-                place = int(self.offsets[index[first]]) * width
+                position = int(self.offsets[index[first]]) * width
                 while begin < end:
-                    got = os.preadv(descriptor, [view[begin:end]], place)
+                    got = os.preadv(descriptor, [view[begin:end]], position)
                     if got == 0:
                         raise CacheDamaged(f"{self.directory / name} ended early")
-                    begin, place = begin + got, place + got
+                    begin, position = begin + got, position + got
         finally:
             os.close(descriptor)
         return column
 
 
 class ColumnWriter:
-    """One extra column of a spool while it is being written."""
+    """One extra column of a cache while it is being written."""
 
-    def __init__(self, spool: RolloutCache, name: str, kind: type[np.generic]) -> None:
-        self._spool = spool
+    def __init__(self, cache: RolloutCache, name: str, kind: type[np.generic]) -> None:
+        self._cache = cache
         self._kind = kind
         self._width = np.dtype(kind).itemsize
-        self._target = spool.directory / name
-        self._temporary = spool.directory / f".{name}.tmp"
-        self._file: File | None = None
+        self._target = cache.directory / name
+        self._file: StagedFile | None = None
 
     def __enter__(self) -> "ColumnWriter":
-        self._file = File(self._temporary, "create")
-        self._file.truncate(self._spool.num_tokens * self._width)
+        self._file = StagedFile(self._target)
+        self._file.truncate(self._cache.num_tokens * self._width)
         return self
 
     def write(self, index: NDArray[np.int64], column: NDArray[Any]) -> None:
         """Write the tokens of some rollouts.
 
         Args:
-            index: int64 [m], places in the spool.
+            index: int64 [m], positions in the cache.
             column: of the column's dtype, the tokens of those rollouts end to end.
 
         Raises:
             ValueError: the column has more or fewer numbers than the rollouts have tokens.
             OSError: the disk is full.
         """
-        tokens = int(self._spool.lengths[index].sum())
+        tokens = int(self._cache.lengths[index].sum())
         if len(column) != tokens:
             raise ValueError(f"{len(column)} numbers for rollouts of {tokens} tokens")
         assert self._file is not None
         data = bytes_of(np.ascontiguousarray(column, dtype=self._kind))
         begin = 0
         for first, last in _neighbours(index):
-            place = int(self._spool.offsets[index[first]]) * self._width
-            end = begin + int(self._spool.offsets[index[last] + 1]) * self._width - place
-            self._file.write_at(data[begin:end], place)
+            offset = int(self._cache.offsets[index[first]]) * self._width
+            end = begin + int(self._cache.offsets[index[last] + 1]) * self._width - offset
+            self._file.write_at(data[begin:end], offset)
             begin = end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None
-        try:
-            with self._file:
-                if error is None:
-                    self._file.sync()
-            if error is None:
-                rename(self._temporary, self._target)
-                sync_directory(self._target.parent)
-        finally:
-            remove(self._temporary)
+        self._file.__exit__(kind, error, trace)
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
@@ -257,7 +256,7 @@ def bytes_of(array: NDArray[Any]) -> memoryview:
 
 
 def _neighbours(index: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Runs (first, last) of `index` whose rollouts stand side by side in the files."""
+    """Ranges (first, last) of `index` whose rollouts are neighbours in the files."""
     if not len(index):
         return []
     breaks = np.flatnonzero(np.diff(index) != 1)
@@ -267,7 +266,7 @@ def _neighbours(index: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def write_cache(directory: Path, batches: Iterable[Rollouts]) -> RolloutCache:
-    """Keep a stream of rollouts.
+    """Write a stream of rollouts to a new cache.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -279,10 +278,10 @@ def write_cache(directory: Path, batches: Iterable[Rollouts]) -> RolloutCache:
 
 
 class CacheWriter:
-    """A spool while it is being written, batch by batch; it stands when the `with` block ends without an error.
+    """Writes a cache batch by batch; it is complete when the `with` block ends without an error.
 
     Args:
-        directory: where the spool will stand; what stands there is replaced.
+        directory: the cache's directory; an existing one is replaced.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -307,7 +306,7 @@ class CacheWriter:
         return self
 
     def add(self, batch: Rollouts) -> None:
-        """Keep some more rollouts. Values and rewards are kept only if every batch has them.
+        """Write some more rollouts. Values and rewards are in the cache only if every batch has them.
 
         Raises:
             OSError: the disk is full or not writable.
@@ -338,12 +337,12 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            whole = error is None and not self._abandoned
+            complete = error is None and not self._abandoned
             for file in self._files.values():
                 with file:
-                    if whole:
+                    if complete:
                         file.sync()
-            if whole:
+            if complete:
                 self._write_index()
                 sync_directory(self._temporary)
                 remove_tree(self._target)

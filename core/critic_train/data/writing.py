@@ -1,6 +1,6 @@
-"""Rollouts as the Arrow columns of a canonical shard.
+"""Writing shards: rollouts as Arrow columns, canonical encodings, row groups and files of bounded size.
 
-The one way shards are written: canonical encodings, flat memory, each file whole or not there at all.
+A file appears under its name when it is complete; until then it has a hidden temporary name.
 """
 
 import os
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from critic_train.run.storage import sync_directory, sync_file
+from critic_train.run.storage import make_directory, remove, rename, sync_directory, sync_file
 
 TOKEN_COLUMNS = {
     "input_ids": pa.list_(pa.int32()),
@@ -121,7 +121,7 @@ class ShardFile:
         self._temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
     def __enter__(self) -> "ShardFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent, exist_ok=True)
         self._sink = pa.OSFile(str(self._temporary), "wb")
         self._writer = pq.ParquetWriter(
             self._sink,
@@ -153,10 +153,10 @@ class ShardFile:
             self._sink.close()
             if error is None and not self._abandoned:
                 sync_file(self._temporary)
-                self._temporary.replace(self.path)
+                rename(self._temporary, self.path)
                 sync_directory(self.path.parent)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            remove(self._temporary)
 
 
 class ShardWriter:

@@ -1,12 +1,8 @@
-"""The one door to the disk: every write of a run passes here, one operation at a time.
+"""All writes of a run: single operations that tests can make fail, and atomic replacement made of them.
 
-A watcher is told of each operation before it happens. So a test can fail the n-th one, or end the process at it, and
-see what is left (SQLite tests its own file layer so: https://www.sqlite.org/testing.html#crash_testing). Nothing is
-retried and nothing is hidden here; what makes several operations one, durably, is in `durable`.
-
-Writes that survive: a file appears under its name whole, or not at all.
-
-How much room there is on the disk, and whether it will do.
+Watchers are called before each operation, so that a test can fail the n-th one or end the process at it and look at the
+result, as SQLite tests its file layer (https://www.sqlite.org/testing.html#crash_testing). Nothing is retried and no
+error is hidden here.
 """
 
 import errno
@@ -16,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,20 +31,20 @@ Data = bytes | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """Something that is about to be done to the disk.
+    """An operation on the disk that is about to happen.
 
     Attributes:
-        kind: what.
-        path: to which file or directory.
+        kind: what is done.
+        path: the file or directory.
         data: the bytes of a write.
-        place: where in the file they go; None for its end.
+        offset: the position of a write in the file; None for its end.
         target: the new name of a rename, the destination of a link.
     """
 
     kind: Kind
     path: Path
     data: Data | None = None
-    place: int | None = None
+    offset: int | None = None
     target: Path | None = None
 
 
@@ -58,7 +54,7 @@ _watchers: list[Watcher] = []
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Have a watcher told of every operation, before it happens. What the watcher raises, the operation raises."""
+    """Call `watcher` before every operation inside the `with` block. What it raises, the operation raises."""
     _watchers.append(watcher)
     try:
         yield
@@ -66,17 +62,17 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def _tell(
-    kind: Kind, path: Path, data: Data | None = None, place: int | None = None, target: Path | None = None
+def _announce(
+    kind: Kind, path: Path, data: Data | None = None, offset: int | None = None, target: Path | None = None
 ) -> None:
     if _watchers:
-        operation = Operation(kind, path, data, place, target)
+        operation = Operation(kind, path, data, offset, target)
         for watcher in _watchers:
             watcher(operation)
 
 
 class File:
-    """A file being written, without a buffer: what `write` was given is with the operating system when it returns.
+    """A file being written, without a buffer: when `write` returns, the operating system has the data.
 
     Args:
         path: the file.
@@ -87,7 +83,7 @@ class File:
     """
 
     def __init__(self, path: Path, kind: Literal["create", "append"]) -> None:
-        _tell(kind, path)
+        _announce(kind, path)
         self.path = path
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._descriptor = os.open(path, flags | (os.O_TRUNC if kind == "create" else os.O_APPEND), 0o666)
@@ -107,27 +103,27 @@ class File:
 
     def write(self, data: Data) -> None:
         """Write all of `data` at the file's end."""
-        _tell("write", self.path, data)
+        _announce("write", self.path, data)
         left = memoryview(data)
         while left:
             left = left[os.write(self._descriptor, left) :]
 
-    def write_at(self, data: Data, place: int) -> None:
-        """Write all of `data` from byte `place` on."""
-        _tell("write", self.path, data, place)
+    def write_at(self, data: Data, offset: int) -> None:
+        """Write all of `data` from byte `offset` on."""
+        _announce("write", self.path, data, offset)
         left = memoryview(data)
         while left:
-            done = os.pwrite(self._descriptor, left, place)
-            left, place = left[done:], place + done
+            done = os.pwrite(self._descriptor, left, offset)
+            left, offset = left[done:], offset + done
 
     def truncate(self, size: int) -> None:
         """Cut the file to `size` bytes, or lengthen it with zeros."""
-        _tell("truncate", self.path)
+        _announce("truncate", self.path)
         os.ftruncate(self._descriptor, size)
 
     def sync(self) -> None:
         """Have the operating system put the file's content on the disk."""
-        _tell("sync", self.path)
+        _announce("sync", self.path)
         os.fsync(self._descriptor)
 
     def fileno(self) -> int:
@@ -135,14 +131,14 @@ class File:
         return self._descriptor
 
     def close(self) -> None:
-        """Close the file; twice is once."""
+        """Close the file; a second call does nothing."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 
 
 def write_file(path: Path, data: Data) -> None:
-    """Write a file and sync it. It is not whole before this returns: give it a name nobody looks for."""
+    """Write a file and sync it. It is incomplete until this returns: use a name that no reader looks for."""
     with File(path, "create") as file:
         file.write(data)
         file.sync()
@@ -158,34 +154,34 @@ def copy_file(source: Path, target: Path) -> None:
 def make_directory(path: Path, *, parents: bool = True, exist_ok: bool = False) -> None:
     """Make a directory, and those above it unless told otherwise."""
     if not (exist_ok and path.is_dir()):
-        _tell("mkdir", path)
+        _announce("mkdir", path)
         path.mkdir(parents=parents, exist_ok=exist_ok)
 
 
 def rename(source: Path, target: Path) -> None:
     """Give a file or directory another name, at once. A file that stands there is replaced."""
-    _tell("rename", source, target=target)
+    _announce("rename", source, target=target)
     source.replace(target)
 
 
 def link(path: Path, target: Path) -> None:
     """Make `path` a symbolic link to `target`."""
-    _tell("link", path, target=target)
+    _announce("link", path, target=target)
     path.symlink_to(target)
 
 
 def remove(path: Path) -> None:
     """Remove a file or link, if it stands."""
     if path.is_symlink() or path.exists():
-        _tell("remove", path)
+        _announce("remove", path)
         path.unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> OSError | None:
-    """Remove a directory and all in it, file by file. A link goes, never what it leads to.
+    """Remove a directory and all in it, file by file. Links are removed, never their targets.
 
     Returns:
-        None, or why something of it is still there: cleaning up never ends a run.
+        None, or the error that left a part of it there: cleaning up never ends a run.
     """
     try:
         if path.is_symlink():  # os.walk would follow it
@@ -207,23 +203,23 @@ def _remove_folder(path: Path) -> None:
     if path.is_symlink():
         remove(path)
     elif path.is_dir():
-        _tell("remove", path)
+        _announce("remove", path)
         path.rmdir()
 
 
 def sync_file(path: Path) -> None:
     """Have the operating system put a written file on the disk."""
-    _tell("sync", path)
+    _announce("sync", path)
     _sync(path)
 
 
 def sync_directory(path: Path) -> None:
     """Have the operating system put a directory's entries on the disk, where the file system knows how."""
-    _tell("sync", path)
+    _announce("sync", path)
     try:
         _sync(path)
     except OSError as error:
-        # Some network file systems do not sync directories and say so with these; they keep names by themselves.
+        # Some network file systems cannot sync directories and answer with these; their servers persist names.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
 
@@ -241,9 +237,9 @@ def library_writes(path: Path) -> Iterator[None]:
     """Around a call of a library that writes a file or fills a directory by itself: one operation, with an end.
 
     Raises:
-        OSError: the library could not write. safetensors hides the error's number in its words.
+        OSError: the library could not write. safetensors gives the error's number in its message alone.
     """
-    _tell("library", path)
+    _announce("library", path)
     try:
         yield
     except SafetensorError as error:
@@ -251,27 +247,48 @@ def library_writes(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    _tell("library done", path)
+    _announce("library done", path)
+
+
+class StagedFile(File):
+    """A file written under a temporary name beside its target.
+
+    When the `with` block ends without an error, the file is synced and renamed to its target; otherwise it is removed.
+
+    Args:
+        target: the file's final name; a file that stands there is replaced.
+    """
+
+    def __init__(self, target: Path) -> None:
+        super().__init__(target.with_name(f".{target.name}.tmp"), "create")
+        self._target = target
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with closing(self):
+                if error is None:
+                    self.sync()
+            if error is None:
+                rename(self.path, self._target)
+                sync_directory(self._target.parent)
+        finally:
+            remove(self.path)
 
 
 def replace_file(path: Path, data: Data) -> None:
-    """Write a file beside its place, sync it and rename it there.
+    """Replace a file atomically.
 
     Raises:
         OSError: the disk is full or not writable; the old file stands unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write_file(temporary, data)
-        rename(temporary, path)
-    except OSError:
-        remove(temporary)
-        raise
-    sync_directory(path.parent)
+    with StagedFile(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put JSON under a name, whole or not at all, secrets hidden. NaN is refused, since it is no JSON.
+    """Replace a file by JSON atomically, secrets hidden. NaN is refused, since JSON has none.
 
     Raises:
         OSError: the disk is full or not writable; the old file stands unchanged.
@@ -286,11 +303,11 @@ def sha256(path: Path) -> str:
 
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""No space, no quota, no larger files: what removing something may help against."""
+"""No space, no quota, no larger files: errors that removing files may help against."""
 
 
 def free_bytes(path: Path) -> int:
-    """What this user may still write at `path`, or where its nearest standing parent is. A quota is not seen."""
+    """Bytes this user may still write at `path` or its nearest existing parent; quotas are not seen."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free

@@ -1,4 +1,4 @@
-"""What goes into a spool comes out again, in any order, or the spool says that it is damaged."""
+"""What goes into a cache comes out again, in any order, or the cache says that it is damaged."""
 
 import errno
 import json
@@ -29,22 +29,22 @@ def rollouts() -> Rollouts:
 
 
 @pytest.fixture
-def spool(tmp_path: Path, rollouts: Rollouts) -> RolloutCache:
+def cache(tmp_path: Path, rollouts: Rollouts) -> RolloutCache:
     pieces = np.array_split(np.arange(len(rollouts)), 4)
     return write_cache(tmp_path / "cache" / "train", (rollouts.take(piece) for piece in pieces))
 
 
-def test_reads_back_any_order_with_repeats(spool: RolloutCache, rollouts: Rollouts) -> None:
+def test_reads_back_any_order_with_repeats(cache: RolloutCache, rollouts: Rollouts) -> None:
     draw = np.random.default_rng(0)
     n = len(rollouts)
     runs = np.concatenate([np.arange(5, 9), np.arange(2, 4), np.arange(n - 3, n)])
     for index in (np.arange(n), runs, draw.integers(0, n, 50), np.array([3, 3, 4]), np.zeros(0, dtype=np.int64)):
-        assert_same(spool.read(index), rollouts.take(index))
+        assert_same(cache.read(index), rollouts.take(index))
 
 
-def test_knows_its_rollouts_without_reading_them(spool: RolloutCache, rollouts: Rollouts) -> None:
-    assert [path.name for path in spool.directory.parent.iterdir()] == ["train"]
-    again = RolloutCache.open(spool.directory)
+def test_knows_its_rollouts_without_reading_them(cache: RolloutCache, rollouts: Rollouts) -> None:
+    assert [path.name for path in cache.directory.parent.iterdir()] == ["train"]
+    again = RolloutCache.open(cache.directory)
     assert again.num_rollouts == len(rollouts)
     assert again.num_tokens == len(rollouts.input_ids)
     assert again.lengths.tolist() == rollouts.lengths.tolist()
@@ -65,56 +65,56 @@ def test_rollouts_without_values(tmp_path: Path, rollouts: Rollouts) -> None:
         rollouts.take(np.arange(half)),
         replace(rollouts.take(np.arange(half, len(rollouts))), values=None),
     ]
-    spool = write_cache(tmp_path / "s", with_some)
-    assert not spool.has_values
-    assert spool.read(np.array([1, 0])).values is None
+    cache = write_cache(tmp_path / "s", with_some)
+    assert not cache.has_values
+    assert cache.read(np.array([1, 0])).values is None
     assert not (tmp_path / "s" / "values").exists()
 
 
 def test_no_rollouts_at_all(tmp_path: Path) -> None:
-    spool = write_cache(tmp_path / "s", [])
-    assert (spool.num_rollouts, spool.num_tokens, spool.max_length, spool.max_token_id) == (0, 0, 0, -1)
+    cache = write_cache(tmp_path / "s", [])
+    assert (cache.num_rollouts, cache.num_tokens, cache.max_length, cache.max_token_id) == (0, 0, 0, -1)
 
 
-def test_an_extra_column_is_written_in_any_order(spool: RolloutCache, rollouts: Rollouts) -> None:
+def test_an_extra_column_is_written_in_any_order(cache: RolloutCache, rollouts: Rollouts) -> None:
     column = np.random.default_rng(1).normal(size=len(rollouts.input_ids)).astype(np.float32)
     whole = replace(rollouts, values=column)
-    with spool.new_column("epoch") as writer:
+    with cache.new_column("epoch") as writer:
         for piece in np.array_split(np.random.default_rng(2).permutation(len(rollouts)), 5):
             writer.write(piece, whole.take(piece).values)
-        assert not spool.has_column("epoch")
-    assert spool.has_column("epoch")
+        assert not cache.has_column("epoch")
+    assert cache.has_column("epoch")
     index = np.array([7, 1, 2, 3, 0])
-    assert_same(spool.read(index, values_from="epoch"), whole.take(index))
-    assert_same(spool.read(index), rollouts.take(index))
-    spool.drop_column("epoch")
-    spool.drop_column("epoch")
-    assert not spool.has_column("epoch")
+    assert_same(cache.read(index, values_from="epoch"), whole.take(index))
+    assert_same(cache.read(index), rollouts.take(index))
+    cache.drop_column("epoch")
+    cache.drop_column("epoch")
+    assert not cache.has_column("epoch")
 
 
-def test_a_second_writing_replaces_the_first_whole(spool: RolloutCache, rollouts: Rollouts) -> None:
+def test_a_second_writing_replaces_the_first_whole(cache: RolloutCache, rollouts: Rollouts) -> None:
     index = np.arange(len(rollouts))
     for number in (1.0, 2.0):
-        with spool.new_column("epoch") as writer:
+        with cache.new_column("epoch") as writer:
             writer.write(index, np.full(len(rollouts.input_ids), number, dtype=np.float32))
-    assert set(spool.read(index, values_from="epoch").values.tolist()) == {2.0}
+    assert set(cache.read(index, values_from="epoch").values.tolist()) == {2.0}
 
 
-def test_an_aborted_writer_leaves_nothing(spool: RolloutCache) -> None:
-    before = sorted(path.name for path in spool.directory.iterdir())
-    writer = spool.new_column("epoch")
+def test_an_aborted_writer_leaves_nothing(cache: RolloutCache) -> None:
+    before = sorted(path.name for path in cache.directory.iterdir())
+    writer = cache.new_column("epoch")
     writer.__enter__()
-    writer.write(np.array([0]), np.zeros(int(spool.lengths[0]), dtype=np.float32))
+    writer.write(np.array([0]), np.zeros(int(cache.lengths[0]), dtype=np.float32))
     writer.__exit__(RuntimeError, RuntimeError(), None)
-    assert sorted(path.name for path in spool.directory.iterdir()) == before
+    assert sorted(path.name for path in cache.directory.iterdir()) == before
 
 
-def test_a_column_of_the_wrong_length_is_refused(spool: RolloutCache) -> None:
-    tokens = int(spool.lengths[0])
+def test_a_column_of_the_wrong_length_is_refused(cache: RolloutCache) -> None:
+    tokens = int(cache.lengths[0])
     for wrong in (tokens - 1, tokens + 1):
-        with pytest.raises(ValueError, match="tokens"), spool.new_column("epoch") as writer:
+        with pytest.raises(ValueError, match="tokens"), cache.new_column("epoch") as writer:
             writer.write(np.array([0]), np.zeros(wrong, dtype=np.float32))
-    assert not spool.has_column("epoch")
+    assert not cache.has_column("epoch")
 
 
 def test_a_failing_stream_leaves_no_directory(tmp_path: Path, rollouts: Rollouts) -> None:
@@ -128,21 +128,21 @@ def test_a_failing_stream_leaves_no_directory(tmp_path: Path, rollouts: Rollouts
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_stream_leaves_the_old_spool(spool: RolloutCache, rollouts: Rollouts) -> None:
+def test_a_failing_stream_leaves_the_old_spool(cache: RolloutCache, rollouts: Rollouts) -> None:
     def failing() -> Iterator[Rollouts]:
         yield rollouts.take(np.array([0]))
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_cache(spool.directory, failing())
-    assert_same(RolloutCache.open(spool.directory).read(np.arange(len(rollouts))), rollouts)
-    assert [path.name for path in spool.directory.parent.iterdir()] == [spool.directory.name]
+        write_cache(cache.directory, failing())
+    assert_same(RolloutCache.open(cache.directory).read(np.arange(len(rollouts))), rollouts)
+    assert [path.name for path in cache.directory.parent.iterdir()] == [cache.directory.name]
 
 
 @pytest.mark.parametrize("name", ["input_ids", "response_mask", "returns", "values", "groups.npy", "meta.json"])
 @pytest.mark.parametrize("harm", ["gone", "cut", "emptied", "longer"])
-def test_a_damaged_spool_is_refused(spool: RolloutCache, name: str, harm: str) -> None:
-    file = spool.directory / name
+def test_a_damaged_spool_is_refused(cache: RolloutCache, name: str, harm: str) -> None:
+    file = cache.directory / name
     content = file.read_bytes()
     if harm == "gone":
         file.unlink()
@@ -151,34 +151,34 @@ def test_a_damaged_spool_is_refused(spool: RolloutCache, name: str, harm: str) -
     if (name, harm) == ("groups.npy", "longer"):
         return  # numpy reads what it knows of; nothing is lost
     with pytest.raises(CacheDamaged):
-        RolloutCache.open(spool.directory)
+        RolloutCache.open(cache.directory)
 
 
-def test_an_index_of_the_wrong_size_is_refused(spool: RolloutCache) -> None:
+def test_an_index_of_the_wrong_size_is_refused(cache: RolloutCache) -> None:
     for name in ("groups", "rows", "response_counts", "return_sums", "offsets"):
-        file = spool.directory / f"{name}.npy"
+        file = cache.directory / f"{name}.npy"
         content = file.read_bytes()
         np.save(file, np.load(file)[:-1])
         with pytest.raises(CacheDamaged):
-            RolloutCache.open(spool.directory)
+            RolloutCache.open(cache.directory)
         file.write_bytes(content)
-    RolloutCache.open(spool.directory)
+    RolloutCache.open(cache.directory)
 
 
-def test_another_version_and_no_spool_are_refused(spool: RolloutCache, tmp_path: Path) -> None:
+def test_another_version_and_no_spool_are_refused(cache: RolloutCache, tmp_path: Path) -> None:
     with pytest.raises(CacheDamaged):
         RolloutCache.open(tmp_path / "nowhere")
-    meta = json.loads((spool.directory / "meta.json").read_text())
-    (spool.directory / "meta.json").write_text(json.dumps({**meta, "format_version": 99}))
+    meta = json.loads((cache.directory / "meta.json").read_text())
+    (cache.directory / "meta.json").write_text(json.dumps({**meta, "format_version": 99}))
     with pytest.raises(CacheDamaged, match="99"):
-        RolloutCache.open(spool.directory)
+        RolloutCache.open(cache.directory)
 
 
-def test_a_file_cut_while_the_spool_is_open_is_noticed(spool: RolloutCache) -> None:
-    file = spool.directory / "returns"
+def test_a_file_cut_while_the_spool_is_open_is_noticed(cache: RolloutCache) -> None:
+    file = cache.directory / "returns"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(CacheDamaged, match="ended early"):
-        spool.read(np.arange(spool.num_rollouts))
+        cache.read(np.arange(cache.num_rollouts))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
