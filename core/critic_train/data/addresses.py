@@ -1,7 +1,4 @@
-"""Where in the shards a rollout came from: file, row group, row, uid.
-
-Find the uid of a few rows again: the program keeps hashes, a person needs the name.
-"""
+"""Where in the shards a rollout comes from: file, row group, row, and the uid, of which memory holds only a hash."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -20,13 +17,13 @@ from critic_train.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
-    """A rollout's place in the shards.
+    """The location of a rollout in the shards.
 
     Attributes:
         file: the shard.
         row_group: its row group; -1 where the shard can no longer be read.
         row: counts from 0 within the row group, or within the file where there is no row group.
-        uid: what the shard's uid column says; an empty string where it has none.
+        uid: as in the shard's uid column; an empty string where it has none.
     """
 
     file: str
@@ -49,13 +46,13 @@ def addresses(rows: NDArray[np.int64], files: list[tuple[str, int]], renames: di
     """
     ends = np.cumsum([count for _, count in files])
     owner = np.searchsorted(ends, rows, side="right")
-    found: dict[int, Address] = {}
+    by_row: dict[int, Address] = {}
     for number in np.unique(owner).tolist():
         name, count = files[number]
         inside = np.unique(rows[owner == number] - (ends[number] - count))
         for row, address in zip(inside.tolist(), _in_file(name, inside, renames), strict=True):
-            found[row + int(ends[number]) - count] = address
-    return [found[row] for row in rows.tolist()]
+            by_row[row + int(ends[number]) - count] = address
+    return [by_row[row] for row in rows.tolist()]
 
 
 def _in_file(name: str, rows: NDArray[np.int64], renames: dict[str, str]) -> list[Address]:
@@ -65,17 +62,17 @@ def _in_file(name: str, rows: NDArray[np.int64], renames: dict[str, str]) -> lis
             footer = file.metadata
             ends = np.cumsum([footer.row_group(i).num_rows for i in range(footer.num_row_groups)])
             groups = np.searchsorted(ends, rows, side="right")
-            places = rows - np.append(0, ends)[groups]
+            positions = rows - np.append(0, ends)[groups]
             uid = _uid_column(name, file.schema_arrow, renames)
-            found = []
+            located = []
             for group in np.unique(groups).tolist():
-                inside = places[groups == group]
+                inside = positions[groups == group]
                 uids = _uids(file, group, uid, inside) if uid else [""] * len(inside)
-                found += [
-                    Address(file=name, row_group=group, row=int(place), uid=text)
-                    for place, text in zip(inside, uids, strict=True)
+                located += [
+                    Address(file=name, row_group=group, row=int(row), uid=text)
+                    for row, text in zip(inside, uids, strict=True)
                 ]
-            return found
+            return located
     except (OSError, DataError, pa.ArrowException, IndexError):
         return [Address(file=name, row_group=-1, row=int(row), uid="") for row in rows]
 
@@ -89,15 +86,15 @@ def _uid_column(name: str, schema: pa.Schema, renames: dict[str, str]) -> str | 
         return None
 
 
-def _uids(file: pq.ParquetFile, row_group: int, column: str, places: NDArray[np.int64]) -> list[str]:
-    """The uids at ascending places of a row group, decoded piece by piece."""
-    found: list[str] = []
+def _uids(file: pq.ParquetFile, row_group: int, column: str, rows: NDArray[np.int64]) -> list[str]:
+    """The uids of ascending rows of a row group, decoded piece by piece."""
+    uids: list[str] = []
     start = 0
     for batch in file.iter_batches(batch_size=1024, row_groups=[row_group], columns=[column]):
-        inside = places[(places >= start) & (places < start + batch.num_rows)] - start
-        found += [uid or "" for uid in uid_texts(batch.column(0).take(pa.array(inside)))]
+        inside = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
+        uids += [uid or "" for uid in uid_texts(batch.column(0).take(pa.array(inside)))]
         start += batch.num_rows
-    return found
+    return uids
 
 
 class UidLookup:
@@ -115,13 +112,13 @@ class UidLookup:
         self._left_out = left_out
 
     def __call__(self, rows: Sequence[int]) -> dict[int, str | None]:
-        """Uids of places in the data set.
+        """Uids of rows of the data set.
 
         Returns:
-            Row -> uid. None where the shard has no uid column, the row no uid, or the shard cannot be read any more:
-            a name is no reason to stop.
+            Row -> uid; None where the shard has no uid column, the row no uid, or the shard cannot be read any more.
+            Never raises.
         """
         files = [(shard.name, shard.num_rows) for shard in self._shards if shard.name not in self._left_out]
-        known = [row for row in rows if row < sum(count for _, count in files)]
-        found = addresses(np.asarray(known, dtype=np.int64), files, self._renames)
-        return dict.fromkeys(rows) | {row: address.uid or None for row, address in zip(known, found, strict=True)}
+        present = [row for row in rows if row < sum(count for _, count in files)]
+        located = addresses(np.asarray(present, dtype=np.int64), files, self._renames)
+        return dict.fromkeys(rows) | {row: address.uid or None for row, address in zip(present, located, strict=True)}

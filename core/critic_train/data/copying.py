@@ -1,6 +1,7 @@
-"""A folder that shards are written to: who writes which part, with what it was begun, what is done.
+"""Shards copied to an output folder with their rows changed: `predict` and `split` write theirs so.
 
-Write a shard again, its rows changed on the way: same name, same row groups, one row group in memory.
+The folder records the settings it was begun with and is locked while it is written, each part of it by one process.
+Copies have the names and the row groups of their originals; one row group is in memory.
 """
 
 import json
@@ -25,27 +26,27 @@ from critic_train.stopping import StopRequest
 
 
 class OutputDirectory:
-    """A part of an output folder held by this process, from `with` to its end.
+    """A part of an output folder, locked by this process inside the `with` block.
 
     Args:
         path: the folder; created where it is missing.
-        command: the command that writes it, as in "predict": PATH/_predict.json says how it was begun, and
-            PATH/.predict holds locks and whatever is kept until the files stand. Names that begin so are passed over
-            by whoever reads the folder as Parquet: Arrow, Spark and critic-train.
-        places: key -> a file that will be written, of all parts.
+        command: the command that writes it, as in "predict": PATH/_predict.json records how it was begun, and
+            PATH/.predict holds locks and temporary files. Arrow, Spark and critic-train ignore such names when they
+            read the folder as Parquet.
+        targets: key -> a file that will be written, of all parts.
         part: (K, N), of which this process is the K-th.
 
     Attributes:
         path: the folder.
-        work: where to keep what is needed until the files stand.
+        work: directory of files that are needed until the output is complete.
 
     Raises:
         MachineError: it cannot be written, or another process writes the same part.
     """
 
-    def __init__(self, path: Path, command: str, places: dict[str, Path], part: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, path: Path, command: str, targets: dict[str, Path], part: tuple[int, int] = (1, 1)) -> None:
         self.path = path
-        self._places = places
+        self._targets = targets
         self._alone = part[1] == 1
         self._record = path / f"_{command}.json"
         self.work = path / f".{command}"
@@ -65,22 +66,25 @@ class OutputDirectory:
     ) -> None:
         self._lock.__exit__(kind, error, trace)
         if isinstance(error, OSError):
-            told = f"{error.strerror or error}: {error.filename or self.path}"
-            raise MachineError(told, hint="see to it and run the same command again") from error
+            message = f"{error.strerror or error}: {error.filename or self.path}"
+            raise MachineError(message, hint="see to it and run the same command again") from error
 
     def compare(self, record: dict[str, Any]) -> list[str]:
-        """Write what this is begun with, or hold it against what it was begun with.
+        """Record how the output is begun, or compare with how it was begun before.
+
+        Args:
+            record: settings and fingerprints that the output depends on.
 
         Returns:
             Notices about differences that are allowed.
 
         Raises:
-            ConfigError: it was begun differently, or files stand there that are not of this job.
+            ConfigError: it was begun differently, or files of another origin are there.
         """
-        before = self._begun_with()
+        before = read_json_object_or_none(self._record)
         if before is not None:
             return refuse_changes(before, record, self.path, "--to")
-        strange = [place for place in self._places.values() if place.exists()]
+        strange = [target for target in self._targets.values() if target.exists()]
         if strange:
             raise ConfigError(f"{strange[0]} stands there already", hint="give a folder of its own with --to")
         # Under a name of its own first: other parts may begin at the same moment, with the same record.
@@ -90,37 +94,34 @@ class OutputDirectory:
         sync_directory(self.path)
         return []
 
-    def _begun_with(self) -> dict[str, Any] | None:
-        return read_json_object_or_none(self._record)
-
     def is_written(self, key: str) -> bool:
-        """Whether a file stands: files stand whole or not at all."""
-        return self._places[key].is_file()
+        """Whether a file is written; files appear complete."""
+        return self._targets[key].is_file()
 
     def clear(self) -> None:
-        """Remove what this process no longer needs; with several parts, once the files of all of them stand."""
-        if self._alone or all(place.is_file() for place in self._places.values()):
+        """Remove the work directory; with several parts, once the files of all of them are written."""
+        if self._alone or all(target.is_file() for target in self._targets.values()):
             remove_tree(self.work)
 
 
 ROW_GROUP_BYTES = 2**29
-"""Arrow bytes at which a row group is cut in two: it must fit in memory, whoever wrote the file."""
+"""Arrow bytes at which a row group is split, so that it fits in memory."""
 
 Change = Callable[[int, pa.RecordBatch], pa.RecordBatch]
 """From a piece's first row in the file and its rows to the rows to write."""
 
 
-def copied(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: StopRequest) -> Iterator[int]:
-    """Write a shard's rows, changed, under another path. The file stands when this ends.
+def copy_shard(shard: Shard, target: Path, schema: pa.Schema, change: Change, stop: StopRequest) -> Iterator[int]:
+    """Write a shard's rows, changed, to another path.
 
-    Row groups keep their bounds, save those of more than 512 MiB in memory, which are cut.
+    Row groups have the bounds of the original; those of more than 512 MiB in memory are split.
 
     Args:
         shard: the file to read; all its columns are.
         target: the file to write.
         schema: of the changed rows.
         change: makes them.
-        stop: looked at between pieces.
+        stop: checked between pieces.
 
     Yields:
         How many rows were read so far.
@@ -162,18 +163,18 @@ def schema_of(shard: Shard) -> pa.Schema:
 
 
 def target_paths(shards: list[Shard], sources: list[str], directory: Path) -> dict[str, Path]:
-    """Where each shard is written: under its name, relative to the folder that all of them share.
+    """The path each shard is written to: its name relative to the folder that all of them share.
 
     Args:
         shards: from `find_shards`.
-        sources: what they were found in (`--data`).
+        sources: the folders and files that they come from (`--data`).
         directory: the folder to write to.
 
     Returns:
         Shard name -> path.
 
     Raises:
-        ConfigError: a shard would be replaced, or the next command would find old and new ones together.
+        ConfigError: a shard would be replaced, or DIRECTORY is inside a source.
     """
     folder = os.path.commonpath([os.path.dirname(absolute_path(shard.path)) for shard in shards])
     target = directory.resolve()
@@ -183,10 +184,10 @@ def target_paths(shards: list[Shard], sources: list[str], directory: Path) -> di
                 f"--to {directory} lies in {source}, which is read: the same command would then read its own output",
                 hint="give a folder beside it",
             )
-    found = {shard.name: directory / os.path.relpath(absolute_path(shard.path), folder) for shard in shards}
+    targets = {shard.name: directory / os.path.relpath(absolute_path(shard.path), folder) for shard in shards}
     for shard in shards:
-        if os.path.realpath(found[shard.name]) == os.path.realpath(shard.path):
+        if os.path.realpath(targets[shard.name]) == os.path.realpath(shard.path):
             raise ConfigError(
                 f"{shard.name} would be replaced by what is made of it", hint="give another folder with --to"
             )
-    return found
+    return targets

@@ -1,4 +1,4 @@
-"""What a rollout carries once: the key of its prompt group, and the columns that slice a judgement."""
+"""Columns with one entry a rollout: keys of prompt groups, and labels for slicing."""
 
 import hashlib
 from typing import Any
@@ -18,7 +18,7 @@ LONGEST_LABEL = 200
 
 
 def uid_keys(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Keys of a uid column: equal where the uids read the same, in whatever file or type they stand.
+    """Keys of a uid column: equal where the uids have the same text, in any file and of any type.
 
     Returns:
         (int64 [n] keys, bool [n] whether the row has a uid). Only distinct uids are hashed.
@@ -26,8 +26,8 @@ def uid_keys(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     if not pa.types.is_dictionary(column.type):
         column = (column if _is_plain(column.type) else _as_text(column)).dictionary_encode()
     keys = np.asarray([_key(str(uid).encode()) for uid in column.dictionary.to_pylist()] or [0], dtype=np.int64)
-    places = pc.fill_null(column.indices, pa.scalar(0).cast(column.indices.type)).to_numpy(zero_copy_only=False)
-    return keys[places], column.is_valid().to_numpy(zero_copy_only=False)
+    indices = pc.fill_null(column.indices, pa.scalar(0).cast(column.indices.type)).to_numpy(zero_copy_only=False)
+    return keys[indices], column.is_valid().to_numpy(zero_copy_only=False)
 
 
 def uid_texts(column: pa.Array) -> list[str | None]:
@@ -48,7 +48,7 @@ def prompt_keys(rollouts: Rollouts) -> NDArray[np.int64]:
 
 
 def label_kind(kind: pa.DataType) -> str:
-    """How a label column is kept: "bool", "int", "float" or "text"."""
+    """The kind of a label column in memory: "bool", "int", "float" or "text"."""
     if pa.types.is_boolean(kind):
         return "bool"
     if pa.types.is_integer(kind):
@@ -61,22 +61,22 @@ def label_column(column: pa.Array, *, as_text: bool) -> NDArray[Any]:
 
     Args:
         column: one value a rollout.
-        as_text: keep text whatever the type, since files differ or entries are missing somewhere. It must not
-            depend on the batch: 3 and "3" would be two slices.
+        as_text: as text whatever the type, since files differ or entries are missing somewhere. It must not depend on
+            the batch: 3 and "3" would be two slices.
     """
     if as_text or label_kind(column.type) == "text" or column.null_count:
         if not pa.types.is_dictionary(column.type):
             column = (column if _is_plain(column.type) else _as_text(column)).dictionary_encode()
-        # A long text that stands in many rows is shortened once.
+        # A long text in many rows is shortened once.
         items = column.dictionary.to_pylist()
         distinct = [MISSING if item is None else _short(str(item)) for item in items] + [MISSING]
-        places = pc.fill_null(column.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-        return np.asarray(np.asarray(distinct, dtype=np.str_)[places])
+        indices = pc.fill_null(column.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+        return np.asarray(np.asarray(distinct, dtype=np.str_)[indices])
     return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
 def _short(text: str) -> str:
-    """The text, or its beginning and a digest of all of it: a label is kept for every rollout, and told in a table."""
+    """The text, or its beginning and a digest of all of it: labels are in memory for every rollout, and in tables."""
     if len(text) <= LONGEST_LABEL:
         return text
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
@@ -84,7 +84,7 @@ def _short(text: str) -> str:
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether `str` of the Python value says what the column says."""
+    """Whether `str` of the Python value is the text of the entry."""
     if pa.types.is_dictionary(kind):
         return _is_plain(kind.value_type)
     return bool(
@@ -98,7 +98,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _as_text(column: pa.Array) -> pa.Array:
-    """Decimals, dates, times and the like as Arrow writes them; bytes and what has no such form as Python does."""
+    """Decimals, dates and times as Arrow casts them to text; bytes, and types without a cast, as Python's `str`."""
     if not _is_bytes(column.type):
         try:
             return pc.cast(column, pa.string())

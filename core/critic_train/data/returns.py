@@ -1,7 +1,4 @@
-"""Generalised advantage estimation over ragged columns, whole batches at once.
-
-How returns and advantages are made from rewards: the settings of the Returns panel, resolved.
-"""
+"""Returns and advantages from rewards: Monte-Carlo sums and generalised advantage estimation over ragged columns."""
 
 from dataclasses import dataclass, replace
 
@@ -28,9 +25,9 @@ def gae(
 
     Over the response tokens t = 1..m of one rollout, computed in float64:
         delta_t = r_t + gamma * V_{t+1} - V_t          A_t = delta_t + gamma * lam * A_{t+1}          G_t = A_t + V_t
-    with A_{m+1} = 0 and V_{m+1} the rollout's bootstrap. Tokens off the mask are no steps: the recursion goes on
+    with A_{m+1} = 0 and V_{m+1} the rollout's bootstrap. Tokens off the mask are skipped: the recursion goes on
     from the last response token before them to the first one after, as in verl's compute_gae_advantage_return, and
-    whatever stands there (NaN included) is not read.
+    their entries (NaN included) are not read.
 
     A rollout's figures depend on nothing but the rollout, to the bit: not on what else is in the batch.
 
@@ -127,7 +124,7 @@ class ReturnRecipe:
         length_alpha: VAPO's alpha (arXiv 2504.05118): each rollout's advantages have lambda
             1 - 1 / (alpha * response tokens), so that a reward at the end reaches the start of a long response as
             well as of a short one. 0 where that is negative. None for one lambda.
-        truncated: what becomes of rollouts that were cut.
+        truncated: how truncated rollouts are treated.
     """
 
     kind: Returns
@@ -158,7 +155,7 @@ class ReturnRecipe:
 
     @property
     def bootstraps(self) -> bool:
-        """Whether a cut rollout's last value stands for what would have followed."""
+        """Whether a truncated rollout's last value replaces the rewards that would have followed."""
         return self.from_rewards and self.truncated == "bootstrap"
 
     @property
@@ -225,11 +222,11 @@ class ReturnRecipe:
         )
 
     def _bootstrap(self, rollouts: Rollouts, values: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
-        """float32 [n]: what stands for the value after the last response token; 0 where the rollout ended by itself.
+        """float32 [n]: the value after the last response token; 0 where the rollout ended by itself.
 
-        Of a cut rollout it is V of its last response token's state, the last value there is: shards hold values of
-        states in which a token was chosen, and none was chosen in the one after. Where no reward is given in between
-        and gamma is 1, it is what that missing value is on average over the policy's choices (V(s) = E[r + V(s')]).
+        For a truncated rollout it is V of its last response token's state, the last value there is: shards hold values
+        of states in which a token was chosen, and none was chosen in the next one. With gamma 1 and no reward in
+        between it is the expectation of the missing value over the policy's choices (V(s) = E[r + V(s')]).
         """
         if not self.bootstraps:
             return None

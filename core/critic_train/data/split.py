@@ -1,4 +1,4 @@
-"""`critic-train split`, from top to bottom: find the prompt groups, draw, write each side's rows."""
+"""`critic-train split`: read the prompt groups, hold some out, write the rows of each side."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import OutputDirectory, copied, schema_of, target_paths
+from critic_train.data.copying import OutputDirectory, copy_shard, schema_of, target_paths
 from critic_train.data.labels import prompt_keys
 from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
@@ -31,23 +31,23 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
 
     Args:
         settings: what to split, and how.
-        stop: looked at between batches of rows.
+        stop: checked between batches of rows.
 
     Yields:
         Progress and notices; RunEnded last.
 
     Raises:
-        CriticTrainError: a fault that the user can mend.
+        CriticTrainError: an error that the user can fix.
     """
     stop = stop or StopRequest()
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
     to = Path(settings.output.to or "")
     sides = {side: target_paths(shards, settings.reading.data, to / side) for side in (TRAIN, VAL)}
-    files = {f"{side}/{name}": path for side, found in sides.items() for name, path in found.items()}
-    told = {name: value for name, value in as_dict(settings).items() if name != "to"}
+    files = {f"{side}/{name}": path for side, targets in sides.items() for name, path in targets.items()}
+    recorded = {name: value for name, value in as_dict(settings).items() if name != "to"}
     with OutputDirectory(to, "split", files) as output:
-        output.compare({"settings": told, "data": fingerprint(shards)})
+        output.compare({"settings": recorded, "data": fingerprint(shards)})
         reader = RolloutReader(
             shards,
             renames=column_renames(settings.reading.column),
@@ -59,12 +59,12 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
             stop=stop,
         )
         try:
-            found = yield from _keys(reader, sum(shard.num_rows for shard in shards), stop)
-            held = found.held_out(settings.output.val_fraction, settings.output.seed)
+            keys = yield from _keys(reader, sum(shard.num_rows for shard in shards), stop)
+            held = keys.held_out(settings.output.val_fraction, settings.output.seed)
             by_name = {shard.name: shard for shard in shards}
             first_row = 0
             for name, rows in reader.files_read:
-                for side, chosen in ((TRAIN, found.usable & ~held), (VAL, held)):
+                for side, chosen in ((TRAIN, keys.usable & ~held), (VAL, held)):
                     mine = chosen[first_row : first_row + rows]
                     if mine.any() and not output.is_written(f"{side}/{name}"):
                         yield from _write(by_name[name], sides[side][name], mine, stop)
@@ -76,12 +76,12 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
         for sentence in reader.notices:
             yield Notice(message=sentence)
         left_out = {"rows_left_out": reader.bad_rows.summary(), "files_left_out": bad_files.summary()}
-        yield RunEnded(status="finished", result={"to": settings.output.to, **found.counts(held), **left_out})
+        yield RunEnded(status="finished", result={"to": settings.output.to, **keys.counts(held), **left_out})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Keys:
-    """What is known of every row of the files read, n in all.
+    """Keys of every row of the files read, n in all.
 
     Attributes:
         usable: bool [n].
@@ -134,5 +134,5 @@ def _write(shard: Shard, target: Path, chosen: NDArray[np.bool_], stop: StopRequ
     def change(first_row: int, batch: pa.RecordBatch) -> pa.RecordBatch:
         return batch.filter(pa.array(chosen[first_row : first_row + batch.num_rows]))
 
-    for row in copied(shard, target, schema_of(shard), change, stop):
+    for row in copy_shard(shard, target, schema_of(shard), change, stop):
         yield Progress(stage=f"writing {target}", done=row, total=shard.num_rows)

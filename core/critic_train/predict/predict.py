@@ -1,8 +1,6 @@
-"""Several processes on one data set: each takes every N-th file.
+"""`critic-train predict`: check all rows, predict values into logs, write each shard again with the new columns.
 
-The steps of `predict`: values into logs, logs and rows into files.
-
-`critic-train predict`, from top to bottom: read, check, predict, write.
+Several processes may share one data set; each takes every N-th file.
 """
 
 import os
@@ -28,7 +26,7 @@ from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
 from critic_train.predict.first_pass import critic_source, first_pass
-from critic_train.predict.value_columns import Filled, NewColumns, Whitening, written_again
+from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitening, rewrite_with_columns
 from critic_train.predict.value_log import LoggedValues, ValueLog
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest
@@ -64,38 +62,38 @@ def device_of(name: str) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """What all steps need."""
+    """The state that all steps of one process share."""
 
     settings: PredictSettings
     source: ModelSource
     compute: Compute
     output: OutputDirectory
-    places: dict[str, Path]
+    targets: dict[str, Path]
     bad_files: BadFiles
     stop: StopRequest
     rows_left_out: dict[str, Any] | None = None
 
     @property
     def columns(self) -> NewColumns:
-        """What is written."""
+        """Computes the columns that are written."""
         return NewColumns(recipe=ReturnRecipe.of(self.settings.returns), written=self.settings.written)
 
     def run(self, shards: list[Shard]) -> Iterator[Event]:
         """Check all files, then predict and write one after the other; with whitening, predict all of them first."""
         reader = self._reader(shards, self.settings.reading.on_bad_rows)
-        found = yield from first_pass(reader, sum(shard.num_rows for shard in shards), self.stop)
+        checked = yield from first_pass(reader, sum(shard.num_rows for shard in shards), self.stop)
         self.stop.check()
         self.rows_left_out = reader.bad_rows.summary()
         sound = [shard for shard in shards if shard.name not in self.bad_files]
         left = [shard for shard in sound if not self.output.is_written(shard.name)]
         if left:
-            assert found.sample is not None, "the reader raises where no row is good"
+            assert checked.sample is not None, "the reader raises where no row is good"
             critic = load_critic(self.source).to(self.compute.device).eval()
-            choice, said = select_packing(critic, found.sample, self.settings.compute, self.compute)
-            for sentence in said:
+            choice, notices = select_packing(critic, checked.sample, self.settings.compute, self.compute)
+            for sentence in notices:
                 yield Notice(message=sentence, level="warning")
-            # What has no row that can be used is written with nothing filled in.
-            usable = [shard for shard in sound if shard.name in found.rollouts]
+            # Files without a usable row are written with nulls.
+            usable = [shard for shard in sound if shard.name in checked.rollouts]
             whitening: Whitening | None = None
             if self.settings.prediction.whiten_advantages:
                 for shard in usable:
@@ -153,8 +151,8 @@ class Job:
                 yield Progress(stage=f"predicting {shard.name}", done=int(block.row[-1]) + 1, total=shard.num_rows)
 
     def _log(self, shard: Shard) -> Path:
-        """Where a file's values are kept until it stands."""
-        return self.output.work / self.places[shard.name].relative_to(self.output.path).with_suffix(".values")
+        """The log of a file's values; removed when the file is written."""
+        return self.output.work / self.targets[shard.name].relative_to(self.output.path).with_suffix(".values")
 
     def _moments(self, shards: list[Shard]) -> Generator[Event, None, Whitening]:
         """Mean and variance of all advantages."""
@@ -168,14 +166,14 @@ class Job:
 
     def _write(self, shard: Shard, whitening: Whitening | None, *, empty: bool) -> Iterator[Event]:
         """Write a file from its log."""
-        filled = iter(()) if empty else self._filled(shard, whitening)
-        renames, place = column_renames(self.settings.reading.column), self.places[shard.name]
-        for row in written_again(shard, place, self.columns, renames, filled, self.stop):
-            yield Progress(stage=f"writing {place}", done=row, total=shard.num_rows)
+        columns = iter(()) if empty else self._new_columns(shard, whitening)
+        renames, target = column_renames(self.settings.reading.column), self.targets[shard.name]
+        for row in rewrite_with_columns(shard, target, self.columns, renames, columns, self.stop):
+            yield Progress(stage=f"writing {target}", done=row, total=shard.num_rows)
         if whitening is None:
             remove(self._log(shard))
 
-    def _filled(self, shard: Shard, whitening: Whitening | None) -> Iterator[Filled]:
+    def _new_columns(self, shard: Shard, whitening: Whitening | None) -> Iterator[ColumnBatch]:
         with LoggedValues(self._log(shard)) as log:
             for batch in self._batches(shard):
                 yield self.columns.of(batch, log.over(batch.response_mask), whitening)
@@ -201,20 +199,20 @@ NOT_PART_OF_THE_RESULT = ("to", "part")
 
 
 def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Iterator[Event]:
-    """Write shards again with a critic's values, and returns and advantages made of them. Streams.
+    """Write shards again with a critic's values, and the returns and advantages computed from them. Streams.
 
-    All rows are read and checked before the model runs. Values are kept on the disk as they are computed, so a job that
-    was stopped or killed goes on where it was; a file that stands is done.
+    All rows are read and checked before the model runs. Values are logged to disk as they are computed, so that a job
+    that was stopped or killed resumes where it was; files that are written are not written again.
 
     Args:
         settings: what to predict, and what to write.
-        stop: looked at between micro-batches and pieces of files.
+        stop: checked between micro-batches and pieces of files.
 
     Yields:
         Progress and notices; RunEnded last.
 
     Raises:
-        CriticTrainError: a fault that the user can mend.
+        CriticTrainError: an error that the user can fix.
     """
     stop = stop or StopRequest()
     part = part_of_this_process(settings)
@@ -225,9 +223,9 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
     )
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
-    target = target_paths(shards, settings.reading.data, Path(settings.prediction.to or ""))
+    targets = target_paths(shards, settings.reading.data, Path(settings.prediction.to or ""))
     source = critic_source(Path(settings.prediction.model or ""))
-    with OutputDirectory(Path(settings.prediction.to or ""), "predict", target, part) as output:
+    with OutputDirectory(Path(settings.prediction.to or ""), "predict", targets, part) as output:
         for message in output.compare(_record(settings, shards, source)):
             yield Notice(message=message, level="warning")
         mine = shards[part[0] - 1 :: part[1]]
@@ -236,7 +234,7 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
             source=source,
             compute=compute,
             output=output,
-            places=target,
+            targets=targets,
             bad_files=bad_files,
             stop=stop,
         )
@@ -258,10 +256,10 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
 
 
 def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource) -> dict[str, Any]:
-    """What the output depends on, for the comparison with how it was begun."""
-    told = {name: value for name, value in as_dict(settings).items() if name not in NOT_PART_OF_THE_RESULT}
+    """What the output depends on; a later run of the same command compares it."""
+    recorded = {name: value for name, value in as_dict(settings).items() if name not in NOT_PART_OF_THE_RESULT}
     return {
-        "settings": told,
+        "settings": recorded,
         "data": fingerprint(shards),
         "model": model_digest(source.path),
         "versions": versions(),

@@ -1,8 +1,6 @@
-"""Mean and variance of all advantages of a data set, batch by batch.
+"""The columns that `predict` computes, and the shards they are written to.
 
-Token columns back into rows: under the tokens they pair with, padding and all, null where nothing is known.
-
-The columns that `predict` computes, and the files it writes them into.
+New columns are aligned to the tokens of the original rows, padding included; rows that could not be used get nulls.
 """
 
 from collections.abc import Iterator
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 
 from critic_train.data.alignment import Aligner, ragged, read_tokens
 from critic_train.data.bad_input import RowErrors
-from critic_train.data.copying import copied, schema_of
+from critic_train.data.copying import copy_shard, schema_of
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.schema import Columns, Needs, resolve_schema
 from critic_train.data.shards import Shard
@@ -32,8 +30,8 @@ class Whitening:
     """Shifts and scales to mean 0 and variance 1, as verl's masked_whiten does over a batch.
 
     Attributes:
-        count: numbers taken in.
-        mean: of them.
+        count: numbers added.
+        mean: their mean.
         squares: sum of squared distances from it (Chan, Golub & LeVeque's update).
     """
 
@@ -42,7 +40,7 @@ class Whitening:
     squares: float = 0.0
 
     def add(self, numbers: NDArray[np.float64]) -> None:
-        """Take in numbers."""
+        """Add numbers."""
         if not len(numbers):
             return
         mean, total = float(numbers.mean()), self.count + len(numbers)
@@ -61,57 +59,57 @@ KIND = pa.list_(pa.float32())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Filled:
+class ColumnBatch:
     """New columns of some rollouts of a file.
 
     Attributes:
         row: int64 [n], rows in the file, ascending.
         offsets: int64 [n+1].
         columns: name -> float32 [T].
-        known: name -> bool [n], rollouts that have an entry there.
+        present: name -> bool [n], rollouts that have an entry.
     """
 
     row: NDArray[np.int64]
     offsets: NDArray[np.int64]
     columns: dict[str, NDArray[np.float32]]
-    known: dict[str, NDArray[np.bool_]]
+    present: dict[str, NDArray[np.bool_]]
 
-    def take(self, index: NDArray[np.int64]) -> "Filled":
+    def take(self, index: NDArray[np.int64]) -> "ColumnBatch":
         """Those at the given positions."""
         tokens, offsets = ragged_take(self.offsets, index)
-        return Filled(
+        return ColumnBatch(
             row=self.row[index],
             offsets=offsets,
             columns={name: column[tokens] for name, column in self.columns.items()},
-            known={name: known[index] for name, known in self.known.items()},
+            present={name: present[index] for name, present in self.present.items()},
         )
 
 
-class FilledRows:
-    """A stream of new columns, handed out by rows of the file.
+class ColumnStream:
+    """A stream of new columns, taken by ranges of rows of the file.
 
     Args:
-        pieces: in the order of the file; rows that cannot be used are in none of them.
+        batches: in the order of the file; rows that cannot be used are in none of them.
     """
 
-    def __init__(self, pieces: Iterator[Filled]) -> None:
-        self._pieces = pieces
-        self._held: list[Filled] = []
+    def __init__(self, batches: Iterator[ColumnBatch]) -> None:
+        self._batches = batches
+        self._pending: list[ColumnBatch] = []
 
-    def upto(self, end: int) -> list[Filled]:
-        """All that is left of rows below `end`."""
-        while not self._held or self._held[-1].row[-1] < end:
-            piece = next(self._pieces, None)
-            if piece is None:
+    def upto(self, end: int) -> list[ColumnBatch]:
+        """All remaining rows below `end`."""
+        while not self._pending or self._pending[-1].row[-1] < end:
+            batch = next(self._batches, None)
+            if batch is None:
                 break
-            self._held.append(piece)
-        ready: list[Filled] = []
-        rest: list[Filled] = []
-        for piece in self._held:
-            cut = int(np.searchsorted(piece.row, end))
-            ready += [piece.take(np.arange(cut))] if cut else []
-            rest += [piece.take(np.arange(cut, len(piece.row)))] if cut < len(piece.row) else []
-        self._held = rest
+            self._pending.append(batch)
+        ready: list[ColumnBatch] = []
+        rest: list[ColumnBatch] = []
+        for batch in self._pending:
+            cut = int(np.searchsorted(batch.row, end))
+            ready += [batch.take(np.arange(cut))] if cut else []
+            rest += [batch.take(np.arange(cut, len(batch.row)))] if cut < len(batch.row) else []
+        self._pending = rest
         return ready
 
 
@@ -121,34 +119,34 @@ def with_columns(schema: pa.Schema, names: list[str]) -> pa.Schema:
         field = pa.field(name, KIND)
         at = schema.get_field_index(name)
         schema = schema.append(field) if at < 0 else schema.set(at, field)
-    # It describes the columns that were there; `datasets` refuses files that have others.
+    # It describes the original columns; `datasets` refuses files that have others.
     return schema.with_metadata({k: v for k, v in (schema.metadata or {}).items() if k != b"huggingface"} or None)
 
 
-def filled_in(
+def with_new_columns(
     batch: pa.RecordBatch,
     schema: pa.Schema,
     names: dict[str, str],
     columns: Columns,
     first_row: int,
-    filled: list[Filled],
+    new: list[ColumnBatch],
 ) -> pa.RecordBatch:
     """Rows of a file with new columns put in.
 
-    A column is as long as the one it replaces was, row by row; a new one is as long as the response mask. So a shard
-    whose values are as long as the response gets such values.
+    A column is as long as the one it replaces, row by row; one that replaces none is as long as the response mask. So
+    a shard whose values are as long as the response gets such values.
 
     Args:
         batch: rows of the file, all columns.
         schema: from `with_columns`.
-        names: key in `Filled.columns` -> the column's name in the file.
-        columns: how the file is understood.
+        names: key in `ColumnBatch.columns` -> the column's name in the file.
+        columns: the file's own columns.
         first_row: the row of the file in which the batch begins.
-        filled: the new columns of those of its rows that could be used.
+        new: the new columns of those of its rows that could be used.
     """
     n = batch.num_rows
     tokens = read_tokens(batch, columns, RowErrors(n))
-    rows = _together([piece.row - first_row for piece in filled], np.int64)
+    rows = _together([part.row - first_row for part in new], np.int64)
     at = np.zeros(n, dtype=np.bool_)
     at[rows] = True
     at = np.repeat(at, tokens.lengths)
@@ -157,16 +155,16 @@ def filled_in(
         at &= aligner.attention_mask(columns.attention_mask)
     arrays = list(batch.columns)
     for key, name in names.items():
-        whole = np.zeros(len(at), dtype=np.float32)
-        whole[at] = _together([piece.columns[key] for piece in filled], np.float32)
-        known = np.zeros(n, dtype=np.bool_)
-        known[rows] = _together([piece.known[key] for piece in filled], np.bool_)
-        new = _lists(whole, tokens.lengths, _lengths_like(batch, name, columns, tokens.lengths), known)
-        place = batch.schema.get_field_index(name)
-        if place >= 0:
-            arrays[place] = new
+        flat = np.zeros(len(at), dtype=np.float32)
+        flat[at] = _together([part.columns[key] for part in new], np.float32)
+        present = np.zeros(n, dtype=np.bool_)
+        present[rows] = _together([part.present[key] for part in new], np.bool_)
+        column = _lists(flat, tokens.lengths, _lengths_like(batch, name, columns, tokens.lengths), present)
+        index = batch.schema.get_field_index(name)
+        if index >= 0:
+            arrays[index] = column
         else:
-            arrays.append(new)
+            arrays.append(column)
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -174,19 +172,19 @@ def _lengths_like(batch: pa.RecordBatch, name: str, columns: Columns, lengths: N
     """int64 [n], elements of each row: those of the column itself, else of the mask, where they fit the tokens."""
     for model in (name, columns.response_mask):
         if model is not None and model in batch.schema.names and _is_list(batch.schema.field(model).type):
-            found = ragged(batch.column(model)).lengths
-            return np.where((found > 0) & (found <= lengths), found, lengths)
+            listed = ragged(batch.column(model)).lengths
+            return np.where((listed > 0) & (listed <= lengths), listed, lengths)
     return lengths
 
 
 def _lists(
-    whole: NDArray[np.float32], lengths: NDArray[np.int64], kept: NDArray[np.int64], known: NDArray[np.bool_]
+    tokens: NDArray[np.float32], lengths: NDArray[np.int64], sizes: NDArray[np.int64], present: NDArray[np.bool_]
 ) -> pa.Array:
-    """The last `kept` tokens of each row as a list; null where nothing is known."""
-    kept = np.where(known, kept, 0)
-    flat = whole[repeat_by_length(offsets_from_lengths(lengths)[1:] - kept, kept)]
+    """The last `sizes` tokens of each row as a list; null where `present` is false."""
+    sizes = np.where(present, sizes, 0)
+    flat = tokens[repeat_by_length(offsets_from_lengths(lengths)[1:] - sizes, sizes)]
     return pa.ListArray.from_arrays(
-        pa.array(offsets_from_lengths(kept), pa.int32()), pa.array(flat), mask=pa.array(~known)
+        pa.array(offsets_from_lengths(sizes), pa.int32()), pa.array(flat), mask=pa.array(~present)
     )
 
 
@@ -200,10 +198,10 @@ def _together(parts: list[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewColumns:
-    """What is written.
+    """Computes the new columns.
 
     Attributes:
-        recipe: how returns and advantages are made.
+        recipe: how returns and advantages are computed.
         written: the columns wanted.
     """
 
@@ -215,8 +213,8 @@ class NewColumns:
         """Whether rewards are needed."""
         return any(name != "values" for name in self.written)
 
-    def of(self, rollouts: Rollouts, values: NDArray[np.float32], whitening: Whitening | None) -> Filled:
-        """The new columns of some rollouts. Cut ones that are dropped get values only.
+    def of(self, rollouts: Rollouts, values: NDArray[np.float32], whitening: Whitening | None) -> ColumnBatch:
+        """The new columns of some rollouts. With --truncated drop, truncated ones get values only.
 
         Args:
             rollouts: with rewards where the recipe needs them.
@@ -236,11 +234,11 @@ class NewColumns:
                     advantages = np.where(rollouts.response_mask, whitening.apply(advantages), 0.0)
                 columns[name] = advantages.astype(np.float32)
         targeted = self._targeted(rollouts)
-        return Filled(
+        return ColumnBatch(
             row=rollouts.row,
             offsets=rollouts.offsets,
             columns=columns,
-            known={name: everyone if name == "values" else targeted for name in self.written},
+            present={name: everyone if name == "values" else targeted for name in self.written},
         )
 
     def advantages(self, rollouts: Rollouts, values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -255,33 +253,33 @@ class NewColumns:
         return np.ones(len(rollouts), dtype=np.bool_)
 
 
-def written_again(
+def rewrite_with_columns(
     shard: Shard,
     target: Path,
     new: NewColumns,
     renames: dict[str, str],
-    filled: Iterator[Filled],
+    batches: Iterator[ColumnBatch],
     stop: StopRequest,
 ) -> Iterator[int]:
-    """Write a shard again with new columns; see `copied` for what else it does, yields and raises.
+    """Write a shard again with new columns; see `copy_shard` for what it yields and raises.
 
-    A new column stands under its canonical name, or the name that --column gives it; a column of that name is replaced.
+    A new column has its canonical name, or the name that --column gives it; a column of that name is replaced.
 
     Args:
         shard: the file.
         target: where to write it.
         new: what is written.
         renames: canonical name -> column, from --column.
-        filled: the new columns, in the file's order.
-        stop: looked at between pieces.
+        batches: the new columns, in the file's order.
+        stop: checked between pieces.
     """
     schema = schema_of(shard)
     columns = resolve_schema(schema, shard, renames=renames, labels=(), needs=Needs(returns=False, values=False))
     names: dict[str, str] = {name: renames.get(name, name) for name in new.written}
     written = with_columns(schema, list(names.values()))
-    rows = FilledRows(filled)
+    stream = ColumnStream(batches)
 
     def change(first_row: int, batch: pa.RecordBatch) -> pa.RecordBatch:
-        return filled_in(batch, written, names, columns, first_row, rows.upto(first_row + batch.num_rows))
+        return with_new_columns(batch, written, names, columns, first_row, stream.upto(first_row + batch.num_rows))
 
-    return copied(shard, target, written, change, stop)
+    return copy_shard(shard, target, written, change, stop)

@@ -1,4 +1,4 @@
-"""A file's predicted values while the job goes: what a stopped job had computed is not computed again."""
+"""Logs of predicted values, one a file, so that a resumed job computes no value twice."""
 
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ class ValueLog:
     """Float32 values of response tokens, appended block by block, each block on the disk before the next begins.
 
     Args:
-        path: the log; what stands there is gone on with.
+        path: the log; an existing one is continued.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -25,7 +25,7 @@ class ValueLog:
     def __init__(self, path: Path) -> None:
         make_directory(path.parent, exist_ok=True)
         self._file = File(path, "append")
-        self._known = self._file.size // WIDTH
+        self._logged = self._file.size // WIDTH
         self._passed = 0
 
     def __enter__(self) -> "ValueLog":
@@ -37,14 +37,14 @@ class ValueLog:
         self._file.close()
 
     def has(self, count: int) -> bool:
-        """Whether the next `count` values are known; if so they are passed over, if not they are to be appended."""
-        if self._passed + count <= self._known:
+        """Whether the next `count` values are in the log; if so they are skipped, if not they must be appended."""
+        if self._passed + count <= self._logged:
             self._passed += count
             return True
-        if self._known > self._passed or self._file.size > WIDTH * self._known:
-            # Part of a block: its bounds are known, so all of it is computed again.
+        if self._logged > self._passed or self._file.size > WIDTH * self._logged:
+            # A part of a block was written: the block is computed again.
             self._file.truncate(WIDTH * self._passed)
-            self._known = self._passed
+            self._logged = self._passed
         return False
 
     def append(self, values: NDArray[np.float32]) -> None:
@@ -52,7 +52,7 @@ class ValueLog:
         self._file.write(bytes_of(np.ascontiguousarray(values, dtype=np.float32)))
         self._file.sync()
         self._passed += len(values)
-        self._known = self._passed
+        self._logged = self._passed
 
 
 class LoggedValues:
@@ -78,6 +78,6 @@ class LoggedValues:
         count = int(response_mask.sum())
         values = np.frombuffer(self._file.read(WIDTH * count), dtype=np.float32)
         assert len(values) == count, "every block of the file was logged"
-        spread = np.zeros(len(response_mask), dtype=np.float32)
-        spread[response_mask] = values
-        return spread
+        aligned = np.zeros(len(response_mask), dtype=np.float32)
+        aligned[response_mask] = values
+        return aligned
