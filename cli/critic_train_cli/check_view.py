@@ -1,4 +1,4 @@
-"""What `check` found, on one screen."""
+"""The result of `check`, on one screen."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,66 +23,66 @@ DISTRIBUTIONS = {
 }
 
 
-def draw_check(console: "Console", found: dict[str, Any], shown: int) -> None:
-    """Print what was found.
+def draw_check(console: "Console", result: dict[str, Any], shown: int) -> None:
+    """Print the result of `check`.
 
     Args:
-        console: where.
-        found: see `doctor.check`.
+        console: where to print.
+        result: of `check`, see there.
         shown: bad rows shown one by one.
     """
-    console.print(headline(found), style="bold")
+    console.print(headline(result), style="bold")
     console.print()
-    for line in (schema_line(found), size_line(found)):
+    for line in (schema_line(result), size_line(result)):
         console.print(line)
     console.print()
-    console.print(distributions(console, found))
+    console.print(distributions(console, result))
     console.print()
-    for sentence in sentences(found):
+    for sentence in sentences(result):
         console.print(f"- {sentence}")
-    for line in bad_lines(found, shown):
+    for line in bad_lines(result, shown):
         console.print(line)
     console.print("\nSuggested", style="bold")
-    for item in found["advice"]:
+    for item in result["advice"]:
         if item["why"]:
             console.print(f"  {' '.join(item['flags'])}: {item['why']}")
     # Unwrapped, so that it can be copied.
-    console.print(f"  {found['command']}", soft_wrap=True)
+    console.print(f"  {result['command']}", soft_wrap=True)
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(result: dict[str, Any]) -> str:
     """Whether the data set can be trained on as it is."""
-    if found["sound"]:
+    if result["sound"]:
         return "Sound: every row can be used."
-    faults = []
-    if found["bad_files"]["count"]:
-        faults.append(f"{found['bad_files']['count']:,} files cannot be used")
-    if found["bad_rows"]["count"]:
-        faults.append(f"{found['bad_rows']['count']:,} rows cannot be used")
-    if found["leak"] and found["leak"]["prompts"]:
-        faults.append(f"{found['leak']['prompts']:,} prompts stand in --against as well")
-    return f"Not sound: {', '.join(faults)}."
+    problems = []
+    if result["bad_files"]["count"]:
+        problems.append(f"{result['bad_files']['count']:,} files cannot be used")
+    if result["bad_rows"]["count"]:
+        problems.append(f"{result['bad_rows']['count']:,} rows cannot be used")
+    if result["leak"] and result["leak"]["prompts"]:
+        problems.append(f"{result['leak']['prompts']:,} prompts stand in --against as well")
+    return f"Not sound: {', '.join(problems)}."
 
 
-def schema_line(found: dict[str, Any]) -> str:
+def schema_line(result: dict[str, Any]) -> str:
     """Which column is read as what."""
-    pairs = [name if name == column else f"{name} (from {column})" for name, column in found["schema"].items()]
+    pairs = [name if name == column else f"{name} (from {column})" for name, column in result["schema"].items()]
     return "columns: " + ", ".join(pairs)
 
 
-def size_line(found: dict[str, Any]) -> str:
+def size_line(result: dict[str, Any]) -> str:
     """How much there is."""
     parts = [
-        f"{found['files']:,} files",
-        f"{found['rollouts']:,} rollouts",
-        f"{found['prompt_groups']:,} prompt groups",
-        f"{count(found['tokens'])} tokens",
-        f"{count(found['response_tokens'])} of them response tokens",
+        f"{result['files']:,} files",
+        f"{result['rollouts']:,} rollouts",
+        f"{result['prompt_groups']:,} prompt groups",
+        f"{count(result['tokens'])} tokens",
+        f"{count(result['response_tokens'])} of them response tokens",
     ]
     return ", ".join(parts)
 
 
-def distributions(console: "Console", found: dict[str, Any]) -> Any:
+def distributions(console: "Console", result: dict[str, Any]) -> Any:
     """A row a quantity: extremes, quantiles, mean and shape."""
     with_shape = console.width >= SHAPE_NEEDS
     headings = ["min", "5 %", "median", "95 %", "max", "mean"]
@@ -90,33 +90,33 @@ def distributions(console: "Console", found: dict[str, Any]) -> Any:
     if with_shape:
         table.add_column("shape", no_wrap=True)
     for key, name in DISTRIBUTIONS.items():
-        told = found[key]
-        if told and told.get("min") is not None:
-            cells = [short(told.get(part)) for part in ("min", "p5", "p50", "p95", "max", "mean")]
-            counts = (told.get("histogram") or {}).get("counts") or []
+        summary = result[key]
+        if summary and summary.get("min") is not None:
+            cells = [short(summary.get(part)) for part in ("min", "p5", "p50", "p95", "max", "mean")]
+            counts = (summary.get("histogram") or {}).get("counts") or []
             shape = sparkline(counts, HISTOGRAM_WIDE, unicode=console.encoding.startswith("utf"))
             table.add_row(name, *cells, *([shape] if with_shape else []))
     return table
 
 
-def sentences(found: dict[str, Any]) -> Iterator[str]:
-    """What decides how to train, in words."""
-    yield returns_sentence(found)
-    stored, mean = found["stored_values"], found["group_mean"]
+def sentences(result: dict[str, Any]) -> Iterator[str]:
+    """Sentences on what decides how to train."""
+    yield returns_sentence(result)
+    stored, mean = result["stored_values"], result["group_mean"]
     if stored and number(stored["explained_variance"]) is not None:
         figure = with_interval(stored["explained_variance"], stored["explained_variance_interval"])
         other = with_interval(mean["explained_variance"], mean["explained_variance_interval"])
         yield f"the stored values explain {figure} of the returns' variance; the prompt group's mean {other}"
-    if found["sharing"]:
-        whose = "" if found["sample"]["is_everything"] else f" (seen on {found['sample']['rollouts']:,} rollouts)"
-        yield f"sharing prefixes saves {found['sharing']['saved_share']:.0%} of the tokens{whose}"
-    if found["mask_share"] is not None and found["mask_share"] < 1:
-        yield f"the mask takes {found['mask_share']:.1%} of the tokens from the first response token on"
-    if found["truncated"]:
-        yield f"{found['truncated']:,} rollouts are marked truncated"
-    if found["duplicates"]:
-        yield f"{found['duplicates']:,} rollouts have the very tokens of another"
-    leaked = found["leak"]
+    if result["sharing"]:
+        whose = "" if result["sample"]["is_everything"] else f" (seen on {result['sample']['rollouts']:,} rollouts)"
+        yield f"sharing prefixes saves {result['sharing']['saved_share']:.0%} of the tokens{whose}"
+    if result["mask_share"] is not None and result["mask_share"] < 1:
+        yield f"the mask takes {result['mask_share']:.1%} of the tokens from the first response token on"
+    if result["truncated"]:
+        yield f"{result['truncated']:,} rollouts are marked truncated"
+    if result["duplicates"]:
+        yield f"{result['duplicates']:,} rollouts have the very tokens of another"
+    leaked = result["leak"]
     if leaked is not None:
         yield (
             f"{leaked['prompts']:,} of {leaked['of_prompts']:,} prompts stand in --against as well "
@@ -124,11 +124,13 @@ def sentences(found: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def returns_sentence(found: dict[str, Any]) -> str:
-    """Which returns these are."""
-    match = found["returns_match"]
-    if not found["returns"]:
-        return "there are no returns" + ("; they can be made from the rewards" if found["rewards"] else ", nor rewards")
+def returns_sentence(result: dict[str, Any]) -> str:
+    """How the returns were computed."""
+    match = result["returns_match"]
+    if not result["returns"]:
+        return "there are no returns" + (
+            "; they can be made from the rewards" if result["rewards"] else ", nor rewards"
+        )
     if match is None:
         return "there are no rewards, so nobody can say how the returns were made"
     pair = f"gamma {match['gamma']:g} and lambda {match['lam']:g}"
@@ -140,11 +142,11 @@ def returns_sentence(found: dict[str, Any]) -> str:
     return f"the returns match {pair}{kind}{cut}"
 
 
-def bad_lines(found: dict[str, Any], shown: int) -> Iterator[str]:
+def bad_lines(result: dict[str, Any], shown: int) -> Iterator[str]:
     """The files and rows that cannot be used."""
-    for file in found["bad_files"]["files"]:
+    for file in result["bad_files"]["files"]:
         yield f"\n{file['file']}: {file['fault']}"
-    rows = found["bad_rows"]
+    rows = result["bad_rows"]
     if rows["count"]:
         kinds = "; ".join(f"{number:,} with {reason}" for reason, number in rows["reasons"].items())
         yield f"\n{rows['count']:,} rows cannot be used: {kinds}"

@@ -1,4 +1,4 @@
-"""Do the next thing in a background thread while this one is worked on. What comes out is the same, in its order."""
+"""Iteration and reading with a background thread that prepares the next item; results and their order are the same."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,9 +10,9 @@ K = TypeVar("K")
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, made up to `depth` ahead of whoever takes them.
+    """The same items, computed up to `depth` ahead of their use.
 
-    An error comes out where its item would have. Whoever leaves off in the middle waits for what is being made.
+    An error is raised in place of its item. Closing the iterator waits for the item that is being computed.
     """
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
@@ -24,7 +24,7 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
 
 
 class ReadAhead(Generic[K, T]):
-    """Reads what is asked for, and meanwhile what will be asked for next.
+    """Reads by key, and meanwhile reads the next key.
 
     Args:
         read: a function of its argument alone; it is called by one thread at a time.
@@ -35,30 +35,30 @@ class ReadAhead(Generic[K, T]):
         self._pool: ThreadPoolExecutor | None = None
         self._next: tuple[K, Future[T]] | None = None
 
-    def get(self, wanted: K, following: K | None) -> T:
-        """What `read` gives for `wanted`; then `following` is read in the background, if there is one.
+    def get(self, key: K, following: K | None) -> T:
+        """`read(key)`; then `following` is read in the background, unless it is None.
 
-        An error in the background is raised when its result is asked for, and forgotten when another one is.
+        An error in the background is raised when its result is asked for, and dropped when another one is.
         """
-        if self._next is not None and self._next[0] == wanted:
-            found = self._next[1].result()
+        if self._next is not None and self._next[0] == key:
+            result = self._next[1].result()
         else:
-            self._forget()
-            found = self._read(wanted)
+            self._discard()
+            result = self._read(key)
         self._next = None
         if following is not None:
             self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
             self._next = following, self._pool.submit(self._read, following)
-        return found
+        return result
 
     def close(self) -> None:
-        """Wait for what is being read, and end the thread."""
-        self._forget()
+        """Wait for the read in the background, and end the thread."""
+        self._discard()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         if self._next is not None and not self._next[1].cancel():
             self._next[1].exception()  # waits
         self._next = None

@@ -1,1 +1,1 @@
-"""What is in a data set, what is wrong with it, and how to train on it."""
+"""The content of a data set, its errors, and the flags to train on it."""

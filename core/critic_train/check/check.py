@@ -1,7 +1,4 @@
-"""What to tell `fit` about a data set.
-
-`critic-train check`, from top to bottom: read everything, survey it, match its returns, advise.
-"""
+"""`critic-train check`: read a data set, describe it, find how its returns were computed, advise flags for `fit`."""
 
 import shlex
 from collections.abc import Iterator
@@ -21,32 +18,32 @@ from critic_train.settings import CheckSettings, ComputeSettings, LossSettings
 from critic_train.stopping import Stopped, StopRequest
 
 HELD_BACK = 0.2
-"""Share of tokens farther from their old value than the clip lets a critic go, above which the clip is in the way."""
+"""Share of tokens whose return is beyond the clip around their old value, above which --old-values epoch is advised."""
 
 
-def advice(found: dict[str, Any], settings_data: list[str], columns: list[str]) -> list[tuple[list[str], str]]:
+def advice(result: dict[str, Any], settings_data: list[str], columns: list[str]) -> list[tuple[list[str], str]]:
     """Flags for `critic-train fit`, each with the reason.
 
     Args:
-        found: what the doctor found: a survey, with "bad_rows", "returns_match" and "clip".
-        settings_data: the --data that was looked at.
-        columns: the --column that was needed.
+        result: of `check`: a survey, with "bad_rows", "returns_match" and "clip".
+        settings_data: the values of --data.
+        columns: the values of --column.
 
     Returns:
         (flags, why), the data first.
     """
     advised: list[tuple[list[str], str]] = [([part for path in settings_data for part in ("--data", path)], "")]
     advised += [(["--column", pair], "") for pair in columns]
-    if found["bad_rows"]["count"]:
-        advised.append((["--on-bad-rows", "skip"], f"{found['bad_rows']['count']:,} rows cannot be used"))
-    if found["returns"] is None and found["rewards"] is not None:
+    if result["bad_rows"]["count"]:
+        advised.append((["--on-bad-rows", "skip"], f"{result['bad_rows']['count']:,} rows cannot be used"))
+    if result["returns"] is None and result["rewards"] is not None:
         advised.append((["--returns", "mc"], "there are rewards and no returns"))
-    match = found["returns_match"]
+    match = result["returns_match"]
     if match and match["found"] and match["lam"] < 1:
         flags = ["--returns", "mc"] + ([] if match["gamma"] == 1 else ["--gamma", f"{match['gamma']:g}"])
         advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
-    advised += _old_values(found)
-    longest = found["tokens_of_the_longest"]
+    advised += _old_values(result)
+    longest = result["tokens_of_the_longest"]
     if longest > ComputeSettings.max_tokens:
         advised.append((["--max-tokens", str(longest)], "the longest rollout goes through the model at once"))
     return advised
@@ -57,9 +54,9 @@ def command_line(advised: list[tuple[list[str], str]]) -> str:
     return shlex.join(["critic-train", "fit", *(part for flags, _ in advised for part in flags)])
 
 
-def _old_values(found: dict[str, Any]) -> list[tuple[list[str], str]]:
-    clip = found["clip"]
-    if clip is None and found["values"] is not None:
+def _old_values(result: dict[str, Any]) -> list[tuple[list[str], str]]:
+    clip = result["clip"]
+    if clip is None and result["values"] is not None:
         return []
     if clip is None:
         return [(["--old-values", "none"], "no values are stored")]
@@ -70,18 +67,18 @@ def _old_values(found: dict[str, Any]) -> list[tuple[list[str], str]]:
 
 
 MOST_BAD_ROWS = 10_000
-"""Bad rows that are named one by one; all are counted."""
+"""Bad rows that are listed one by one; all are counted."""
 
 
 def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[Event]:
-    """Say what is in a data set. Streams: memory does not grow with the tokens.
+    """Describe a data set. Streams: memory does not grow with the tokens.
 
     Args:
-        settings: what to look at.
-        stop: looked at between batches of rows.
+        settings: what to read.
+        stop: checked between batches of rows.
 
     Yields:
-        Progress and notices; RunEnded last, whose result is `Survey.told` with "schema", "bad_rows", "bad_files",
+        Progress and notices; RunEnded last, whose result is `Survey.summary` with "schema", "bad_rows", "bad_files",
         "returns_match", "clip", "leak", "advice", "command" and "sound" added.
 
     Raises:
@@ -105,38 +102,38 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     for sentence in reader.notices:
         yield Notice(message=sentence)
     yield Progress(stage="matching returns", done=0, total=1, unit="data set")
-    found = _found(survey, reader, fingerprint(shards)["digest"])
-    found["leak"] = None if other is None else leak(survey, other)
-    advised = advice(found, settings.reading.data, settings.reading.column)
-    found |= {
+    result = _described(survey, reader, fingerprint(shards)["digest"])
+    result["leak"] = None if other is None else leak(survey, other)
+    advised = advice(result, settings.reading.data, settings.reading.column)
+    result |= {
         "advice": [{"flags": flags, "why": why} for flags, why in advised],
         "command": command_line(advised),
-        "sound": not (found["bad_rows"]["count"] or bad_files or (found["leak"] or {}).get("prompts")),
+        "sound": not (result["bad_rows"]["count"] or bad_files or (result["leak"] or {}).get("prompts")),
     }
-    yield RunEnded(status="finished", result=found)
+    yield RunEnded(status="finished", result=result)
 
 
-def _found(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, Any]:
-    told = survey.summary()
+def _described(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, Any]:
+    summary = survey.summary()
     sample = survey.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
     if "returns" not in reader.shared_columns:
-        told |= {"returns": None, "stored_values": None, "group_mean": None}
-    match = match_returns(sample) if told["returns"] else None
+        summary |= {"returns": None, "stored_values": None, "group_mean": None}
+    match = match_returns(sample) if summary["returns"] else None
     return {
         "schema": {} if reader.first_columns is None else reader.first_columns.as_dict(),
         "files": len(reader.shards),
         "data_digest": digest,
-        **told,
+        **summary,
         "returns_match": None if match is None else match.as_dict(),
-        "clip": _clip(sample) if told["returns"] else None,
+        "clip": _clip(sample) if summary["returns"] else None,
         "bad_rows": reader.bad_rows.summary(),
         "bad_files": reader.bad_files.summary(),
     }
 
 
 def _clip(sample: Rollouts) -> dict[str, float] | None:
-    """How much of the data lies beyond the clip's reach, at its default width."""
+    """Share of the response tokens whose return the clip keeps a critic from, at its default width."""
     if sample.values is None:
         return None
     eps: Any = LossSettings.cliprange_value

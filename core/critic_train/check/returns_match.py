@@ -1,4 +1,4 @@
-"""Which discount and lambda the stored returns were made with, found by making them again."""
+"""Which discount and lambda the stored returns were computed with, by computing them again with candidates."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -55,7 +55,7 @@ def match_returns(rollouts: Rollouts) -> ReturnsMatch | None:
     well. Values are not needed for lambda 1.
 
     Args:
-        rollouts: a sample, with rewards and returns; tokens off the mask are steps of nobody.
+        rollouts: a sample, with rewards and returns; tokens off the mask are skipped.
 
     Returns:
         The closest pair; None without rewards or returns.

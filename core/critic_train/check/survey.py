@@ -1,6 +1,7 @@
-"""A sample of whole prompt groups, of bounded size, that does not depend on the order in which rollouts come.
+"""Statistics of a data set in one pass and flat memory: counts, lengths, distributions, duplicates, prefix sharing.
 
-What a data set holds: counts, lengths, distributions, repetitions, in one pass and flat memory.
+What needs rollouts side by side is computed on a sample of entire prompt groups, of bounded size, which does not depend
+on the order in which the rollouts come.
 """
 
 import hashlib
@@ -26,11 +27,11 @@ SEED = 0x5EED
 class GroupSample:
     """Keeps the prompt groups whose hashed key is smallest, as many as fit (a bottom-k sketch of the groups).
 
-    Every rollout of a kept group is kept, wherever it stands in the data set. As long as the data set fits, the
-    sample is the data set.
+    The sample has every rollout of its groups, wherever in the data set they are. It is the data set as long as that
+    fits.
 
     Args:
-        most_tokens: tokens kept; a single group larger than that is kept whole.
+        most_tokens: tokens of the sample; a single group larger than that is not cut.
 
     Attributes:
         is_everything: whether nothing was left out.
@@ -45,12 +46,12 @@ class GroupSample:
         """Groups hashed at or above it were dropped once, and stay so."""
 
     def add(self, rollouts: Rollouts) -> None:
-        """Take in some rollouts."""
+        """Add some rollouts."""
         ranks = mixed(rollouts.group, SEED)
-        kept = _below(ranks, self._limit)
-        if not kept.all():
+        selected = _below(ranks, self._limit)
+        if not selected.all():
             self.is_everything = False
-            rollouts = rollouts.take(np.flatnonzero(kept))
+            rollouts = rollouts.take(np.flatnonzero(selected))
         if not len(rollouts):
             return
         self._parts.append(replace(rollouts, labels={}))
@@ -59,26 +60,26 @@ class GroupSample:
             self._shrink()
 
     def rollouts(self) -> Rollouts | None:
-        """The sample, prompt groups together; None where nothing came."""
+        """The sample, prompt groups together; None without rollouts."""
         if not self._parts:
             return None
         self._shrink()
-        (whole,) = self._parts
-        return whole.take(np.argsort(whole.group, kind="stable"))
+        (sample,) = self._parts
+        return sample.take(np.argsort(sample.group, kind="stable"))
 
     def _shrink(self) -> None:
         """Drop the groups of largest hash until the rest fits; one group always stays."""
-        whole = concat_rollouts(self._parts)
-        ranks = mixed(whole.group, SEED)
+        sample = concat_rollouts(self._parts)
+        ranks = mixed(sample.group, SEED)
         order = np.argsort(ranks, kind="stable")
-        tokens = np.cumsum(whole.lengths[order])
+        tokens = np.cumsum(sample.lengths[order])
         first_out = int(np.searchsorted(tokens, self._most_tokens, side="right"))
         if first_out < len(order):
             limit = max(int(ranks[order[first_out]]), int(ranks[order[0]]) + 1)
-            whole = whole.take(np.flatnonzero(_below(ranks, limit)))
-            self.is_everything &= len(whole) == len(order)
+            sample = sample.take(np.flatnonzero(_below(ranks, limit)))
+            self.is_everything &= len(sample) == len(order)
             self._limit = limit
-        self._parts, self._tokens = [whole], len(whole.input_ids)
+        self._parts, self._tokens = [sample], len(sample.input_ids)
 
 
 def _below(ranks: NDArray[np.uint64], limit: int) -> NDArray[np.bool_]:
@@ -92,12 +93,12 @@ DISTINCT = 12
 
 
 class Survey:
-    """Takes rollouts in, batch by batch, and describes them at the end.
+    """Accumulates rollouts batch by batch; `summary` describes them.
 
     Memory: about 40 bytes a rollout, and a sample of bounded size for what needs rollouts side by side.
 
     Attributes:
-        sample: whole prompt groups.
+        sample: entire prompt groups.
         tokens: of all rollouts.
         max_token_id: the largest id, -1 where there are none.
         longest: tokens of the longest rollout.
@@ -119,7 +120,7 @@ class Survey:
         self.longest = 0
 
     def add(self, rollouts: Rollouts) -> None:
-        """Take in some rollouts."""
+        """Add some rollouts."""
         prompt_lengths = first_of(rollouts.response_mask, rollouts.lengths)
         counts = rollouts.response_counts
         self._prompt_lengths.append(prompt_lengths)

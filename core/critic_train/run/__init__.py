@@ -1,1 +1,1 @@
-"""The run directory: checkpoints that exist whole or not at all, the lock, the logs."""
+"""The run directory: checkpoints, manifests, lock, logs, and every write to the disk."""

@@ -1,4 +1,4 @@
-"""What may differ between the command that began a run and the one that goes on with it."""
+"""Which settings and inputs may differ between the command that began a run and the one that resumes it."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ RESUMABLE = frozenset(
     }
 )
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
-what they lead to is held by fingerprints."""
+fingerprints identify their content."""
 
 ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile", "offload"})
 """Settings that may differ at the price of bit-identity: sums are taken in another order."""
@@ -34,19 +34,19 @@ SHOWN = 5
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag: str = "--out") -> list[str]:
-    """Compare what a run was started with and what it is asked to go on with.
+    """Compare the settings and inputs a run was started with to those of the command that resumes it.
 
     Args:
         before: run.json.
-        now: the same of this command; what it does not name is not compared.
+        now: the same of this command; keys it lacks are not compared.
         out: the run directory, for the message.
-        flag: how another one is given.
+        flag: the flag that names it.
 
     Returns:
         Notices about changes that are allowed.
 
     Raises:
-        ConfigError: something changed that the result depends on; every such thing is named.
+        ConfigError: something changed that the result depends on; every such change is listed.
     """
     refused: list[str] = []
     notices: list[str] = []
@@ -89,10 +89,10 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag:
 
 
 def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a run is asked to go on further than it was to, and nothing that was done depends on how far that was.
+    """Whether a run is only made longer, and none of its steps so far depended on its length.
 
-    The learning rate does unless it is constant; the default warm-up and the default distance of evaluations are
-    shares of the run; old values of an epoch cut short went with the cache when the run ended.
+    The learning rate depends on it unless it is constant; the default warm-up and the default interval of evaluations
+    are shares of the run; old values of an incomplete epoch were removed with the cache when the run ended.
     """
     old, new = before.get("settings", {}), now["settings"]
     if all(old.get(name) == new.get(name) for name in HORIZON):
@@ -104,20 +104,20 @@ def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def changed_files(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Which files of a data set were added, removed, changed or put in another order, in words."""
+    """Which files of a data set were added, removed, changed or reordered, as text."""
     was = {file["name"]: file for file in (before or {}).get("files", [])}
     files = {file["name"]: file for file in (now or {}).get("files", [])}
-    found = {
+    changes = {
         "added": [name for name in files if name not in was],
         "removed": [name for name in was if name not in files],
         "changed": [name for name in files if name in was and files[name] != was[name]],
     }
-    told = [
+    parts = [
         f"{what} {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-        for what, names in found.items()
+        for what, names in changes.items()
         if names
     ]
-    return "; ".join(told) or "their order is another"
+    return "; ".join(parts) or "their order is another"
 
 
 def _shown(value: object) -> str:

@@ -1,10 +1,8 @@
-"""Checkpoints that exist whole or not at all.
+"""Checkpoints that are complete or absent, and the policy of keeping them.
 
-A checkpoint is written beside its place, every file synced, a manifest of sizes and SHA-256 digests last; then its
-directory is synced, renamed into place, and the parent synced. What has no manifest, or whose manifest does not hold,
-is no checkpoint; it is never deleted. The order is by step, never by a file's time. Nothing is pickled.
-
-Which checkpoints of a run are kept, and what is done when there is no room for one more.
+A checkpoint is written to a temporary directory: every file is synced, then a manifest of sizes and SHA-256 digests,
+then the directory; it is renamed to its final name and the parent is synced. A directory without a valid manifest is
+not a checkpoint; it is never deleted. Checkpoints are ordered by step, never by a file's time. Nothing is pickled.
 """
 
 import os
@@ -49,18 +47,18 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
         fill: writes the checkpoint's files into the empty directory it is given.
 
     Returns:
-        The checkpoint. One that already stands there whole is left as it is: the same step holds the same state.
+        The checkpoint. A complete one of that step is left as it is: the same step has the same state.
 
     Raises:
-        OSError: the disk is full or not writable, or the folder is gone; what was begun is removed.
+        OSError: the disk is full or not writable, or the folder is gone; the unfinished checkpoint is removed.
         ModelError: a later critic-train wrote a checkpoint of this step.
     """
     target = folder / checkpoint_name(step)
     if target.exists():
-        found = inspect(target)
-        if found.kind == "newer":
-            raise _refusal(target, found)
-        if found.kind == "complete":
+        state = inspect(target)
+        if state.kind == "newer":
+            raise _refusal(target, state)
+        if state.kind == "complete":
             return target
         set_aside(target)
     temporary = hidden(target)
@@ -80,16 +78,16 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None]) -> P
 
 
 def hidden(path: Path) -> Path:
-    """The name of a checkpoint that is being written or removed; what is left under it goes at the next start."""
+    """The name of a checkpoint while it is written or removed; the next start removes leftovers of that name."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
 def inspect(path: Path, *, digests: bool = True) -> Condition:
-    """What a checkpoint of a run is found to be; see `condition`. Its name and its manifest must agree on the step."""
-    found = condition(path, digests=digests)
-    if found.kind == "complete" and recorded_step(path) != checkpoint_step(path):
+    """The condition of a checkpoint of a run, see `condition`; its name and its manifest must agree on the step."""
+    state = condition(path, digests=digests)
+    if state.kind == "complete" and recorded_step(path) != checkpoint_step(path):
         return Condition("damaged", f"{MANIFEST} says that it is of step {recorded_step(path)}")
-    return found
+    return state
 
 
 def set_aside(path: Path) -> Path:
@@ -103,35 +101,35 @@ def set_aside(path: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint directories of a run by step, oldest first, whole or not."""
-    found = [p for p in folder.iterdir() if p.is_dir() and checkpoint_step(p) is not None] if folder.is_dir() else []
-    return sorted(found, key=lambda p: checkpoint_step(p) or 0)
+    """The checkpoint directories of a run by step, oldest first, complete or not."""
+    paths = [p for p in folder.iterdir() if p.is_dir() and checkpoint_step(p) is not None] if folder.is_dir() else []
+    return sorted(paths, key=lambda p: checkpoint_step(p) or 0)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, Condition]]:
-    """The newest checkpoint whose digests hold, and what newer ones are.
+    """The newest complete checkpoint, and the condition of every newer directory.
 
     Raises:
-        ModelError: a later critic-train wrote the newest one: it is not passed over for an older one.
+        ModelError: a later critic-train wrote the newest one; an older one is not taken in its stead.
     """
-    wrong: dict[Path, Condition] = {}
+    incomplete: dict[Path, Condition] = {}
     for path in reversed(checkpoints(folder)):
-        found = inspect(path)
-        if found.kind == "complete":
-            return path, wrong
-        if found.kind == "newer":
-            raise _refusal(path, found)
-        wrong[path] = found
-    return None, wrong
+        state = inspect(path)
+        if state.kind == "complete":
+            return path, incomplete
+        if state.kind == "newer":
+            raise _refusal(path, state)
+        incomplete[path] = state
+    return None, incomplete
 
 
 def resolve_model(path: Path) -> Path:
     """A run, a run's `best`, a checkpoint or a Hugging Face directory -> the directory that holds the weights.
 
-    A run stands for its best checkpoint, or for its newest whole one while there is no best.
+    Of a run it is the best checkpoint, or the newest complete one while there is no best.
 
     Raises:
-        ModelError: the run has no whole checkpoint, or the checkpoint named is not whole.
+        ModelError: the run has no complete checkpoint, or the checkpoint named is not complete.
     """
     folder = path / "checkpoints"
     if not folder.is_dir():
@@ -141,35 +139,35 @@ def resolve_model(path: Path) -> Path:
     if best.is_dir():
         _refuse_damage(best.resolve())
         return best.resolve()
-    newest, wrong = newest_checkpoint(folder)
+    newest, incomplete = newest_checkpoint(folder)
     if newest is None:
-        faults = "".join(f"\n  {p.name}: {found.fault}" for p, found in wrong.items())
-        raise ModelError(f"the run {path} has no whole checkpoint yet{faults}", hint="let critic-train fit reach one")
+        reasons = "".join(f"\n  {p.name}: {state.fault}" for p, state in incomplete.items())
+        raise ModelError(f"the run {path} has no whole checkpoint yet{reasons}", hint="let critic-train fit reach one")
     return newest
 
 
 def _refuse_damage(path: Path) -> None:
-    """Raise ModelError where a directory is a checkpoint whose weights are not those that were written."""
+    """Raise ModelError where a directory is a checkpoint whose weights have changed since it was written."""
     real = path.resolve()
     of_a_run = real.parent.name == "checkpoints" and checkpoint_step(real) is not None
     if not of_a_run and not (path / MANIFEST).is_file():
         return  # any other Hugging Face directory
-    found = condition(path, state=False)
-    if found.kind != "complete":
-        raise _refusal(path, found)
+    state = condition(path, state=False)
+    if state.kind != "complete":
+        raise _refusal(path, state)
 
 
-def _refusal(path: Path, found: Condition) -> ModelError:
-    if found.kind == "newer":
-        return ModelError(f"{path}: {found.fault}", hint="use that version, or another checkpoint")
+def _refusal(path: Path, state: Condition) -> ModelError:
+    if state.kind == "newer":
+        return ModelError(f"{path}: {state.fault}", hint="use that version, or another checkpoint")
     return ModelError(
-        f"the checkpoint {path} is {found.kind}: {found.fault}",
+        f"the checkpoint {path} is {state.kind}: {state.fault}",
         hint="critic-train verify says which checkpoints of a run are whole; name one of those",
     )
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The training state of a whole checkpoint (`trainer.json`). Raises ModelError where it cannot be read."""
+    """The training state of a checkpoint (`trainer.json`). Raises ModelError where it cannot be read."""
     try:
         return read_json_object(path / "trainer.json")
     except (OSError, ValueError) as error:
@@ -177,25 +175,25 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints and removes those that are too old; never the best, never the newest whole one.
+    """Writes a run's checkpoints and removes old ones; never the best, never the newest complete one.
 
     Args:
         folder: the run's `checkpoints` directory.
-        keep: newest whole checkpoints to keep, besides the best. What is damaged does not count, and stays.
+        keep: newest complete checkpoints to keep, besides the best. Damaged ones do not count, and stay.
 
     Attributes:
-        warnings: what could not be removed, in words; whoever reads them takes them out.
+        warnings: what could not be removed, as text; the reader clears the list.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
         self.warnings: list[str] = []
-        self._whole: set[Path] = set()
+        self._complete: set[Path] = set()
 
     def mark_complete(self, path: Path) -> None:
-        """Remember that a checkpoint's digests held, so that they are not taken again."""
-        self._whole.add(path)
+        """Note that a checkpoint's digests are valid, so that they are not computed again."""
+        self._complete.add(path)
 
     def write(self, step: int, fill: Callable[[Path], None], *, bytes_needed: int, best: Path | None) -> Path:
         """Write a checkpoint; on a full disk remove those it would make too old and try once more.
@@ -203,11 +201,11 @@ class CheckpointManager:
         Args:
             step: optimizer steps taken.
             fill: writes the files into the directory it is given; called again for the second try.
-            bytes_needed: about what it will weigh, for the message.
+            bytes_needed: its approximate size, for the message.
             best: the checkpoint that must stay.
 
         Raises:
-            MachineError: the disk is full or not writable. The checkpoints that stood still stand.
+            MachineError: the disk is full or not writable. No checkpoint is lost.
         """
         try:
             path = self._try(step, fill, best)
@@ -218,7 +216,7 @@ class CheckpointManager:
                 f"it needs {format_bytes(bytes_needed)}, {format_bytes(free_bytes(self.folder))} are free",
                 hint=f"{remedy} and run the same command again: it goes on from the checkpoint before",
             ) from error
-        self._whole.add(path)
+        self._complete.add(path)
         return path
 
     def _try(self, step: int, fill: Callable[[Path], None], best: Path | None) -> Path:
@@ -231,11 +229,11 @@ class CheckpointManager:
         return write_checkpoint(self.folder, step, fill)
 
     def prune(self, best: Path | None, *, keep: int | None = None) -> list[Path]:
-        """Remove all but the newest whole checkpoints and the best one; what cannot be removed stays, and is told.
+        """Remove all but the newest complete checkpoints and the best one; those that cannot be removed are warned of.
 
         Args:
             best: never removed.
-            keep: how many, where it is not the run's own number.
+            keep: how many; None for the run's own number.
 
         Returns:
             The checkpoints that remain, oldest first.
@@ -243,23 +241,23 @@ class CheckpointManager:
         left = self.keep if keep is None else keep
         for path in reversed(checkpoints(self.folder)):
             if left > 0:
-                left -= self._is_whole(path)
-            elif path != best and (path in self._whole or inspect(path, digests=False).kind == "complete"):
+                left -= self._is_complete(path)
+            elif path != best and (path in self._complete or inspect(path, digests=False).kind == "complete"):
                 self._remove(path)
         return checkpoints(self.folder)
 
-    def _is_whole(self, path: Path) -> bool:
-        if path not in self._whole and inspect(path).kind == "complete":
-            self._whole.add(path)
-        return path in self._whole
+    def _is_complete(self, path: Path) -> bool:
+        if path not in self._complete and inspect(path).kind == "complete":
+            self._complete.add(path)
+        return path in self._complete
 
     def _remove(self, path: Path) -> None:
-        """Hide a checkpoint, then remove it: half removed, it must not look like one that is damaged."""
-        self._whole.discard(path)
+        """Rename a checkpoint, then remove it: half removed, it must not look like a damaged one."""
+        self._complete.discard(path)
         try:
             rename(path, hidden(path))
             error = remove_tree(hidden(path))
-        except OSError as fault:
-            error = fault
+        except OSError as refusal:
+            error = refusal
         if error is not None:
             self.warnings.append(f"the old checkpoint {path.name} cannot be removed: {error.strerror or error}")

@@ -1,9 +1,9 @@
-"""One process a run: the kernel's lock on a file that also says who holds it.
+"""One process a run: a kernel lock on a file that also names its holder.
 
-The kernel lets go when the process ends, however it ends, so a lock is never left behind; what stands in the file is
-for people. Over NFS the server keeps the lock and drops it when the client's lease runs out, about a minute and a half
-after its machine is gone. Where a file system has no locks at all, the file's words have to do: a holder on this
-machine that is no longer alive has let go; one on another machine is believed until somebody removes the file.
+The kernel releases the lock when the process ends, however it ends; the file's text is for people. Over NFS the server
+holds the lock and drops it when the client's lease expires, about a minute and a half after its machine is gone. On a
+file system without locks the text decides: a holder on this machine that is no longer alive has released the lock, one
+on another machine has it until the file is removed.
 """
 
 import errno
@@ -22,14 +22,14 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 class Lock:
-    """Held from `with` to its end.
+    """Held inside the `with` block.
 
     Args:
-        path: the lock's file; its directory stands.
-        flag: how another directory is given.
+        path: the lock's file; its directory exists.
+        flag: the flag that names the directory, for messages.
 
     Attributes:
-        left_by: who held it last and ended without letting go (killed, or crashed); empty where nobody did.
+        left_by: the last holder, if it was killed or crashed; else empty.
 
     Raises:
         MachineError: another process holds it.
@@ -66,8 +66,8 @@ class Lock:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._refusal(f"wait for it, or give another {self._flag}") from None
-        except OSError as fault:
-            if fault.errno not in NO_LOCKS:
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
                 raise
             if self._seems_held():
                 raise self._refusal(f"if that process is gone, remove {self._path}") from None
@@ -82,7 +82,7 @@ class Lock:
         return ""
 
     def _seems_held(self) -> bool:
-        """Whether the file's words name a process that may still live."""
+        """Whether the file names a process that may still be alive."""
         named = re.fullmatch(r"process (\d+) on (.+)", self._holder())
         if named is None:
             return False

@@ -1,9 +1,7 @@
-"""A fingerprint of a base model that is cheap however large the model is.
+"""Digests: the manifest of a checkpoint, and a fingerprint of a base model that is cheap for any size.
 
-A checkpoint's manifest: what was written, how long and with which digest, and by which format.
-
-A directory with a manifest that holds is whole. One whose manifest does not hold is damaged. One without is
-incomplete: it was copied or removed in part, for critic-train itself never leaves such a one under a checkpoint's name.
+A directory with a valid manifest is a complete checkpoint. One that disagrees with its manifest is damaged. One without
+a manifest is incomplete: it was copied or removed in part, since critic-train writes the manifest before the rename.
 """
 
 import hashlib
@@ -27,7 +25,7 @@ def model_digest(path: Path) -> dict[str, Any]:
     or another training stage, not enough to notice one flipped bit.
 
     Returns:
-        {"files": {name: {"bytes", "sampled_sha256"}}}, JSON-able. The directory's place does not enter.
+        {"files": {name: {"bytes", "sampled_sha256"}}}, JSON-able. It does not depend on the directory's path.
     """
     names = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     skipped = "optimizer.safetensors"
@@ -59,12 +57,12 @@ MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**24
 """No manifest of ours is longer; what is longer is not read."""
 STATE_FILES = ("optimizer", "trainer.json")
-"""What a checkpoint's names begin with that only a resumed run needs, not one who asks the critic for values."""
+"""Beginnings of the names of files that only a resumed run needs, and no one who uses the critic."""
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a checkpoint directory is found to be.
+    """The condition of a checkpoint directory.
 
     Attributes:
         kind: "complete", "damaged", "incomplete", or "newer": in the format of a later critic-train.
@@ -76,7 +74,7 @@ class Condition:
 
 
 def write_manifest(directory: Path, step: int) -> None:
-    """Write down every file of a directory; all of them have been synced.
+    """Write the manifest of a directory whose files have all been synced.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -96,12 +94,12 @@ def write_manifest(directory: Path, step: int) -> None:
 
 
 def condition(directory: Path, *, digests: bool = True, state: bool = True) -> Condition:
-    """Hold a checkpoint against its manifest.
+    """Compare a checkpoint with its manifest.
 
     Args:
         directory: the checkpoint.
-        digests: whether to read all content; without, sizes have to do.
-        state: whether optimizer and trainer state count.
+        digests: whether to read all content; otherwise only sizes are compared.
+        state: whether to compare the optimizer and trainer state.
     """
     try:
         recorded = _read(directory / MANIFEST)
@@ -133,7 +131,7 @@ def recorded_step(directory: Path) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Raises OSError, ValueError, KeyError or TypeError where it is no manifest."""
+    """Raises OSError, ValueError, KeyError or TypeError where it is not a manifest."""
     if path.stat().st_size > MANIFEST_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes")
     recorded = read_json_object(path)

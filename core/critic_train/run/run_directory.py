@@ -1,7 +1,4 @@
-"""A run's directory: who holds it, what it was started with, what it has logged.
-
-A run's directory as the ranks see it that do not lead: they read what rank 0 has written, and write nothing.
-"""
+"""A run's directory: its lock, its records and its logs. Rank 0 holds it; the other ranks read it."""
 
 import json
 from pathlib import Path
@@ -18,13 +15,13 @@ LONGEST_LINE = 2**20
 
 
 class RunDirectory:
-    """A run directory held by this process, from `with` to its end.
+    """A run directory, locked by this process inside the `with` block.
 
     Args:
         path: the directory; created where it is missing.
 
     Attributes:
-        warnings: what could not be cleared away, in words; whoever tells of them takes them out.
+        warnings: what could not be removed, as text; the reader clears the list.
 
     Raises:
         MachineError: it cannot be written, or another process holds it.
@@ -78,42 +75,42 @@ class RunDirectory:
 
     @property
     def left_by(self) -> str:
-        """The process that held the run last, where it ended without letting go; empty where none did."""
+        """The process that held the run last, if it was killed or crashed; else empty."""
         return self._lock.left_by
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object of the run (`run.json`, `result.json`), None where it does not stand or cannot be read."""
+        """A JSON object of the run (`run.json`, `result.json`), None where it is missing or cannot be read."""
         return read_json_object_or_none(self.path / name)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Put a JSON object under its name, whole or not at all."""
+        """Write a JSON object atomically."""
         write_json(self.path / name, value)
 
     def start_afresh(self) -> None:
-        """Remove what an earlier start left that another one must not take for its own. Rollouts may stay cached."""
+        """Remove the results of an earlier start; its cached rollouts stay."""
         for name in ("result.json", "best", "timings.jsonl", "evaluation.json", "report.html"):
             remove(self.path / name)
         for column in (*self.cache.glob("*/old_values-*"), *self.cache.glob("*/state-rows")):
             remove(column)
 
     def reopen(self) -> None:
-        """A finished run is to go on: forget its result."""
+        """Remove the result of a finished run that is made longer."""
         remove(self.path / "result.json")
         sync_directory(self.path)
 
     def drop_cache(self) -> None:
-        """Remove what can be made again from the shards; whatever cannot be removed stays."""
+        """Remove the cache, which can be made again from the shards; files that cannot be removed are warned of."""
         self._clear(self.cache)
 
     def open_logs(self, metrics_bytes: int) -> None:
-        """Open metrics.jsonl for appending, cut back to where the resumed checkpoint left it."""
+        """Open the logs for appending, metrics.jsonl truncated to its size at the resumed checkpoint."""
         self._metrics = File(self.path / "metrics.jsonl", "append")
-        # Never lengthen: a log that somebody has cut would be filled up with NUL bytes.
+        # Never lengthen: a log that was shortened by hand would be filled up with NUL bytes.
         self._metrics.truncate(min(metrics_bytes, self._metrics.size))
         self._timings = File(self.path / "timings.jsonl", "append")
-        whole = _whole_lines(self.path / "timings.jsonl")
-        if whole < self._timings.size:  # a kill in the middle of a line
-            self._timings.truncate(whole)
+        end = _end_of_last_line(self.path / "timings.jsonl")
+        if end < self._timings.size:  # a kill in the middle of a line
+            self._timings.truncate(end)
         sync_directory(self.path)
 
     def log_metrics(self, record: dict[str, Any]) -> None:
@@ -121,17 +118,17 @@ class RunDirectory:
         _append(self._metrics, record)
 
     def log_timing(self, record: dict[str, Any]) -> None:
-        """Append one record of what differs from run to run: seconds, speed, memory."""
+        """Append one record of seconds, speed and memory, which differ from run to run."""
         _append(self._timings, record)
 
     def synced_metrics_bytes(self) -> int:
-        """Put metrics.jsonl on the disk and say how long it is."""
+        """Sync metrics.jsonl and return its size."""
         assert self._metrics is not None
         self._metrics.sync()
         return self._metrics.size
 
     def point_best_at(self, checkpoint: Path) -> None:
-        """Make `best` a link to a checkpoint, at once."""
+        """Make `best` a link to a checkpoint, atomically."""
         temporary = self.path / ".best.tmp"
         remove(temporary)
         link(temporary, Path("checkpoints") / checkpoint.name)
@@ -140,14 +137,14 @@ class RunDirectory:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint that `best` points at, None where it points at nothing."""
+        """The checkpoint that `best` links to, None where there is none."""
         link = self.path / "best"
         target = self.checkpoints / link.readlink().name if link.is_symlink() else None
         return target if target is not None and target.is_dir() else None
 
 
-def _whole_lines(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
+def _end_of_last_line(path: Path) -> int:
+    """Bytes up to the end of the last complete line."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - LONGEST_LINE))
@@ -161,7 +158,7 @@ def _append(file: File | None, record: dict[str, Any]) -> None:
 
 
 class ReadOnlyRun(RunDirectory):
-    """A run directory that rank 0 holds. Its file system is one that all ranks see."""
+    """The run directory on the other ranks, which write nothing. Its file system is shared by all ranks."""
 
     def __enter__(self) -> "ReadOnlyRun":
         return self
@@ -169,7 +166,7 @@ class ReadOnlyRun(RunDirectory):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing is held."""
+        """There is no lock to release."""
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Rank 0 does."""

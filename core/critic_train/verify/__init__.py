@@ -1,1 +1,1 @@
-"""Whether runs, checkpoints and data are what was written: digests, loading, reading."""
+"""Verification of runs, checkpoints and data: digests, loading, reading."""

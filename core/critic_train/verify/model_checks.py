@@ -18,29 +18,29 @@ TOKENS = 8
 
 
 def verify_model(path: Path) -> Finding:
-    """Digests where there is a manifest; then load the weights and have values predicted for a tiny rollout."""
+    """Compare digests where there is a manifest; load the weights, and predict values of a tiny rollout."""
     with_manifest = (path / MANIFEST).exists()
     if with_manifest:
-        found = condition(path)
-        if found.kind != "complete":
-            return Finding(path.name, "unsound", f"{found.kind}: {found.fault}")
+        state = condition(path)
+        if state.kind != "complete":
+            return Finding(path.name, "unsound", f"{state.kind}: {state.fault}")
     try:
-        fault = _does_not_predict(path)
+        problem = _numeric_problem(path)
     except ModelError as error:
-        fault = error.message
-    if fault:
-        return Finding(path.name, "unsound", fault)
+        problem = error.message
+    if problem:
+        return Finding(path.name, "unsound", problem)
     digests = "digests hold, " if with_manifest else "no manifest to hold it against; "
     return Finding(path.name, "sound", f"{digests}loads, predicts finite values")
 
 
-def _does_not_predict(path: Path) -> str:
-    """What is wrong with a model's numbers; an empty string where nothing is. A causal LM has no head to ask."""
+def _numeric_problem(path: Path) -> str:
+    """Weights or predicted values that are not finite, as text; else empty."""
     source = read_model(path)
     critic = load_critic(source).eval()
-    wrong = [name for name, weight in critic.named_parameters() if not torch.isfinite(weight).all()]
-    if wrong:
-        return f"{len(wrong)} tensors hold NaN or infinite numbers, {wrong[0]} first"
+    not_finite = [name for name, weight in critic.named_parameters() if not torch.isfinite(weight).all()]
+    if not_finite:
+        return f"{len(not_finite)} tensors hold NaN or infinite numbers, {not_finite[0]} first"
     rollouts = _tiny_rollout(source.vocab_size)
     forest = choose_packing(critic, rollouts, "auto").forest
     compute = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=4 * TOKENS)
@@ -50,7 +50,7 @@ def _does_not_predict(path: Path) -> str:
 
 
 def _tiny_rollout(vocab_size: int) -> Rollouts:
-    """Two of prompt, the rest response."""
+    """One rollout of TOKENS tokens, two of them prompt."""
     return Rollouts(
         input_ids=(np.arange(TOKENS) % vocab_size).astype(np.int32),
         offsets=np.asarray([0, TOKENS], dtype=np.int64),
