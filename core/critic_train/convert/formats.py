@@ -18,7 +18,7 @@ from critic_train.convert.dump_tensors import RefusedError
 from critic_train.convert.raw_records import Line, LineFormat, ObjectFormat, Records, Rows
 from critic_train.convert.unpickle import load_dump
 from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
-from critic_train.data.schema import ALIASES
+from critic_train.data.schema import ALIASES, list_item_type
 from critic_train.data.shards import Shard, find_shards
 from critic_train.errors import ConfigError, DataError
 
@@ -210,7 +210,8 @@ def _has_ids(lists: set[str], options: Options) -> bool:
 
 
 def _holds_integers(kind: pa.DataType) -> bool:
-    return hasattr(kind, "value_type") and pa.types.is_integer(kind.value_type) and not pa.types.is_dictionary(kind)
+    item = list_item_type(kind)
+    return item is not None and bool(pa.types.is_integer(item))
 
 
 def _shape_of(content: Any) -> str:

@@ -21,7 +21,7 @@ from critic_train.errors import ConfigError, MachineError
 from critic_train.jsonio import read_json_object_or_none
 from critic_train.run.changes import refuse_changes
 from critic_train.run.lock import Lock
-from critic_train.run.storage import make_directory, remove_tree, rename, sync_directory, write_file
+from critic_train.run.storage import make_directory, remove_tree, rename_durably, write_file
 from critic_train.stopping import StopRequest
 
 
@@ -90,8 +90,7 @@ class OutputDirectory:
         # Under a name of its own first: other parts may begin at the same moment, with the same record.
         temporary = self.work / f"{self._name}.json"
         write_file(temporary, json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
-        rename(temporary, self._record)
-        sync_directory(self.path)
+        rename_durably(temporary, self._record)
         return []
 
     def is_written(self, key: str) -> bool:

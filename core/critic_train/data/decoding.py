@@ -25,6 +25,7 @@ from critic_train.data.parquet_footer import (
     check_pages,
     read_footer,
 )
+from critic_train.data.schema import list_item_type
 from critic_train.data.shards import Shard
 from critic_train.data.stores import open_file, parquet_file
 from critic_train.errors import DataError, first_line
@@ -202,7 +203,7 @@ def _without_oversized_rows(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict
     """The rows, oversized ones null; and row -> (column, elements) of those."""
     oversized: dict[int, tuple[str, int]] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if _is_list(field.type) and batch.num_rows:
+        if list_item_type(field.type) is not None and batch.num_rows:
             lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
             for row in np.flatnonzero(lengths > MOST_TOKENS).tolist():
                 oversized.setdefault(row, (field.name, int(lengths[row])))
@@ -210,11 +211,6 @@ def _without_oversized_rows(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, dict
         index = pa.array([None if row in oversized else row for row in range(batch.num_rows)], type=pa.int64())
         batch = batch.take(index)
     return batch, oversized
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    are = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
-    return any(is_kind(kind) for is_kind in are)
 
 
 def refuse_oversized_rows(shard: Shard, piece: Piece) -> None:

@@ -26,7 +26,7 @@ from critic_train.run.storage import (
     make_directory,
     remove,
     remove_tree,
-    rename,
+    rename_durably,
     sync_directory,
     write_file,
 )
@@ -346,8 +346,7 @@ class CacheWriter:
                 self._write_index()
                 sync_directory(self._temporary)
                 remove_tree(self._target)
-                rename(self._temporary, self._target)
-                sync_directory(self._target.parent)
+                rename_durably(self._temporary, self._target)
         finally:
             remove_tree(self._temporary)
 

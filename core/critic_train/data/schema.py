@@ -298,7 +298,7 @@ class _SchemaResolver:
             return _is_number(kind)
         if expected is TRUTH:
             return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
-        item = _item_type(kind)
+        item = list_item_type(kind)
         if item is None:
             return False
         if expected is INTEGERS:
@@ -306,8 +306,8 @@ class _SchemaResolver:
         return _is_number(item)
 
 
-def _item_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type of a list's items, None for what is no list."""
+def list_item_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type of the items of any kind of list; None for other types."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return kind.value_type
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
@@ -321,7 +321,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _is_nested(kind: pa.DataType) -> bool:
     """Lists, structs, maps, unions: several values a row."""
-    return bool(pa.types.is_nested(kind)) or _item_type(kind) is not None
+    return bool(pa.types.is_nested(kind)) or list_item_type(kind) is not None
 
 
 def _near(name: str, names: Iterable[str]) -> str:

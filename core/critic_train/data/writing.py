@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from critic_train.run.storage import make_directory, remove, rename, sync_directory, sync_file
+from critic_train.run.storage import make_directory, remove, rename_durably, sync_file
 
 TOKEN_COLUMNS = {
     "input_ids": pa.list_(pa.int32()),
@@ -153,8 +153,7 @@ class ShardFile:
             self._sink.close()
             if error is None and not self._abandoned:
                 sync_file(self._temporary)
-                rename(self._temporary, self.path)
-                sync_directory(self.path.parent)
+                rename_durably(self._temporary, self.path)
         finally:
             remove(self._temporary)
 

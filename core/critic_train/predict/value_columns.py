@@ -16,7 +16,7 @@ from critic_train.data.alignment import Aligner, ragged, read_tokens
 from critic_train.data.bad_input import RowErrors
 from critic_train.data.copying import copy_shard, schema_of
 from critic_train.data.returns import ReturnRecipe
-from critic_train.data.schema import Columns, Needs, resolve_schema
+from critic_train.data.schema import Columns, Needs, list_item_type, resolve_schema
 from critic_train.data.shards import Shard
 from critic_train.rollouts import Rollouts, offsets_from_lengths, ragged_take, repeat_by_length
 from critic_train.settings import Written
@@ -171,7 +171,7 @@ def with_new_columns(
 def _lengths_like(batch: pa.RecordBatch, name: str, columns: Columns, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """int64 [n], elements of each row: those of the column itself, else of the mask, where they fit the tokens."""
     for model in (name, columns.response_mask):
-        if model is not None and model in batch.schema.names and _is_list(batch.schema.field(model).type):
+        if model in batch.schema.names and list_item_type(batch.schema.field(model).type) is not None:
             listed = ragged(batch.column(model)).lengths
             return np.where((listed > 0) & (listed <= lengths), listed, lengths)
     return lengths
@@ -186,10 +186,6 @@ def _lists(
     return pa.ListArray.from_arrays(
         pa.array(offsets_from_lengths(sizes), pa.int32()), pa.array(flat), mask=pa.array(~present)
     )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _together(parts: list[NDArray[Any]], kind: type[np.generic]) -> NDArray[Any]:

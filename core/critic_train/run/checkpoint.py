@@ -19,6 +19,7 @@ from critic_train.run.storage import (
     make_directory,
     remove_tree,
     rename,
+    rename_durably,
     sync_directory,
     sync_file,
 )
@@ -95,8 +96,7 @@ def set_aside(path: Path) -> Path:
     number = 0
     while (aside := path.with_name(f"damaged-{path.name}-{number}")).exists():
         number += 1
-    rename(path, aside)
-    sync_directory(path.parent)
+    rename_durably(path, aside)
     return aside
 
 

@@ -8,7 +8,16 @@ from typing import Any
 from critic_train.errors import MachineError
 from critic_train.jsonio import read_json_object_or_none
 from critic_train.run.lock import Lock
-from critic_train.run.storage import File, link, make_directory, remove, remove_tree, rename, sync_directory, write_json
+from critic_train.run.storage import (
+    File,
+    link,
+    make_directory,
+    remove,
+    remove_tree,
+    rename_durably,
+    sync_directory,
+    write_json,
+)
 
 LONGEST_LINE = 2**20
 """No line of a log is longer, in bytes."""
@@ -132,8 +141,7 @@ class RunDirectory:
         temporary = self.path / ".best.tmp"
         remove(temporary)
         link(temporary, Path("checkpoints") / checkpoint.name)
-        rename(temporary, self.path / "best")
-        sync_directory(self.path)
+        rename_durably(temporary, self.path / "best")
 
     @property
     def best(self) -> Path | None:

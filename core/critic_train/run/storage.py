@@ -164,6 +164,12 @@ def rename(source: Path, target: Path) -> None:
     source.replace(target)
 
 
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename a file or directory, and sync the directory of its new name."""
+    rename(source, target)
+    sync_directory(target.parent)
+
+
 def link(path: Path, target: Path) -> None:
     """Make `path` a symbolic link to `target`."""
     _announce("link", path, target=target)
@@ -271,8 +277,7 @@ class StagedFile(File):
                 if error is None:
                     self.sync()
             if error is None:
-                rename(self.path, self._target)
-                sync_directory(self._target.parent)
+                rename_durably(self.path, self._target)
         finally:
             remove(self.path)
 

@@ -16,7 +16,7 @@ from critic_train.run import storage
 from critic_train.run.storage import File, library_writes, remove_tree, watched, write_file, write_json
 
 CORE = Path(storage.__file__).parents[1]
-OF_NO_RUN = ("run/storage.py", "evaluation/token_columns.py", "data/writing.py", "convert/")
+OF_NO_RUN = ("run/storage.py", "evaluation/token_columns.py", "convert/")
 """The door itself; files without a name; shards and what they are made of, which other commands than fit write."""
 WRITES = {
     *("write_text", "write_bytes", "mkdir", "makedirs", "mkdtemp", "rename", "renames", "unlink", "rmdir", "rmtree"),
