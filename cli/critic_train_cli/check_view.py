@@ -132,7 +132,7 @@ def returns_sentence(result: dict[str, Any]) -> str:
             "; they can be made from the rewards" if result["rewards"] else ", nor rewards"
         )
     if match is None:
-        return "there are no rewards, so nobody can say how the returns were made"
+        return "there are no rewards, so it is unknown how the returns were made"
     pair = f"gamma {match['gamma']:g} and lambda {match['lam']:g}"
     if not match["found"]:
         closest = f"closest {pair}, off by {match['error']:.0%}"

@@ -1,7 +1,4 @@
-"""The one in-memory form of rollouts: ragged columns laid end to end.
-
-Every later stage (forest, loss, metrics) reads this form, whatever the shard looked like.
-"""
+"""Rollouts in memory: ragged columns, concatenated. All stages after reading use this form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,15 +19,15 @@ class Rollouts:
         input_ids: int32 [T], prompt then response (multi-turn: observation tokens in between).
         offsets: int64 [n+1]; rollout i owns tokens offsets[i]:offsets[i+1].
         response_mask: bool [T], true on the tokens the policy chose. Never true on a rollout's first token.
-        returns: float32 [T], the regression target G (meaningful where response_mask is true); 0 while they are
-            still to be computed from rewards.
+        returns: float32 [T], the regression target G where response_mask is true; 0 until they are computed from
+            rewards.
         values: float32 [T], V_old, the values stored at rollout time; None where the shards have none.
         group: int64 [n], key of the prompt group: equal keys, same prompt.
         row: int64 [n], position of the rollout in the data set as read (file order).
-        rewards: float32 [T], what the choice of each token earned, 0 off the mask; None where they were not read. A
-            reward a rollout stands on its last response token.
-        truncated: bool [n], whether generation was cut before it ended by itself; None where it was not read.
-        labels: per-rollout columns kept for slicing, name -> array [n] of str, int, float or bool.
+        rewards: float32 [T], the reward of each token, 0 off the mask; None where they were not read. One reward a
+            rollout is on its last response token.
+        truncated: bool [n], whether generation was cut off before it ended by itself; None where it was not read.
+        labels: per-rollout columns for slicing, name -> array [n] of str, int, float or bool.
     """
 
     input_ids: NDArray[np.int32]
@@ -80,7 +77,7 @@ class Rollouts:
 
 
 def concat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
-    """Rollouts end to end, in the order given; one part at least. A column that a part lacks the whole lacks."""
+    """Concatenate rollouts; at least one part. Columns that any part lacks are None in the result."""
     if len(parts) == 1:
         return parts[0]
 
@@ -112,7 +109,7 @@ def ragged_take(offsets: NDArray[np.int64], index: NDArray[np.int64]) -> tuple[N
 
 
 def repeat_by_length(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 [sum of lengths]: starts[i], starts[i]+1, ... for `lengths[i]` places, row after row."""
+    """int64 [sum of lengths]: starts[i], starts[i]+1, ... `lengths[i]` numbers of each, row after row."""
     offsets = offsets_from_lengths(lengths)
     return np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Stopped(Exception):  # noqa: N818 - a request that was met, not an error
-    """The job was asked to stop and has come to a place where it can."""
+    """Raised where a job stops on request."""
 
 
 @dataclass(slots=True)
@@ -16,14 +16,14 @@ class StopRequest:
     """Set from a signal handler, read by the job.
 
     Attributes:
-        signal_number: the signal that asked for the stop, or None while nobody has.
+        signal_number: the signal that asked for the stop, None before.
     """
 
     signal_number: int | None = None
 
     @property
     def requested(self) -> bool:
-        """Whether somebody has asked the job to stop."""
+        """Whether the job was asked to stop."""
         return self.signal_number is not None
 
     def check(self) -> None:

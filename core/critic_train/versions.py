@@ -1,4 +1,4 @@
-"""What a run or an evaluation was made with."""
+"""Versions of the program and its libraries, for records."""
 
 import importlib.metadata
 import platform

@@ -56,7 +56,7 @@ class ValueLog:
 
 
 class LoggedValues:
-    """Reads a whole log from its start.
+    """Reads a log from its start.
 
     Args:
         path: the log.

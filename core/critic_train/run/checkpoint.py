@@ -142,7 +142,7 @@ def resolve_model(path: Path) -> Path:
     newest, incomplete = newest_checkpoint(folder)
     if newest is None:
         reasons = "".join(f"\n  {p.name}: {state.fault}" for p, state in incomplete.items())
-        raise ModelError(f"the run {path} has no whole checkpoint yet{reasons}", hint="let critic-train fit reach one")
+        raise ModelError(f"the run {path} has no complete checkpoint yet{reasons}", hint="let critic-train fit reach one")
     return newest
 
 
@@ -162,7 +162,7 @@ def _refusal(path: Path, state: Condition) -> ModelError:
         return ModelError(f"{path}: {state.fault}", hint="use that version, or another checkpoint")
     return ModelError(
         f"the checkpoint {path} is {state.kind}: {state.fault}",
-        hint="critic-train verify says which checkpoints of a run are whole; name one of those",
+        hint="critic-train verify says which checkpoints of a run are complete; name one of those",
     )
 
 

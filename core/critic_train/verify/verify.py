@@ -72,16 +72,16 @@ def _checkpoints(path: Path) -> Iterator[Finding]:
         else:
             yield Finding(checkpoint.name, "unsound", f"{condition.kind}: {condition.fault}")
     if not complete:
-        yield Finding("checkpoints", "unsound", "there is no whole checkpoint")
+        yield Finding("checkpoints", "unsound", "there is no complete checkpoint")
     for aside in sorted(folder.glob("damaged-*")):
         yield Finding(aside.name, "unknown", "set aside as damaged when the run went on; may be removed")
     best = path / "best"
     if best.is_symlink():
         name = best.readlink().name
         if name in complete:
-            yield Finding("best", "sound", f"leads to {name}")
+            yield Finding("best", "sound", f"links to {name}")
         else:
-            yield Finding("best", "unsound", f"leads to {name}, which is no whole checkpoint")
+            yield Finding("best", "unsound", f"links to {name}, which is no complete checkpoint")
 
 
 def _data(what: str, sources: list[str], before: dict[str, Any]) -> Finding:

@@ -162,7 +162,7 @@ def test_a_run_stands_for_its_best_or_its_newest_checkpoint(folder):
     for path in checkpoints(folder):
         (path / "manifest.json").unlink()
     (run / "best").unlink()
-    with pytest.raises(ModelError, match="no whole checkpoint yet"):
+    with pytest.raises(ModelError, match="no complete checkpoint yet"):
         resolve_model(run)
 
 

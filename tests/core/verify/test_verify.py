@@ -101,7 +101,7 @@ def flip(path: Path) -> None:
         (lambda f: flip(f / "run/checkpoints/step-00000002/optimizer.safetensors"), "step-00000002", "has changed"),
         (lambda f: (f / "run/checkpoints/step-00000002/manifest.json").unlink(), "step-00000002", "incomplete"),
         (lambda f: not_a_number(f / "run/checkpoints/step-00000003", True), "step-00000003", "hold NaN or infinite"),
-        (lambda f: shutil.rmtree(f / "run/checkpoints"), "checkpoints", "no whole checkpoint"),
+        (lambda f: shutil.rmtree(f / "run/checkpoints"), "checkpoints", "no complete checkpoint"),
         (lambda f: (f / "run/run.json").write_text("{"), "run.json", "cannot be read"),
         (lambda f: (f / "run/result.json").write_text("[]"), "result.json", "no JSON object"),
         (lambda f: (f / "run/metrics.jsonl").open("a").write("{half"), "metrics.jsonl", "is no JSON"),
