@@ -142,7 +142,9 @@ def resolve_model(path: Path) -> Path:
     newest, incomplete = newest_checkpoint(folder)
     if newest is None:
         reasons = "".join(f"\n  {p.name}: {state.fault}" for p, state in incomplete.items())
-        raise ModelError(f"the run {path} has no complete checkpoint yet{reasons}", hint="let critic-train fit reach one")
+        raise ModelError(
+            f"the run {path} has no complete checkpoint yet{reasons}", hint="let critic-train fit reach one"
+        )
     return newest
 
 
