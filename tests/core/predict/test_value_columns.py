@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from critic_train.predict.value_columns import KIND, Filled, FilledRows, Whitening, with_columns
+from critic_train.predict.value_columns import KIND, ColumnBatch, ColumnStream, Whitening, with_columns
 from critic_train.rollouts import offsets_from_lengths
 
 NUMBERS = st.lists(st.lists(st.floats(-100, 100), max_size=6), min_size=1, max_size=6)
@@ -32,20 +32,20 @@ def test_one_number_alone_is_0_after_whitening():
 def piece(rows):
     """New columns of the rows of these numbers: row k has k % 3 tokens, each k."""
     lengths = np.array([row % 3 for row in rows], dtype=np.int64)
-    return Filled(
+    return ColumnBatch(
         row=np.array(rows, dtype=np.int64),
         offsets=offsets_from_lengths(lengths),
         columns={"values": np.repeat(np.array(rows, dtype=np.float32), lengths)},
-        known={"values": np.ones(len(rows), dtype=bool)},
+        present={"values": np.ones(len(rows), dtype=bool)},
     )
 
 
 def test_rows_are_handed_out_once_and_in_order_however_they_are_cut():
     pieces = [[0, 1, 4], [5], [6, 8, 9], [12]]
     for ends in ([13], [1, 3, 7, 13], [5, 6, 13], list(range(1, 14)), [4, 4, 12, 20]):
-        filled, seen, start = FilledRows(iter(map(piece, pieces))), [], 0
+        stream, seen, start = ColumnStream(iter(map(piece, pieces))), [], 0
         for end in ends:
-            for part in filled.upto(end):
+            for part in stream.upto(end):
                 assert all(start <= row < end for row in part.row)
                 assert part.columns["values"].tolist() == [row for row in part.row for _ in range(row % 3)]
                 seen += part.row.tolist()
