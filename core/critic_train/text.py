@@ -19,34 +19,34 @@ def number(value: Any) -> float | None:
 
 def fixed(value: Any, digits: int = 3) -> str:
     """A figure near one, as explained variance is: `0.412`."""
-    known = number(value)
-    return DASH if known is None else f"{known:.{digits}f}"
+    finite = number(value)
+    return DASH if finite is None else f"{finite:.{digits}f}"
 
 
 def short(value: Any) -> str:
     """A figure of any size in four digits: `0.04213`, `4.7e-05`."""
-    known = number(value)
-    return DASH if known is None else f"{known:.4g}"
+    finite = number(value)
+    return DASH if finite is None else f"{finite:.4g}"
 
 
 def three(value: Any) -> str:
     """A figure of any size in three digits, zeros kept so that a column lines up: `0.100`, `0.0708`."""
-    known = number(value)
-    return DASH if known is None else f"{known:#.3g}".rstrip(".")
+    finite = number(value)
+    return DASH if finite is None else f"{finite:#.3g}".rstrip(".")
 
 
 def signed(value: Any) -> str:
     """A figure whose sign matters, as a bias: `+0.0040`; four decimals, so that a column lines up."""
-    known = number(value)
-    if known is None:
+    finite = number(value)
+    if finite is None:
         return DASH
-    return f"{known:+.4f}" if known == 0 or 5e-5 <= abs(known) < 100 else f"{known:+.3g}"
+    return f"{finite:+.4f}" if finite == 0 or 5e-5 <= abs(finite) < 100 else f"{finite:+.3g}"
 
 
 def percent(value: Any) -> str:
     """A share of one as a percentage: `3.1 %`."""
-    known = number(value)
-    return DASH if known is None else f"{100 * known:.1f} %"
+    finite = number(value)
+    return DASH if finite is None else f"{100 * finite:.1f} %"
 
 
 def interval(bounds: Any) -> str:
@@ -63,34 +63,34 @@ def with_interval(value: Any, bounds: Any) -> str:
 
 def count(value: Any) -> str:
     """A count or a rate in three digits: `950`, `12.3k`, `4.56M`."""
-    known = number(value)
-    if known is None:
+    finite = number(value)
+    if finite is None:
         return DASH
     for unit, size in (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9)):
-        if abs(known) < 999.5 * size or unit == "G":
-            scaled = known / size
-            digits = 0 if not unit and known == int(known) else max(0, 2 - len(str(int(abs(scaled)))) + 1)
+        if abs(finite) < 999.5 * size or unit == "G":
+            scaled = finite / size
+            digits = 0 if not unit and finite == int(finite) else max(0, 2 - len(str(int(abs(scaled)))) + 1)
             return f"{scaled:.{min(digits, 2)}f}{unit}"
     return DASH
 
 
 def format_bytes(value: Any) -> str:
     """A number of bytes: `950 B`, `5.1 MB`, `1.2 TB`."""
-    known = number(value)
-    if known is None:
+    finite = number(value)
+    if finite is None:
         return DASH
     for unit, one in (("B", 1.0), ("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
-        if known < 999.5 * one or unit == "TB":
-            return f"{known / one:.{0 if unit == 'B' or known >= 99.5 * one else 1}f} {unit}"
+        if finite < 999.5 * one or unit == "TB":
+            return f"{finite / one:.{0 if unit == 'B' or finite >= 99.5 * one else 1}f} {unit}"
     return DASH
 
 
 def duration(seconds: Any) -> str:
     """Seconds as a clock shows them: `0:07`, `12:34`, `3:05:00`, `2d 03:05`."""
-    known = number(seconds)
-    if known is None or known < 0:
+    finite = number(seconds)
+    if finite is None or finite < 0:
         return DASH
-    minutes, rest = divmod(round(known), 60)
+    minutes, rest = divmod(round(finite), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
         return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
@@ -118,7 +118,7 @@ PATTERNS = (
 
 
 def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A text with every secret in it hidden: in addresses, of well-known shapes, and those the environment holds.
+    """A text with every secret in it hidden: in addresses, of well-finite shapes, and those the environment holds.
 
     Args:
         text: to be written somewhere.

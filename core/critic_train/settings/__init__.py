@@ -16,7 +16,7 @@ from critic_train.settings.base import (
     type_errors,
     value_type,
 )
-from critic_train.settings.commands import (
+from critic_train.settings.command_settings import (
     CheckSettings,
     ConvertSettings,
     EvalSettings,
