@@ -103,7 +103,6 @@ SHORTEST = 8
 SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)(?:_|$)", re.IGNORECASE
 )
-WORDS = "token|secret|signature|password|credential|key"
 PATTERNS = (
     (re.compile(r"(?<=://)[^/@\s\"'<>]+(?=@)"), HIDDEN),  # user and password of an address
     (
