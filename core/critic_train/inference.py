@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from critic_train.errors import ConfigError, DataError, ModelError
 from critic_train.model import loading
 from critic_train.model.compute import resolve_compute
+from critic_train.model.first_pass import critic_source
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
-from critic_train.predict.first_pass import critic_source
 from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.settings import ComputeSettings, Precision, type_errors
 

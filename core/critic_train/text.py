@@ -43,10 +43,10 @@ def signed(value: Any) -> str:
     return f"{finite:+.4f}" if finite == 0 or 5e-5 <= abs(finite) < 100 else f"{finite:+.3g}"
 
 
-def percent(value: Any) -> str:
+def percent(value: Any, digits: int = 1) -> str:
     """A share of one as a percentage: `3.1 %`."""
     finite = number(value)
-    return DASH if finite is None else f"{100 * finite:.1f} %"
+    return DASH if finite is None else f"{100 * finite:.{digits}f} %"
 
 
 def interval(bounds: Any) -> str:

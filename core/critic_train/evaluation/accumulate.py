@@ -1,4 +1,4 @@
-"""What the judge has taken in: rollouts, returns and predictions, as sums and as token columns set aside."""
+"""What an evaluation has taken in: rollouts, returns and predictions, as sums and as columns of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,11 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.errors import DataError, ModelError
-from critic_train.evaluation.calibration import Block
-from critic_train.evaluation.metrics import Population
-from critic_train.evaluation.moments import Floats, Integers, Moments
-from critic_train.evaluation.token_columns import RankCorrelation, TokenColumn, TokenStore, block_slices
-from critic_train.evaluation.token_sums import Cells, PredictionSums, RolloutMoments, RolloutTable
+from critic_train.evaluation.moments import Floats, Integers, Moments, TokenColumn
+from critic_train.evaluation.token_columns import RankCorrelation, TokenStore, block_slices
+from critic_train.evaluation.token_sums import (
+    Block,
+    Cells,
+    Population,
+    PredictionSums,
+    RolloutMoments,
+    RolloutTable,
+)
 from critic_train.rollouts import Rollouts
 
 RETURNS, STORED, REWARDS = "returns", "stored", "rewards"
@@ -40,7 +45,7 @@ class EvalAccumulator:
         self._sums = {
             name: PredictionSums(positions, cliprange_value) for name in [STORED, *(CRITIC + c for c in critics)]
         }
-        self._spool = TokenStore([RETURNS, REWARDS, *self._sums])
+        self._tokens = TokenStore([RETURNS, REWARDS, *self._sums])
         self.has_stored = self.has_rewards = True
         self.smallest_return, self.largest_return = float("inf"), float("-inf")
 
@@ -48,19 +53,19 @@ class EvalAccumulator:
         """See Judge.add."""
         tokens = np.flatnonzero(rollouts.response_mask)
         lengths = np.diff(np.searchsorted(tokens, rollouts.offsets))  # without a pass over all tokens
-        kept = np.flatnonzero(lengths)
-        lengths = lengths[kept]
-        labels = {name: self._label(rollouts, name)[kept] for name in self._table.columns}
+        used = np.flatnonzero(lengths)
+        lengths = lengths[used]
+        labels = {name: self._label(rollouts, name)[used] for name in self._table.columns}
         columns = self._columns(rollouts, values, tokens)
         for name, column in columns.items():
-            require_finite(name, column, rollouts.row[kept], lengths)
+            require_finite(name, column, rollouts.row[used], lengths)
         self.has_stored &= STORED in columns
         self.has_rewards &= REWARDS in columns
-        if not len(kept):
+        if not len(used):
             return
-        self._table.add(rollouts.group[kept], rollouts.row[kept], lengths, labels)
+        self._table.add(rollouts.group[used], rollouts.row[used], lengths, labels)
         for name, column in columns.items():
-            self._spool.append(name, column)
+            self._tokens.append(name, column)
         returns = columns[RETURNS]
         starts = np.cumsum(lengths) - lengths
         self._last_returns.append(returns[starts + lengths - 1])
@@ -85,25 +90,25 @@ class EvalAccumulator:
     def _columns(
         self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]], tokens: Integers
     ) -> dict[str, TokenColumn]:
-        """Name -> float32 [response tokens]; `tokens` are their places among all tokens."""
+        """Name -> float32 [response tokens]; `tokens` are the indices of the response tokens."""
         if set(values) != set(self._critics):
             raise ValueError(f"values of {sorted(self._critics)} expected, not of {sorted(values)}")
-        whole = {RETURNS: rollouts.returns} | {CRITIC + name: values[name] for name in self._critics}
+        columns = {RETURNS: rollouts.returns} | {CRITIC + name: values[name] for name in self._critics}
         if rollouts.values is not None and self.has_stored:
-            whole[STORED] = rollouts.values
+            columns[STORED] = rollouts.values
         if rollouts.rewards is not None and self.has_rewards:
-            whole[REWARDS] = rollouts.rewards
-        for name, column in whole.items():
+            columns[REWARDS] = rollouts.rewards
+        for name, column in columns.items():
             if column.shape != rollouts.response_mask.shape:
                 raise ValueError(f"{name}: shape {column.shape}, not {rollouts.response_mask.shape}")
-        return {name: column[tokens].astype(np.float32, copy=False) for name, column in whole.items()}
+        return {name: column[tokens].astype(np.float32, copy=False) for name, column in columns.items()}
 
     @staticmethod
     def _label(rollouts: Rollouts, name: str) -> NDArray[np.generic]:
         if name not in rollouts.labels:
-            there = ", ".join(rollouts.labels) or "none"
+            existing = ", ".join(rollouts.labels) or "none"
             raise DataError(
-                f"no column {name!r} to judge by; columns with one value a rollout: {there}",
+                f"no column {name!r} to judge by; columns with one value a rollout: {existing}",
                 hint="name one of these columns, or add the column to every shard",
             )
         return rollouts.labels[name]
@@ -126,7 +131,7 @@ class EvalAccumulator:
         return np.concatenate(parts).astype(np.float64) if parts else np.empty(0)
 
     def population(self) -> Population:
-        """The rollouts sorted by prompt group and place in the data set."""
+        """The rollouts sorted by prompt group and row number."""
         group, row = self._table.group, self._table.row
         order = np.lexsort((row, group))
         keys, index = np.unique(group[order], return_inverse=True)
@@ -138,14 +143,14 @@ class EvalAccumulator:
             rows=row[order],
             returns=self.returns()[order],
             by_position=self._returns.by_position,
-            slices={name: (values, place[order]) for name, (values, place) in labels.items()},
+            slices={name: (values, index[order]) for name, (values, index) in labels.items()},
         )
 
     def scan(self, name: str) -> Iterator[Block]:
         """One prediction's values beside the returns, in blocks of whole rollouts in order of arrival."""
         lengths = self._table.counts
-        columns = (self._spool.blocks(column, lengths) for column in (name, RETURNS))
-        rewards = self._spool.blocks(REWARDS, lengths) if self.has_rewards else None
+        columns = (self._tokens.blocks(column, lengths) for column in (name, RETURNS))
+        rewards = self._tokens.blocks(REWARDS, lengths) if self.has_rewards else None
         for part, values, returns in zip(block_slices(lengths), *columns, strict=True):
             own = lengths[part]
             yield Block(
@@ -160,18 +165,18 @@ class EvalAccumulator:
 
     def column(self, name: str) -> Iterator[TokenColumn]:
         """A prediction's values or RETURNS, in blocks."""
-        return self._spool.blocks(name, self._table.counts)
+        return self._tokens.blocks(name, self._table.counts)
 
     def replay(self, fixed: Mapping[str, Floats]) -> dict[str, PredictionSums]:
-        """Sums of predictions that are known only now: one value a rollout.
+        """Sums of predictions that depend on all rollouts: one value a rollout.
 
         Args:
             fixed: name -> float64 [m], in order of arrival.
         """
         sums = {name: PredictionSums(self.positions, self._cliprange) for name in fixed}
         lengths = self._table.counts
-        stored = self._spool.blocks(STORED, lengths) if self.has_stored else None
-        returns = self._spool.blocks(RETURNS, lengths)
+        stored = self._tokens.blocks(STORED, lengths) if self.has_stored else None
+        returns = self._tokens.blocks(RETURNS, lengths)
         for part, block in zip(block_slices(lengths), returns, strict=True):
             cells = Cells.of(lengths[part], self.positions)
             g = block.astype(np.float64)
@@ -183,7 +188,7 @@ class EvalAccumulator:
     def spearman(self, fixed: Mapping[str, Floats]) -> dict[str, float | None]:
         """Spearman's correlation of each prediction with the returns; `fixed` as for `replay`."""
         lengths = self._table.counts
-        ranks = RankCorrelation(lambda: self._spool.blocks(RETURNS, lengths), int(lengths.sum()))
+        ranks = RankCorrelation(lambda: self._tokens.blocks(RETURNS, lengths), int(lengths.sum()))
 
         def repeated(values: Floats) -> Iterator[TokenColumn]:
             for part in block_slices(lengths):
@@ -192,7 +197,7 @@ class EvalAccumulator:
 
         figures = {}
         for name in self.predictions():
-            figures[name] = ranks.against(lambda name=name: self._spool.blocks(name, lengths))  # type: ignore[misc]
+            figures[name] = ranks.against(lambda name=name: self._tokens.blocks(name, lengths))  # type: ignore[misc]
         for name, values in fixed.items():
             figures[name] = ranks.against(lambda values=values: repeated(values))  # type: ignore[misc]
         return figures
@@ -204,7 +209,7 @@ def require_finite(name: str, column: TokenColumn, row: Integers, lengths: Integ
     Args:
         name: of the column.
         column: float32 [T], response tokens of m rollouts.
-        row: int64 [m], their places in the data set.
+        row: int64 [m], their row numbers in the data set.
         lengths: int64 [m], their response tokens.
     """
     finite = np.isfinite(column)

@@ -1,12 +1,12 @@
-"""How much the advantages vary that a policy would be trained with: GAE's with this critic against GRPO's."""
+"""The advantages that a policy would be trained with: GAE's with a prediction as the critic, and GRPO's."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from critic_train.data.returns import ReturnRecipe, gae
-from critic_train.evaluation.calibration import Block
 from critic_train.evaluation.moments import Floats, Integers, Moments, segment_moments
+from critic_train.evaluation.token_sums import Block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,8 @@ class AdvantageRecipe:
         """One lambda for all, or float64 [n] for rollouts of `lengths` response tokens."""
         if self.length_alpha is None:
             return self.lam
-        found: Floats = np.maximum(0.0, 1.0 - 1.0 / (self.length_alpha * lengths))
-        return found
+        lambdas: Floats = np.maximum(0.0, 1.0 - 1.0 / (self.length_alpha * lengths))
+        return lambdas
 
     def record(self) -> dict[str, float | None]:
         """{gamma, lam}; lam is None where each rollout has its own."""
@@ -70,8 +70,8 @@ class AdvantageMoments:
             gamma=self._recipe.gamma,
             lam=self._recipe.lambdas(block.lengths),
         )
-        found = segment_moments(advantages, block.starts, block.lengths, block.owner)
-        self._means[block.rollouts], self._squares[block.rollouts] = found.mean, found.squares
+        moments = segment_moments(advantages, block.starts, block.lengths, block.owner)
+        self._means[block.rollouts], self._squares[block.rollouts] = moments.mean, moments.squares
 
     def moments(self, counts: Integers) -> Moments:
         """Moments of each rollout, in order of arrival; `counts` are their response tokens."""

@@ -1,8 +1,8 @@
-"""Does the value tell right rollouts from wrong ones? AUC, overall, within prompt groups and along the response.
+"""How well values tell correct rollouts from incorrect ones: AUC, overall, within prompt groups, along the response.
 
-The AUC is the chance that the value of a right rollout lies above that of a wrong one, a tie counting half (Hanley
-and McNeil 1982; Mann and Whitney's U over the number of pairs). Within prompt groups only pairs of one prompt count,
-and every pair has the same weight: what the critic knows of the prompt is of no help there.
+The AUC is the chance that the value of a correct rollout lies above that of an incorrect one, a tie counting half
+(Hanley and McNeil 1982; Mann and Whitney's U over the number of pairs). Within prompt groups only pairs of one prompt
+count, and every pair has the same weight: what the critic knows of the prompt does not enter.
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.evaluation.calibration import Block
 from critic_train.evaluation.moments import Floats, Integers, pool, segment_moments, sums_by_key
 from critic_train.evaluation.resampling import draws, percentile_interval, resampled_sums
-from critic_train.evaluation.token_sums import Cells
+from critic_train.evaluation.token_sums import Block, Cells
 
 ROUNDING = 1e-5
 """Outcomes this close together, as a share of their range, are one: float32 GAE gives 0.99999994 for 1."""
@@ -24,7 +23,7 @@ Bools = NDArray[np.bool_]
 Scores = NDArray[np.float32]
 
 
-def right_or_wrong(outcomes: Floats) -> Bools | None:
+def correct_rollouts(outcomes: Floats) -> Bools | None:
     """bool [m], true where the outcome is the larger of two; None where there are not exactly two.
 
     Args:
@@ -44,61 +43,61 @@ class RolloutScores:
     Means are kept as float32, as values are: those that differ by rounding only are ties.
 
     Attributes:
-        whole: float32 [m], in order of arrival.
+        overall: float32 [m], in order of arrival.
         parts: float32 [positions, m]; NaN where a response has no token in that part.
     """
 
     def __init__(self, rollouts: int, positions: int) -> None:
         self._positions = positions
-        self.whole: Scores = np.empty(rollouts, dtype=np.float32)
+        self.overall: Scores = np.empty(rollouts, dtype=np.float32)
         self.parts: Scores = np.full((positions, rollouts), np.nan, dtype=np.float32)
 
     def add(self, block: Block) -> None:
         """Take in a block."""
         cells = Cells.of(block.lengths, self._positions)
         moments = segment_moments(block.values.astype(np.float64), cells.starts, cells.counts, cells.owner)
-        self.whole[block.rollouts] = pool(moments, cells.rollout, cells.rollouts).mean
+        self.overall[block.rollouts] = pool(moments, cells.rollout, cells.rollouts).mean
         self.parts[cells.position, block.rollouts.start + cells.rollout] = moments.mean
 
 
-def pairs_within(scores: Scores, right: Bools, group: Integers, groups: int) -> tuple[Floats, Floats]:
-    """Pairs of a right and a wrong rollout of one prompt, by sorting: m log m, however large the groups.
+def pairs_within(scores: Scores, correct: Bools, group: Integers, groups: int) -> tuple[Floats, Floats]:
+    """Pairs of a correct and an incorrect rollout of one prompt, by sorting: m log m, however large the groups.
 
     Args:
         scores: float32 [m]; NaN leaves a rollout out.
-        right: bool [m].
+        correct: bool [m].
         group: int64 [m], from 0.
         groups: their number.
 
     Returns:
-        (float64 [groups], pairs told apart rightly, a tie counting half; float64 [groups], all pairs).
+        (float64 [groups], pairs in the right order, a tie counting half; float64 [groups], all pairs).
     """
     there = np.flatnonzero(~np.isnan(scores))
     order = there[np.lexsort((scores[there], group[there]))]
-    score, key, is_right = scores[order], group[order], right[order]
-    wrong = np.append(0, np.cumsum(~is_right))  # wrong rollouts before each place
+    score, key, is_correct = scores[order], group[order], correct[order]
+    incorrect = np.append(0, np.cumsum(~is_correct))  # incorrect rollouts before each position
     new_group = np.append(True, key[1:] != key[:-1])[: len(key)]
     new_score = new_group | np.append(True, score[1:] != score[:-1])[: len(key)]
     begin = np.flatnonzero(new_score)  # of runs of equal scores
     end = np.append(begin[1:], len(key))
     # Wrong rollouts below, half of those in the same run, less those of the groups before.
-    below = ((wrong[begin] + wrong[end]) / 2)[np.cumsum(new_score) - 1]
-    below -= wrong[:-1][new_group][np.cumsum(new_group) - 1]
-    told = sums_by_key(np.where(is_right, below, 0.0), key, groups)
-    rights = np.bincount(key[is_right], minlength=groups)
-    wrongs = np.bincount(key[~is_right], minlength=groups)
-    return told, (rights * wrongs).astype(np.float64)
+    below = ((incorrect[begin] + incorrect[end]) / 2)[np.cumsum(new_score) - 1]
+    below -= incorrect[:-1][new_group][np.cumsum(new_group) - 1]
+    ordered = sums_by_key(np.where(is_correct, below, 0.0), key, groups)
+    correct_counts = np.bincount(key[is_correct], minlength=groups)
+    incorrect_counts = np.bincount(key[~is_correct], minlength=groups)
+    return ordered, (correct_counts * incorrect_counts).astype(np.float64)
 
 
 class PairsOverall:
-    """Pairs of a right and a wrong rollout of any two prompts, with a weight for each prompt."""
+    """Pairs of a correct and an incorrect rollout of any two prompts, with a weight for each prompt."""
 
-    def __init__(self, scores: Scores, right: Bools, group: Integers) -> None:
+    def __init__(self, scores: Scores, correct: Bools, group: Integers) -> None:
         """Args as for `pairs_within`; no score is NaN."""
-        order = np.flatnonzero(~right)
+        order = np.flatnonzero(~correct)
         order = order[np.argsort(scores[order])]
-        ordered, mine = scores[order], scores[right]
-        self._wrong_group, self._right_group = group[order], group[right]
+        ordered, mine = scores[order], scores[correct]
+        self._incorrect_group, self._correct_group = group[order], group[correct]
         self._low = np.searchsorted(ordered, mine, side="left")
         self._high = np.searchsorted(ordered, mine, side="right")
 
@@ -109,56 +108,57 @@ class PairsOverall:
             weights: int64 [k, groups].
 
         Returns:
-            float64 [k]; NaN where only right or only wrong rollouts were drawn.
+            float64 [k]; NaN where only correct or only incorrect rollouts were drawn.
         """
-        found = np.empty(len(weights))
-        rows = max(1, CHUNK_NUMBERS // max(1, len(self._wrong_group) + len(self._right_group)))
+        figures = np.empty(len(weights))
+        rows = max(1, CHUNK_NUMBERS // max(1, len(self._incorrect_group) + len(self._correct_group)))
         for start in range(0, len(weights), rows):
             part = weights[start : start + rows]
-            wrong = np.zeros((len(part), len(self._wrong_group) + 1))
-            np.cumsum(part[:, self._wrong_group], axis=1, out=wrong[:, 1:])
-            right = part[:, self._right_group]
-            told = np.einsum("ij,ij->i", right, wrong[:, self._low] + wrong[:, self._high]) / 2
+            incorrect = np.zeros((len(part), len(self._incorrect_group) + 1))
+            np.cumsum(part[:, self._incorrect_group], axis=1, out=incorrect[:, 1:])
+            correct = part[:, self._correct_group]
+            ordered = np.einsum("ij,ij->i", correct, incorrect[:, self._low] + incorrect[:, self._high]) / 2
             with np.errstate(invalid="ignore"):
-                found[start : start + rows] = told / (right.sum(axis=1) * wrong[:, -1])
-        return found
-
-
-NAMES = ("auc", "auc_interval", "auc_within_group", "auc_within_group_interval", "tells_apart_from")
+                figures[start : start + rows] = ordered / (correct.sum(axis=1) * incorrect[:, -1])
+        return figures
 
 
 @dataclass(frozen=True, slots=True)
 class Discrimination:
-    """How well right and wrong are told apart; nothing where outcomes are not of two kinds.
+    """How well the values tell correct rollouts from incorrect ones; nothing where outcomes are not of two kinds.
 
     Attributes:
-        figures: NAMES -> figure.
+        auc: over all pairs.
+        auc_within_group: over the pairs of one prompt.
+        tells_apart_from: see `tells_apart_from`.
         by_position: a row for each part of the response.
         samples: "auc" and "auc_within_group" in each resample, float64 [resamples].
     """
 
-    figures: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(NAMES))
+    auc: float | None = None
+    auc_within_group: float | None = None
+    tells_apart_from: float | None = None
     by_position: list[dict[str, Any]] = field(default_factory=list)
     samples: dict[str, Floats] = field(default_factory=dict)
 
 
 def discrimination(
-    scores: RolloutScores, right: Bools, group: Integers, groups: int, resamples: int, seed: int
+    scores: RolloutScores, correct: Bools, group: Integers, groups: int, resamples: int, seed: int
 ) -> Discrimination:
     """AUC overall, within prompt groups and by part of the response, with intervals by resampling prompt groups.
 
     Args:
         scores: of one prediction.
-        right: bool [m], in order of arrival.
+        correct: bool [m], in order of arrival.
         group: int64 [m], from 0.
         groups: their number; below two nothing is resampled.
         resamples: number of resamples.
         seed: of the draws.
     """
-    overall = PairsOverall(scores.whole, right, group)
-    counted = [pairs_within(x, right, group, groups) for x in (scores.whole, *scores.parts)]
-    totals = [(float(told.sum()), float(pairs.sum())) for told, pairs in counted]
-    within = [told / pairs if pairs else None for told, pairs in totals]
+    overall = PairsOverall(scores.overall, correct, group)
+    counted = [pairs_within(x, correct, group, groups) for x in (scores.overall, *scores.parts)]
+    totals = [(float(ordered.sum()), float(pairs.sum())) for ordered, pairs in counted]
+    within = [ordered / pairs if pairs else None for ordered, pairs in totals]
     samples: dict[str, Floats] = {}
     intervals: list[list[float] | None] = [None] * len(counted)
     if groups >= 2:
@@ -178,18 +178,16 @@ def discrimination(
         }
         for k in range(len(scores.parts))
     ]
-    alone = float(overall.auc(np.ones((1, groups), dtype=np.int64))[0])
-    bounds = percentile_interval(samples["auc"]) if samples else None
-    figures = (alone, bounds, within[0], intervals[0], tells_apart_from(table))
-    return Discrimination(dict(zip(NAMES, figures, strict=True)), table, samples)
+    once_each = np.ones((1, groups), dtype=np.int64)
+    return Discrimination(float(overall.auc(once_each)[0]), within[0], tells_apart_from(table), table, samples)
 
 
 def auc_within_slices(
     scores: Scores, outcomes: Floats, group: Integers, index: Integers, slices: int
 ) -> list[float | None]:
-    """AUC within prompt groups of the rollouts with each value of a column, whose own outcomes say what is right.
+    """AUC within prompt groups of the rollouts with each value of a column, whose own outcomes decide what is correct.
 
-    So a column that tells tasks apart has AUCs where some tasks end right or wrong and others in a score.
+    So a column of tasks has an AUC for each task with two outcomes, even beside tasks that are scored by degrees.
 
     Args:
         scores: float32 [m], mean value of each rollout.
@@ -202,15 +200,15 @@ def auc_within_slices(
         One figure a value; None where its outcomes are not of two kinds, or no prompt has both.
     """
     order = np.argsort(index, kind="stable")
-    found: list[float | None] = []
+    figures: list[float | None] = []
     for mine in np.split(order, np.searchsorted(index[order], np.arange(1, slices))):
-        right = right_or_wrong(outcomes[mine])
-        told, pairs = np.zeros(1), np.zeros(1)
-        if right is not None:
+        correct = correct_rollouts(outcomes[mine])
+        ordered, pairs = np.zeros(1), np.zeros(1)
+        if correct is not None:
             keys, own = np.unique(group[mine], return_inverse=True)
-            told, pairs = pairs_within(scores[mine], right, own.astype(np.int64), len(keys))
-        found.append(float(told.sum() / pairs.sum()) if pairs.sum() else None)
-    return found
+            ordered, pairs = pairs_within(scores[mine], correct, own.astype(np.int64), len(keys))
+        figures.append(float(ordered.sum() / pairs.sum()) if pairs.sum() else None)
+    return figures
 
 
 def tells_apart_from(table: list[dict[str, Any]]) -> float | None:

@@ -1,35 +1,125 @@
-"""Where a critic is good and where it is not: by position, length, column and prompt group."""
+"""Tables of where a critic is good and where it is not: by value, position, length, column and prompt group."""
 
 from typing import Any
 
 import numpy as np
 
-from critic_train.evaluation.metrics import Population, explained_variance, mean_square
-from critic_train.evaluation.moments import Integers, Moments, pool, sums_by_key
+from critic_train.evaluation.auc import Discrimination
+from critic_train.evaluation.metrics import Kind, Sums, row_figures
+from critic_train.evaluation.moments import Floats, Integers, Moments, TokenColumn, pool, sums_by_key
+from critic_train.evaluation.resampling import percentile_interval, resampled_sums
 from critic_train.evaluation.token_columns import distinct_edges, part_ranks
+from critic_train.evaluation.token_sums import Block, Population
 
 LENGTH_PARTS = 5
 GROUPS_SHOWN = 5
+HISTOGRAM_BINS = 40
 
 
-def by_position(errors: Moments, returns: Moments) -> list[dict[str, Any]]:
+class CalibrationSums:
+    """Tokens by bins of predicted value: counts and sums of values and returns, by prompt group."""
+
+    def __init__(self, edges: TokenColumn, group: Integers, groups: int) -> None:
+        """Args:
+        edges: float32 [bins - 1], rising; a token's bin is the number of edges at or below its value.
+        group: int64 [m], the prompt group of each rollout in order of arrival, from 0.
+        groups: their number.
+        """
+        self._edges, self._group = edges, group
+        self._bins = len(edges) + 1
+        self._sums = np.zeros((3, groups, self._bins))
+        self._rollouts = np.zeros(self._bins, dtype=np.int64)
+
+    def add(self, block: Block) -> None:
+        """Take in a block."""
+        rollouts = len(block.lengths)
+        cell = block.owner * self._bins + np.searchsorted(self._edges, block.values, side="right")
+        for index, weights in enumerate((None, block.values, block.returns)):
+            sums = np.bincount(cell, weights=weights, minlength=rollouts * self._bins).reshape(rollouts, self._bins)
+            np.add.at(self._sums[index], self._group[block.rollouts], sums)
+            if weights is None:
+                self._rollouts += np.count_nonzero(sums, axis=0)
+
+    def table(self, bounds: tuple[float, float], resamples: int, seed: int) -> list[dict[str, Any]]:
+        """A row for each bin, rising.
+
+        Args:
+            bounds: the smallest and the largest value.
+            resamples: bootstrap resamples of the prompt groups.
+            seed: of the draws.
+        """
+        tokens, value, returned = (part.sum(axis=0) for part in self._sums)
+        mean_return = returned / np.maximum(tokens, 1)
+        intervals: list[list[float] | None] = [None] * self._bins
+        groups = self._sums.shape[1]
+        if groups >= 2:
+            # Distances from the mean, so that the sums of a resample do not cancel.
+            distance = self._sums[2] - self._sums[0] * mean_return
+            sums = resampled_sums(np.concatenate([self._sums[0], distance], axis=1), resamples, seed)
+            drawn, apart = sums[:, : self._bins], sums[:, self._bins :]
+            with np.errstate(invalid="ignore"):
+                intervals = [percentile_interval(column) for column in (mean_return + apart / drawn).T]
+        edges = [bounds[0], *self._edges.tolist(), bounds[1]]
+        return [
+            {
+                "from": float(edges[k]),
+                "to": float(edges[k + 1]),
+                "tokens": int(tokens[k]),
+                "rollouts": int(self._rollouts[k]),
+                "mean_value": float(value[k] / tokens[k]),
+                "mean_return": float(mean_return[k]),
+                "interval": intervals[k],
+            }
+            for k in range(self._bins)
+            if tokens[k]
+        ]
+
+
+class Histogram:
+    """Counts of tokens in equal bins; what lies beyond the bins is counted apart."""
+
+    def __init__(self, low: float, high: float) -> None:
+        """Args:
+        low: the left edge of the first bin.
+        high: the right edge of the last, which belongs to it; one number alone gets half a unit on either side.
+        """
+        self._low, self._high = (low - 0.5, high + 0.5) if low == high else (low, high)
+        self._counts = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
+        self._below = self._above = 0
+
+    def add(self, x: TokenColumn) -> None:
+        """Take in float32 [T]."""
+        wide = x.astype(np.float64)
+        self._counts += np.histogram(wide, bins=HISTOGRAM_BINS, range=(self._low, self._high))[0]
+        self._below += int(np.count_nonzero(wide < self._low))
+        self._above += int(np.count_nonzero(wide > self._high))
+
+    def figures(self) -> dict[str, Any]:
+        """{edges: HISTOGRAM_BINS + 1 numbers, counts: HISTOGRAM_BINS, below, above}."""
+        edges: Floats = np.linspace(self._low, self._high, HISTOGRAM_BINS + 1)
+        return {
+            "edges": edges.tolist(),
+            "counts": self._counts.tolist(),
+            "below": self._below,
+            "above": self._above,
+        }
+
+
+def by_position(errors: Moments, returns: Moments, kind: Kind) -> list[dict[str, Any]]:
     """Metrics at each equal part of the response, first to last; `from` and `to` are shares of its length."""
     parts = len(errors.count)
     table = []
     for index in range(parts):
-        tokens = int(errors.count[index])
+        sums = Sums.of(errors, returns, index)
         mean_return = float(returns.mean[index])
-        bias = float(errors.mean[index])
         table.append(
             {
                 "from": index / parts,
                 "to": (index + 1) / parts,
-                "tokens": tokens,
-                "explained_variance": explained_variance(float(errors.squares[index]), float(returns.squares[index])),
-                "mse": mean_square(errors, index),
-                "bias": bias if tokens else None,
-                "mean_value": mean_return + bias if tokens else None,
-                "mean_return": mean_return if tokens else None,
+                "tokens": sums.tokens,
+                **row_figures(sums, "by_position", kind),
+                "mean_value": mean_return + float(sums.error_mean) if sums.tokens else None,
+                "mean_return": mean_return if sums.tokens else None,
             }
         )
     return table
@@ -40,7 +130,8 @@ def by_label(
     population: Population,
     labels: list[object],
     index: Integers,
-    auc: list[float | None] | None,
+    auc: list[float | None],
+    kind: Kind,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of the rollouts with each value of a column.
 
@@ -49,32 +140,36 @@ def by_label(
         population: the rollouts, in the same order.
         labels: the column's values.
         index: int64 [m], each rollout's value among them.
-        auc: AUC within prompt groups for each value; None leaves the key out.
+        auc: AUC within prompt groups for each value; empty for a prediction without one.
+        kind: of the prediction.
     """
-    slices = len(labels)
-    error, returned = (pool(x, index, slices) for x in (errors, population.returns))
+    values = len(labels)
+    error, returned = (pool(x, index, values) for x in (errors, population.returns))
     # A column may differ within a prompt group: groups are cut along it.
     cut, part = np.unique(index * population.groups + population.group, return_inverse=True)
-    inside = [
-        sums_by_key(pool(x, part, len(cut)).squares, cut // population.groups, slices)
+    error_within, return_within = (
+        sums_by_key(pool(x, part, len(cut)).squares, cut // population.groups, values)
         for x in (errors, population.returns)
-    ]
-    rollouts = np.bincount(index, minlength=slices)
+    )
+    rollouts = np.bincount(index, minlength=values)
+
+    def sums(k: int) -> Sums:
+        within = {"error_within": float(error_within[k]), "target_within": float(return_within[k])}
+        return Sums.of(
+            error, returned, k, **within, discrimination=Discrimination(auc_within_group=auc[k] if auc else None)
+        )
+
     return {
         _key(label): {
             "tokens": int(error.count[k]),
             "rollouts": int(rollouts[k]),
-            "explained_variance": explained_variance(float(error.squares[k]), float(returned.squares[k])),
-            "explained_variance_within_group": explained_variance(float(inside[0][k]), float(inside[1][k])),
-            "mse": mean_square(error, k),
-            "bias": float(error.mean[k]),
-            **({} if auc is None else {"auc_within_group": auc[k]}),
+            **row_figures(sums(k), "by", kind),
         }
         for k, label in enumerate(labels)
     }
 
 
-def by_length(errors: Moments, population: Population) -> list[dict[str, Any]]:
+def by_length(errors: Moments, population: Population, kind: Kind) -> list[dict[str, Any]]:
     """Metrics of the rollouts by response length: up to LENGTH_PARTS bins of equally many rollouts, short to long.
 
     `from` and `to` are the fewest and the most response tokens in the bin. Rollouts of one length share a bin.
@@ -82,6 +177,7 @@ def by_length(errors: Moments, population: Population) -> list[dict[str, Any]]:
     Args:
         errors: moments of each rollout's errors.
         population: the rollouts, in the same order.
+        kind: of the prediction.
     """
     lengths = population.returns.count
     if not len(lengths):
@@ -99,9 +195,7 @@ def by_length(errors: Moments, population: Population) -> list[dict[str, Any]]:
                 "to": int(mine.max()),
                 "rollouts": len(mine),
                 "tokens": int(error.count[k]),
-                "explained_variance": explained_variance(float(error.squares[k]), float(returned.squares[k])),
-                "mse": mean_square(error, k),
-                "bias": float(error.mean[k]),
+                **row_figures(Sums.of(error, returned, k), "by_length", kind),
             }
         )
     return table
@@ -115,8 +209,8 @@ def best_and_worst_groups(errors: Moments, population: Population) -> dict[str, 
         population: the rollouts.
 
     Returns:
-        "best" and "worst" -> rows, the most telling first. `row` is the place in the data set of the group's first
-        rollout; `uid` is None, for the judge does not know it.
+        "best" and "worst" -> rows, the smallest or largest error first. `row` is the number in the data set of the
+        group's first rollout; `uid` is None, to be filled in by the caller.
     """
     group, groups = population.group, population.groups
     error, returned = (pool(x, group, groups) for x in (errors, population.returns))

@@ -1,4 +1,4 @@
-"""A few rollouts kept whole, token by token, for people to read: the worst, the best, and some drawn by lot."""
+"""A few rollouts, token by token, for people to read: the worst, the best, and a seeded random sample."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.data.order import mixed
 from critic_train.evaluation.moments import Floats
 from critic_train.rollouts import Rollouts
 
 WORST, BEST, SWING, DRAWN = "worst", "best", "swing", "drawn"
-KEPT = {WORST: 3, BEST: 2, SWING: 3, DRAWN: 4}
-"""Why a rollout is kept -> how many: the largest and the smallest mean squared error, the values that move furthest
-within one response, and a draw that looks at nothing."""
+COUNTS = {WORST: 3, BEST: 2, SWING: 3, DRAWN: 4}
+"""Why a rollout is shown -> how many: the largest and the smallest mean squared error, the largest range of values
+within one response, and a random sample."""
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 160, 480
-"""Tokens kept of a rollout: the prompt's last and the response's first."""
+"""Tokens shown of a rollout: the prompt's last and the response's first."""
 
 
 @dataclass(slots=True)
@@ -24,16 +25,16 @@ class Examples:
     """Keeps a bounded number of rollouts out of any number, the same whatever their order and batches.
 
     Attributes:
-        seed: of the draw.
-        uids: finds the uid of rows, for the names of their prompt groups.
+        seed: of the random sample.
+        uids: gives the uids of rows of the data set, for the names of their prompt groups.
     """
 
     seed: int = 0
     uids: Callable[[Sequence[int]], dict[int, str | None]] | None = None
-    _kept: dict[tuple[str, str], list[tuple[float, int, dict[str, Any]]]] = field(default_factory=dict)
+    _best_of: dict[tuple[str, str], list[tuple[float, int, dict[str, Any]]]] = field(default_factory=dict)
 
     def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
-        """Take in whole rollouts and what each critic says of their tokens, as `Judge.add` does.
+        """Take in rollouts, complete, and each critic's values of their tokens, as `Judge.add` does.
 
         Args:
             rollouts: n rollouts, T tokens.
@@ -45,54 +46,52 @@ class Examples:
         for critic, column in values.items():
             scores = self._scores(rollouts, column, judged)
             for why, score in scores.items():
-                kept = self._kept.setdefault((critic, why), [])
-                # Ties go to the earlier row, and no more than can be kept are looked at.
-                first = np.lexsort((rollouts.row[judged], score))[: KEPT[why]]
-                kept += [
+                shown = self._best_of.setdefault((critic, why), [])
+                # Ties go to the earlier row; a batch adds no more than are shown in the end.
+                lowest = np.lexsort((rollouts.row[judged], score))[: COUNTS[why]]
+                shown += [
                     (float(score[i]), int(rollouts.row[judged[i]]), _example(rollouts, column, int(judged[i])))
-                    for i in first
-                    if len(kept) < KEPT[why] or (score[i], rollouts.row[judged[i]]) < kept[KEPT[why] - 1][:2]
+                    for i in lowest
+                    if len(shown) < COUNTS[why] or (score[i], rollouts.row[judged[i]]) < shown[COUNTS[why] - 1][:2]
                 ]
-                kept.sort(key=lambda entry: entry[:2])
-                del kept[KEPT[why] :]
+                shown.sort(key=lambda entry: entry[:2])
+                del shown[COUNTS[why] :]
 
     def records(self) -> list[dict[str, Any]]:
-        """The rollouts kept, ready for JSON; one that is kept for several reasons stands under the first of them.
+        """The rollouts, ready for JSON; one that is shown for several reasons stands under the first of them.
 
         Returns:
-            critic, why ("worst", "best", "swing" or "drawn"), row (its place in the data), uid (of its prompt group),
-            tokens and shown_from (tokens of the rollout, and the first that is kept), mse, mean_value,
-            mean_return; then one entry a token kept: input_ids, response_mask, values, returns and, where the shards
+            critic, why ("worst", "best", "swing" or "drawn"), row (its number in the data), uid (of its prompt group),
+            tokens and shown_from (tokens of the rollout, and the first that is shown), mse, mean_value,
+            mean_return; then one entry a token shown: input_ids, response_mask, values, returns and, where the shards
             store them, old_values.
         """
-        found: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         seen: set[tuple[str, int]] = set()
-        for (critic, why), kept in self._kept.items():
-            for _, row, example in kept:
+        for (critic, why), shown in self._best_of.items():
+            for _, row, example in shown:
                 if (critic, row) not in seen:
                     seen.add((critic, row))
-                    found.append({"critic": critic, "why": why, "row": row, "uid": None, **example})
-        uids = self.uids([example["row"] for example in found]) if self.uids else {}
-        return [example | {"uid": uids.get(example["row"])} for example in found]
+                    records.append({"critic": critic, "why": why, "row": row, "uid": None, **example})
+        uids = self.uids([example["row"] for example in records]) if self.uids else {}
+        return [example | {"uid": uids.get(example["row"])} for example in records]
 
     def _scores(self, rollouts: Rollouts, values: NDArray[np.float32], judged: NDArray[np.int64]) -> dict[str, Floats]:
-        """Reason -> float64 [m], the smaller the sooner kept."""
+        """Reason -> float64 [m]; the rollouts with the smallest are shown."""
         tokens = np.flatnonzero(rollouts.response_mask)
         counts = rollouts.response_counts[judged]
         starts = np.cumsum(counts) - counts
         v, g = values[tokens].astype(np.float64), rollouts.returns[tokens].astype(np.float64)
         mse = np.add.reduceat(np.square(v - g), starts) / counts
         swing = np.maximum.reduceat(v, starts) - np.minimum.reduceat(v, starts)
-        return {WORST: -mse, BEST: mse, SWING: -swing, DRAWN: _lot(rollouts.row[judged], self.seed)}
+        return {WORST: -mse, BEST: mse, SWING: -swing, DRAWN: _random_order(rollouts.row[judged], self.seed)}
 
 
-def _lot(row: NDArray[np.int64], seed: int) -> Floats:
-    """float64 [m] in [0, 1): a hash of each rollout's place, the same in any order (splitmix64, Steele et al. 2014)."""
+def _random_order(row: NDArray[np.int64], seed: int) -> Floats:
+    """float64 [m] in [0, 1): a hash of each row number and the seed, the same in any order."""
     with np.errstate(over="ignore"):
-        x = (row.astype(np.uint64) + np.uint64(1) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
+        keys = (row.astype(np.uint64) + np.uint64(1) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+    return mixed(keys.view(np.int64), 0).astype(np.float64) / 2.0**64
 
 
 def _example(rollouts: Rollouts, values: NDArray[np.float32], i: int) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def _example(rollouts: Rollouts, values: NDArray[np.float32], i: int) -> dict[st
     own_values, own_returns = values[start:stop][masked], rollouts.returns[start:stop][masked]
     first = start + max(0, int(masked[0]) - PROMPT_TOKENS)
     last = min(stop, start + int(masked[0]) + RESPONSE_TOKENS)
-    kept = slice(first, last)
+    shown = slice(first, last)
     error = own_values.astype(np.float64) - own_returns
     example: dict[str, Any] = {
         "tokens": stop - start,
@@ -109,16 +108,16 @@ def _example(rollouts: Rollouts, values: NDArray[np.float32], i: int) -> dict[st
         "mse": float(np.square(error).mean()),
         "mean_value": float(own_values.mean(dtype=np.float64)),
         "mean_return": float(own_returns.mean(dtype=np.float64)),
-        "input_ids": rollouts.input_ids[kept].tolist(),
-        "response_mask": rollouts.response_mask[kept].tolist(),
-        "values": _short(values[kept]),
-        "returns": _short(rollouts.returns[kept]),
+        "input_ids": rollouts.input_ids[shown].tolist(),
+        "response_mask": rollouts.response_mask[shown].tolist(),
+        "values": _short(values[shown]),
+        "returns": _short(rollouts.returns[shown]),
     }
     if rollouts.values is not None:
-        example["old_values"] = _short(rollouts.values[kept])
+        example["old_values"] = _short(rollouts.values[shown])
     return example
 
 
 def _short(column: NDArray[np.float32]) -> list[float | None]:
-    """Floats with the digits that float32 has and no more; None for one that is not finite (it is not judged)."""
+    """Floats with the digits that float32 has and no more; None where not finite, as off the response mask."""
     return [float(f"{x:.6g}") if np.isfinite(x) else None for x in column.tolist()]

@@ -1,4 +1,4 @@
-"""The judge: takes in rollouts and critics' values batch by batch, gives the verdict at the end.
+"""Evaluation of critics: rollouts and values are taken in batch by batch, all figures come out at the end.
 
 Metrics of a prediction V of returns G, over response tokens, each token with the same weight:
     explained_variance: 1 - Var(G - V) / Var(G). Above 0, V lowers the variance of the advantage, below
@@ -7,8 +7,8 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
         mean and pooled: 1 - sum_g SS_g(G - V) / sum_g SS_g(G). What V knows beyond the prompt.
     *_interval: [low, high], 95 % percentile bootstrap over prompt groups; None below two groups.
     mse, mae, bias: means of (V - G)^2, |V - G| and V - G.
-    pearson, spearman: correlations of V and G; ties get average ranks. ranks.RankCorrelation says how
-        exact the latter is above a million tokens.
+    pearson, spearman: correlations of V and G; ties get average ranks. token_columns.RankCorrelation
+        says how exact the latter is above a million tokens.
     value_loss: 0.5 * mean of max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), as in verl;
         0.5 * mse when the clip is off; None without stored values.
     clipfrac: share of tokens whose clipped loss is strictly the larger; None without a clip.
@@ -30,9 +30,10 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
         the last one does not.
     advantage_variance: variance of the advantages that the prediction gives: GAE's (Schulman et al. 2016), and of
         group_mean GRPO's, the outcome less the mean of the others of its prompt.
-    variance_reduction: 1 - advantage_variance / that of group_mean: how much less a policy's gradient is shaken.
+    variance_reduction: 1 - advantage_variance / that of group_mean: how much less variance the policy's gradient has.
     monte_carlo: {explained_variance, explained_variance_within_group, their intervals, mse, bias} against Monte-Carlo
-        returns (the sums of the rewards to come, discounted by gamma) in place of G, which a bootstrapped G flatters;
+        returns (the sums of the rewards to come, discounted by gamma) in place of G. A bootstrapped G is close to the
+        values it was made of, and makes a critic trained on it look better than it is;
         explained_variance_excess in it is {difference, interval}, explained variance against G less that. None
         where not every rollout has rewards.
     value_histogram: {edges, counts, below, above}; `below` and `above` count the tokens beyond the edges, which
@@ -41,9 +42,9 @@ Metrics of a prediction V of returns G, over response tokens, each token with th
     by_length: rollouts by quantiles of their response tokens, up to five bins, short to long: {from, to, rollouts,
         tokens, explained_variance, mse, bias}.
     groups: "best" and "worst" -> up to five prompt groups by mse: {uid, row, rollouts, tokens, mse, mean_value,
-        mean_return}; `row` is the place in the data set of the first rollout.
+        mean_return}; `row` is the row number of the first rollout in the data set.
     by: column -> value -> {tokens, rollouts, explained_variance, explained_variance_within_group, mse,
-        bias, auc_within_group}; right and wrong are told by the outcomes of these rollouts alone.
+        bias, auc_within_group}; what is right follows from the outcomes of these rollouts alone.
 calibration to value_histogram and groups are for critics and stored values only, as is auc_within_group in by;
 group_mean has an advantage_variance too.
 """
@@ -56,7 +57,7 @@ from numpy.typing import NDArray
 
 from critic_train.evaluation.accumulate import EvalAccumulator
 from critic_train.evaluation.advantages import AdvantageRecipe
-from critic_train.evaluation.verdict import EvalOptions, UidLookup, give_verdict
+from critic_train.evaluation.verdict import JudgeOptions, UidLookup, give_verdict
 from critic_train.rollouts import Rollouts
 
 
@@ -88,14 +89,14 @@ class Judge:
         resamples: bootstrap resamples of the prompt groups.
         seed: of the bootstrap.
         positions: equal parts of a response in `by_position`.
-        uids: finds the uids of places in the data set, for `groups`; without it they are None.
+        uids: gives the uids of rows of the data set, for `groups`; without it they are None.
         advantage: how advantages are estimated; gamma 1 and lambda 1 by default.
         """
         if len(set(critics)) != len(critics):
             raise ValueError(f"critics must have different names: {list(critics)}")
         if positions < 1 or resamples < 1:
             raise ValueError("positions and resamples must be at least 1")
-        self._asked = EvalOptions(
+        self._options = JudgeOptions(
             critics=tuple(critics),
             cliprange_value=cliprange_value,
             resamples=resamples,
@@ -103,13 +104,13 @@ class Judge:
             uids=uids,
             advantage=advantage or AdvantageRecipe(),
         )
-        self._evidence = EvalAccumulator(critics, cliprange_value=cliprange_value, by=by, positions=positions)
+        self._accumulated = EvalAccumulator(critics, cliprange_value=cliprange_value, by=by, positions=positions)
 
     def add(self, rollouts: Rollouts, values: Mapping[str, NDArray[np.float32]]) -> None:
-        """Take in whole rollouts and what each critic says of their tokens.
+        """Take in rollouts, complete, and each critic's values of their tokens.
 
         A prompt group may be spread over any number of calls. Rollouts without response tokens are left out.
-        Where any batch lacks stored values, the verdict says nothing of stored values or the clip.
+        Where any batch lacks stored values, the verdict has no figures of stored values or the clip.
 
         Args:
             rollouts: n rollouts, T tokens.
@@ -121,7 +122,7 @@ class Judge:
             MachineError: the temporary folder has no room.
             ValueError: a critic is missing or unknown, or its values have the wrong length.
         """
-        self._evidence.add(rollouts, values)
+        self._accumulated.add(rollouts, values)
 
     def verdict(self) -> dict[str, Any]:
         """All figures, ready for JSON; None stands for a figure that does not exist. May be called again.
@@ -139,4 +140,4 @@ class Judge:
                 prompt group; in it explained_variance_within_group, auc_within_group and mse -> the same of these.
             See the module for the metrics.
         """
-        return give_verdict(self._evidence, self._asked)
+        return give_verdict(self._accumulated, self._options)

@@ -1,12 +1,149 @@
-"""From sums to figures: the metrics of each prediction, as plain numbers or None."""
+"""The metrics of a prediction, each declared once, in METRICS.
 
-from dataclasses import dataclass
-from typing import Any
+The JSON of `eval`, the tables and tiles of the terminal and the page, the trackers' names, the choices of --best-by,
+the differences of critics and their intervals, and the names of gates follow from the list. A new metric is a function
+of `Sums`, an entry of METRICS, a test, and a row of docs/reference/metrics.md. `evaluation.judge` defines what each
+metric is.
+"""
 
-import numpy as np
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from critic_train.evaluation.moments import Floats, Integers, Moments, pool, pool_all
-from critic_train.evaluation.resampling import ROUNDING, Resampled, percentile_interval
+from critic_train.evaluation.auc import Discrimination
+from critic_train.evaluation.moments import Floats, Moments
+from critic_train.evaluation.resampling import ROUNDING, ResampledSums, explained_in_resamples, percentile_interval
+from critic_train.evaluation.token_sums import PredictionSums
+from critic_train.text import DASH, fixed, interval, number, percent, signed, three
+
+Kind = Literal["values", "group_mean", "constant"]
+"""What a prediction is: values (a critic's or the stored ones), or one of the two other baselines."""
+
+Topic = Literal["explained", "outcomes", "correlation", "errors", "calibration", "advantages", "loss"]
+TOPICS: tuple[Topic, ...] = ("explained", "outcomes", "correlation", "errors", "calibration", "advantages", "loss")
+"""The order in which metrics are shown; those of one topic stand in the order of METRICS."""
+
+Better = Literal["higher", "lower", "near 0"]
+Shown = Literal["no", "figure", "with interval"]
+Table = Literal["by_position", "by_length", "by", "monte_carlo"]
+
+Samples = dict[str, Floats]
+"""Metric -> its figure in each resample, float64 [resamples]."""
+
+EVERY: frozenset[Kind] = frozenset({"values", "group_mean", "constant"})
+VALUES: frozenset[Kind] = frozenset({"values"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Sums over some response tokens, of one prediction V of the target G; metrics are functions of them.
+
+    A row of a table (a part of the response, the rollouts with one value of a column) has the moments of the errors
+    only, with `discrimination` where the rollouts are those of a column. What is missing is None.
+
+    Attributes:
+        tokens: their number.
+        error_mean, error_squares: mean of V - G, and the sum of squares about it.
+        target_squares: sum of squares of G about its mean.
+        error_within, target_within: sums of squares of V - G and of G about the means of their prompt groups.
+        resampled: V - G and G in each resample of the prompt groups.
+        prediction: absolute errors and co-moments of V and G.
+        spearman: rank correlation of V and G.
+        cliprange_value: half-width of the clip; None where the loss has no clip.
+        has_clip: whether there are stored values to clip around.
+        calibration: the rows of the calibration table.
+        discrimination: how well V tells rollouts of two outcomes apart.
+        advantages: the advantages that V gives as the error, GRPO's as the target.
+        has_peers: whether any rollout has others of its prompt group.
+    """
+
+    tokens: int
+    error_mean: float
+    error_squares: float
+    target_squares: float
+    error_within: float = 0.0
+    target_within: float = 0.0
+    resampled: tuple[ResampledSums, ResampledSums] | None = None
+    prediction: PredictionSums | None = None
+    spearman: float | None = None
+    cliprange_value: float | None = None
+    has_clip: bool = False
+    calibration: Sequence[dict[str, Any]] = ()
+    discrimination: Discrimination = field(default_factory=Discrimination)
+    advantages: "Sums | None" = None
+    has_peers: bool = True
+
+    @classmethod
+    def of(cls, errors: Moments, target: Moments, index: int = 0, **more: Any) -> "Sums":
+        """From the moments of set `index` of the errors and of the target, with other attributes by name."""
+        return cls(
+            tokens=int(errors.count[index]),
+            error_mean=errors.mean[index],
+            error_squares=errors.squares[index],
+            target_squares=target.squares[index],
+            **more,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A figure of a prediction.
+
+    Attributes:
+        name: its key in `eval --json`, in metrics.jsonl and in gates.
+        label: what tables call it.
+        topic: which metrics it stands beside.
+        compute: its figure; None where it is not defined. Called where there are tokens.
+        better: which way is good.
+        needs: what has to be there besides returns, for the documentation; empty where nothing has.
+        samples: its figure in each resample; None where nothing was resampled, or where it has no interval.
+        interval: whether the interval is given, as `NAME_interval`.
+        kinds: the predictions that have it.
+        tables: the tables that have a column of it.
+        compared: whether the differences of critics have it.
+        best_by: whether --best-by can name it.
+        tracker: its name in trackers, `val/NAME` by default.
+        format: the figure as text.
+        terminal, page: whether the tables of the terminal and of the page show it.
+        heading, narrow_heading: of its column in the terminal; by default the label, in two lines.
+        terminal_text: figure and interval as the terminal's text, where `format` alone does not give it.
+        tile: its place among the page's tiles, from 1; 0 for none.
+        tile_name: what the tile calls it, by default the label.
+        about: the small print of the tile.
+    """
+
+    name: str
+    label: str
+    topic: Topic
+    compute: Callable[[Sums], float | None]
+    better: Better
+    needs: str = ""
+    samples: Callable[[Sums], Floats | None] | None = None
+    interval: bool = True
+    kinds: frozenset[Kind] = EVERY
+    tables: frozenset[Table] = frozenset()
+    compared: bool = False
+    best_by: bool = False
+    tracker: str = ""
+    format: Callable[[Any], str] = fixed
+    terminal: Shown = "figure"
+    page: Shown = "figure"
+    heading: str = ""
+    narrow_heading: str = ""
+    terminal_text: Callable[[Any, Any], str] | None = None
+    tile: int = 0
+    tile_name: str = ""
+    about: str = ""
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether `NAME_interval` stands beside it."""
+        return self.samples is not None and self.interval
+
+    def figure(self, sums: Sums) -> float | None:
+        """Its figure, a plain number; None where it is not defined."""
+        figure = self.compute(sums) if sums.tokens else None
+        return None if figure is None else float(figure)
 
 
 def explained_variance(error_squares: float, return_squares: float) -> float | None:
@@ -25,100 +162,331 @@ def explained_variance(error_squares: float, return_squares: float) -> float | N
     return 0.0 if abs(figure) < ROUNDING else figure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Population:
-    """The rollouts that all predictions are judged on, sorted by prompt group.
+def mean_square(sums: Sums) -> float:
+    """Mean of (V - G)^2."""
+    return sums.error_mean**2 + sums.error_squares / sums.tokens
 
-    Attributes:
-        order: int64 [m], from this order to the order of arrival.
-        group: int64 [m], index of each rollout's prompt group, rising from 0.
-        groups: number of prompt groups.
-        rows: int64 [m], place of each rollout in the data set.
-        returns: moments of each rollout's returns.
-        by_position: moments of the returns at each response position.
-        slices: column -> (its values, int64 [m] index of each rollout's value).
+
+def value_loss(sums: Sums) -> float | None:
+    """0.5 * the mean clipped loss; 0.5 * mse without a clip, None where there is nothing to clip around."""
+    if sums.cliprange_value is None:
+        return 0.5 * mean_square(sums)
+    return None if sums.prediction is None or not sums.has_clip else sums.prediction.clip.loss / sums.tokens
+
+
+def share_clipped(sums: Sums) -> float | None:
+    """Share of tokens whose clipped loss is strictly the larger."""
+    return None if sums.prediction is None or not sums.has_clip else sums.prediction.clip.clipped / sums.tokens
+
+
+def share_saturated(sums: Sums) -> float | None:
+    """Share of tokens whose gradient the clip has zeroed."""
+    return None if sums.prediction is None or not sums.has_clip else sums.prediction.clip.saturated / sums.tokens
+
+
+def expected_calibration_error(sums: Sums) -> float | None:
+    """Mean distance between predicted value and mean return over the bins of the calibration, weighted by tokens.
+
+    Naeini et al. 2015, with bins of equal mass (Nguyen and O'Connor 2015): equal widths leave most bins of a critic
+    empty.
     """
-
-    order: Integers
-    group: Integers
-    groups: int
-    rows: Integers
-    returns: Moments
-    by_position: Moments
-    slices: dict[str, tuple[list[object], Integers]]
-
-    def sort(self, moments: Moments) -> Moments:
-        """Moments of each rollout's response tokens, from the order of arrival into this one."""
-        return Moments(self.returns.count, moments.mean[self.order], moments.squares[self.order])
-
-    @property
-    def arrived_group(self) -> Integers:
-        """int64 [m], index of each rollout's prompt group, in order of arrival."""
-        group = np.empty_like(self.group)
-        group[self.order] = self.group
-        return group
+    rows = sums.calibration
+    tokens = sum(row["tokens"] for row in rows)
+    if not tokens:
+        return None
+    return float(sum(row["tokens"] * abs(row["mean_value"] - row["mean_return"]) for row in rows) / tokens)
 
 
-Samples = dict[str, Floats]
-"""Metric -> its figure in each resample, float64 [resamples]."""
+def advantage_variance(sums: Sums) -> float | None:
+    """Variance of the advantages; None where there are no rollouts."""
+    return None if sums.advantages is None else sums.advantages.error_squares / sums.advantages.tokens
 
 
-def main_figures(errors: Moments, target: Moments, population: Population, samples: Samples) -> dict[str, Any]:
-    """The metrics of one prediction that come from the moments of its errors.
+def variance_reduction(sums: Sums) -> float | None:
+    """1 - the variance of the advantages / that of GRPO's; None where no rollout has others of its prompt group."""
+    if sums.advantages is None or not sums.has_peers:
+        return None
+    return explained_variance(sums.advantages.error_squares, sums.advantages.target_squares)
+
+
+def _explained_samples(sums: Sums | None) -> Floats | None:
+    """Explained variance in each resample, float64 [resamples]."""
+    if sums is None or sums.resampled is None:
+        return None
+    error, target = sums.resampled
+    return explained_in_resamples(error.squares, target.squares)
+
+
+def _explained_within_samples(sums: Sums) -> Floats | None:
+    """Explained variance within prompt groups in each resample, float64 [resamples]."""
+    if sums.resampled is None:
+        return None
+    error, target = sums.resampled
+    return explained_in_resamples(error.within, target.within)
+
+
+def _change_text(reduction: Any, bounds: Any) -> str:
+    """A reduction as a change, so that less is negative: `-23 % [-31, -12]`."""
+    share = number(reduction)
+    if share is None:
+        return DASH
+    shown = f" [{-100 * bounds[1]:+.0f}, {-100 * bounds[0]:+.0f}]" if interval(bounds) else ""
+    return f"{-100 * share:+.0f} %{shown}"
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        name="explained_variance",
+        label="explained variance",
+        topic="explained",
+        compute=lambda sums: explained_variance(sums.error_squares, sums.target_squares),
+        better="higher",
+        samples=_explained_samples,
+        tables=frozenset({"by_position", "by_length", "by", "monte_carlo"}),
+        best_by=True,
+        tracker="critic/vf_explained_var",
+        terminal="with interval",
+        page="with interval",
+        tile=1,
+        about="0 a constant, 1 perfect",
+    ),
+    Metric(
+        name="explained_variance_within_group",
+        label="within prompts",
+        topic="explained",
+        compute=lambda sums: explained_variance(sums.error_within, sums.target_within),
+        better="higher",
+        samples=_explained_within_samples,
+        tables=frozenset({"by", "monte_carlo"}),
+        compared=True,
+        best_by=True,
+        tracker="critic/vf_explained_var_within_group",
+        page="with interval",
+        tile=2,
+        about="what it knows beyond the prompt",
+    ),
+    Metric(
+        name="mse",
+        label="MSE",
+        topic="errors",
+        compute=mean_square,
+        better="lower",
+        samples=lambda sums: None if sums.resampled is None else sums.resampled[0].mean_square,
+        interval=False,
+        tables=frozenset({"by_position", "by_length", "by", "monte_carlo"}),
+        compared=True,
+        best_by=True,
+        format=three,
+        tile=7,
+        tile_name="mean squared error",
+    ),
+    Metric(
+        name="mae",
+        label="MAE",
+        topic="errors",
+        compute=lambda sums: None if sums.prediction is None else sums.prediction.absolute / sums.tokens,
+        better="lower",
+        format=three,
+    ),
+    Metric(
+        name="bias",
+        label="bias",
+        topic="errors",
+        compute=lambda sums: sums.error_mean,
+        better="near 0",
+        tables=frozenset({"by_position", "by_length", "by", "monte_carlo"}),
+        format=signed,
+        tile=8,
+        about="values less returns",
+    ),
+    Metric(
+        name="pearson",
+        label="Pearson",
+        topic="correlation",
+        compute=lambda sums: None if sums.prediction is None else sums.prediction.pairs.correlation(),
+        better="higher",
+    ),
+    Metric(
+        name="spearman",
+        label="Spearman",
+        topic="correlation",
+        compute=lambda sums: sums.spearman,
+        better="higher",
+    ),
+    Metric(
+        name="value_loss",
+        label="value loss",
+        topic="loss",
+        compute=value_loss,
+        better="lower",
+        needs="stored values, unless the clip is off",
+        best_by=True,
+        format=three,
+    ),
+    Metric(
+        name="clipfrac",
+        label="clipfrac",
+        topic="loss",
+        compute=share_clipped,
+        better="lower",
+        needs="stored values and a clip",
+        format=percent,
+    ),
+    Metric(
+        name="saturation",
+        label="saturation",
+        topic="loss",
+        compute=share_saturated,
+        better="lower",
+        needs="stored values and a clip",
+        format=percent,
+        terminal="no",
+    ),
+    Metric(
+        name="expected_calibration_error",
+        label="calibration error",
+        topic="calibration",
+        compute=expected_calibration_error,
+        better="lower",
+        kinds=VALUES,
+        format=three,
+        tile=6,
+        about="mean distance of value and return",
+    ),
+    Metric(
+        name="auc",
+        label="AUC",
+        topic="outcomes",
+        compute=lambda sums: sums.discrimination.auc,
+        better="higher",
+        needs="two outcomes",
+        samples=lambda sums: sums.discrimination.samples.get("auc"),
+        kinds=VALUES,
+        terminal="no",
+        tile=4,
+        about="over all rollouts",
+    ),
+    Metric(
+        name="auc_within_group",
+        label="AUC within prompts",
+        topic="outcomes",
+        compute=lambda sums: sums.discrimination.auc_within_group,
+        better="higher",
+        needs="two outcomes",
+        samples=lambda sums: sums.discrimination.samples.get("auc_within_group"),
+        kinds=VALUES,
+        tables=frozenset({"by"}),
+        compared=True,
+        terminal="with interval",
+        narrow_heading="AUC in\nprompts",
+        tile=3,
+        about="right above wrong, 0.5 a coin",
+    ),
+    Metric(
+        name="tells_apart_from",
+        label="right from wrong from",
+        topic="outcomes",
+        compute=lambda sums: sums.discrimination.tells_apart_from,
+        better="lower",
+        needs="two outcomes",
+        kinds=VALUES,
+        format=lambda share: percent(share, digits=0),
+        page="no",
+        heading="right from\nwrong from",
+    ),
+    Metric(
+        name="advantage_variance",
+        label="advantage variance",
+        topic="advantages",
+        compute=advantage_variance,
+        better="lower",
+        kinds=frozenset({"values", "group_mean"}),
+        format=three,
+        terminal="no",
+    ),
+    Metric(
+        name="variance_reduction",
+        label="variance reduction",
+        topic="advantages",
+        compute=variance_reduction,
+        better="higher",
+        needs="prompts with several rollouts",
+        samples=lambda sums: _explained_samples(sums.advantages),
+        kinds=VALUES,
+        page="no",
+        terminal="with interval",
+        heading="advantage variance\nagainst GRPO's",
+        terminal_text=_change_text,
+        tile=5,
+        about="of advantages, against GRPO's baseline",
+    ),
+)
+
+
+def metric_named(name: str) -> Metric:
+    """The metric of this name."""
+    return next(metric for metric in METRICS if metric.name == name)
+
+
+def metrics_of(*topics: Topic) -> list[Metric]:
+    """The metrics of some topics in the order given; of all topics in the order of TOPICS where none is given."""
+    return [metric for topic in topics or TOPICS for metric in METRICS if metric.topic == topic]
+
+
+def samples_of(sums: Sums, kind: Kind) -> Samples:
+    """The metrics of one prediction in each resample; those that were not resampled are left out."""
+    drawn = {m.name: m.samples(sums) for m in METRICS if m.samples is not None and kind in m.kinds}
+    return {name: samples for name, samples in drawn.items() if samples is not None}
+
+
+def figures_of(sums: Sums, kind: Kind, samples: Samples, table: Table | None = None) -> dict[str, Any]:
+    """Metric -> figure, each that has an interval followed by NAME_interval.
 
     Args:
-        errors: moments of each rollout's errors, in the population's order.
-        target: of what is predicted.
-        population: the rollouts.
-        samples: of this prediction, from `samples_of`.
+        sums: of one prediction.
+        kind: what it is.
+        samples: from `samples_of`.
+        table: only the metrics of this table.
     """
-    every = pool_all(errors)
-    tokens = int(every.count[0])
-    grouped = (pool(x, population.group, population.groups) for x in (errors, target))
-    within = explained_variance(*(float(x.squares.sum()) for x in grouped))
-    return {
-        "explained_variance": explained_variance(float(every.squares[0]), float(pool_all(target).squares[0])),
-        "explained_variance_interval": interval(samples, "explained_variance"),
-        "explained_variance_within_group": within,
-        "explained_variance_within_group_interval": interval(samples, "explained_variance_within_group"),
-        "mse": mean_square(every, 0),
-        "bias": float(every.mean[0]) if tokens else None,
-    }
+    figures: dict[str, Any] = {}
+    for metric in METRICS:
+        if kind in metric.kinds and (table is None or table in metric.tables):
+            figures[metric.name] = figure = metric.figure(sums)
+            if metric.has_interval:
+                drawn = None if figure is None else samples.get(metric.name)
+                figures[f"{metric.name}_interval"] = None if drawn is None else percentile_interval(drawn)
+    return figures
 
 
-def samples_of(resampled: Resampled, error: str, target: str) -> Samples:
-    """The main figures of one prediction in each resample; nothing where nothing was resampled."""
-    overall, within = resampled.explained(error, target), resampled.explained_within(error, target)
-    if overall is None or within is None:
-        return {}
-    return {
-        "explained_variance": overall,
-        "explained_variance_within_group": within,
-        "mse": resampled.mean_square[error],
-    }
+def row_figures(sums: Sums, table: Table, kind: Kind) -> dict[str, float | None]:
+    """Metric -> figure of the metrics that a row of a table has, without intervals."""
+    return {m.name: m.figure(sums) for m in METRICS if table in m.tables and kind in m.kinds}
 
 
-def difference(of_a: float | None, of_b: float | None, a: Floats | None, b: Floats | None) -> dict[str, Any]:
+def difference(a: float | None, b: float | None, samples_a: Floats | None, samples_b: Floats | None) -> dict[str, Any]:
     """A figure of one prediction less that of another, with the interval of the paired difference.
 
     Args:
-        of_a: one's figure.
-        of_b: the other's.
-        a: one's in each resample, None where nothing was resampled.
-        b: the other's, in the same resamples.
+        a, b: the figures.
+        samples_a, samples_b: the same in each resample, float64 [resamples]; None where nothing was resampled.
     """
-    if of_a is None or of_b is None:
+    if a is None or b is None:
         return {"difference": None, "interval": None}
-    paired = None if a is None or b is None else percentile_interval(a - b)
-    return {"difference": of_a - of_b, "interval": paired}
+    paired = None if samples_a is None or samples_b is None else percentile_interval(samples_a - samples_b)
+    return {"difference": a - b, "interval": paired}
 
 
-def interval(samples: Samples, metric: str) -> list[float] | None:
-    """The interval of a metric; None where it was not resampled."""
-    return percentile_interval(samples[metric]) if metric in samples else None
+def tracker_name(name: str) -> str:
+    """A metric's name in trackers."""
+    named = {metric.name: metric.tracker for metric in METRICS}
+    return named.get(name) or f"val/{name}"
 
 
-def mean_square(errors: Moments, index: int) -> float | None:
-    """The mean of the squares of one set; None where it is empty."""
-    tokens = int(errors.count[index])
-    return float(errors.mean[index] ** 2 + errors.squares[index] / tokens) if tokens else None
+def best_by_names() -> list[str]:
+    """What --best-by can name."""
+    return [metric.name for metric in METRICS if metric.best_by]
+
+
+def is_better(name: str, figure: float, than: float) -> bool:
+    """Whether one figure of a metric is better than another."""
+    return figure < than if metric_named(name).better == "lower" else figure > than

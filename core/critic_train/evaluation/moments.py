@@ -3,9 +3,7 @@
 Everything is float64. Means are taken as a reference element plus the mean distance from it, sums of
 squares about the mean itself (two passes; Chan, Golub and LeVeque 1983 for pooling). So an offset of 1e6
 costs no digits, and a set of equal numbers has a sum of squares of exactly 0, which is how "no variance"
-is recognised everywhere.
-
-What a critic has to beat.
+is recognised everywhere. `leave_one_out` is the group mean that a critic has to beat.
 """
 
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+TokenColumn = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,6 @@
 Rollouts of one prompt resemble each other and tokens of one rollout share their return, so the prompt group
 is the unit that was drawn independently, and the unit that is resampled (the cluster bootstrap; percentile
 intervals, Efron and Tibshirani 1993, chapter 13).
-
-What the resamples of the prompt groups say of variances: the same draws for every quantity, so differences pair.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,13 +64,13 @@ def percentile_interval(figures: Floats, level: float = LEVEL) -> list[float] | 
     return [float(low), float(high)]
 
 
-# 1 - a / b cannot tell a difference below a few thousand roundings from none.
 ROUNDING = 1e-12
+"""1 - a / b cannot tell a difference below a few thousand roundings from none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resampled:
-    """Sums over the response tokens of each resample, float64 [resamples] for each quantity; empty without resamples.
+class ResampledSums:
+    """Sums of one quantity over the response tokens of each resample, float64 [resamples] each.
 
     Attributes:
         squares: sum of squares about the resample's own mean.
@@ -80,31 +78,28 @@ class Resampled:
         mean_square: mean of the squares.
     """
 
-    squares: dict[str, Floats]
-    within: dict[str, Floats]
-    mean_square: dict[str, Floats]
-
-    def explained(self, error: str, target: str) -> Floats | None:
-        """1 - SS(error) / SS(target) in each resample; NaN where the target does not vary, None without resamples."""
-        return _explained(self.squares, error, target)
-
-    def explained_within(self, error: str, target: str) -> Floats | None:
-        """The same within prompt groups."""
-        return _explained(self.within, error, target)
+    squares: Floats
+    within: Floats
+    mean_square: Floats
 
 
-def resample(group: Integers, groups: int, quantities: Mapping[str, Moments], resamples: int, seed: int) -> Resampled:
-    """Bootstrap over prompt groups.
+def resample(
+    group: Integers, groups: int, quantities: Mapping[str, Moments], resamples: int, seed: int
+) -> dict[str, ResampledSums]:
+    """Bootstrap over prompt groups, with the same draws for every quantity, so that differences pair.
 
     Args:
-        group: int64 [m], prompt group of each rollout, from 0; below two prompt groups nothing can be resampled.
+        group: int64 [m], prompt group of each rollout, from 0.
         groups: their number.
         quantities: name -> moments of each rollout's tokens, [m].
         resamples: number of resamples.
         seed: of the draws.
+
+    Returns:
+        Name -> its sums; empty below two prompt groups, where nothing can be resampled.
     """
     if groups < 2:
-        return Resampled(squares={}, within={}, mean_square={})
+        return {}
     grouped = [pool(q, group, groups) for q in quantities.values()]
     columns = [grouped[0].count.astype(np.float64)]
     means = [float(pool_all(part).mean[0]) for part in grouped]
@@ -118,22 +113,24 @@ def resample(group: Integers, groups: int, quantities: Mapping[str, Moments], re
         ]
     sums = resampled_sums(np.stack(columns, axis=1), resamples, seed)
     tokens = sums[:, 0]
-    found = Resampled(squares={}, within={}, mean_square={})
+    resampled = {}
     for index, (name, mean) in enumerate(zip(quantities, means, strict=True)):
         first, second, within = sums[:, 1 + 3 * index : 4 + 3 * index].T
         squares = second - first**2 / tokens
         squares[squares <= ROUNDING * second] = 0.0
-        found.squares[name] = squares
-        found.within[name] = within
-        found.mean_square[name] = squares / tokens + (mean + first / tokens) ** 2
-    return found
+        mean_square = squares / tokens + (mean + first / tokens) ** 2
+        resampled[name] = ResampledSums(squares=squares, within=within, mean_square=mean_square)
+    return resampled
 
 
-def _explained(sums: dict[str, Floats], error: str, target: str) -> Floats | None:
-    if error not in sums:
-        return None
-    figures = np.full(len(sums[error]), np.nan)
-    varied = sums[target] > 0.0
-    figures[varied] = 1.0 - sums[error][varied] / sums[target][varied]
+def explained_in_resamples(error: Floats, target: Floats) -> Floats:
+    """1 - error / target in each resample; NaN where the target does not vary.
+
+    Args:
+        error, target: float64 [resamples], sums of squares.
+    """
+    figures = np.full(len(error), np.nan)
+    varied = target > 0.0
+    figures[varied] = 1.0 - error[varied] / target[varied]
     figures[np.abs(figures) < ROUNDING] = 0.0
     return figures

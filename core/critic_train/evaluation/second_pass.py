@@ -1,4 +1,7 @@
-"""What needs another pass over the tokens: calibration, histograms, AUC and advantages."""
+"""What needs the tokens a second time: calibration, histograms, AUC, advantages and Monte-Carlo errors.
+
+The first pass gives the range and the quantiles of the values, the outcomes and the prompt groups.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,58 +15,64 @@ from critic_train.evaluation.auc import (
     Discrimination,
     RolloutScores,
     auc_within_slices,
+    correct_rollouts,
     discrimination,
-    right_or_wrong,
 )
-from critic_train.evaluation.calibration import CalibrationSums, Histogram, expected_calibration_error
-from critic_train.evaluation.metrics import Population, Samples
-from critic_train.evaluation.moments import Integers, Moments
-from critic_train.evaluation.token_columns import TokenColumn, distinct_edges, order_statistics, part_ranks
+from critic_train.evaluation.breakdowns import CalibrationSums, Histogram
+from critic_train.evaluation.moments import Integers, Moments, TokenColumn
+from critic_train.evaluation.token_columns import distinct_edges, order_statistics, part_ranks
+from critic_train.evaluation.token_sums import Population
 
 CALIBRATION_PARTS = 10
 TAIL = 0.001
 """Share of a prediction's tokens on either side that the histograms' edges need not span."""
 
 
-@dataclass(frozen=True, slots=True)
-class SecondPass:
-    """What was found of one prediction.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionDetails:
+    """What the second pass gives of one prediction.
 
     Attributes:
-        figures: single ones, by name.
-        tables: by name.
-        samples: figures in each resample.
+        calibration: rows by value.
+        discrimination: AUCs.
+        value_histogram: None where no token arrived.
         advantages: moments of each rollout's advantages, in order of arrival; None where no token arrived.
         monte_carlo: moments of each rollout's errors against Monte-Carlo returns; None without rewards.
         auc_by: column -> AUC within prompt groups of the rollouts with each of its values.
     """
 
-    figures: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, Any] = field(default_factory=dict)
-    samples: Samples = field(default_factory=dict)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
+    discrimination: Discrimination = field(default_factory=Discrimination)
+    value_histogram: dict[str, Any] | None = None
     advantages: Moments | None = None
     monte_carlo: Moments | None = None
     auc_by: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SecondPassStats:
-    """What was found of every prediction and of the returns.
+class SecondPass:
+    """What the second pass gives.
 
     Attributes:
-        predictions: name -> what was found of it.
-        return_histogram: of the returns.
+        predictions: name -> its details.
+        return_histogram: of the returns; None where no token arrived.
         monte_carlo: moments of each rollout's Monte-Carlo returns, in order of arrival; None without rewards.
     """
 
-    predictions: dict[str, SecondPass]
-    return_histogram: dict[str, Any] | None
+    predictions: dict[str, PredictionDetails]
+    return_histogram: dict[str, Any] | None = None
     monte_carlo: Moments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Spread:
-    """Where a prediction's values lie: the extremes, the tails' ends, the inner edges of its quantile bins."""
+class ValueRange:
+    """Where a prediction's values lie.
+
+    Attributes:
+        lowest, highest: the extremes.
+        low, high: where the tails of TAIL of the tokens end.
+        edges: float32, the inner edges of the quantile bins.
+    """
 
     lowest: float
     highest: float
@@ -73,105 +82,110 @@ class _Spread:
 
 
 def second_pass(
-    evidence: EvalAccumulator, population: Population, advantage: AdvantageRecipe, *, resamples: int, seed: int
-) -> SecondPassStats:
-    """Everything that is found by reading the tokens again.
+    accumulated: EvalAccumulator, population: Population, advantage: AdvantageRecipe, *, resamples: int, seed: int
+) -> SecondPass:
+    """Read the tokens again.
 
     Args:
-        evidence: what has arrived.
+        accumulated: what the first pass took in.
         population: of the same.
         advantage: how advantages are estimated.
         resamples: bootstrap resamples of the prompt groups.
         seed: of the draws.
     """
     tokens = int(population.returns.count.sum())
-    names = list(evidence.predictions())
+    names = list(accumulated.predictions())
     if not tokens:
-        nothing = SecondPass(
-            {"expected_calibration_error": None, **Discrimination().figures},
-            {"calibration": [], "auc_by_position": [], "value_histogram": None},
-        )
-        return SecondPassStats(predictions=dict.fromkeys(names, nothing), return_histogram=None)
-    spreads = {name: _spread(evidence, name, tokens) for name in names}
-    low = min([evidence.smallest_return, *(s.low for s in spreads.values())])
-    high = max([evidence.largest_return, *(s.high for s in spreads.values())])
-    right = right_or_wrong(evidence.outcomes())
-    again = _SecondPassSums(evidence, population, advantage, (low, high), right, resamples, seed)
-    found = {name: again.at(name, spread) for name, spread in spreads.items()}
-    returned = Histogram(low, high)
-    for column in evidence.column(RETURNS):
-        returned.add(column)
-    return SecondPassStats(predictions=found, return_histogram=returned.figures(), monte_carlo=again.monte_carlo())
+        return SecondPass(predictions=dict.fromkeys(names, PredictionDetails()))
+    ranges = {name: _value_range(accumulated, name, tokens) for name in names}
+    low = min([accumulated.smallest_return, *(r.low for r in ranges.values())])
+    high = max([accumulated.largest_return, *(r.high for r in ranges.values())])
+    reader = _SecondReader(
+        accumulated=accumulated,
+        population=population,
+        advantage=advantage,
+        edges=(low, high),
+        correct=correct_rollouts(accumulated.outcomes()),
+        resamples=resamples,
+        seed=seed,
+    )
+    predictions = {name: reader.details(name, values) for name, values in ranges.items()}
+    returns = Histogram(low, high)
+    for column in accumulated.column(RETURNS):
+        returns.add(column)
+    return SecondPass(
+        predictions=predictions, return_histogram=returns.figures(), monte_carlo=reader.monte_carlo_returns()
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _SecondPassSums:
-    """One pass over the values of one prediction after another."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SecondReader:
+    """Reads the values of one prediction after another."""
 
-    evidence: EvalAccumulator
+    accumulated: EvalAccumulator
     population: Population
     advantage: AdvantageRecipe
     edges: tuple[float, float]
-    right: Bools | None
+    correct: Bools | None
     resamples: int
     seed: int
 
-    def at(self, name: str, spread: _Spread) -> SecondPass:
+    def details(self, name: str, values: ValueRange) -> PredictionDetails:
         group, groups = self.population.arrived_group, self.population.groups
-        counts = self.evidence.returns().count
-        calibration = CalibrationSums(spread.edges, group, groups)
+        counts = self.accumulated.returns().count
+        has_rewards = self.accumulated.has_rewards
+        calibration = CalibrationSums(values.edges, group, groups)
         histogram = Histogram(*self.edges)
-        scores = RolloutScores(len(group), self.evidence.positions)
+        scores = RolloutScores(len(group), self.accumulated.positions)
         advantages = AdvantageMoments(len(group), self.advantage)
         # At lambda 1 an advantage is the Monte-Carlo return less V.
-        shortfall = AdvantageMoments(len(group) if self.evidence.has_rewards else 0, self.advantage.at_lambda_1())
-        for block in self.evidence.scan(name):
+        shortfall = AdvantageMoments(len(group) if has_rewards else 0, self.advantage.at_lambda_1())
+        for block in self.accumulated.scan(name):
             calibration.add(block)
             advantages.add(block)
             if block.rewards is not None:
                 shortfall.add(block)
             histogram.add(block.values)
-            if self.right is not None or self.population.slices:
+            if self.correct is not None or self.population.slices:
                 scores.add(block)
-        table = calibration.table((spread.lowest, spread.highest), self.resamples, self.seed)
-        told = Discrimination()
-        if self.right is not None:
-            told = discrimination(scores, self.right, group, groups, self.resamples, self.seed)
-        return SecondPass(
-            {"expected_calibration_error": expected_calibration_error(table), **told.figures},
-            {"calibration": table, "auc_by_position": told.by_position, "value_histogram": histogram.figures()},
-            told.samples,
-            advantages.moments(counts),
-            negated(shortfall.moments(counts)) if self.evidence.has_rewards else None,
-            self._auc_by(scores, group),
+        auc = Discrimination()
+        if self.correct is not None:
+            auc = discrimination(scores, self.correct, group, groups, self.resamples, self.seed)
+        return PredictionDetails(
+            calibration=calibration.table((values.lowest, values.highest), self.resamples, self.seed),
+            discrimination=auc,
+            value_histogram=histogram.figures(),
+            advantages=advantages.moments(counts),
+            monte_carlo=negated(shortfall.moments(counts)) if has_rewards else None,
+            auc_by=self._auc_by(scores, group),
         )
 
     def _auc_by(self, scores: RolloutScores, group: Integers) -> dict[str, list[float | None]]:
-        """Column -> a figure for each of its values."""
-        outcomes = self.evidence.outcomes()
-        found = {}
+        """Column -> AUC within prompt groups for each of its values."""
+        outcomes = self.accumulated.outcomes()
+        auc_by = {}
         for column, (labels, index) in self.population.slices.items():
             arrived = np.empty_like(index)
             arrived[self.population.order] = index
-            found[column] = auc_within_slices(scores.whole, outcomes, group, arrived, len(labels))
-        return found
+            auc_by[column] = auc_within_slices(scores.overall, outcomes, group, arrived, len(labels))
+        return auc_by
 
-    def monte_carlo(self) -> Moments | None:
-        """Moments of the Monte-Carlo returns: what they exceed a value of 0 by."""
-        if not self.evidence.has_rewards:
+    def monte_carlo_returns(self) -> Moments | None:
+        """Moments of each rollout's Monte-Carlo returns: the advantages over a critic that predicts 0."""
+        if not self.accumulated.has_rewards:
             return None
-        counts = self.evidence.returns().count
+        counts = self.accumulated.returns().count
         sums = AdvantageMoments(len(counts), self.advantage.at_lambda_1())
-        for block in self.evidence.scan(RETURNS):
+        for block in self.accumulated.scan(RETURNS):
             sums.add(replace(block, values=np.zeros_like(block.values)))
         return sums.moments(counts)
 
 
-def _spread(evidence: EvalAccumulator, name: str, tokens: int) -> _Spread:
+def _value_range(accumulated: EvalAccumulator, name: str, tokens: int) -> ValueRange:
     tail = int(TAIL * tokens)
     ranks = np.concatenate([[0, tail, tokens - 1 - tail, tokens - 1], part_ranks(tokens, CALIBRATION_PARTS)])
-    lowest, low, high, highest, *starts = order_statistics(lambda: evidence.column(name), ranks)
-    return _Spread(
+    lowest, low, high, highest, *starts = order_statistics(lambda: accumulated.column(name), ranks)
+    return ValueRange(
         lowest=float(lowest),
         highest=float(highest),
         low=float(low),

@@ -1,25 +1,28 @@
-"""The verdict in a few plain sentences. Yes, no or cannot tell depends on the interval, never on the figure."""
+"""The verdict in a few sentences. Whether they say yes, no or cannot tell follows from the interval alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
-# Worth a sentence: errors of which this share is a constant offset, tokens the clip keeps from learning.
 OFFSET_SHARE = 0.1
+"""Share of the squared error from which on a constant offset is mentioned."""
 SATURATION = 0.05
-# Explained variance against the returns and against Monte-Carlo returns this far apart are two findings.
+"""Share of tokens without a gradient from which on the clip is mentioned."""
 EXCESS = 0.02
+"""Difference of explained variance against the returns and against Monte-Carlo returns that is mentioned."""
 CHANCE = 0.5
+"""AUC of a random guess."""
 
 
 def summary_text(verdict: dict[str, Any]) -> list[str]:
-    """Say what a verdict means.
+    """Put a verdict into words.
 
     Args:
         verdict: what `Judge.verdict` returned.
 
     Returns:
         Sentences without a full stop, the one that matters most first. Where several critics were judged,
-        each sentence begins with the name of its critic and a colon. Without critics, the stored values are
-        judged; without those, nothing is said.
+        each sentence begins with the name of its critic and a colon. Without critics the sentences are about the
+        stored values; without those there are none.
     """
     critics = verdict["critics"]
     stored = verdict["baselines"].get("stored")
@@ -41,24 +44,24 @@ def _of_one(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
     if verdict["prompt_groups"] >= 2:
         sentences += [_against_group_mean(metrics, verdict), _within_groups(metrics)]
         sentences += _against_stored(metrics, verdict)
-        sentences += _told_apart(metrics) + _variance_left(metrics) + _against_monte_carlo(metrics)
+        sentences += _outcomes_apart(metrics) + _variance_left(metrics) + _against_monte_carlo(metrics)
     return sentences + _remarks(metrics)
 
 
 def _against_constant(metrics: dict[str, Any]) -> str:
     interval = metrics["explained_variance_interval"]
-    found = f"explained variance {_number(metrics['explained_variance'])}"
+    shown = f"explained variance {_number(metrics['explained_variance'])}"
     if interval is None:
-        return f"cannot tell whether it beats the constant baseline: {found}, from one prompt group only"
-    found += f" (95 % interval {_range(interval)})"
-    match _sign(interval):
+        return f"cannot tell whether it beats the constant baseline: {shown}, from one prompt group only"
+    shown += f" (95 % interval {_range(interval)})"
+    match sign(interval):
         case 1:
-            return f"beats the constant baseline: {found}"
+            return f"beats the constant baseline: {shown}"
         case -1:
-            return f"is worse than the constant baseline: {found}; it would raise the variance of advantages"
+            return f"is worse than the constant baseline: {shown}; it would raise the variance of advantages"
         case 0 if interval[0] == interval[1]:
-            return f"is no better than the constant baseline: {found}"
-    return f"cannot tell whether it beats the constant baseline: {found}"
+            return f"is no better than the constant baseline: {shown}"
+    return f"cannot tell whether it beats the constant baseline: {shown}"
 
 
 def _against_group_mean(metrics: dict[str, Any], verdict: dict[str, Any]) -> str:
@@ -68,7 +71,7 @@ def _against_group_mean(metrics: dict[str, Any], verdict: dict[str, Any]) -> str
     versus = metrics["explained_variance_minus"]["group_mean"]
     what = f"the prompt group's mean ({_number(mean['explained_variance'])})"
     apart = _apart(versus)
-    match _sign(versus["interval"]):
+    match sign(versus["interval"]):
         case 1:
             return f"beats {what}: explained variance {apart}, more than GRPO's baseline gives"
         case -1:
@@ -83,15 +86,15 @@ def _within_groups(metrics: dict[str, Any]) -> str:
     interval = metrics["explained_variance_within_group_interval"]
     if figure is None or interval is None:
         return "within prompt groups the returns do not vary: only differences between prompts can be explained"
-    found = f"{_number(figure)} ({_range(interval)})"
-    match _sign(interval):
+    shown = f"{_number(figure)} ({_range(interval)})"
+    match sign(interval):
         case 1:
-            return f"within prompt groups it explains {found}: it tells rollouts of one prompt apart"
+            return f"within prompt groups it explains {shown}: it tells rollouts of one prompt apart"
         case -1:
-            return f"within prompt groups it explains nothing: {found}; it adds noise there"
+            return f"within prompt groups it explains nothing: {shown}; it adds noise there"
         case 0 if interval[0] == interval[1]:
-            return f"within prompt groups it explains nothing: {found}"
-    return f"cannot tell whether it explains anything within prompt groups: {found}"
+            return f"within prompt groups it explains nothing: {shown}"
+    return f"cannot tell whether it explains anything within prompt groups: {shown}"
 
 
 def _against_stored(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
@@ -100,7 +103,7 @@ def _against_stored(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[st
         return []
     what = f"the stored values ({_number(verdict['baselines']['stored']['explained_variance'])})"
     apart = _apart(versus)
-    match _sign(versus["interval"]):
+    match sign(versus["interval"]):
         case 1:
             return [f"beats {what}: explained variance {apart}"]
         case -1:
@@ -108,47 +111,47 @@ def _against_stored(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[st
     return [f"cannot tell whether it beats {what}: explained variance {apart}"]
 
 
-def _told_apart(metrics: dict[str, Any]) -> list[str]:
+def _outcomes_apart(metrics: dict[str, Any]) -> list[str]:
     figure, interval = metrics.get("auc_within_group"), metrics.get("auc_within_group_interval")
     if figure is None or interval is None:
         return []
-    found = f"within prompts, AUC {_number(figure)} ({_range(interval)})"
+    shown = f"within prompts, AUC {_number(figure)} ({_range(interval)})"
     if interval[1] < CHANCE:
-        return [f"calls wrong rollouts better than right ones: {found}"]
+        return [f"calls wrong rollouts better than right ones: {shown}"]
     start = metrics["tells_apart_from"]
     if start is None:
         chance = "cannot tell whether it tells" if interval[0] <= CHANCE else "on the whole it tells"
         end = "" if interval[0] <= CHANCE else ", but not at the end of the response"
-        return [f"{chance} right rollouts from wrong ones{end}: {found}"]
+        return [f"{chance} right rollouts from wrong ones{end}: {shown}"]
     when = "from the first token on" if start == 0 else f"from {100 * start:.0f} % of the response on"
-    return [f"tells right rollouts from wrong ones {when}: {found}"]
+    return [f"tells right rollouts from wrong ones {when}: {shown}"]
 
 
 def _variance_left(metrics: dict[str, Any]) -> list[str]:
     figure, interval = metrics.get("variance_reduction"), metrics.get("variance_reduction_interval")
     if figure is None or interval is None:
         return []
-    found = f"than GRPO's: {_percent(figure)} ({_percents(interval)})"
-    match _sign(interval):
+    shown = f"than GRPO's: {_percent(figure)} ({_percents(interval)})"
+    match sign(interval):
         case 1:
-            return [f"PPO's advantages vary less with it {found}"]
+            return [f"PPO's advantages vary less with it {shown}"]
         case -1:
             turned = [-interval[1], -interval[0]]
             return [f"PPO's advantages vary more with it than GRPO's: {_percent(-figure)} ({_percents(turned)})"]
-    return [f"cannot tell whether PPO's advantages vary less with it {found}"]
+    return [f"cannot tell whether PPO's advantages vary less with it {shown}"]
 
 
 def _against_monte_carlo(metrics: dict[str, Any]) -> list[str]:
     """Only where it is another figure than against the returns: bootstrapped returns flatter a critic."""
-    found = metrics.get("monte_carlo")
-    if found is None or found["explained_variance"] is None or found["explained_variance_interval"] is None:
+    against = metrics.get("monte_carlo")
+    if against is None or against["explained_variance"] is None or against["explained_variance_interval"] is None:
         return []
-    excess = found["explained_variance_excess"]
-    other = _sign(found["explained_variance_interval"]) != _sign(metrics["explained_variance_interval"])
-    apart = _sign(excess["interval"]) != 0 and abs(excess["difference"]) >= EXCESS
+    excess = against["explained_variance_excess"]
+    other = sign(against["explained_variance_interval"]) != sign(metrics["explained_variance_interval"])
+    apart = bool(sign(excess["interval"])) and abs(excess["difference"]) >= EXCESS
     if not other and not apart:
         return []
-    figure, interval = found["explained_variance"], found["explained_variance_interval"]
+    figure, interval = against["explained_variance"], against["explained_variance_interval"]
     flatters = "; the returns flatter it" if excess["difference"] > 0 else ""
     return [f"against Monte-Carlo returns explained variance is {_number(figure)} ({_range(interval)}){flatters}"]
 
@@ -172,21 +175,21 @@ def _between(names: list[str], verdict: dict[str, Any]) -> list[str]:
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             versus = verdict["differences"][f"{a} - {b}"]
-            sign = _sign(versus["interval"])
+            direction = sign(versus["interval"])
             if versus["difference"] is None:
                 continue
-            if sign == 0:
+            if not direction:
                 sentences.append(f"cannot tell {a} from {b}: explained variance {_apart(versus)}")
                 continue
-            better, worse = (a, b) if sign > 0 else (b, a)
+            better, worse = (a, b) if direction > 0 else (b, a)
             sentences.append(f"{better} beats {worse}: explained variance {_apart(versus, absolute=True)}")
     return sentences
 
 
-def _sign(interval: list[float] | None) -> int:
-    """1 where the whole interval is above 0, -1 where it is below, else 0."""
-    if interval is None:
-        return 0
+def sign(interval: Sequence[float] | None) -> int | None:
+    """1 where the whole interval is above 0, -1 where it is below, 0 across it; None where there is none."""
+    if not interval:
+        return None
     return int(interval[0] > 0) - int(interval[1] < 0)
 
 
@@ -195,7 +198,7 @@ def _apart(versus: dict[str, Any], *, absolute: bool = False) -> str:
     figure, interval = versus["difference"], versus["interval"]
     if interval is None:
         return f"differs by {_number(figure)}"
-    if _sign(interval) == 0:
+    if sign(interval) == 0:
         return f"differs by {_number(figure)} ({_range(interval)})"
     turned = sorted(abs(bound) for bound in interval)
     word = "higher" if figure > 0 or absolute else "lower"

@@ -1,8 +1,7 @@
-"""Token columns set aside, in memory while they are small and in an unlinked temporary file beyond.
+"""Columns of tokens that are read several times, and what is computed from them in bounded memory.
 
-Spearman's rank correlation of values and returns over any number of tokens, in bounded memory.
-
-Quantiles of any number of tokens, exact, in bounded memory.
+`TokenStore` keeps columns in memory while they are small and in an unlinked temporary file beyond. `RankCorrelation` is
+Spearman's over any number of tokens; `order_statistics` gives exact quantiles.
 """
 
 import math
@@ -14,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.errors import MachineError
-from critic_train.evaluation.moments import Floats, Integers
+from critic_train.evaluation.moments import Floats, Integers, TokenColumn
 
 MEMORY_BYTES = 2**24
 BLOCK_TOKENS = 2**15
-
-TokenColumn = NDArray[np.float32]
 
 
 class TokenStore:

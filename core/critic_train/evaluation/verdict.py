@@ -9,22 +9,16 @@ import numpy as np
 from critic_train.evaluation.accumulate import CRITIC, RETURNS, STORED, EvalAccumulator
 from critic_train.evaluation.advantages import AdvantageRecipe, same_for_all_tokens
 from critic_train.evaluation.breakdowns import best_and_worst_groups, by_label, by_length, by_position
-from critic_train.evaluation.metrics import (
-    Population,
-    Samples,
-    difference,
-    explained_variance,
-    main_figures,
-    samples_of,
-)
-from critic_train.evaluation.moments import Moments, leave_one_out, pool_all
-from critic_train.evaluation.resampling import Resampled, percentile_interval, resample
-from critic_train.evaluation.second_pass import SecondPass, SecondPassStats, second_pass
-from critic_train.evaluation.token_sums import PredictionSums
+from critic_train.evaluation.metrics import Kind, Samples, Sums, difference, figures_of, metrics_of, samples_of
+from critic_train.evaluation.moments import Floats, Moments, leave_one_out, pool, pool_all
+from critic_train.evaluation.resampling import resample
+from critic_train.evaluation.second_pass import PredictionDetails, SecondPass, second_pass
+from critic_train.evaluation.token_sums import Population
 
 CONSTANT, GROUP_MEAN = "constant", "group_mean"
+MAIN = "explained_variance"
+"""The metric that is compared with the baselines and between critics before all others."""
 ADVANTAGE, MONTE_CARLO = "advantage:", "monte carlo:"  # before a prediction's name, among what is resampled
-# Figures of the whole are shown and compared; tables are for those who look closer.
 _TABLES = (
     "return_histogram",
     "calibration",
@@ -36,16 +30,13 @@ _TABLES = (
     "by",
 )
 
-COMPARED = ("explained_variance_within_group", "auc_within_group", "mse")
-"""Figures of which critics' differences are given, besides explained variance."""
-
 UidLookup = Callable[[Sequence[int]], dict[int, str | None]]
-"""Places in the data set -> the uid that stands there."""
+"""Row numbers in the data set -> the uid of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalOptions:
-    """What the judge was asked for; see Judge."""
+class JudgeOptions:
+    """How the judge was set up; see Judge."""
 
     critics: tuple[str, ...]
     cliprange_value: float | None
@@ -55,185 +46,215 @@ class EvalOptions:
     advantage: AdvantageRecipe
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prediction:
+    """One prediction, with all that its part of the verdict is made of.
+
+    Attributes:
+        kind: see `metrics.Kind`.
+        sums: over all response tokens.
+        errors: moments of each rollout's errors, in the population's order.
+        by_position: moments of the errors at each part of the response.
+        details: of the second pass.
+        monte_carlo: the sums against Monte-Carlo returns; None without rewards.
+        samples: the metrics in each resample.
+    """
+
+    kind: Kind
+    sums: Sums
+    errors: Moments
+    by_position: Moments
+    details: PredictionDetails
+    monte_carlo: Sums | None
+    samples: Samples
+
+
 def without_tables(metrics: dict[str, Any]) -> dict[str, Any]:
     """The single figures of a critic's or a baseline's metrics."""
     return {name: figure for name, figure in metrics.items() if name not in _TABLES}
 
 
-def give_verdict(evidence: EvalAccumulator, asked: EvalOptions) -> dict[str, Any]:
+def give_verdict(accumulated: EvalAccumulator, options: JudgeOptions) -> dict[str, Any]:
     """See Judge.verdict."""
-    population = evidence.population()
-    arrived = evidence.returns()
+    population = accumulated.population()
+    returns = accumulated.returns()
     total = pool_all(population.returns)
-    peers, lone = leave_one_out(arrived.mean, population.arrived_group, float(total.mean[0]))
+    peers, lone = leave_one_out(returns.mean, population.arrived_group, float(total.mean[0]))
     fixed = {CONSTANT: np.full(len(peers), total.mean[0]), GROUP_MEAN: peers}
-
-    sums = {**evidence.predictions(), **evidence.replay(fixed)}
-    deeper = second_pass(evidence, population, asked.advantage, resamples=asked.resamples, seed=asked.seed)
-    advantages = _advantages(evidence, population, deeper)
-    monte_carlo = _monte_carlo(population, deeper)
-    errors = {name: population.sort(s.error.moments(arrived.count)) for name, s in sums.items()}
-    quantities = {RETURNS: population.returns, **errors, **advantages, **monte_carlo}
-    resampled = resample(population.group, population.groups, quantities, asked.resamples, asked.seed)
-    samples = {name: samples_of(resampled, name, RETURNS) for name in sums}
-    spearman = evidence.spearman(fixed)
-    metrics = {}
-    for name, s in sums.items():
-        depth = deeper.predictions.get(name, SecondPass())
-        samples[name] |= depth.samples
-        metrics[name] = {
-            **(found := _figures(s, errors[name], population, samples[name])),
-            "spearman": spearman[name],
-            **_clip_figures(s, found["mse"], asked.cliprange_value, evidence.has_stored),
-            **depth.figures,
-            **_advantage_figures(name, advantages, resampled, against_groups=lone < len(peers)),
-            **_monte_carlo_figures(name, monte_carlo, population, resampled, found),
-            **_tables(s, errors[name], population, depth),
-        }
-    _name_groups(metrics, asked.uids)
-    for name in evidence.predictions():
+    passed = second_pass(accumulated, population, options.advantage, resamples=options.resamples, seed=options.seed)
+    predictions = _predictions(accumulated, population, passed, fixed, options, has_peers=lone < len(peers))
+    metrics = {name: _metrics(prediction, population) for name, prediction in predictions.items()}
+    _fill_in_uids(metrics, options.uids)
+    for name in accumulated.predictions():
         metrics[name]["explained_variance_minus"] = {
-            other: _difference(name, other, "explained_variance", metrics, samples)
+            other: _difference(name, other, MAIN, metrics, predictions)
             for other in (STORED, GROUP_MEAN)
             if other in metrics and name not in (other, CRITIC + other)
         }
     metrics[GROUP_MEAN]["lone_rollouts"] = lone
     return {
-        "rollouts": len(arrived.count),
+        "rollouts": len(returns.count),
         "response_tokens": int(total.count[0]),
         "prompt_groups": population.groups,
-        "returns": _return_figures(total, evidence),
-        "return_histogram": deeper.return_histogram,
-        "advantage": {
-            "gamma": asked.advantage.gamma,
-            "lam": asked.advantage.lam if asked.advantage.length_alpha is None else None,
-        },
-        "critics": {name: metrics[CRITIC + name] for name in asked.critics},
+        "returns": _return_figures(total, accumulated),
+        "return_histogram": passed.return_histogram,
+        "advantage": options.advantage.record(),
+        "critics": {name: metrics[CRITIC + name] for name in options.critics},
         "baselines": {name: metrics[name] for name in (CONSTANT, STORED, GROUP_MEAN) if name in metrics},
         "differences": {
             f"{a} - {b}": {
-                **_difference(CRITIC + a, CRITIC + b, "explained_variance", metrics, samples),
-                **{name: _difference(CRITIC + a, CRITIC + b, name, metrics, samples) for name in COMPARED},
+                **_difference(CRITIC + a, CRITIC + b, MAIN, metrics, predictions),
+                **{
+                    metric.name: _difference(CRITIC + a, CRITIC + b, metric.name, metrics, predictions)
+                    for metric in metrics_of()
+                    if metric.compared
+                },
             }
-            for i, a in enumerate(asked.critics)
-            for b in asked.critics[i + 1 :]
+            for i, a in enumerate(options.critics)
+            for b in options.critics[i + 1 :]
         },
     }
 
 
-def _figures(sums: PredictionSums, errors: Moments, population: Population, samples: Samples) -> dict[str, Any]:
-    tokens = sums.pairs.count
-    found = main_figures(errors, population.returns, population, samples)
-    bias = found.pop("bias")
-    mae = sums.absolute / tokens if tokens else None
-    return found | {"mae": mae, "bias": bias, "pearson": sums.pairs.correlation()}
+def _predictions(
+    accumulated: EvalAccumulator,
+    population: Population,
+    passed: SecondPass,
+    fixed: dict[str, Floats],
+    options: JudgeOptions,
+    *,
+    has_peers: bool,
+) -> dict[str, _Prediction]:
+    """Stored values, critics, and the baselines whose values are `fixed` for each rollout, all resampled together."""
+    sums = {**accumulated.predictions(), **accumulated.replay(fixed)}
+    spearman = accumulated.spearman(fixed)
+    counts = accumulated.returns().count
+    errors = {name: population.sort(s.error.moments(counts)) for name, s in sums.items()}
+    advantages = _advantages(accumulated, population, passed)
+    monte_carlo = _monte_carlo(population, passed)
+    moments = {RETURNS: population.returns, **errors, **advantages, **monte_carlo}
+    resampled = resample(population.group, population.groups, moments, options.resamples, options.seed)
+
+    def beside(error: str, target: str, **more: Any) -> Sums | None:
+        """The sums of one quantity beside another's; None where one of them does not exist."""
+        if error not in moments or target not in moments:
+            return None
+        within = [float(pool(moments[x], population.group, population.groups).squares.sum()) for x in (error, target)]
+        return Sums.of(
+            pool_all(moments[error]),
+            pool_all(moments[target]),
+            error_within=within[0],
+            target_within=within[1],
+            resampled=(resampled[error], resampled[target]) if resampled else None,
+            **more,
+        )
+
+    predictions = {}
+    for name, own in sums.items():
+        kind: Kind = "constant" if name == CONSTANT else "group_mean" if name == GROUP_MEAN else "values"
+        details = passed.predictions.get(name, PredictionDetails())
+        whole = beside(
+            name,
+            RETURNS,
+            prediction=own,
+            spearman=spearman[name],
+            cliprange_value=options.cliprange_value,
+            has_clip=options.cliprange_value is not None and accumulated.has_stored,
+            calibration=details.calibration,
+            discrimination=details.discrimination,
+            advantages=beside(ADVANTAGE + name, ADVANTAGE + GROUP_MEAN),
+            has_peers=has_peers,
+        )
+        assert whole is not None
+        predictions[name] = _Prediction(
+            kind=kind,
+            sums=whole,
+            errors=errors[name],
+            by_position=own.error.by_position,
+            details=details,
+            monte_carlo=beside(MONTE_CARLO + name, MONTE_CARLO),
+            samples=samples_of(whole, kind),
+        )
+    return predictions
 
 
-def _advantages(evidence: EvalAccumulator, population: Population, deeper: SecondPassStats) -> dict[str, Moments]:
+def _metrics(prediction: _Prediction, population: Population) -> dict[str, Any]:
+    """All figures and tables of one prediction, in the order of the JSON."""
+    kind, details = prediction.kind, prediction.details
+    metrics = figures_of(prediction.sums, kind, prediction.samples)
+    has_details = kind == "values"
+    if has_details:
+        metrics |= {
+            "monte_carlo": _monte_carlo_figures(prediction, metrics[MAIN]),
+            "calibration": details.calibration,
+            "auc_by_position": details.discrimination.by_position,
+            "value_histogram": details.value_histogram,
+        }
+    metrics["by_position"] = by_position(prediction.by_position, population.by_position, kind)
+    metrics["by_length"] = by_length(prediction.errors, population, kind)
+    if has_details:
+        metrics["groups"] = best_and_worst_groups(prediction.errors, population)
+    metrics["by"] = {
+        column: by_label(prediction.errors, population, labels, index, details.auc_by.get(column, []), kind)
+        for column, (labels, index) in population.slices.items()
+    }
+    return metrics
+
+
+def _monte_carlo_figures(prediction: _Prediction, against_returns: float | None) -> dict[str, Any] | None:
+    """The metrics against Monte-Carlo returns, and how much less MAIN is there; None without rewards."""
+    sums = prediction.monte_carlo
+    if sums is None:
+        return None
+    samples = samples_of(sums, prediction.kind)
+    figures = figures_of(sums, prediction.kind, samples, "monte_carlo")
+    excess = difference(against_returns, figures[MAIN], prediction.samples.get(MAIN), samples.get(MAIN))
+    return figures | {f"{MAIN}_excess": excess}
+
+
+def _advantages(accumulated: EvalAccumulator, population: Population, passed: SecondPass) -> dict[str, Moments]:
     """ADVANTAGE and a name -> moments of each rollout's advantages, in the population's order; GRPO's by GROUP_MEAN."""
-    outcomes = evidence.outcomes()
+    outcomes = accumulated.outcomes()
     if not len(outcomes):
         return {}
     peers, _ = leave_one_out(outcomes, population.arrived_group, float(outcomes.mean()))
-    found = {name: d.advantages for name, d in deeper.predictions.items() if d.advantages is not None}
-    found[GROUP_MEAN] = same_for_all_tokens(outcomes - peers, evidence.returns().count)
-    return {ADVANTAGE + name: population.sort(moments) for name, moments in found.items()}
+    advantages = {name: d.advantages for name, d in passed.predictions.items() if d.advantages is not None}
+    advantages[GROUP_MEAN] = same_for_all_tokens(outcomes - peers, accumulated.returns().count)
+    return {ADVANTAGE + name: population.sort(moments) for name, moments in advantages.items()}
 
 
-def _advantage_figures(
-    name: str, advantages: dict[str, Moments], resampled: Resampled, *, against_groups: bool
-) -> dict[str, Any]:
-    """Variance of the advantages, and how much of GRPO's it leaves out; nothing of the constant."""
-    if name == CONSTANT:
-        return {}
-    own, theirs = (pool_all(advantages[ADVANTAGE + n]) if advantages else None for n in (name, GROUP_MEAN))
-    figures: dict[str, Any] = {"advantage_variance": None if own is None else float(own.squares[0] / own.count[0])}
-    if name == GROUP_MEAN:
-        return figures
-    reduction, samples = None, None
-    if own is not None and theirs is not None and against_groups:
-        reduction = explained_variance(float(own.squares[0]), float(theirs.squares[0]))
-        samples = resampled.explained(ADVANTAGE + name, ADVANTAGE + GROUP_MEAN)
-    interval = None if samples is None or reduction is None else percentile_interval(samples)
-    return figures | {"variance_reduction": reduction, "variance_reduction_interval": interval}
-
-
-def _monte_carlo(population: Population, deeper: SecondPassStats) -> dict[str, Moments]:
-    """MONTE_CARLO -> moments of the Monte-Carlo returns, with a name behind it of the errors against them."""
-    found = {MONTE_CARLO + name: d.monte_carlo for name, d in deeper.predictions.items()}
-    found[MONTE_CARLO] = deeper.monte_carlo
-    return {name: population.sort(moments) for name, moments in found.items() if moments is not None}
-
-
-def _monte_carlo_figures(
-    name: str, moments: dict[str, Moments], population: Population, resampled: Resampled, of_returns: dict[str, Any]
-) -> dict[str, Any]:
-    """The main figures against Monte-Carlo returns beside those against the returns; None without rewards."""
-    if name in (CONSTANT, GROUP_MEAN):
-        return {}
-    if not moments:
-        return {"monte_carlo": None}
-    samples = samples_of(resampled, MONTE_CARLO + name, MONTE_CARLO)
-    found = main_figures(moments[MONTE_CARLO + name], moments[MONTE_CARLO], population, samples)
-    metric = "explained_variance"
-    usual = samples_of(resampled, name, RETURNS).get(metric)
-    excess = difference(of_returns[metric], found[metric], usual, samples.get(metric))
-    return {"monte_carlo": found | {"explained_variance_excess": excess}}
-
-
-def _tables(sums: PredictionSums, errors: Moments, population: Population, depth: SecondPass) -> dict[str, Any]:
-    """In the order in which they are shown; a baseline that is no critic's rival in depth has fewer."""
-    return {
-        **depth.tables,
-        "by_position": by_position(sums.error.by_position, population.by_position),
-        "by_length": by_length(errors, population),
-        **({"groups": best_and_worst_groups(errors, population)} if depth.tables else {}),
-        "by": {
-            column: by_label(errors, population, labels, index, depth.auc_by.get(column))
-            for column, (labels, index) in population.slices.items()
-        },
-    }
+def _monte_carlo(population: Population, passed: SecondPass) -> dict[str, Moments]:
+    """MONTE_CARLO and a name -> moments of the errors against Monte-Carlo returns; MONTE_CARLO alone: of these."""
+    moments = {MONTE_CARLO + name: d.monte_carlo for name, d in passed.predictions.items()}
+    moments[MONTE_CARLO] = passed.monte_carlo
+    return {name: population.sort(of_rollouts) for name, of_rollouts in moments.items() if of_rollouts is not None}
 
 
 def _difference(
-    a: str, b: str, metric: str, metrics: dict[str, dict[str, Any]], samples: dict[str, Samples]
+    a: str, b: str, metric: str, metrics: dict[str, dict[str, Any]], predictions: dict[str, _Prediction]
 ) -> dict[str, Any]:
-    return difference(metrics[a][metric], metrics[b][metric], samples[a].get(metric), samples[b].get(metric))
+    samples_a, samples_b = (predictions[name].samples.get(metric) for name in (a, b))
+    return difference(metrics[a][metric], metrics[b][metric], samples_a, samples_b)
 
 
-def _name_groups(metrics: dict[str, dict[str, Any]], uids: UidLookup | None) -> None:
-    """Put the uids of the groups shown where None stands."""
-    tables = [found["groups"] for found in metrics.values() if "groups" in found]
+def _fill_in_uids(metrics: dict[str, dict[str, Any]], uids: UidLookup | None) -> None:
+    """Put uids in the tables of prompt groups."""
+    tables = [of_prediction["groups"] for of_prediction in metrics.values() if "groups" in of_prediction]
     shown = [row for table in tables for rows in table.values() for row in rows]
     if uids is None or not shown:
         return
-    known = uids(sorted({row["row"] for row in shown}))
+    uid_of = uids(sorted({row["row"] for row in shown}))
     for row in shown:
-        row["uid"] = known.get(row["row"])
+        row["uid"] = uid_of.get(row["row"])
 
 
-def _clip_figures(
-    sums: PredictionSums, mse: float | None, cliprange_value: float | None, has_stored: bool
-) -> dict[str, float | None]:
-    tokens = sums.pairs.count
-    if cliprange_value is None:
-        return {"value_loss": None if mse is None else 0.5 * mse, "clipfrac": None, "saturation": None}
-    if not tokens or not has_stored:
-        return {"value_loss": None, "clipfrac": None, "saturation": None}
-    return {
-        "value_loss": sums.clip.loss / tokens,
-        "clipfrac": sums.clip.clipped / tokens,
-        "saturation": sums.clip.saturated / tokens,
-    }
-
-
-def _return_figures(total: Moments, evidence: EvalAccumulator) -> dict[str, float | None]:
+def _return_figures(total: Moments, accumulated: EvalAccumulator) -> dict[str, float | None]:
     tokens = int(total.count[0])
     if not tokens:
         return {"mean": None, "std": None, "min": None, "max": None}
     return {
         "mean": float(total.mean[0]),
         "std": float(np.sqrt(total.squares[0] / tokens)),
-        "min": evidence.smallest_return,
-        "max": evidence.largest_return,
+        "min": accumulated.smallest_return,
+        "max": accumulated.largest_return,
     }

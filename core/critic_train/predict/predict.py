@@ -22,10 +22,10 @@ from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
+from critic_train.model.first_pass import critic_source, first_pass
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
-from critic_train.predict.first_pass import critic_source, first_pass
 from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitening, rewrite_with_columns
 from critic_train.predict.value_log import LoggedValues, ValueLog
 from critic_train.rollouts import Rollouts

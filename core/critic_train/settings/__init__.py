@@ -45,7 +45,6 @@ from critic_train.settings.data_sections import (
     column_renames,
 )
 from critic_train.settings.training_sections import (
-    LOWER_IS_BETTER,
     ActivationCheckpointing,
     Attention,
     ComputeSettings,
@@ -70,7 +69,6 @@ from critic_train.settings.training_sections import (
 __all__ = [
     "AUTO",
     "EXPECTED",
-    "LOWER_IS_BETTER",
     "ActivationCheckpointing",
     "Attention",
     "CheckSettings",

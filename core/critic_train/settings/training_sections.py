@@ -17,11 +17,11 @@ Attention = Literal["auto", "sdpa", "flex", "varlen"]
 Precision = Literal["fp32", "bf16"]
 ActivationCheckpointing = Literal["none", "layer", "selective"]
 Offload = Literal["none", "optimizer", "all"]
+# The metrics of evaluation.metrics with `best_by`; settings import nothing above them, so a test holds the two equal.
 BestBy = Literal["explained_variance", "explained_variance_within_group", "mse", "value_loss"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 LAST = re.compile(r"last-([1-9]\d*)")
-LOWER_IS_BETTER = ("mse", "value_loss")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from critic_train.errors import ModelError
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.evaluation.examples import Examples
 from critic_train.evaluation.judge import Judge
+from critic_train.evaluation.metrics import is_better
 from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Notice, StepEnded
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -23,7 +24,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import write_json
-from critic_train.settings import LOWER_IS_BETTER, FitSettings, column_renames
+from critic_train.settings import FitSettings, column_renames
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_diverged_rollouts, save_diverged_rollouts
@@ -298,7 +299,7 @@ class Trainer:
             return False
         if before is None:
             return True
-        return figure < before if self.settings.run.best_by in LOWER_IS_BETTER else figure > before
+        return is_better(self.settings.run.best_by, figure, before)
 
     def _pass(self) -> Pass:
         return Pass(critic=self.critic, step=self.position.step, forest=self.forest, stop=self.stop)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from critic_train.evaluation.auc import PairsOverall, pairs_within, right_or_wrong, tells_apart_from
+from critic_train.evaluation.auc import PairsOverall, correct_rollouts, pairs_within, tells_apart_from
 from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.resampling import draws
 
@@ -132,11 +132,11 @@ def test_one_large_group_is_sorted_not_paired():
 
 
 def test_outcomes_are_right_or_wrong_only_where_there_are_two():
-    assert right_or_wrong(np.array([1.0, -1.0, 1.0])).tolist() == [True, False, True]
-    assert right_or_wrong(np.array([0.99999994, 0.0, 1.0, -6e-8])).tolist() == [True, False, True, False]
-    assert right_or_wrong(np.array([0.0, 0.5, 1.0])) is None
-    assert right_or_wrong(np.array([1.0, 1.0])) is None
-    assert right_or_wrong(np.array([])) is None
+    assert correct_rollouts(np.array([1.0, -1.0, 1.0])).tolist() == [True, False, True]
+    assert correct_rollouts(np.array([0.99999994, 0.0, 1.0, -6e-8])).tolist() == [True, False, True, False]
+    assert correct_rollouts(np.array([0.0, 0.5, 1.0])) is None
+    assert correct_rollouts(np.array([1.0, 1.0])) is None
+    assert correct_rollouts(np.array([])) is None
 
 
 def test_without_two_outcomes_there_is_no_auc(world):

@@ -37,7 +37,7 @@ RESULT = {
     ],
 )
 def test_a_gate_holds_a_figure_against_a_value(pair, found, reason):
-    (gate,) = judge_gates(EvalSettings(data=["x"], fail_under=[pair]), RESULT)
+    (gate,) = judge_gates(EvalSettings(data=["x"], fail_under=[pair]).evaluation, RESULT)
     assert gate["metric"] + "=" + pair.rpartition("=")[2] == pair
     assert gate["value"] == float(pair.rpartition("=")[2])
     assert gate["found"] == found
@@ -55,7 +55,7 @@ def test_a_gate_holds_a_figure_against_a_value(pair, found, reason):
     ],
 )
 def test_a_ceiling_holds_from_the_other_side(pair, reason):
-    (gate,) = judge_gates(EvalSettings(data=["x"], fail_over=[pair]), RESULT)
+    (gate,) = judge_gates(EvalSettings(data=["x"], fail_over=[pair]).evaluation, RESULT)
     assert (gate["flag"], gate["passed"], gate["reason"]) == ("--fail-over", reason is None, reason)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import branching_rollouts, readable_rollouts
 
-from critic_train.evaluation.examples import KEPT, PROMPT_TOKENS, RESPONSE_TOKENS, Examples
+from critic_train.evaluation.examples import COUNTS, PROMPT_TOKENS, RESPONSE_TOKENS, Examples
 
 
 def kept(rollouts, values, batches, seed=0):
@@ -38,14 +38,14 @@ def test_the_worst_the_best_and_those_that_move_most_are_kept(many):
         errors.append(((v - g) ** 2).mean())
         swings.append(v.max() - v.min())
     records = kept(rollouts, {"c": values}, [np.arange(len(rollouts))])
-    rows = {why: [r["row"] for r in records if r["why"] == why] for why in KEPT}
-    worst = np.argsort(errors)[::-1][: KEPT["worst"]].tolist()
-    best = np.argsort(errors)[: KEPT["best"]].tolist()
+    rows = {why: [r["row"] for r in records if r["why"] == why] for why in COUNTS}
+    worst = np.argsort(errors)[::-1][: COUNTS["worst"]].tolist()
+    best = np.argsort(errors)[: COUNTS["best"]].tolist()
     assert rows["worst"] == worst
     assert rows["best"] == best
-    moving = [i for i in np.argsort(swings)[::-1][: KEPT["swing"]].tolist() if i not in {*worst, *best}]
+    moving = [i for i in np.argsort(swings)[::-1][: COUNTS["swing"]].tolist() if i not in {*worst, *best}]
     assert rows["swing"] == moving
-    assert len({r["row"] for r in records}) == len(records) <= sum(KEPT.values())
+    assert len({r["row"] for r in records}) == len(records) <= sum(COUNTS.values())
 
 
 @settings(max_examples=25)

@@ -1,4 +1,4 @@
-"""What is done before any model runs: find the critic, read and check every row once."""
+"""What `eval` and `predict` do before the model runs: resolve the critic, and read and check every row once."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from critic_train.stopping import StopRequest
 
 @dataclass(slots=True, kw_only=True)
 class FirstPass:
-    """What a pass over all rows found.
+    """What a pass over all rows gives.
 
     Attributes:
         has_values: whether the shards store values.
@@ -32,37 +32,38 @@ class FirstPass:
 
 
 def first_pass(reader: RolloutReader, total: int, stop: StopRequest) -> Generator[Event, None, FirstPass]:
-    """Read every row once; when asked to stop, some of them.
+    """Read and check every row once.
 
     Args:
         reader: of the shards.
         total: rows in them.
-        stop: looked at between batches.
+        stop: checked between batches.
 
     Yields:
         Progress and notices.
 
     Raises:
         DataError: files or rows are bad.
+        Stopped: the job was asked to stop.
     """
-    found = FirstPass()
+    result = FirstPass()
     for batch in reader:
-        if stop.look():
-            return found
-        found.has_values = found.has_values and batch.values is not None
+        stop.check_on_all_ranks()
+        result.has_values = result.has_values and batch.values is not None
         file, _ = reader.files_read[-1]
-        found.rollouts[file] = found.rollouts.get(file, 0) + len(batch)
+        result.rollouts[file] = result.rollouts.get(file, 0) + len(batch)
         longest = int(batch.lengths.argmax())
-        if found.sample is None or batch.lengths[longest] > found.sample.lengths.max():
-            found.sample = batch.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(batch))), longest))
+        if result.sample is None or batch.lengths[longest] > result.sample.lengths.max():
+            result.sample = batch.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(batch))), longest))
         yield Progress(stage="checking rows", done=int(batch.row[-1]) + 1, total=total)
+    stop.check()
     if reader.truncated_left_out:
         yield Notice(message=f"{reader.truncated_left_out} cut rollouts are left out (--truncated drop)")
     for sentence in reader.notices:
         yield Notice(message=sentence)
     if reader.bad_files:
         yield Notice(message=reader.bad_files.sentence(), level="warning")
-    return found
+    return result
 
 
 def critic_source(path: Path) -> ModelSource:
