@@ -1,11 +1,4 @@
-"""The end of a run on one screen: what came of it, where it is, what to run next.
-
-What `fit --dry-run` says, on one screen.
-
-What a conversion came to, on one screen.
-
-What `report` says in the terminal: where the page is and, to somebody who reads along, what it says.
-"""
+"""The results of `fit`, `fit --dry-run`, `convert` and `report` in the terminal, each on one screen."""
 
 import shlex
 import sys
@@ -13,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.events import RunEnded
+from critic_train.report.verdict_model import shown_name
 from critic_train.settings import FitSettings
 from critic_train.text import count, duration, format_bytes, number, short, with_interval
-from critic_train_cli.table_columns import shown_name
 from critic_train_cli.terminal import is_terminal, sparkline
 
 if TYPE_CHECKING:
@@ -233,12 +226,12 @@ def draw_report(console: "Console", written: "Report", *, in_full: bool) -> None
     """Print the page's place; on a terminal, where `in_full`, also the verdict and the charts of each source."""
     if in_full and is_terminal(sys.stdout):
         from critic_train_cli.text_charts import draw_charts
-        from critic_train_cli.verdict_tables import draw_words
+        from critic_train_cli.verdict_tables import draw_sentences
 
         for source in written.sources:
             if len(written.sources) > 1:
                 console.print(source.label, style="bold")
-            draw_words(console, source.evaluation.get("words") or ["no evaluation on held-out rollouts yet"])
+            draw_sentences(console, source.evaluation.get("words") or ["no evaluation on held-out rollouts yet"])
             draw_charts(console, source.evaluation.data, [record.data for record in source.evaluations])
             console.print()
     # Unwrapped, so that it can be copied.

@@ -1,42 +1,11 @@
-"""Parts of tables: columns of figures, and whether a table has room."""
+"""Tables of rich: how they look, and whether they fit."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from critic_train.text import fixed
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-BASELINES = {"constant": "constant mean", "stored": "stored values", "group_mean": "prompt group's mean"}
-
-Metrics = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of figures: its heading, and how a row's metrics become its text."""
-
-    heading: str
-    text: Callable[[Metrics], str]
-
-
-def figure(key: str, how: Callable[[Any], str] = fixed) -> Callable[[Metrics], str]:
-    """The text of one key of the metrics."""
-    return lambda metrics: how(metrics.get(key))
-
-
-def shown_name(name: str) -> str:
-    """A critic or baseline as the tables call it."""
-    return BASELINES.get(name, name)
-
-
-def in_short(name: str) -> str:
-    """A critic's path as a heading: its last two parts, one below the other."""
-    parts = [part for part in name.split("/") if part]
-    return "/\n".join(parts[-2:]) if "/" in name else name.replace(" ", "\n", 1)
 
 
 def new_table(first: str, headings: Sequence[str], *, bare: bool = False) -> "Table":

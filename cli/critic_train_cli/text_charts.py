@@ -1,6 +1,6 @@
-"""Small charts in characters: points over a plane, and rows of points on one scale.
+"""The charts of the report in characters, for a machine without a browser.
 
-The charts of the report in characters, for people on a machine without a browser.
+`plane` draws points over a plane, `on_a_scale` one row of a chart of figures on a common scale.
 """
 
 import math
@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from critic_train.text import fixed, number, short, with_interval
-from critic_train_cli.table_columns import BASELINES
+from critic_train.report.report_sources import Record
+from critic_train.report.verdict_model import (
+    MAIN,
+    Series,
+    auc_series,
+    baseline_series,
+    calibration_series,
+    evaluation_series,
+    position_series,
+    shown_name,
+)
+from critic_train.text import fixed, short, with_interval
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,17 +99,17 @@ def plane(lines: Sequence[Line], *, width: int, height: int, signs: Marks, decim
 
 def _between(line: Line, x: float, single: bool) -> float | None:
     """The line's value at x: that of the points about it, in proportion; None before the first and after the last."""
-    known = [(a, b) for a, b in zip(line.x, line.y, strict=True) if b is not None and math.isfinite(b)]
-    if not known:
+    points = [(a, b) for a, b in zip(line.x, line.y, strict=True) if b is not None and math.isfinite(b)]
+    if not points:
         return None
     if single:
-        return known[-1][1]
-    if not known[0][0] <= x <= known[-1][0]:
+        return points[-1][1]
+    if not points[0][0] <= x <= points[-1][0]:
         return None
-    for (x0, y0), (x1, y1) in pairwise(known):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= x <= x1:
             return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return known[-1][1]
+    return points[-1][1]
 
 
 def on_a_scale(
@@ -124,28 +134,39 @@ def on_a_scale(
     """
     cells = [" "] * width
 
-    def place(value: float) -> int:
+    def column_of(value: float) -> int:
         share = (value - low) / (high - low) if high > low else 0.5
         return max(0, min(width - 1, round(share * (width - 1))))
 
     if interval:
-        for column in range(place(interval[0]), place(interval[1]) + 1):
+        for column in range(column_of(interval[0]), column_of(interval[1]) + 1):
             cells[column] = signs.line
     if aim is not None:
-        cells[place(aim)] = signs.aim
-    cells[place(figure)] = signs.critic
+        cells[column_of(aim)] = signs.aim
+    cells[column_of(figure)] = signs.critic
     return "".join(cells).rstrip()
 
 
 WIDEST, TALLEST = 76, 9
 NARROWEST = 34
-"""Columns below which a chart says nothing that the figures do not."""
+"""Columns below which charts are left out; the tables have the figures."""
 
-Metrics = Mapping[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """What charts are drawn on: a console, the columns to fill, the characters to draw with."""
+
+    console: "Console"
+    width: int
+    signs: Marks
 
 
 def draw_charts(
-    console: "Console", verdict: Metrics, evaluations: Sequence[Metrics], *, beside_tables: bool = False
+    console: "Console",
+    verdict: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    *,
+    beside_tables: bool = False,
 ) -> None:
     """Print the charts that there are figures and room for.
 
@@ -153,115 +174,92 @@ def draw_charts(
         console: where.
         verdict: eval's result, or what a run keeps of its best evaluation; may be empty.
         evaluations: of a run, in order; may be empty.
-        beside_tables: leave out what eval's tables tell already: explained variance along the response.
+        beside_tables: leave out what eval's tables have already: explained variance along the response.
     """
-    wide = min(console.width, WIDEST)
-    if wide < NARROWEST:
+    paper = Paper(console, min(console.width, WIDEST), marks(unicode=console.encoding.startswith("utf")))
+    if paper.width < NARROWEST:
         return
-    signs = marks(unicode=console.encoding.startswith("utf"))
-    draw_course(console, evaluations, wide, signs)
-    critics = verdict.get("critics") or {}
-    for name, metrics in critics.items():
+    draw_evaluations(paper, [Record(row, "") for row in evaluations])
+    record = Record(verdict, "")
+    critics = record.part("critics").parts()
+    for name, critic in critics.items():
         title = f" of {name}" if len(critics) > 1 else ""
-        draw_calibration(console, metrics, title, wide, signs)
+        draw_calibration(paper, calibration_series(critic), title)
         if not beside_tables:
-            others = (verdict.get("baselines") or {}).get("group_mean") or {}
-            draw_explained(console, metrics, others, title, wide, signs)
-        draw_right_from_wrong(console, metrics, title, wide, signs)
+            draw_explained(paper, critic, record.part("baselines").part("group_mean"), title)
+        draw_auc(paper, auc_series(critic), title)
 
 
-def draw_course(console: "Console", evaluations: Sequence[Metrics], wide: int, signs: Marks) -> None:
+def draw_evaluations(paper: Paper, evaluations: Sequence[Record]) -> None:
     """Held-out explained variance over the steps, with the baselines."""
-    key = "explained_variance"
-    known = [row for row in evaluations if number(row.get(key)) is not None]
-    if len(known) < 2:
+    critic = evaluation_series(evaluations, MAIN)
+    if len(critic.x) < 2:
         return
-    steps = [row["step"] for row in known]
+    signs = paper.signs
     lines, legend = [], []
     for name, mark in zip(("group_mean", "stored"), signs.baselines, strict=False):
-        found = [number(((row.get("baselines") or {}).get(name) or {}).get(key)) for row in known]
-        if any(figure is not None for figure in found):
-            lines.append(Line(mark, steps, found))
-            legend.append(f"{mark * 2} {BASELINES[name]}")
-    lines.append(Line(signs.baselines[2], steps, [0.0] * len(steps)))
-    lines.append(Line(signs.critic, steps, [number(row[key]) for row in known]))
-    legend = [f"{signs.critic} this critic", *legend, f"{signs.baselines[2] * 2} {BASELINES['constant']}"]
-    _print(
-        console, "Held-out explained variance by step", plane(lines, width=wide, height=TALLEST, signs=signs), legend
-    )
+        series = baseline_series(critic.rows, MAIN, name)
+        if series:
+            lines.append(Line(mark, series.x, series.y))
+            legend.append(f"{mark * 2} {shown_name(name)}")
+    lines.append(Line(signs.baselines[2], critic.x, [0.0] * len(critic.x)))
+    lines.append(Line(signs.critic, critic.x, critic.y))
+    legend = [f"{signs.critic} this critic", *legend, f"{signs.baselines[2] * 2} {shown_name('constant')}"]
+    shown = plane(lines, width=paper.width, height=TALLEST, signs=signs)
+    _print(paper.console, "Held-out explained variance by step", shown, legend)
 
 
-def draw_calibration(console: "Console", metrics: Metrics, of: str, wide: int, signs: Marks) -> None:
+def draw_calibration(paper: Paper, series: Series, of: str) -> None:
     """A row for each bin of values: the mean return of its tokens beside the value that was predicted."""
-    rows = [row for row in metrics.get("calibration") or [] if number(row.get("mean_value")) is not None]
-    rows = [row for row in rows if number(row.get("mean_return")) is not None]
-    if not rows:
+    if not series:
         return
-    ends = [row[key] for row in rows for key in ("mean_value", "mean_return")]
-    ends += [bound for row in rows for bound in row.get("interval") or ()]
-    texts = [(fixed(row["mean_value"]), with_interval(row["mean_return"], row.get("interval"))) for row in rows]
+    signs = paper.signs
+    points = list(zip(series.x, series.y, series.intervals, strict=True))
+    ends = [end for x, y, bounds in points for end in (x, y, *(bounds or ()))]
+    texts = [(fixed(x), with_interval(y, bounds)) for x, y, bounds in points]
     first, second = (max(len(text[i]) for text in texts) for i in (0, 1))
-    if wide - first - second - 6 < 12:
-        texts, second = [(value, fixed(row["mean_return"])) for (value, _), row in zip(texts, rows, strict=True)], 6
-    room = wide - first - second - 6
+    if paper.width - first - second - 6 < 12:
+        texts, second = [(fixed(x), fixed(y)) for x, y, _ in points], 6
+    room = paper.width - first - second - 6
     lines = [f"  {'value':<{first}}  {'return':<{second}}".rstrip()]
-    for (value, returned), row in zip(texts, rows, strict=True):
-        drawn = on_a_scale(
-            row["mean_return"],
-            row.get("interval"),
-            row["mean_value"],
-            low=min(ends),
-            high=max(ends),
-            width=room,
-            signs=signs,
-        )
+    for (value, returned), (x, y, bounds) in zip(texts, points, strict=True):
+        drawn = on_a_scale(y, bounds, x, low=min(ends), high=max(ends), width=room, signs=signs)
         lines.append(f"  {value:<{first}}  {returned:<{second}}  {drawn}".rstrip())
     legend = [f"{signs.critic} mean return", f"{signs.aim} the value predicted", f"{signs.line * 2} 95 % interval"]
-    _print(console, f"Calibration{of}", lines, legend)
+    _print(paper.console, f"Calibration{of}", lines, legend)
 
 
-def draw_explained(console: "Console", metrics: Metrics, group_mean: Metrics, of: str, wide: int, signs: Marks) -> None:
+def draw_explained(paper: Paper, critic: Record, group_mean: Record, of: str) -> None:
     """Explained variance along the response, beside that of the prompt group's mean."""
-    key = "explained_variance"
-    aims = [number(row.get(key)) for row in group_mean.get("by_position") or []]
-    rows = metrics.get("by_position") or []
-    if len(aims) != len(rows) or None in aims:
-        aims = [None] * len(rows)
-    legend = [f"{signs.critic} explained variance"]
-    legend += [f"{signs.aim} the prompt group's mean's"] if any(aim is not None for aim in aims) else []
-    _along(console, f"Explained variance along the response{of}", rows, key, aims, legend, wide, signs)
+    others = position_series(group_mean)
+    complete = bool(others) and len(others.x) == len(critic.rows("by_position"))
+    aims = dict(zip(others.x, others.y, strict=True)) if complete else {}
+    legend = [f"{paper.signs.critic} explained variance"]
+    legend += [f"{paper.signs.aim} the prompt group's mean's"] if aims else []
+    _along(paper, f"Explained variance along the response{of}", position_series(critic), aims, legend)
 
 
-def draw_right_from_wrong(console: "Console", metrics: Metrics, of: str, wide: int, signs: Marks) -> None:
+def draw_auc(paper: Paper, series: Series, of: str) -> None:
     """AUC within prompts along the response: from which part on right rollouts are told from wrong ones."""
-    rows = metrics.get("auc_by_position") or []
+    signs = paper.signs
     legend = [f"{signs.critic} AUC within prompts", f"{signs.aim} a coin", f"{signs.line * 2} 95 % interval"]
     title = f"From which part of the response on it tells right from wrong{of}"
-    _along(console, title, rows, "auc_within_group", [0.5] * len(rows), legend, wide, signs)
+    _along(paper, title, series, dict.fromkeys(series.x, 0.5), legend)
 
 
-def _along(
-    console: "Console",
-    title: str,
-    rows: Sequence[Metrics],
-    key: str,
-    aims: Sequence[float | None],
-    legend: Sequence[str],
-    wide: int,
-    signs: Marks,
-) -> None:
+def _along(paper: Paper, title: str, series: Series, aims: Mapping[float, float], legend: Sequence[str]) -> None:
     """A row for each part of the response: its figure and interval on one scale, beside what it is compared with."""
-    known = [(row, aim) for row, aim in zip(rows, aims, strict=True) if number(row.get(key)) is not None]
-    if not known:
+    if not series:
         return
-    ends = [end for row, aim in known for end in (row[key], aim, *(row.get("interval") or ())) if end is not None]
+    points = list(zip(series.rows, series.x, series.y, series.intervals, strict=True))
+    ends = [end for _, x, y, bounds in points for end in (y, aims.get(x), *(bounds or ())) if end is not None]
     lines = []
-    for row, aim in known:
-        part = f"{100 * row['from']:.0f}-{100 * row['to']:.0f} %"
-        scale = {"low": min(ends), "high": max(ends), "width": wide - 21, "signs": signs}
-        drawn = on_a_scale(row[key], row.get("interval"), aim, **scale)
-        lines.append(f"  {part:<9}  {fixed(row[key]):>6}  {drawn}".rstrip())
-    _print(console, title, lines, legend)
+    for row, x, y, bounds in points:
+        part = f"{100 * row.get('from'):.0f}-{100 * row.get('to'):.0f} %"
+        low, high, width = min(ends), max(ends), paper.width - 21
+        drawn = on_a_scale(y, bounds, aims.get(x), low=low, high=high, width=width, signs=paper.signs)
+        lines.append(f"  {part:<9}  {fixed(y):>6}  {drawn}".rstrip())
+    _print(paper.console, title, lines, legend)
 
 
 def _print(console: "Console", title: str, lines: Sequence[str], legend: Sequence[str]) -> None:

@@ -1,7 +1,4 @@
-"""The critics that a page speaks of, each with its figures, its colour and the run it comes from.
-
-What the charts and tables of several critics have in common.
-"""
+"""The critics that a page is about, each with its metrics, its colour and the run or evaluation it comes from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,24 +7,24 @@ from typing import Any
 from critic_train.evaluation.summary_text import summary_text
 from critic_train.report.report_sources import Record, Source, short_names, titles
 from critic_train.report.svg_charts import SERIES, Key
+from critic_train.report.verdict_model import BASELINES, Column, Series, shown_name
 
-BASELINES = {"constant": "constant mean", "stored": "stored values", "group_mean": "prompt group's mean"}
-INK_OF = {"constant": "constant", "stored": "stored", "group_mean": "group-mean"}
+BASELINE_COLOURS = {"constant": "constant", "stored": "stored", "group_mean": "group-mean"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class PageCritic:
     """A critic on the page.
 
     Attributes:
         name: what it is called on the page.
         key: what it is called in its verdict.
-        number: its place on the page, from 1.
+        number: its position on the page, from 1.
         source: where it was read.
         metrics: its metrics; empty where it was never judged.
-        baselines: what it has to beat, name -> metrics.
+        baselines: name -> metrics of the baselines that were judged beside it.
         verdict: the whole verdict, for the counts and the returns; empty for runs that never wrote it.
-        words: the verdict in sentences.
+        sentences: the verdict in words.
         examples: rollouts to read.
     """
 
@@ -38,63 +35,63 @@ class Subject:
     metrics: Record
     baselines: Record
     verdict: Record
-    words: Sequence[str] = ()
+    sentences: Sequence[str] = ()
     examples: Sequence[Record] = field(default_factory=list)
 
     @property
-    def ink(self) -> str:
-        """Its colour, one of drawing.INKS."""
+    def colour(self) -> str:
+        """One of svg_charts.COLOURS."""
         return f"series-{(self.number - 1) % SERIES + 1}"
 
-    def judged(self) -> "dict[str, Record]":
-        """The baselines that were judged beside it, those that it is itself left out."""
+    def judged_baselines(self) -> "dict[str, Record]":
+        """The baselines that were judged beside it, without the one that it is itself."""
         names = [name for name in BASELINES if name in self.baselines.data]
         return {name: self.baselines.part(name) for name in names if name != self.key}
 
 
-def subjects_of(sources: Sequence[Source]) -> list[Subject]:
+def critics_of(sources: Sequence[Source]) -> list[PageCritic]:
     """Every critic of every source, in order."""
-    found: list[Subject] = []
+    critics: list[PageCritic] = []
     for source, label in zip(sources, titles(sources), strict=True):
         if source.is_run:
-            found.append(_of_run(source, label, len(found) + 1))
+            critics.append(_of_run(source, label, len(critics) + 1))
         else:
-            found += _of_evaluation(source, len(found) + 1)
-    return found
+            critics += _of_evaluation(source, len(critics) + 1)
+    return critics
 
 
-def data_sets(subjects: Sequence[Subject]) -> list[list[Subject]]:
-    """The subjects that were judged on the same rollouts, together: those whose returns have the same figures."""
-    found: dict[str, list[Subject]] = {}
-    for subject in subjects:
-        if subject.metrics:
-            verdict = subject.verdict
-            told = [verdict.get("rollouts"), verdict.get("response_tokens"), dict(verdict.part("returns").data)]
-            constant = subject.baselines.part("constant").get("mse")
-            found.setdefault(repr([*told, constant]), []).append(subject)
-    return list(found.values())
+def data_sets(critics: Sequence[PageCritic]) -> list[list[PageCritic]]:
+    """The critics that were judged on the same rollouts, together: those whose returns have the same figures."""
+    sets: dict[str, list[PageCritic]] = {}
+    for critic in critics:
+        if critic.metrics:
+            verdict = critic.verdict
+            figures = [verdict.get("rollouts"), verdict.get("response_tokens"), dict(verdict.part("returns").data)]
+            constant = critic.baselines.part("constant").get("mse")
+            sets.setdefault(repr([*figures, constant]), []).append(critic)
+    return list(sets.values())
 
 
-def baselines_of(subjects: Sequence[Subject]) -> list[tuple[str, str, Record]]:
-    """What the subjects have to beat, once for each set of rollouts: (name on the page, key, metrics)."""
-    sets = data_sets(subjects)
+def baselines_of(critics: Sequence[PageCritic]) -> list[tuple[str, str, Record]]:
+    """The baselines, once for each set of rollouts: (name on the page, key, metrics)."""
+    sets = data_sets(critics)
     return [
-        (BASELINES[name] + (f" ({among[0].name})" if len(sets) > 1 else ""), name, metrics)
+        (shown_name(name) + (f" ({among[0].name})" if len(sets) > 1 else ""), name, metrics)
         for among in sets
-        for name, metrics in among[0].judged().items()
+        for name, metrics in among[0].judged_baselines().items()
     ]
 
 
-def _of_run(source: Source, label: str, number: int) -> Subject:
+def _of_run(source: Source, label: str, number: int) -> PageCritic:
     verdict, key = source.evaluation, "critic"
     if verdict:
         key = next(iter(verdict.part("critics").data), key)
         metrics, baselines = verdict.part("critics").part(key), verdict.part("baselines")
-        words = verdict.get("words") or []
+        sentences = verdict.get("words") or []
     else:
-        metrics = _best(source)
-        baselines, words = metrics.part("baselines"), _words(metrics)
-    return Subject(
+        metrics = _best_evaluation(source)
+        baselines, sentences = metrics.part("baselines"), _sentences(metrics)
+    return PageCritic(
         name=label,
         key=key,
         number=number,
@@ -102,23 +99,21 @@ def _of_run(source: Source, label: str, number: int) -> Subject:
         metrics=metrics,
         baselines=baselines,
         verdict=verdict,
-        words=words,
+        sentences=sentences,
         examples=verdict.rows("examples"),
     )
 
 
-def _of_evaluation(source: Source, first: int) -> list[Subject]:
+def _of_evaluation(source: Source, first: int) -> list[PageCritic]:
     verdict = source.evaluation
     names = list(verdict.part("critics").parts())
-    every = verdict.get("words") or []
-    shown = short_names(names)
-    found = []
-    for number, (name, short) in enumerate(zip(names, shown, strict=True), start=first):
+    sentences = verdict.get("words") or []
+    critics = []
+    for number, (name, short) in enumerate(zip(names, short_names(names), strict=True), start=first):
         start = f"{name}: "
-        own = [words.removeprefix(start) for words in every if len(names) == 1 or words.startswith(start)]
-        examples = [row for row in verdict.rows("examples") if row.get("critic") in (name, None)]
-        found.append(
-            Subject(
+        own = [sentence.removeprefix(start) for sentence in sentences if len(names) == 1 or sentence.startswith(start)]
+        critics.append(
+            PageCritic(
                 name=BASELINES.get(name, short),
                 key=name,
                 number=number,
@@ -126,22 +121,22 @@ def _of_evaluation(source: Source, first: int) -> list[Subject]:
                 metrics=verdict.part("critics").part(name),
                 baselines=verdict.part("baselines"),
                 verdict=verdict,
-                words=own,
-                examples=examples,
+                sentences=own,
+                examples=[row for row in verdict.rows("examples") if row.get("critic") in (name, None)],
             )
         )
-    return found
+    return critics
 
 
-def _best(source: Source) -> Record:
-    """The evaluation of a run that its result speaks of: the best, else the last."""
+def _best_evaluation(source: Source) -> Record:
+    """The evaluation of a run that its result is about: the best, else the last."""
     step = source.result.get("best_step")
     at_best = [record for record in source.evaluations if record.get("step") == step]
     return (at_best or source.evaluations or [Record({}, "")])[-1]
 
 
-def _words(metrics: Record) -> list[str]:
-    """The verdict in words from what metrics.jsonl keeps of it."""
+def _sentences(metrics: Record) -> list[str]:
+    """The verdict in words, from what metrics.jsonl has of it."""
     if not metrics or not metrics.part("baselines"):
         return []
     several = metrics.get("explained_variance_interval") is not None
@@ -157,43 +152,31 @@ def _words(metrics: Record) -> list[str]:
     return summary_text(stand_in)
 
 
-def with_rows(subjects: Sequence[Subject], table: str, *keys: str) -> list[tuple[Subject, list[Record]]]:
-    """The critics that have such a table, with the rows of it in which every key has a figure."""
-    found = []
-    for subject in subjects:
-        rows = [row for row in subject.metrics.rows(table) if all(row.get(key) is not None for key in keys)]
-        if rows:
-            found.append((subject, rows))
-    return found
+def with_series(
+    critics: Sequence[PageCritic], series_of: Callable[[Record], Series]
+) -> list[tuple[PageCritic, Series]]:
+    """The critics that have points in a series, each with it."""
+    pairs = [(critic, series_of(critic.metrics)) for critic in critics]
+    return [(critic, series) for critic, series in pairs if series]
 
 
-def keys_of(found: Sequence[tuple[Subject, Any]], alone: str = "") -> list[Key]:
+def legend(critics: Sequence[PageCritic], alone: str = "") -> list[Key]:
     """A legend entry for each critic; none for one that is alone, unless it has a name for that."""
-    if len(found) == 1:
-        return [Key(text=alone, ink=found[0][0].ink)] if alone else []
-    return [Key(text=subject.name, ink=subject.ink) for subject, _ in found]
+    if len(critics) == 1:
+        return [Key(text=alone, colour=critics[0].colour)] if alone else []
+    return [Key(text=critic.name, colour=critic.colour) for critic in critics]
 
 
-def heading(subject: Subject, among: Sequence[Any], columns: int) -> list[list[str]]:
-    """The row that begins a critic's part of a table, where there are several."""
-    return [[subject.name] + [""] * (columns - 1)] if len(among) > 1 else []
+def baseline_key(name: str) -> Key:
+    """The legend entry of a baseline."""
+    return Key(text=BASELINES[name], colour=BASELINE_COLOURS[name], mark=BASELINE_COLOURS[name])
 
 
-def table_of(
-    found: Sequence[tuple[Subject, list[Record]]], titles: Sequence[str], cells: Callable[[Record], list[Any]]
-) -> list[list[Any]]:
-    """A table below its titles: the cells of every critic's rows, below its name where there are several."""
-    table: list[list[Any]] = [list(titles)]
-    for subject, rows in found:
-        table += heading(subject, found, len(titles)) + [cells(row) for row in rows]
+def table_of(critics: Sequence[tuple[PageCritic, Sequence[Record]]], columns: Sequence[Column]) -> list[list[Any]]:
+    """A table, its headings first: the cells of every critic's rows, below its name where there are several."""
+    table: list[list[Any]] = [[column.label for column in columns]]
+    for critic, rows in critics:
+        if len(critics) > 1:
+            table.append([critic.name] + [""] * (len(columns) - 1))
+        table += [[column.cell(row) for column in columns] for row in rows]
     return table
-
-
-def per_cent(row: Record) -> str:
-    """The part of the response that a row speaks of."""
-    return f"{100 * row.get('from'):.0f} to {100 * row.get('to'):.0f} %"
-
-
-def middles(rows: Sequence[Record]) -> list[float]:
-    """Of parts of the response, in per cent."""
-    return [50 * (row.get("from") + row.get("to")) for row in rows]

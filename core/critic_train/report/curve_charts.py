@@ -1,7 +1,4 @@
-"""Long curves in few points, without losing a spike.
-
-Charts of how a run went, step by step; several runs are drawn over each other.
-"""
+"""Charts of training, step by step; several runs are drawn over each other, long curves in few points."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.report.compared_critics import BASELINES, INK_OF, Subject
+from critic_train.report.compared_critics import BASELINE_COLOURS, PageCritic, baseline_key, legend, table_of
 from critic_train.report.report_sources import Record
-from critic_train.report.svg_charts import Chart, Key, dash, ink, svg
+from critic_train.report.svg_charts import Chart, Key, colour, dash, svg
+from critic_train.report.verdict_model import BASELINES, Column, Series, baseline_series, evaluation_series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +41,7 @@ class Curve:
         return bool(np.any(self.low != self.high))
 
 
-def thinned(x: list[float], y: list[float | None], points: int = POINTS) -> Curve:
+def thinned(x: Sequence[float], y: Sequence[float | None], points: int = POINTS) -> Curve:
     """Cut a curve into equal stretches, each with its mean, least and greatest value.
 
     Args:
@@ -52,8 +50,8 @@ def thinned(x: list[float], y: list[float | None], points: int = POINTS) -> Curv
     """
     along = np.array(x, dtype=np.float64)
     up = np.array([np.nan if value is None else value for value in y], dtype=np.float64)
-    known = np.isfinite(up)
-    along, up = along[known], up[known]
+    finite = np.isfinite(up)
+    along, up = along[finite], up[finite]
     if len(up) <= points:
         return Curve(along, up, up, up)
     edges = np.linspace(0, len(up), points + 1).round().astype(np.int64)
@@ -66,7 +64,7 @@ def thinned(x: list[float], y: list[float | None], points: int = POINTS) -> Curv
     )
 
 
-Rows = Callable[[Subject], Sequence[Record]]
+Rows = Callable[[PageCritic], Sequence[Record]]
 
 WIDE_RANGE = 50.0
 """A positive curve whose greatest value is this many times its median is drawn on a logarithmic scale."""
@@ -74,15 +72,18 @@ WIDE_RANGE = 50.0
 FLOOR = -1.0
 """Explained variance below which a chart does not go: twice the variance of having no critic."""
 
+LISTED = 100
+"""Evaluations in the table below a chart."""
+
 HELD_OUT = (
     ("explained_variance", "Held-out explained variance", "ev"),
     ("explained_variance_within_group", "Explained variance within prompts", "ev-within"),
 )
 
 
-def curves(subjects: Sequence[Subject]) -> list[Chart]:
+def curves(critics: Sequence[PageCritic]) -> list[Chart]:
     """The charts that these runs have figures for."""
-    runs = [subject for subject in subjects if subject.source.is_run]
+    runs = [critic for critic in critics if critic.source.is_run]
     charts = [_held_out(runs, key, title, name) for key, title, name in HELD_OUT]
     charts += [
         _by_step(runs, "Training loss", "loss", {"value_loss": ""}, note="Clipped value loss of each mini-batch."),
@@ -101,7 +102,7 @@ def curves(subjects: Sequence[Subject]) -> list[Chart]:
             "Tokens a second",
             "speed",
             {"rollout_tokens_per_second": "rollout tokens", "computed_tokens_per_second": "computed tokens"},
-            rows=lambda subject: subject.source.timings,
+            rows=lambda critic: critic.source.timings,
             note="A prefix that rollouts share counts once among the computed tokens.",
         ),
     ]
@@ -109,12 +110,12 @@ def curves(subjects: Sequence[Subject]) -> list[Chart]:
 
 
 def _by_step(
-    runs: Sequence[Subject],
+    runs: Sequence[PageCritic],
     title: str,
     name: str,
     series: dict[str, str],
     *,
-    rows: Rows = lambda subject: subject.source.steps,
+    rows: Rows = lambda critic: critic.source.steps,
     note: str = "",
 ) -> Chart | None:
     """One chart of figures that each step has.
@@ -128,41 +129,57 @@ def _by_step(
         rows: the records of a run.
         note: how to read it.
     """
-    found: list[tuple[Subject, str, list[float], list[float | None]]] = []
-    for run in runs:
-        drawn: list[list[float | None]] = []
-        for key in series:
-            known = [row for row in rows(run) if row.get(key) is not None]
-            up: list[float | None] = [row.get(key) for row in known]
-            if known and up not in drawn:
-                drawn.append(up)
-                found.append((run, key, [row.get("step") for row in known], up))
-    if not found:
+    lines = _lines_by_step(runs, list(series), rows)
+    if not lines:
         return None
-    several = len({key for _, key, _, _ in found}) > 1
+    several = len({line.key for line in lines}) > 1
     alone = len(runs) == 1
 
     def draw(axes: "Axes") -> None:
-        for run, key, along, up in found:
-            second = list(series).index(key) > 0
-            colour = ink("series-2" if second and alone else run.ink)
-            curve = thinned(along, up)
+        for line in lines:
+            second = list(series).index(line.key) > 0
+            drawn_in = colour("series-2" if second and alone else line.run.colour)
+            curve = thinned(line.steps, line.figures)
             if curve.is_thinned:
-                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+                axes.fill_between(curve.x, curve.low, curve.high, color=drawn_in, alpha=0.18, linewidth=0)
             style = "solid" if alone or not second else (0, (4, 2))
             marker = "o" if len(curve.x) == 1 else None
-            axes.plot(curve.x, curve.y, color=colour, linewidth=1.4, linestyle=style, marker=marker, markersize=4)
-        _scale(axes, [value for *_, up in found for value in up if value is not None])
+            axes.plot(curve.x, curve.y, color=drawn_in, linewidth=1.4, linestyle=style, marker=marker, markersize=4)
+        _scale(axes, [figure for line in lines for figure in line.figures])
 
-    keys = [Key(text=run.name, ink=run.ink) for run in _distinct([run for run, *_ in found])] if not alone else []
+    keys = [] if alone else [Key(text=run.name, colour=run.colour) for run in _distinct([line.run for line in lines])]
     if several and alone:
-        keys = [Key(text=series[key], ink="series-1" if i == 0 else "series-2") for i, key in enumerate(series)]
+        keys = [Key(text=series[key], colour="series-1" if i == 0 else "series-2") for i, key in enumerate(series)]
     elif not several and any(series.values()):
-        note = f"{note} Shown: {series[found[0][1]]}; the other is the same here.".strip()
+        note = f"{note} Shown: {series[lines[0].key]}; the other is the same here.".strip()
     elif several:
         note = f"{note} Dashed: {list(series.values())[1]}.".strip()
     drawing = svg(draw, name=name, described=f"{title} over training steps", x_label="step", whole_steps=True)
     return Chart(title=title, svg=drawing, note=note, keys=keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A figure of a run at each step that has it."""
+
+    run: PageCritic
+    key: str
+    steps: list[float]
+    figures: list[float]
+
+
+def _lines_by_step(runs: Sequence[PageCritic], keys: Sequence[str], rows: Rows) -> list[_Line]:
+    """The lines of a chart; a second figure of a run that is the same everywhere is left out."""
+    lines: list[_Line] = []
+    for run in runs:
+        drawn: list[list[float]] = []
+        for key in keys:
+            with_figure = [row for row in rows(run) if row.get(key) is not None]
+            figures: list[float] = [row.get(key) for row in with_figure]
+            if figures and figures not in drawn:
+                drawn.append(figures)
+                lines.append(_Line(run, key, [row.get("step") for row in with_figure], figures))
+    return lines
 
 
 def _scale(axes: "Axes", values: Sequence[float]) -> None:
@@ -174,82 +191,70 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_ylim(0, most * 1.08 or 1)
 
 
-def _held_out(runs: Sequence[Subject], key: str, title: str, name: str) -> Chart | None:
+def _held_out(runs: Sequence[PageCritic], key: str, title: str, name: str) -> Chart | None:
     """Explained variance at each evaluation with its interval, beside the baselines'."""
-    known = [(run, [row for row in run.source.evaluations if row.get(key) is not None]) for run in runs]
-    found = [(run, _some(rows, POINTS)) for run, rows in known if rows]
-    if not found:
+    shown = [(run, evaluation_series(_some(_evaluations_with(run, key), POINTS), key)) for run in runs]
+    shown = [(run, series) for run, series in shown if series]
+    if not shown:
         return None
-    alone = len(found) == 1
-    levels = _levels(found[0][1], key) if alone else {}
-    figures = [row.get(key) for _, rows in found for row in rows]
-    # A critic may begin far below zero; what it came to would then be a flat line at the top.
+    alone = len(shown) == 1
+    levels = _levels(shown[0][1], key) if alone else {}
+    figures = [figure for _, series in shown for figure in series.y]
+    # A critic may begin far below zero; its later figures would then be a flat line at the top.
     below = sum(figure < FLOOR for figure in figures) if max(figures) > FLOOR else 0
     note = "Band: 95 % interval over prompt groups."
     if below:
         note += f" Evaluations below {FLOOR:g} are off the chart; the figures have them."
 
     def draw(axes: "Axes") -> None:
-        for baseline, (along, up) in levels.items():
-            style = INK_OF[baseline]
-            axes.plot(along, up, color=ink(style), linestyle=dash(style), linewidth=1.4)
-        for run, rows in found:
-            banded = [row for row in rows if row.get(f"{key}_interval")]
-            bounds = [row.get(f"{key}_interval") for row in banded]
-            steps = [row.get("step") for row in banded]
-            low, high = [b[0] for b in bounds], [b[1] for b in bounds]
-            axes.fill_between(steps, low, high, color=ink(run.ink), alpha=0.15, linewidth=0)
+        for baseline, level in levels.items():
+            style = BASELINE_COLOURS[baseline]
+            axes.plot(level.x, level.y, color=colour(style), linestyle=dash(style), linewidth=1.4)
+        for run, series in shown:
+            banded = [(step, bounds) for step, bounds in zip(series.x, series.intervals, strict=True) if bounds]
+            low, high = [bounds[0] for _, bounds in banded], [bounds[1] for _, bounds in banded]
+            steps = [step for step, _ in banded]
+            axes.fill_between(steps, low, high, color=colour(run.colour), alpha=0.15, linewidth=0)
             axes.plot(
-                [row.get("step") for row in rows],
-                [row.get(key) for row in rows],
-                color=ink(run.ink),
+                series.x,
+                series.y,
+                color=colour(run.colour),
                 linewidth=1.8,
                 marker="o",
-                markersize=3.5 if len(rows) <= 60 else 0,
+                markersize=3.5 if len(series.x) <= 60 else 0,
             )
-        axes.axhline(0, color=ink("faint"), linewidth=0.8)
+        axes.axhline(0, color=colour("faint"), linewidth=0.8)
         if below:
             axes.set_ylim(FLOOR, 1.05)
 
-    keys = [Key(text=run.name if not alone else "this critic", ink=run.ink) for run, _ in found]
-    keys += [Key(text=BASELINES[b], ink=INK_OF[b], mark=INK_OF[b]) for b in levels]
+    step = Column(label="step", heading="step", cell=lambda row: row.cell("step", str))
+    explained = Column(label="explained variance", heading="", cell=lambda row: row.cell(key))
+    bounds = Column(label="95 % interval", heading="", cell=lambda row: row.bounds(f"{key}_interval"))
     return Chart(
         title=title,
         svg=svg(draw, name=name, described=f"{title} over training steps", x_label="step", whole_steps=True),
         note=note,
-        keys=keys,
-        table=_evaluation_table(found, key),
+        keys=legend([run for run, _ in shown], alone="this critic") + [baseline_key(baseline) for baseline in levels],
+        table=table_of([(run, _some(series.rows, LISTED)) for run, series in shown], [step, explained, bounds]),
     )
 
 
-def _levels(rows: Sequence[Record], key: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Baseline -> its steps and figures; a baseline far below the rest would flatten the chart, and is left out."""
-    least = min(min(row.get(key) for row in rows), 0.0)
-    levels = {}
-    for name in BASELINES:
-        known = [(row.get("step"), row.part("baselines").part(name).get(key)) for row in rows]
-        known = [(step, figure) for step, figure in known if figure is not None]
-        if known and min(figure for _, figure in known) > least - 1.0:
-            levels[name] = ([step for step, _ in known], [figure for _, figure in known])
-    return levels
+def _evaluations_with(run: PageCritic, key: str) -> list[Record]:
+    return [row for row in run.source.evaluations if row.get(key) is not None]
 
 
-def _evaluation_table(found: Sequence[tuple[Subject, Sequence[Record]]], key: str) -> list[list[object]]:
-    """The figures behind the chart; of very many evaluations, some."""
-    rows: list[list[object]] = [["step", "explained variance", "95 % interval"]]
-    for run, evaluations in found:
-        if len(found) > 1:
-            rows.append([run.name, "", ""])
-        shown = _some(evaluations, 100)
-        rows += [[row.cell("step", str), row.cell(key), row.bounds(f"{key}_interval")] for row in shown]
-    return rows
+def _levels(critic: Series, key: str) -> dict[str, Series]:
+    """Baseline -> its series; a baseline far below the rest would flatten the chart, and is left out."""
+    least = min(*critic.y, 0.0)
+    levels = {name: baseline_series(critic.rows, key, name) for name in BASELINES}
+    return {name: level for name, level in levels.items() if level and min(level.y) > least - 1.0}
 
 
 def _some(evaluations: Sequence[Record], most: int) -> list[Record]:
-    """Every so manieth evaluation, so that they are about `most`, and the last."""
-    every = -(-len(evaluations) // most)
+    """Every n-th evaluation, so that they are about `most`, and the last."""
+    every = max(1, -(-len(evaluations) // most))
     return [row for i, row in enumerate(evaluations) if i % every == 0 or i == len(evaluations) - 1]
 
 
-def _distinct(runs: Sequence[Subject]) -> list[Subject]:
+def _distinct(runs: Sequence[PageCritic]) -> list[PageCritic]:
     return list({run.number: run for run in runs}.values())

@@ -1,7 +1,4 @@
-"""The page put together and written: sources -> one HTML text -> one file.
-
-`critic-train report`, from top to bottom: read runs and evaluations, write one page.
-"""
+"""`critic-train report`: read runs and evaluations, render one HTML page, write it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from critic_train import __version__
 from critic_train.errors import ConfigError, MachineError
-from critic_train.report.compared_critics import Subject, data_sets, subjects_of
+from critic_train.report.compared_critics import PageCritic, critics_of, data_sets
 from critic_train.report.curve_charts import curves
-from critic_train.report.position_charts import verdict_charts, where_charts
 from critic_train.report.provenance import different_settings, provenance_of
 from critic_train.report.report_sources import Cell, Source, default_place, read_sources, refuse_place, titles
 from critic_train.report.rollout_pages import (
@@ -25,6 +21,7 @@ from critic_train.report.rollout_pages import (
     scale_of,
 )
 from critic_train.report.svg_charts import Key
+from critic_train.report.verdict_charts import verdict_charts, where_charts
 from critic_train.report.verdict_page import card, comparison, differences, groups
 from critic_train.run.storage import replace_file
 from critic_train.settings import ReportSettings
@@ -38,14 +35,14 @@ class PageSection:
     """A critic's rollouts to read.
 
     Attributes:
-        subject: the critic.
+        critic: the critic.
         readings: the rollouts.
         keys: legend of their charts.
         extreme: the value with the deepest shade.
         has_text: whether there is a tokenizer; else tokens are numbers.
     """
 
-    subject: Subject
+    critic: PageCritic
     readings: Sequence[Reading]
     keys: Sequence[Key]
     extreme: Cell
@@ -59,26 +56,26 @@ def render(sources: Sequence[Source], *, tokenizer: str | None = None) -> str:
         sources: runs and evaluations, at least one.
         tokenizer: a directory with a tokenizer.json, where the sources have none of their own.
     """
-    subjects = subjects_of(sources)
-    shelves = _shelves(subjects, tokenizer)
-    judged = [subject for subject in subjects if subject.metrics]
+    critics = critics_of(sources)
+    examples = _example_sections(critics, tokenizer)
+    judged = [critic for critic in critics if critic.metrics]
     return (
         _environment()
         .get_template("page.html.jinja")
         .render(
             version=__version__,
             title=", ".join(titles(sources)),
-            several=len(subjects) > 1,
-            cards=[card(subject) for subject in subjects],
+            several=len(critics) > 1,
+            cards=[card(critic) for critic in critics],
             verdicts=verdict_charts(judged),
-            comparison=comparison(subjects),
-            differences=differences(subjects),
+            comparison=comparison(critics),
+            differences=differences(critics),
             between=_between(sources),
-            mixed=len(data_sets(subjects)) > 1,
-            curves=curves(subjects),
+            mixed=len(data_sets(critics)) > 1,
+            curves=curves(critics),
             where=where_charts(judged),
-            groups=[(subject, found) for subject in subjects if (found := groups(subject))],
-            shelves=shelves,
+            groups=[(critic, tables) for critic in critics if (tables := groups(critic))],
+            examples=examples,
             shades=SHADES,
             sources=[provenance_of(source) for source in sources],
             labels=titles([source for source in sources if source.is_run]),
@@ -107,37 +104,38 @@ def write_page(path: Path, sources: Sequence[Source], *, tokenizer: str | None =
 
 
 def _between(sources: Sequence[Source]) -> list[str]:
-    """Sentences of the verdicts that speak of several critics at once."""
-    found = []
+    """Sentences of the verdicts that are about several critics at once."""
+    sentences: list[str] = []
     for source in sources:
         names = list(source.evaluation.part("critics").data)
         if len(names) > 1:
-            words: list[str] = source.evaluation.get("words") or []
-            found += [said for said in words if not said.startswith(tuple(f"{name}: " for name in names))]
-    return found
+            about_one = tuple(f"{name}: " for name in names)
+            every: list[str] = source.evaluation.get("words") or []
+            sentences += [sentence for sentence in every if not sentence.startswith(about_one)]
+    return sentences
 
 
-def _shelves(subjects: Sequence[Subject], tokenizer: str | None) -> list[PageSection]:
-    found = []
-    filled = [subject for subject in subjects if subject.examples]
-    for subject in filled:
-        decode = decoder_of(subject.source, tokenizer)
-        scale = scale_of(subject.examples, _mean_value(subject))
-        shown = readings(subject, decode, scale, TOKENS_ON_A_PAGE // len(filled))
+def _example_sections(critics: Sequence[PageCritic], tokenizer: str | None) -> list[PageSection]:
+    sections = []
+    with_examples = [critic for critic in critics if critic.examples]
+    for critic in with_examples:
+        decode = decoder_of(critic.source, tokenizer)
+        scale = scale_of(critic.examples, _mean_value(critic))
+        shown = readings(critic, decode, scale, TOKENS_ON_A_PAGE // len(with_examples))
         if shown:
-            keys = [Key(text="value", ink=subject.ink), Key(text="return", ink="group-mean")]
+            keys = [Key(text="value", colour=critic.colour), Key(text="return", colour="group-mean")]
             if any(reading.has_old_values for reading in shown):
-                keys.append(Key(text="old value", ink="stored", mark="stored"))
-            extreme = extreme_of(subject.examples, scale)
-            found.append(
-                PageSection(subject=subject, readings=shown, keys=keys, extreme=extreme, has_text=decode is not None)
+                keys.append(Key(text="old value", colour="stored", mark="stored"))
+            extreme = extreme_of(critic.examples, scale)
+            sections.append(
+                PageSection(critic=critic, readings=shown, keys=keys, extreme=extreme, has_text=decode is not None)
             )
-    return found
+    return sections
 
 
-def _mean_value(subject: Subject) -> float | None:
+def _mean_value(critic: PageCritic) -> float | None:
     """Of all tokens it was judged on."""
-    mean_return, bias = subject.verdict.part("returns").get("mean"), subject.metrics.get("bias")
+    mean_return, bias = critic.verdict.part("returns").get("mean"), critic.metrics.get("bias")
     return None if mean_return is None or bias is None else float(mean_return + bias)
 
 

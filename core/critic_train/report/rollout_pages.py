@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from critic_train.report.compared_critics import Subject
+from critic_train.report.compared_critics import PageCritic
 from critic_train.report.report_sources import Cell, Record, Source, pointer
-from critic_train.report.svg_charts import LOW, dash, ink, svg
+from critic_train.report.svg_charts import LOW, colour, dash, svg
 from critic_train.run.checkpoint import checkpoints
 from critic_train.text import fixed, three
 
@@ -179,14 +179,14 @@ def scale_of(examples: Sequence[Record], mean_value: float | None) -> Scale:
     return Scale(middle, max(abs(value - middle) for value in shown))
 
 
-def readings(subject: Subject, decode: Decode | None, scale: Scale, budget: int) -> list[Reading]:
+def readings(critic: PageCritic, decode: Decode | None, scale: Scale, budget: int) -> list[Reading]:
     """A critic's rollouts to read, as many as the page has room for, each reason in turn."""
     found: list[Reading] = []
-    for number, row in enumerate(_in_turn(subject.examples)):
+    for number, row in enumerate(_in_turn(critic.examples)):
         budget -= len(row.get("input_ids"))
         if found and budget < 0:
             break
-        found.append(_reading(subject, number, row, decode, scale))
+        found.append(_reading(critic, number, row, decode, scale))
     order = list(REASONS.values())
     return sorted(found, key=lambda reading: order.index(reading.reason))
 
@@ -203,7 +203,7 @@ def _in_turn(examples: Sequence[Record]) -> list[Record]:
     return [row for _, row in sorted(placed, key=lambda entry: entry[0])]
 
 
-def _reading(subject: Subject, number: int, row: Record, decode: Decode | None, scale: Scale) -> Reading:
+def _reading(critic: PageCritic, number: int, row: Record, decode: Decode | None, scale: Scale) -> Reading:
     ids, mask = row.get("input_ids"), row.get("response_mask")
     texts = pieces(ids, decode)
     first = mask.index(True)
@@ -232,12 +232,12 @@ def _reading(subject: Subject, number: int, row: Record, decode: Decode | None, 
         cut=bool(row.get("shown_from")),
         tokens=tokens,
         rest=row.get("tokens") - row.get("shown_from") - len(ids),
-        svg=_course(f"reading-{subject.number}-{number}", subject.ink, row),
+        svg=_value_chart(f"reading-{critic.number}-{number}", critic.colour, row),
         has_old_values=bool(old),
     )
 
 
-def _course(name: str, colour: str, row: Record) -> str:
+def _value_chart(name: str, own_colour: str, row: Record) -> str:
     """Value, old value and return along the response."""
     mask = row.get("response_mask")
 
@@ -245,11 +245,11 @@ def _course(name: str, colour: str, row: Record) -> str:
         return [x for x, masked in zip(row.get(key) or [], mask, strict=False) if masked]
 
     def draw(axes: "Axes") -> None:
-        for key, style in (("returns", "group-mean"), ("old_values", "stored"), ("values", colour)):
+        for key, style in (("returns", "group-mean"), ("old_values", "stored"), ("values", own_colour)):
             line = dash(style) if key == "old_values" else "solid"
             up = [float("nan") if y is None else y for y in along(key)]
             marker = "o" if len(up) == 1 else None
-            axes.plot(range(1, len(up) + 1), up, color=ink(style), linestyle=line, linewidth=1.5, marker=marker)
+            axes.plot(range(1, len(up) + 1), up, color=colour(style), linestyle=line, linewidth=1.5, marker=marker)
         axes.margins(y=0.12)
 
     return svg(draw, name=name, described="Value and return along the response", height=LOW, whole_steps=True)

@@ -18,7 +18,7 @@ CHARACTER = 6.4  # the width of a digit at FONT pixels, on the wide side
 FONT = 11
 SERIES = 6
 NAME_LENGTH = 46
-INKS = (
+COLOURS = (
     "page",
     "ink",
     "faint",
@@ -31,7 +31,7 @@ INKS = (
 """The page's colours. Its style sheet gives each a value for light and one for dark."""
 
 # Matplotlib knows no CSS variable: each colour is drawn as a marker that the SVG text then trades for its variable.
-_MARKERS = {name: f"#fe{number:02x}a7" for number, name in enumerate(INKS)}
+_MARKERS = {name: f"#fe{number:02x}a7" for number, name in enumerate(COLOURS)}
 DASHES: dict[str, Any] = {"constant": (0, (1, 2)), "stored": (0, (5, 2)), "group-mean": (0, (6, 2, 1, 2))}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -46,8 +46,8 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def ink(name: str) -> str:
-    """The colour to draw with, for one of INKS."""
+def colour(name: str) -> str:
+    """The colour to draw with, for one of COLOURS."""
     return _MARKERS[name]
 
 
@@ -62,12 +62,12 @@ class Key:
 
     Attributes:
         text: what it names.
-        ink: its colour, one of INKS.
+        ink: its colour, one of COLOURS.
         mark: "line", "point", "area", or the dash of a baseline.
     """
 
     text: str
-    ink: str
+    colour: str
     mark: str = "line"
 
 
@@ -176,21 +176,21 @@ def in_chart(text: str, *, from_end: bool = False) -> str:
 
 def name_row(axes: "Axes", place: float, name: str) -> None:
     """Write a row's name just above it, at the left end; no line shows through it."""
-    behind = {"facecolor": ink("page"), "edgecolor": "none", "pad": 1.5}
+    behind = {"facecolor": colour("page"), "edgecolor": "none", "pad": 1.5}
     where = axes.get_yaxis_transform()
-    axes.text(0, place - 0.2, name, transform=where, color=ink("ink"), va="bottom", bbox=behind, zorder=4)
+    axes.text(0, place - 0.2, name, transform=where, color=colour("ink"), va="bottom", bbox=behind, zorder=4)
 
 
 def _bare(axes: "Axes") -> None:
     """Axes with no box, faint lines across, and labels in the page's ink."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(ink("faint"))
+    axes.spines["bottom"].set_color(colour("faint"))
     axes.patch.set_visible(False)
     axes.figure.patch.set_visible(False)
-    axes.tick_params(length=0, colors=ink("ink"), pad=4)
-    axes.xaxis.label.set_color(ink("ink"))
-    axes.grid(axis="y", color=ink("grid"), linewidth=0.8)
+    axes.tick_params(length=0, colors=colour("ink"), pad=4)
+    axes.xaxis.label.set_color(colour("ink"))
+    axes.grid(axis="y", color=colour("grid"), linewidth=0.8)
     axes.set_axisbelow(True)
 
 

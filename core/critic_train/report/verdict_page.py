@@ -4,22 +4,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from critic_train.report.compared_critics import Subject, baselines_of
+from critic_train.evaluation import metrics
+from critic_train.evaluation.metrics import Metric
+from critic_train.evaluation.summary_text import sign
+from critic_train.report.compared_critics import PageCritic, baselines_of, table_of
 from critic_train.report.report_sources import Cell, Record
-from critic_train.text import count, fixed, interval, percent, short, signed, three
+from critic_train.report.verdict_model import (
+    MAIN,
+    MEAN_RETURN,
+    MEAN_VALUE,
+    ROLLOUTS,
+    TOKENS,
+    baseline_differences,
+    counts,
+    critic_differences,
+    metric_column,
+    return_figures,
+    text_column,
+)
+from critic_train.text import interval
+
+OVER = {"group_mean": "over GRPO's baseline", "stored": "over the stored values"}
+"""A baseline -> the name of the tile that compares a critic with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """May PPO start with this critic? `mark` is "yes", "partly", "no" or "unknown"; the words say it."""
+    """Whether PPO can start with this critic: `mark` is "yes", "partly", "no" or "unknown", `text` the sentence."""
 
     mark: str
-    words: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A figure that deserves to be large."""
+    """A figure in large type."""
 
     name: str
     figure: Cell
@@ -29,41 +48,41 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What is said of one critic.
+    """The top of the page for one critic.
 
     Attributes:
-        subject: the critic.
-        answer: in a line.
+        critic: the critic.
+        answer: the verdict in a line.
         progress: where its run stands, empty for an evaluation.
         tiles: its figures.
         counts: what it was judged on.
     """
 
-    subject: Subject
+    critic: PageCritic
     answer: Answer
     progress: str
     tiles: Sequence[Tile]
     counts: Sequence[tuple[str, Cell]] = field(default_factory=list)
 
 
-def card(subject: Subject) -> Card:
-    """Everything the top of the page says of a critic."""
+def card(critic: PageCritic) -> Card:
+    """The top of the page for a critic."""
     return Card(
-        subject=subject,
-        answer=answer(subject.metrics),
-        progress=progress(subject),
-        tiles=tiles(subject.metrics),
-        counts=counts(subject.verdict),
+        critic=critic,
+        answer=answer(critic.metrics),
+        progress=progress(critic),
+        tiles=tiles(critic.metrics),
+        counts=facts(critic.verdict),
     )
 
 
-def answer(metrics: Record) -> Answer:
-    """By the intervals, never by the figures alone."""
-    if not metrics:
+def answer(critic: Record) -> Answer:
+    """The verdict in a line, by the intervals, never by the figures alone."""
+    if not critic:
         return Answer("unknown", "Not judged yet: there is no evaluation on held-out rollouts.")
-    against_constant = _sign(metrics.get("explained_variance_interval"))
-    against_group = _sign(metrics.part("explained_variance_minus").part("group_mean").get("interval"))
-    if metrics.get("explained_variance") is None:
+    against_constant = sign(critic.get("explained_variance_interval"))
+    against_group = sign(critic.part("explained_variance_minus").part("group_mean").get("interval"))
+    if critic.get(MAIN) is None:
         return Answer("unknown", "Cannot tell: the returns do not vary.")
     if against_constant is None:
         return Answer("unknown", "Cannot tell: one prompt group is too few for an interval.")
@@ -80,140 +99,96 @@ def answer(metrics: Record) -> Answer:
     return Answer("partly", "Better than a constant; not shown to be better than GRPO's baseline.")
 
 
-def progress(subject: Subject) -> str:
-    """Where a run stands."""
-    source = subject.source
+def progress(critic: PageCritic) -> str:
+    """How far a run has come; empty for an evaluation."""
+    source = critic.source
     if not source.is_run:
         return ""
     total = source.result.get("total_steps") or source.started.part("resolved").get("steps")
     last = source.steps[-1].get("step") if source.steps else 0
-    judged = subject.verdict.get("step") if subject.verdict else subject.metrics.get("step")
-    words = f"step {last} of {total}" if total else f"step {last}"
-    return words + (f"; judged as of step {judged}" if judged is not None else "")
+    judged = critic.verdict.get("step") if critic.verdict else critic.metrics.get("step")
+    text = f"step {last} of {total}" if total else f"step {last}"
+    return text + (f"; judged as of step {judged}" if judged is not None else "")
 
 
-def tiles(metrics: Record) -> list[Tile]:
+def tiles(critic: Record) -> list[Tile]:
     """The figures that exist, the most telling first."""
-    nothing = Cell("")
-    minus = metrics.part("explained_variance_minus")
-    monte_carlo = metrics.part("monte_carlo")
-    candidates = [
-        ("explained variance", metrics, "explained_variance", "0 a constant, 1 perfect"),
-        ("within prompts", metrics, "explained_variance_within_group", "what it knows beyond the prompt"),
-        ("AUC within prompts", metrics, "auc_within_group", "right above wrong, 0.5 a coin"),
-        ("AUC", metrics, "auc", "over all rollouts"),
-        ("variance reduction", metrics, "variance_reduction", "of advantages, against GRPO's baseline"),
-        ("calibration error", metrics, "expected_calibration_error", "mean distance of value and return"),
-        ("against Monte-Carlo returns", monte_carlo, "explained_variance", "no critic's values in the target"),
-    ]
-    found = [
-        Tile(name, record.cell(key), record.bounds(f"{key}_interval"), about)
-        for name, record, key, about in candidates
-        if record.get(key) is not None and (record is not monte_carlo or _differs(record, metrics, key))
-    ]
-    for other, about in (("group_mean", "over GRPO's baseline"), ("stored", "over the stored values")):
-        part = minus.part(other)
-        if part.get("difference") is not None:
-            cell = part.cell("difference", lambda value: f"{value:+.3f}")
-            found.insert(min(2, len(found)), Tile(about, cell, part.bounds("interval"), "difference, paired by prompt"))
-    for name, key, how in (("mean squared error", "mse", three), ("bias", "bias", signed)):
-        if metrics.get(key) is not None:
-            found.append(Tile(name, metrics.cell(key, how), nothing, "values less returns" if key == "bias" else ""))
-    return found
-
-
-def counts(verdict: Record) -> list[tuple[str, Cell]]:
-    """What was judged on."""
-    found = [
-        (name, verdict.cell(key, lambda value: f"{value:,}"))
-        for key, name in (
-            ("rollouts", "rollouts"),
-            ("prompt_groups", "prompt groups"),
-            ("response_tokens", "response tokens"),
+    shown = sorted((metric for metric in metrics.METRICS if metric.tile), key=lambda metric: metric.tile)
+    shown = [metric for metric in shown if critic.get(metric.name) is not None]
+    made = [_tile(critic, metric) for metric in shown if metric.topic != "errors"]
+    monte_carlo = critic.part("monte_carlo")
+    if monte_carlo.get(MAIN) is not None and _differs(monte_carlo, critic, MAIN):
+        bounds = monte_carlo.bounds(f"{MAIN}_interval")
+        made.append(
+            Tile("against Monte-Carlo returns", monte_carlo.cell(MAIN), bounds, "no critic's values in the target")
         )
-        if verdict.get(key) is not None
-    ]
-    returns = verdict.part("returns")
+    for difference in sorted(baseline_differences(critic), key=lambda difference: difference.other == "stored"):
+        name = OVER[difference.other]
+        tile = Tile(name, difference.difference, difference.interval, "difference, paired by prompt")
+        made.insert(min(2, len(made)), tile)
+    return made + [_tile(critic, metric) for metric in shown if metric.topic == "errors"]
+
+
+def _tile(critic: Record, metric: Metric) -> Tile:
+    bounds = critic.bounds(f"{metric.name}_interval") if metric.has_interval else Cell("")
+    return Tile(metric.tile_name or metric.label, critic.cell(metric.name, metric.format), bounds, metric.about)
+
+
+def facts(verdict: Record) -> list[tuple[str, Cell]]:
+    """What was judged on: counts, and the figures of the returns."""
     names = {"mean": "mean return", "std": "its deviation", "min": "least", "max": "greatest"}
-    found += [(name, returns.cell(key, short)) for key, name in names.items() if returns.get(key) is not None]
-    return found
+    return counts(verdict) + [(names[key], cell) for key, cell in return_figures(verdict).items() if cell.at]
 
 
-FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("explained variance", "explained_variance", fixed),
-    ("95 % interval", "explained_variance_interval", interval),
-    ("within prompts", "explained_variance_within_group", fixed),
-    ("95 % interval", "explained_variance_within_group_interval", interval),
-    ("AUC", "auc", fixed),
-    ("AUC within prompts", "auc_within_group", fixed),
-    ("Pearson", "pearson", fixed),
-    ("Spearman", "spearman", fixed),
-    ("MSE", "mse", three),
-    ("MAE", "mae", three),
-    ("bias", "bias", signed),
-    ("calibration error", "expected_calibration_error", three),
-    ("advantage variance", "advantage_variance", three),
-    ("value loss", "value_loss", three),
-    ("clipfrac", "clipfrac", percent),
-    ("saturation", "saturation", percent),
-)
-
-
-def comparison(subjects: Sequence[Subject]) -> list[list[Any]]:
+def comparison(critics: Sequence[PageCritic]) -> list[list[Any]]:
     """One column a critic and a baseline; headings first. Figures that nobody has are left out."""
-    columns = [(subject.name, subject.metrics) for subject in subjects if subject.metrics]
+    columns = [(critic.name, critic.metrics) for critic in critics if critic.metrics]
     if not columns:
         return []
-    columns += [(name, metrics) for name, _, metrics in baselines_of(subjects)]
+    columns += [(name, record) for name, _, record in baselines_of(critics)]
+    lines: list[tuple[str, str, Callable[[Any], str]]] = []
+    for metric in metrics.metrics_of():
+        if metric.page != "no":
+            lines.append((metric.label, metric.name, metric.format))
+        if metric.page == "with interval":
+            lines.append(("95 % interval", f"{metric.name}_interval", interval))
     rows: list[list[Any]] = [["", *(name for name, _ in columns)]]
-    for name, key, how in FIGURES:
-        if any(metrics.get(key) is not None for _, metrics in columns):
-            rows.append([name, *(metrics.cell(key, how) for _, metrics in columns)])
+    for label, key, how in lines:
+        if any(record.get(key) is not None for _, record in columns):
+            rows.append([label, *(record.cell(key, how) for _, record in columns)])
     return rows
 
 
-def differences(subjects: Sequence[Subject]) -> list[list[Any]]:
+def differences(critics: Sequence[PageCritic]) -> list[list[Any]]:
     """By how much the critics of one evaluation differ from each other, paired by prompt group."""
-    found: list[list[Any]] = []
-    for verdict in {id(s.verdict.data): s.verdict for s in subjects}.values():
-        for pair, part in verdict.part("differences").parts().items():
-            for figure, record in {"explained_variance": part, **part.parts()}.items():
-                if record.get("difference") is not None:
-                    cell = record.cell("difference", lambda value: f"{value:+.3f}")
-                    found.append([pair, figure.replace("_", " "), cell, record.bounds("interval")])
-    return [["", "figure", "difference", "95 % interval"], *found] if found else []
+    verdicts = {id(critic.verdict.data): critic.verdict for critic in critics}.values()
+    rows = [
+        [difference.other, difference.metric, difference.difference, difference.interval]
+        for verdict in verdicts
+        for difference in critic_differences(verdict)
+    ]
+    return [["", "figure", "difference", "95 % interval"], *rows] if rows else []
 
 
-def groups(subject: Subject) -> list[tuple[str, list[list[Any]]]]:
+def groups(critic: PageCritic) -> list[tuple[str, list[list[Any]]]]:
     """The prompt groups it does best and worst on, as titled tables."""
-    found = []
+    columns = [
+        text_column("prompt group", lambda row: str(row.get("uid"))),
+        ROLLOUTS,
+        TOKENS,
+        metric_column(metrics.metric_named("mse")),
+        MEAN_VALUE,
+        MEAN_RETURN,
+    ]
+    tables = []
     for key, title in (("worst", "Furthest off"), ("best", "Closest")):
-        rows = subject.metrics.part("groups").rows(key)
+        rows = critic.metrics.part("groups").rows(key)
         if rows:
-            table: list[list[Any]] = [["prompt group", "rollouts", "tokens", "MSE", "mean value", "mean return"]]
-            table += [
-                [
-                    str(row.get("uid")),
-                    row.cell("rollouts", count),
-                    row.cell("tokens", count),
-                    row.cell("mse", three),
-                    row.cell("mean_value"),
-                    row.cell("mean_return"),
-                ]
-                for row in rows
-            ]
-            found.append((title, table))
-    return found
+            tables.append((title, table_of([(critic, rows)], columns)))
+    return tables
 
 
 def _differs(one: Record, other: Record, key: str) -> bool:
     """Whether two figures differ by more than rounding."""
     a, b = one.get(key), other.get(key)
     return b is None or abs(a - b) > 1e-9
-
-
-def _sign(bounds: Any) -> int | None:
-    """1 where the whole interval is above 0, -1 where it is below, 0 across it; None where there is none."""
-    if not bounds:
-        return None
-    return int(bounds[0] > 0) - int(bounds[1] < 0)

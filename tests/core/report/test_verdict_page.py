@@ -32,7 +32,7 @@ def metrics(interval, against_group, figure=0.2):
 def test_the_answer(interval, against_group, mark, words):
     found = answer(metrics(interval, against_group))
     assert found.mark == mark
-    assert words in found.words
+    assert words in found.text
 
 
 def test_the_figure_alone_says_nothing():
@@ -40,8 +40,8 @@ def test_the_figure_alone_says_nothing():
 
 
 def test_without_figures_nothing_is_claimed():
-    assert answer(Record({}, "")).words.startswith("Not judged yet")
-    assert answer(metrics(None, None, figure=None)).words == "Cannot tell: the returns do not vary."
+    assert answer(Record({}, "")).text.startswith("Not judged yet")
+    assert answer(metrics(None, None, figure=None)).text == "Cannot tell: the returns do not vary."
 
 
 @pytest.mark.parametrize(("against_monte_carlo", "shown"), [(0.2, False), (0.2 + 1e-13, False), (0.1, True)])
