@@ -68,33 +68,33 @@ def in_steps(steps: Any) -> str:
 
 def summary_rows(result: dict[str, Any], losses: Sequence[float], curve: str) -> list[tuple[str, str]]:
     """The summary's rows: name and value. `curve` is the losses as a sparkline."""
-    found: list[tuple[str, str]] = []
+    rows: list[tuple[str, str]] = []
     last = number((result.get("training") or {}).get("value_loss"))
     last = number(result.get("value_loss")) if last is None else last
     if len(losses) > 1:
-        found.append(("training loss", f"{short(losses[0])} {curve} {short(losses[-1])}"))
+        rows.append(("training loss", f"{short(losses[0])} {curve} {short(losses[-1])}"))
     elif last is not None:
-        found.append(("training loss", short(last)))
+        rows.append(("training loss", short(last)))
     if result.get("skips"):
-        found.append(("steps not taken", f"{result['skips']} (not finite)"))
+        rows.append(("steps not taken", f"{result['skips']} (not finite)"))
     if number(result.get("explained_variance")) is not None:
-        found.append(("explained variance, held out", ""))
+        rows.append(("explained variance, held out", ""))
         at = result.get("best_step")
         figure = with_interval(result["explained_variance"], result.get("explained_variance_interval"))
-        found.append(("  this critic", figure + (f"  at step {at}" if at is not None else "")))
+        rows.append(("  this critic", figure + (f"  at step {at}" if at is not None else "")))
         for name, metrics in (result.get("baselines") or {}).items():
             bounds = metrics.get("explained_variance_interval")
             # The constant's interval is [0, 0] by definition.
             figure = with_interval(metrics.get("explained_variance"), None if name == "constant" else bounds)
-            found.append((f"  {shown_name(name)}", figure))
+            rows.append((f"  {shown_name(name)}", figure))
     within = result.get("explained_variance_within_group")
     if number(within) is not None:
         bounds = result.get("explained_variance_within_group_interval")
-        found.append(("within prompts", with_interval(within, bounds)))
+        rows.append(("within prompts", with_interval(within, bounds)))
     for name, key in (("best", "best"), ("newest checkpoint", "checkpoint"), ("report", "report")):
         if isinstance(result.get(key), str):
-            found.append((name, result[key]))
-    return found
+            rows.append((name, result[key]))
+    return rows
 
 
 def next_lines(ended: RunEnded, settings: FitSettings) -> list[str]:
@@ -115,12 +115,12 @@ def next_lines(ended: RunEnded, settings: FitSettings) -> list[str]:
     return lines
 
 
-def draw_estimate(console: "Console", found: dict[str, Any]) -> None:
+def draw_estimate(console: "Console", estimate: dict[str, Any]) -> None:
     """Print what a run would take.
 
     Args:
         console: where.
-        found: see `dry_run.dry_run`.
+        estimate: see `dry_run.dry_run`.
     """
     from rich.table import Table
 
@@ -128,47 +128,47 @@ def draw_estimate(console: "Console", found: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=console.width >= 50)
     table.add_column(overflow="fold")
-    for name, value in estimate_rows(found):
+    for name, value in estimate_rows(estimate):
         table.add_row(name, value)
     console.print()
     console.print(table)
-    for line in shortages(found):
+    for line in shortages(estimate):
         console.print(line, style="bold")
 
 
-def estimate_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and value."""
-    memory, disk, seconds = found["memory"], found["disk"], found["seconds"]
-    computed = f", {count(found['computed_tokens'])} through the model" if found["packing"] == "forest" else ""
-    some = found["trained_parameters"] != found["parameters"]
-    trained = f", {count(found['trained_parameters'])} of them trained" if some else ""
+    memory, disk, seconds = estimate["memory"], estimate["disk"], estimate["seconds"]
+    computed = f", {count(estimate['computed_tokens'])} through the model" if estimate["packing"] == "forest" else ""
+    some = estimate["trained_parameters"] != estimate["parameters"]
+    trained = f", {count(estimate['trained_parameters'])} of them trained" if some else ""
     states = f", {format_bytes(disk['states'])} for the frozen trunk's states" if disk["states"] else ""
     keeping = seconds["keeping_states"]
     first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
     device = f" of {format_bytes(memory['device'])}" if memory["device"] else ""
-    elsewhere = {"none": "", "optimizer": " (in host memory)", "all": " (all in host memory)"}[found["offload"]]
+    elsewhere = {"none": "", "optimizer": " (in host memory)", "all": " (all in host memory)"}[estimate["offload"]]
     return [
-        ("rollouts", f"{found['rollouts']:,} to train on, {found['held_out_rollouts']:,} held out"),
-        ("tokens an epoch", f"{count(found['tokens'])}{computed}"),
-        ("steps", f"{found['steps']:,} in {found['epochs']:.3g} epochs, {found['evaluations']:,} evaluations"),
-        ("parameters", f"{count(found['parameters'])}{trained}"),
-        ("memory", f"{format_bytes(memory['peak'])}{device} at the peak of the timed steps, on {found['device']}"),
+        ("rollouts", f"{estimate['rollouts']:,} to train on, {estimate['held_out_rollouts']:,} held out"),
+        ("tokens an epoch", f"{count(estimate['tokens'])}{computed}"),
+        ("steps", f"{estimate['steps']:,} in {estimate['epochs']:.3g} epochs, {estimate['evaluations']:,} evaluations"),
+        ("parameters", f"{count(estimate['parameters'])}{trained}"),
+        ("memory", f"{format_bytes(memory['peak'])}{device} at the peak of the timed steps, on {estimate['device']}"),
         ("  of it", f"weights {format_bytes(memory['weights'])}, gradients {format_bytes(memory['gradients'])}, "
                     f"moments {format_bytes(memory['moments'])}{elsewhere}"),
-        ("disk", f"{format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {found['out']}"),
+        ("disk", f"{format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {estimate['out']}"),
         (
             "  of it",
             f"{format_bytes(disk['checkpoint'])} a checkpoint, {format_bytes(disk['cache'])} "
             f"for the run's cache{states}",
         ),
-        ("speed", f"{count(found['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),
+        ("speed", f"{count(estimate['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),
         ("time", f"{duration(seconds['total'])}, of which evaluating {duration(seconds['evaluating'])}{first}"),
     ]  # fmt: skip
 
 
-def shortages(found: dict[str, Any]) -> list[str]:
+def shortages(estimate: dict[str, Any]) -> list[str]:
     """What there is too little of."""
-    disk, memory = found["disk"], found["memory"]
+    disk, memory = estimate["disk"], estimate["memory"]
     lines = []
     if disk["needed"] > disk["free"]:
         lines.append("\nThe disk will not do: a lower --keep, or another --out.")
@@ -223,7 +223,7 @@ def conversion_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draw_report(console: "Console", written: "Report", *, in_full: bool) -> None:
-    """Print the page's place; on a terminal, where `in_full`, also the verdict and the charts of each source."""
+    """Print the page's path; on a terminal, where `in_full`, also the verdict and the charts of each source."""
     if in_full and is_terminal(sys.stdout):
         from critic_train_cli.text_charts import draw_charts
         from critic_train_cli.verdict_tables import draw_sentences

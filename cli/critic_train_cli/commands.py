@@ -102,9 +102,9 @@ FIT = Command(
 def run_eval(settings: EvalSettings, output: Output) -> int:
     """Evaluate critics or stored values, then print the tables, write the page, and list the gates that failed."""
     if settings.evaluation.report is not None:
-        from critic_train.report.report_sources import refuse_place
+        from critic_train.report.report_sources import check_page_path
 
-        refuse_place(Path(settings.evaluation.report), "--report")
+        check_page_path(Path(settings.evaluation.report), "--report")
     view = choose_view(output, stopping="stopping")
     ended = run_job(lambda stop: critic_train.evaluate(settings, stop), view, output)
 

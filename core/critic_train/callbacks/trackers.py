@@ -15,6 +15,7 @@ from typing import Any
 
 from critic_train.callbacks.callback import Callback
 from critic_train.errors import ConfigError
+from critic_train.evaluation.metrics import tracker_name
 from critic_train.events import EvaluationEnded, Event, StepEnded
 from critic_train.settings import RunSettings
 
@@ -40,12 +41,6 @@ TIMING_NAMES = {
 }
 """timings.jsonl's name -> the tracker's. Throughput counts a shared token for each rollout."""
 
-EVALUATION_NAMES = {
-    "explained_variance": "critic/vf_explained_var",
-    "explained_variance_within_group": "critic/vf_explained_var_within_group",
-}
-"""A metric of an evaluation -> its usual name; others are logged as `val/` and their own name."""
-
 
 def step_metrics(event: StepEnded) -> dict[str, float]:
     """The numbers of a step, as a tracker logs them."""
@@ -58,8 +53,7 @@ def evaluation_metrics(event: EvaluationEnded) -> dict[str, float]:
     """The numbers of an evaluation on held-out rollouts: the critic's own, and what its baselines explain."""
     named: dict[str, Any] = {}
     for name, value in event.metrics.items():
-        metric = name.removesuffix("_interval")
-        logged = EVALUATION_NAMES.get(metric, f"val/{metric}")
+        logged = tracker_name(name.removesuffix("_interval"))
         if name.endswith("_interval") and isinstance(value, list):
             named |= {f"{logged}_low": value[0], f"{logged}_high": value[1]}
         else:

@@ -154,7 +154,7 @@ def _by_step(
         note = f"{note} Shown: {series[lines[0].key]}; the other is the same here.".strip()
     elif several:
         note = f"{note} Dashed: {list(series.values())[1]}.".strip()
-    drawing = svg(draw, name=name, described=f"{title} over training steps", x_label="step", whole_steps=True)
+    drawing = svg(draw, name=name, described=f"{title} over training steps", x_label="step", integer_ticks=True)
     return Chart(title=title, svg=drawing, note=note, keys=keys)
 
 
@@ -232,7 +232,7 @@ def _held_out(runs: Sequence[PageCritic], key: str, title: str, name: str) -> Ch
     bounds = Column(label="95 % interval", heading="", cell=lambda row: row.bounds(f"{key}_interval"))
     return Chart(
         title=title,
-        svg=svg(draw, name=name, described=f"{title} over training steps", x_label="step", whole_steps=True),
+        svg=svg(draw, name=name, described=f"{title} over training steps", x_label="step", integer_ticks=True),
         note=note,
         keys=legend([run for run, _ in shown], alone="this critic") + [baseline_key(baseline) for baseline in levels],
         table=table_of([(run, _some(series.rows, LISTED)) for run, series in shown], [step, explained, bounds]),

@@ -10,7 +10,7 @@ from critic_train.errors import ConfigError, MachineError
 from critic_train.report.compared_critics import PageCritic, critics_of, data_sets
 from critic_train.report.curve_charts import curves
 from critic_train.report.provenance import different_settings, provenance_of
-from critic_train.report.report_sources import Cell, Source, default_place, read_sources, refuse_place, titles
+from critic_train.report.report_sources import Cell, Source, check_page_path, default_page_path, read_sources, titles
 from critic_train.report.rollout_pages import (
     SHADES,
     TOKENS_ON_A_PAGE,
@@ -85,7 +85,7 @@ def render(sources: Sequence[Source], *, tokenizer: str | None = None) -> str:
 
 
 def write_page(path: Path, sources: Sequence[Source], *, tokenizer: str | None = None) -> int:
-    """Render the page and put it under its name, whole or not at all.
+    """Render the page and write it atomically.
 
     Returns:
         Its size in bytes.
@@ -184,8 +184,8 @@ def report(settings: ReportSettings) -> Report:
             hint="give the directory of a model that has one",
         )
     sources = read_sources(settings.page.runs)
-    path = Path(settings.page.to) if settings.page.to else default_place(sources)
-    refuse_place(path, "--to")
+    path = Path(settings.page.to) if settings.page.to else default_page_path(sources)
+    check_page_path(path, "--to")
     try:
         size = write_page(path, sources, tokenizer=settings.page.tokenizer)
     except (TypeError, ValueError, LookupError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""How a run or an evaluation came about: settings, data, model, versions, and the command that does it again."""
+"""How a run or an evaluation was made: settings, data, model, versions, and the command that makes it again."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from critic_train.report.report_sources import Record, Source
-from critic_train.settings import EvalSettings, FitSettings, Settings, settings_fields
+from critic_train.settings import EvalSettings, FitSettings, Settings, defaults_of, flag_of, settings_fields
 
 Rows = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What the page tells of one source.
+    """How one source was made.
 
     Attributes:
         label: the run's directory or the evaluation's file.
-        command: the command line that does the same again; empty where it is not known.
+        command: the command line that does the same again; empty where it was not recorded.
         chosen: settings that are not the default, name -> value.
         defaults: settings that are.
-        resolved: what a run found: rollouts, parameters, device and so on.
+        resolved: what a run recorded at its start: rollouts, parameters, device and so on.
         data: fingerprints of data and model.
         versions: of this program and what it computes with.
     """
@@ -52,31 +52,22 @@ def provenance_of(source: Source) -> Provenance:
     )
 
 
-def defaults_of(kind: type[Settings]) -> dict[str, Any]:
-    """Field name -> the value when nothing is said."""
-    from dataclasses import MISSING
-
-    return {
-        declared.name: declared.default if declared.default is not MISSING else [] for declared in settings_fields(kind)
-    }
-
-
 def command_line(kind: type[Settings], settings: Mapping[str, Any]) -> str:
-    """The shell command that gives these settings; what is at its default is left unsaid."""
+    """The shell command that gives these settings; what is at its default is left out."""
     usual = defaults_of(kind)
-    words = ["critic-train", kind.command]
+    arguments = ["critic-train", kind.command]
     for declared in settings_fields(kind):
         name = declared.name
         value = settings.get(name, usual[name])
         if value == usual[name] or value is None:
             continue
-        flag = declared.metadata.get("flag") or "--" + name.replace("_", "-")
+        flag = declared.metadata.get("flag") or flag_of(name)
         if isinstance(value, bool):
-            words += [flag] if value else []
+            arguments += [flag] if value else []
             continue
         for one in value if isinstance(value, list) else [value]:
-            words += [flag, str(one)]
-    return shlex.join(words)
+            arguments += [flag, str(one)]
+    return shlex.join(arguments)
 
 
 def different_settings(sources: Sequence[Source]) -> list[list[str]]:
@@ -86,11 +77,11 @@ def different_settings(sources: Sequence[Source]) -> list[list[str]]:
         return []
     names = [name for name in dict.fromkeys(name for run in runs for name in run) if name != "out"]
     differing = [name for name in names if any(run.get(name) != runs[0].get(name) for run in runs)]
-    return [[name, *(told(run.get(name)) for run in runs)] for name in differing]
+    return [[name, *(readable(run.get(name)) for run in runs)] for name in differing]
 
 
-def told(value: Any) -> str:
-    """A value as a person reads it."""
+def readable(value: Any) -> str:
+    """A setting's value as text."""
     if value is None:
         return "not set"
     if isinstance(value, bool):
@@ -100,12 +91,14 @@ def told(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        return ", ".join(told(inner) for inner in value) or "none"
+        return ", ".join(readable(inner) for inner in value) or "none"
     return str(value)
 
 
 def _rows(values: Mapping[str, Any]) -> Rows:
-    return [(name.replace("_", " "), told(value)) for name, value in values.items() if not isinstance(value, Mapping)]
+    return [
+        (name.replace("_", " "), readable(value)) for name, value in values.items() if not isinstance(value, Mapping)
+    ]
 
 
 def _fingerprints(record: Record) -> Rows:
@@ -119,5 +112,5 @@ def _fingerprints(record: Record) -> Rows:
     if record.get("data_digest"):
         rows.append(("rollouts", str(record.get("data_digest"))))
     for name, file in record.part("model").part("files").parts().items():
-        rows.append((name, f"{file.get('sampled_sha256')} (sampled, {told(file.get('bytes'))} bytes)"))
+        rows.append((name, f"{file.get('sampled_sha256')} (sampled, {readable(file.get('bytes'))} bytes)"))
     return rows

@@ -1,10 +1,6 @@
-"""Long names made short.
+"""What a page is about, as read from disk: the directories of runs, and what `eval --json` printed.
 
-JSON objects that know where they stand, so that every figure on the page can be looked up again.
-
-What a page is about, as read from disk: a run's directory, or what `eval --json` printed.
-
-Where a page goes.
+Every JSON object is a `Record` that knows where it stands, so that each figure on the page can be looked up again.
 """
 
 import json
@@ -44,11 +40,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A JSON object and the place where it stands. What is missing in it is an empty record, not an error.
+    """A JSON object and where it stands. What is missing in it is an empty record, not an error.
 
     Attributes:
         data: the object.
-        at: its place, as in `Cell.at`.
+        at: where it stands, as in `Cell.at`.
     """
 
     data: Mapping[str, Any]
@@ -73,13 +69,13 @@ class Record:
     def rows(self, key: str) -> "list[Record]":
         """The objects of the list under a key."""
         inner = self.data.get(key)
-        place = pointer(self.at, key)
+        at = pointer(self.at, key)
         if not isinstance(inner, list):
             return []
-        return [Record(row, pointer(place, i)) for i, row in enumerate(inner) if isinstance(row, Mapping)]
+        return [Record(row, pointer(at, i)) for i, row in enumerate(inner) if isinstance(row, Mapping)]
 
     def cell(self, key: str, how: Callable[[Any], str] = fixed) -> Cell:
-        """The figure under a key, written by `how`; without a place where it does not exist."""
+        """The figure under a key, written by `how`; without `at` where it does not exist."""
         value = self.data.get(key)
         if value is None:
             return Cell(how(None))
@@ -96,7 +92,7 @@ def pointer(at: str, key: str | int) -> str:
 
 
 EVALUATION = "evaluation.json"
-"""The file of a run that holds the whole verdict on its best critic, in the form of eval's result."""
+"""The file of a run that holds the verdict on its best critic, complete, in the form of eval's result."""
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 NEITHER = "give a run's directory (--out of fit) or a file that critic-train eval --json wrote"
@@ -111,7 +107,7 @@ class Source:
         label: what it is called on the page.
         started: run.json.
         result: result.json; empty while the run goes on.
-        evaluation: the verdict on its best critic so far, in the form of eval's result; empty where none was reached.
+        evaluation: the verdict on its best critic so far, in the form of eval's result; empty before the first.
         steps: one record a step, in order.
         evaluations: one record an evaluation, in order.
         timings: one record a step of what differs from run to run, in order.
@@ -141,19 +137,19 @@ def read_sources(paths: list[str]) -> list[Source]:
     Raises:
         ConfigError: one of them is neither; all such are named.
     """
-    found, wrong = [], []
+    sources, errors = [], []
     for number, path in enumerate(dict.fromkeys(paths), start=1):
         try:
-            found.append(read_source(Path(path), number))
+            sources.append(read_source(Path(path), number))
         except ConfigError as error:
-            wrong.append(error.message)
-    if wrong:
-        raise ConfigError("\n".join(wrong), hint=NEITHER)
-    return found
+            errors.append(error.message)
+    if errors:
+        raise ConfigError("\n".join(errors), hint=NEITHER)
+    return sources
 
 
 def read_source(path: Path, number: int = 1) -> Source:
-    """Read one run or evaluation; `number` is its place on the page, from 1."""
+    """Read one run or evaluation; `number` is its position on the page, from 1."""
     if path.is_dir():
         return read_run(path, number)
     if not path.exists():
@@ -253,16 +249,16 @@ def _lines(path: Path, at: str) -> Iterator[Record]:
 PAGE = "report.html"
 
 
-def default_place(sources: Sequence[Source]) -> Path:
-    """In the run, beside an evaluation's file, or here where there are several."""
+def default_page_path(sources: Sequence[Source]) -> Path:
+    """report.html in the run, the evaluation's file as .html, or ./report.html where there are several sources."""
     [first, *others] = sources
     if others or first.path is None:
         return Path(PAGE)
     return first.path / PAGE if first.is_run else first.path.with_suffix(".html")
 
 
-def refuse_place(path: Path, flag: str) -> None:
-    """Say at once where a page cannot go.
+def check_page_path(path: Path, flag: str) -> None:
+    """Check that a page can be written to a path.
 
     Raises:
         ConfigError: it is a folder, or its folder is missing.

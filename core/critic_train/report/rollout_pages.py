@@ -1,7 +1,4 @@
-"""The text of each token, by the tokenizer that stands beside the model.
-
-Rollouts to read: each token of the response shaded by its value.
-"""
+"""Rollouts to read: the text of each token, by the model's tokenizer, shaded by its value."""
 
 import json
 import os
@@ -26,7 +23,7 @@ LONGEST_CHARACTER = 4
 """Bytes, and so tokens at most, of a character in UTF-8."""
 
 
-def pieces(ids: Sequence[int], decode: Decode | None) -> list[str]:
+def token_texts(ids: Sequence[int], decode: Decode | None) -> list[str]:
     """The text that each token adds.
 
     A token's text may depend on the one before it (a leading space), and a character may be spread over several
@@ -42,43 +39,43 @@ def pieces(ids: Sequence[int], decode: Decode | None) -> list[str]:
     """
     if decode is None:
         return [f" {number}" for number in ids]
-    found: list[str] = []
-    start = settled = 0  # ids[start:settled] is the text before, all of its characters whole
+    texts: list[str] = []
+    start = done = 0  # ids[start:done] is the text before, all of its characters complete
     before = ""
-    for place in range(1, len(ids) + 1):
-        text = decode(ids[start:place])
-        waits = text.endswith(UNFINISHED) and place - settled < LONGEST_CHARACTER and place < len(ids)
-        if waits:
-            found.append("")
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[start:end])
+        is_partial = text.endswith(UNFINISHED) and end - done < LONGEST_CHARACTER and end < len(ids)
+        if is_partial:
+            texts.append("")
             continue
-        found.append(text[len(before) :] if text.startswith(before) else decode(ids[settled:place]))
-        start, settled = settled, place
-        before = decode(ids[start:settled])
-    return found
+        texts.append(text[len(before) :] if text.startswith(before) else decode(ids[done:end]))
+        start, done = done, end
+        before = decode(ids[start:done])
+    return texts
 
 
 def decoder_of(source: Source, tokenizer: str | None = None) -> Decode | None:
-    """A decoder from the first place that has a tokenizer: the one named, the critic judged, the model trained.
+    """A decoder from the first folder that has a tokenizer: the one given, the critic judged, the model trained.
 
     Args:
         source: a run or an evaluation.
         tokenizer: a directory with tokenizer.json, or such a file.
     """
-    for folder in _places(source, tokenizer):
+    for folder in _tokenizer_folders(source, tokenizer):
         file = folder if os.path.isfile(folder) else folder / "tokenizer.json"
         if os.path.isfile(file):  # unlike Path's own, no error for a name that can be none
             return _decoder(file)
     return None
 
 
-def _places(source: Source, tokenizer: str | None) -> list[Path]:
+def _tokenizer_folders(source: Source, tokenizer: str | None) -> list[Path]:
     if tokenizer is not None:
         return [Path(tokenizer)]
-    named = [str(path) for path in source.evaluation.get("models") or []]
-    named += [str(source.path)] if source.is_run and source.path else []
+    names = [str(path) for path in source.evaluation.get("models") or []]
+    names += [str(source.path)] if source.is_run and source.path else []
     based_on = source.started.part("settings").get("model")
-    named += [str(based_on)] if based_on else []
-    return [folder for name in named for folder in _folders(Path(name))]
+    names += [str(based_on)] if based_on else []
+    return [folder for name in names for folder in _folders(Path(name))]
 
 
 def _folders(path: Path) -> list[Path]:
@@ -110,13 +107,13 @@ REASONS = {
     "worst": "Furthest off",
     "best": "Closest",
     "swing": "Value moves most",
-    "drawn": "Drawn by lot",
+    "drawn": "Random sample",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token on the page: its text, the class of its shade (empty for none), and its figures in words."""
+    """A token on the page: its text, the class of its shade (empty for none), and its figures as a tooltip."""
 
     text: str
     shade: str
@@ -132,7 +129,7 @@ class Reading:
         figures: name -> figure.
         prompt: the text before the response; `cut` says whether more stood before it.
         tokens: the response.
-        rest: tokens of the response beyond what was kept.
+        rest: number of tokens beyond those that are recorded.
         svg: value, old value and return along the response.
     """
 
@@ -163,14 +160,14 @@ class Scale:
 def extreme_of(examples: Sequence[Record], scale: Scale) -> Cell:
     """The value furthest from the middle."""
     for row in examples:
-        for place, value in enumerate(row.get("values")):
-            if value is not None and row.get("response_mask")[place] and abs(value - scale.middle) == scale.span:
-                return Cell(fixed(value), json.dumps(value), pointer(pointer(row.at, "values"), place))
+        for index, value in enumerate(row.get("values")):
+            if value is not None and row.get("response_mask")[index] and abs(value - scale.middle) == scale.span:
+                return Cell(fixed(value), json.dumps(value), pointer(pointer(row.at, "values"), index))
     return Cell(fixed(None))
 
 
 def scale_of(examples: Sequence[Record], mean_value: float | None) -> Scale:
-    """A scale about the critic's mean value: what moves it, not how far off it is on the whole, is to be seen."""
+    """A scale about the critic's mean value, so that changes of the value show and not its offset from the return."""
     shown = [v for row in examples for v, m in zip(row.get("values"), row.get("response_mask"), strict=True) if m]
     shown = [value for value in shown if value is not None]
     if not shown:
@@ -181,42 +178,42 @@ def scale_of(examples: Sequence[Record], mean_value: float | None) -> Scale:
 
 def readings(critic: PageCritic, decode: Decode | None, scale: Scale, budget: int) -> list[Reading]:
     """A critic's rollouts to read, as many as the page has room for, each reason in turn."""
-    found: list[Reading] = []
+    chosen: list[Reading] = []
     for number, row in enumerate(_in_turn(critic.examples)):
         budget -= len(row.get("input_ids"))
-        if found and budget < 0:
+        if chosen and budget < 0:
             break
-        found.append(_reading(critic, number, row, decode, scale))
+        chosen.append(_reading(critic, number, row, decode, scale))
     order = list(REASONS.values())
-    return sorted(found, key=lambda reading: order.index(reading.reason))
+    return sorted(chosen, key=lambda reading: order.index(reading.reason))
 
 
 def _in_turn(examples: Sequence[Record]) -> list[Record]:
     """The first of each reason, then the second of each, and so on."""
     of_reason: dict[str, int] = {}
-    placed = []
+    ranked = []
     for row in examples:
         why = row.get("why")
         if why in REASONS and row.get("input_ids"):
             of_reason[why] = of_reason.get(why, 0) + 1
-            placed.append((of_reason[why], row))
-    return [row for _, row in sorted(placed, key=lambda entry: entry[0])]
+            ranked.append((of_reason[why], row))
+    return [row for _, row in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def _reading(critic: PageCritic, number: int, row: Record, decode: Decode | None, scale: Scale) -> Reading:
     ids, mask = row.get("input_ids"), row.get("response_mask")
-    texts = pieces(ids, decode)
+    texts = token_texts(ids, decode)
     first = mask.index(True)
     values, returns, old = row.get("values"), row.get("returns"), row.get("old_values")
     tokens = []
-    for place in range(first, len(ids)):
-        if not mask[place] or values[place] is None:
-            tokens.append(Token(texts[place], "", ""))
+    for i in range(first, len(ids)):
+        if not mask[i] or values[i] is None:
+            tokens.append(Token(texts[i], "", ""))
             continue
-        title = f"value {fixed(values[place])}, return {fixed(returns[place])}"
-        title += f", old value {fixed(old[place])}" if old else ""
-        title += "" if decode else f", token {ids[place]}"
-        tokens.append(Token(texts[place], scale.shade(values[place]), title))
+        title = f"value {fixed(values[i])}, return {fixed(returns[i])}"
+        title += f", old value {fixed(old[i])}" if old else ""
+        title += "" if decode else f", token {ids[i]}"
+        tokens.append(Token(texts[i], scale.shade(values[i]), title))
     figures = {
         "mean value": row.cell("mean_value"),
         "mean return": row.cell("mean_return"),
@@ -252,4 +249,4 @@ def _value_chart(name: str, own_colour: str, row: Record) -> str:
             axes.plot(range(1, len(up) + 1), up, color=colour(style), linestyle=line, linewidth=1.5, marker=marker)
         axes.margins(y=0.12)
 
-    return svg(draw, name=name, described="Value and return along the response", height=LOW, whole_steps=True)
+    return svg(draw, name=name, described="Value and return along the response", height=LOW, integer_ticks=True)

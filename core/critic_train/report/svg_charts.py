@@ -1,4 +1,4 @@
-"""Charts as inline SVG: text stays text, colours are the page's, identifiers are unique on it."""
+"""Charts as inline SVG, drawn by matplotlib: text stays text, colours are the page's, identifiers are unique on it."""
 
 import io
 import logging
@@ -30,7 +30,7 @@ COLOURS = (
 )
 """The page's colours. Its style sheet gives each a value for light and one for dark."""
 
-# Matplotlib knows no CSS variable: each colour is drawn as a marker that the SVG text then trades for its variable.
+# Matplotlib knows no CSS variables: each colour is drawn as a marker, which `_for_the_page` replaces by its variable.
 _MARKERS = {name: f"#fe{number:02x}a7" for number, name in enumerate(COLOURS)}
 DASHES: dict[str, Any] = {"constant": (0, (1, 2)), "stored": (0, (5, 2)), "group-mean": (0, (6, 2, 1, 2))}
 _STYLE: dict[Any, Any] = {
@@ -52,7 +52,7 @@ def colour(name: str) -> str:
 
 
 def dash(name: str) -> Any:
-    """The line style of a series: baselines are told apart by it as well as by colour."""
+    """The line style of a series: baselines differ in it as well as in colour."""
     return DASHES.get(name, "solid")
 
 
@@ -91,8 +91,8 @@ class Chart:
 
 
 @contextmanager
-def quiet_style() -> "Iterator[None]":
-    """Draw in the page's style, and let matplotlib keep its thoughts on fonts and caches to itself."""
+def page_style() -> "Iterator[None]":
+    """Draw in the page's style; silences matplotlib's warnings about fonts and caches."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -113,7 +113,7 @@ def svg(
     x_label: str = "",
     width: int = WIDTH,
     height: int = HEIGHT,
-    whole_steps: bool = False,
+    integer_ticks: bool = False,
     y_labels: bool = True,
 ) -> str:
     """Draw one chart.
@@ -121,13 +121,13 @@ def svg(
     Args:
         draw: draws on the axes it is given, and sets its limits.
         name: unique on the page; made part of every identifier.
-        described: the chart in words, for those who do not see it.
+        described: the chart in words, for screen readers.
         x_label: what runs along the bottom.
         width, height: in CSS pixels at its natural size.
-        whole_steps: the x axis counts something, so it has no ticks between whole numbers.
+        integer_ticks: the x axis counts something, so it has ticks at integers only.
         y_labels: whether the y axis has ticks.
     """
-    with quiet_style():
+    with page_style():
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -136,7 +136,7 @@ def svg(
         axes = figure.add_axes((0, 0, 1, 1))
         _bare(axes)
         draw(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(5 if height > LOW else 4, integer=whole_steps))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if height > LOW else 4, integer=integer_ticks))
         axes.xaxis.set_major_formatter(FuncFormatter(_tick))
         left = 8.0
         if y_labels:
@@ -162,7 +162,7 @@ def svg(
 
 
 def in_chart(text: str, *, from_end: bool = False) -> str:
-    """A name that somebody else chose, fit to be drawn: printable and not too long.
+    """A name from the data or of a path, made printable and not too long.
 
     Args:
         text: the name.
@@ -174,15 +174,15 @@ def in_chart(text: str, *, from_end: bool = False) -> str:
     return "..." + printable[3 - NAME_LENGTH :] if from_end else printable[: NAME_LENGTH - 3] + "..."
 
 
-def name_row(axes: "Axes", place: float, name: str) -> None:
+def name_row(axes: "Axes", y: float, name: str) -> None:
     """Write a row's name just above it, at the left end; no line shows through it."""
     behind = {"facecolor": colour("page"), "edgecolor": "none", "pad": 1.5}
     where = axes.get_yaxis_transform()
-    axes.text(0, place - 0.2, name, transform=where, color=colour("ink"), va="bottom", bbox=behind, zorder=4)
+    axes.text(0, y - 0.2, name, transform=where, color=colour("ink"), va="bottom", bbox=behind, zorder=4)
 
 
 def _bare(axes: "Axes") -> None:
-    """Axes with no box, faint lines across, and labels in the page's ink."""
+    """Axes with no box, faint lines across, and labels in the text's colour."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(colour("faint"))
@@ -203,7 +203,7 @@ def _tick(value: float, _: object) -> str:
 
 
 def _for_the_page(text: str, name: str, described: str) -> str:
-    """An SVG document as an element of the page."""
+    """Turn matplotlib's SVG document into an element of the page."""
     from html import escape
 
     text = text[text.index("<svg") :]
@@ -211,24 +211,26 @@ def _for_the_page(text: str, name: str, described: str) -> str:
     head = re.search(r'viewBox="([^"]*)"', text)
     assert head is not None, "matplotlib writes a viewBox"
     body = text[text.index(">") + 1 :]
-    # Matplotlib's own identifiers serve nobody but its references to clips and markers.
+    # Of matplotlib's identifiers only those are needed that clips and markers refer to.
     used = set(re.findall(r'(?:url\(#|href="#)([\w.-]+)', body))
 
-    def tag(found: re.Match[str]) -> str:
-        """One tag; what stands between tags is somebody's text and stays as it is."""
-        inner = re.sub(r"\s+", " ", found[0])
+    def rewritten(tag: re.Match[str]) -> str:
+        """One tag; what stands between tags is text from the data and stays as it is."""
+        inner = re.sub(r"\s+", " ", tag[0])
+        # Identifiers and references to them get the chart's name, so that they are unique on the page.
         inner = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", inner)
         inner = re.sub(r'(url\(#|href="#)([\w.-]+)', rf"\g<1>{name}-\g<2>", inner).replace("xlink:href", "href")
+        # The family is the page's own.
         inner = re.sub(r"font: (?:[\w ]*? )?([\d.]+)px [^;\"]*", r"font-size: \1px", inner)
         inner = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', _rounded, inner)
         for key, marker in _MARKERS.items():
             inner = inner.replace(marker, f"var(--{key})")
         return inner.replace(' "', '"')
 
-    body = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", tag, body)).strip()
+    body = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", rewritten, body)).strip()
     return f'<svg viewBox="{head[1]}" role="img" aria-label="{escape(described, quote=True)}">{body}'
 
 
 def _rounded(coordinates: re.Match[str]) -> str:
-    """A tenth of a pixel is enough for a place on the page."""
+    """Coordinates to a tenth of a pixel, which is enough on the page and half the size."""
     return re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), coordinates[0])

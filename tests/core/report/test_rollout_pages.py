@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from critic_train.report.report_sources import read_sources
-from critic_train.report.rollout_pages import decoder_of, pieces
+from critic_train.report.rollout_pages import decoder_of, token_texts
 
 TEXT = "Sum 12 and 30: the naïve answer is 42 🎉, 値は四十二。\n\n  two  spaces\tand a tab"
 
@@ -41,7 +41,7 @@ def tokenizer(request) -> Tokenizer:
 
 def test_the_pieces_are_the_text(tokenizer):
     ids = tokenizer.encode(TEXT).ids
-    found = pieces(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
+    found = token_texts(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
     assert len(found) == len(ids) > 40
     assert "".join(found) == tokenizer.decode(ids) == TEXT
     assert "\ufffd" not in "".join(found)
@@ -49,7 +49,7 @@ def test_the_pieces_are_the_text(tokenizer):
 
 def test_a_character_of_several_tokens_stands_at_its_last(tokenizer):
     ids = tokenizer.encode("x🎉y").ids
-    found = pieces(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
+    found = token_texts(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
     assert "".join(found) == "x🎉y"
     assert found[-2].endswith("🎉")
     assert found.count("") >= 2
@@ -58,7 +58,7 @@ def test_a_character_of_several_tokens_stands_at_its_last(tokenizer):
 def test_bytes_that_are_no_text_do_not_swallow_what_follows():
     tokenizer = byte_level()
     broken = [tokenizer.token_to_id("ð")] * 5 + tokenizer.encode("the sum").ids
-    found = pieces(broken, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
+    found = token_texts(broken, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
     assert "".join(found).endswith("the sum")
     assert found[-1] != ""
 
@@ -66,7 +66,7 @@ def test_bytes_that_are_no_text_do_not_swallow_what_follows():
 def test_a_rollout_that_ends_inside_a_character():
     tokenizer = byte_level()
     ids = tokenizer.encode("so 🎉").ids[:-1]
-    found = pieces(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
+    found = token_texts(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
     assert "".join(found).startswith("so ")
     assert len(found) == len(ids)
 
@@ -74,14 +74,14 @@ def test_a_rollout_that_ends_inside_a_character():
 def test_special_tokens_are_shown():
     tokenizer = byte_level()
     end = tokenizer.token_to_id("<|end|>")
-    found = pieces(
+    found = token_texts(
         [end, *tokenizer.encode("the").ids], lambda some: tokenizer.decode(list(some), skip_special_tokens=False)
     )
     assert found[0] == "<|end|>"
 
 
 def test_without_a_tokenizer_tokens_are_numbers():
-    assert pieces([7, 12], None) == [" 7", " 12"]
+    assert token_texts([7, 12], None) == [" 7", " 12"]
 
 
 def test_the_tokenizer_is_found_where_it_stands(make_run, tmp_path):
