@@ -101,7 +101,7 @@ class Metric:
         kinds: the predictions that have it.
         tables: the tables that have a column of it.
         compared: whether the differences of critics have it.
-        best_by: whether --best-by can name it.
+        best_by: whether --best-by can name it; settings.training_sections.BestBy has the same names, as a test holds.
         tracker: its name in trackers, `val/NAME` by default.
         format: the figure as text.
         terminal, page: whether the tables of the terminal and of the page show it.
@@ -480,11 +480,6 @@ def tracker_name(name: str) -> str:
     """A metric's name in trackers."""
     named = {metric.name: metric.tracker for metric in METRICS}
     return named.get(name) or f"val/{name}"
-
-
-def best_by_names() -> list[str]:
-    """What --best-by can name."""
-    return [metric.name for metric in METRICS if metric.best_by]
 
 
 def is_better(name: str, figure: float, than: float) -> bool:
