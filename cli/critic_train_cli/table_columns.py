@@ -1,4 +1,4 @@
-"""Tables of rich: how they look, and whether they fit."""
+"""Tables of rich: their headings, how they look, and whether they fit."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,3 +30,9 @@ def fits(console: "Console", table: "Table") -> bool:
 def first_that_fits(console: "Console", tables: Sequence["Table"]) -> "Table":
     """The first table that has room; where none has, the last, its cells folded."""
     return next((table for table in tables if fits(console, table)), tables[-1])
+
+
+def in_short(name: str) -> str:
+    """A critic's path as a heading: its last two parts, one below the other."""
+    parts = [part for part in name.split("/") if part]
+    return "/\n".join(parts[-2:]) if "/" in name else name.replace(" ", "\n", 1)

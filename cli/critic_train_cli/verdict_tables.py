@@ -29,7 +29,7 @@ from critic_train.report.verdict_model import (
     terminal_columns,
 )
 from critic_train.text import DASH
-from critic_train_cli.table_columns import first_that_fits, fits, new_table
+from critic_train_cli.table_columns import first_that_fits, fits, in_short, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -237,9 +237,3 @@ def labels_table(
             *(c.cell(first).text for c in after),
         )
     return table
-
-
-def in_short(name: str) -> str:
-    """A critic's path as a heading: its last two parts, one below the other."""
-    parts = [part for part in name.split("/") if part]
-    return "/\n".join(parts[-2:]) if "/" in name else name.replace(" ", "\n", 1)

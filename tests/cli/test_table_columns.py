@@ -1,11 +1,11 @@
-"""Parts of tables: names, figures, and the first table that has room."""
+"""Parts of tables: headings, figures, and the first table that has room."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from critic_train_cli.table_columns import figure, first_that_fits, fits, in_short, new_table, shown_name
+from critic_train_cli.table_columns import first_that_fits, fits, in_short, new_table
 
 
 def drawn(table, width):
@@ -15,25 +15,11 @@ def drawn(table, width):
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
-    [("constant", "constant mean"), ("group_mean", "prompt group's mean"), ("runs/a", "runs/a")],
-)
-def test_baselines_have_names_of_their_own(name, shown):
-    assert shown_name(name) == shown
-
-
-@pytest.mark.parametrize(
     ("name", "short"),
     [("runs/a/best", "a/\nbest"), ("/runs/", "runs"), ("constant mean", "constant\nmean"), ("critic", "critic")],
 )
 def test_a_path_is_cut_to_its_last_two_parts(name, short):
     assert in_short(name) == short
-
-
-def test_a_figure_that_is_not_there_is_a_dash():
-    assert figure("mse")({"mse": 0.12345}) == "0.123"
-    assert figure("mse")({}) == figure("mse")({"mse": None})
-    assert figure("mse", str)({"mse": 3}) == "3"
 
 
 def test_the_first_table_with_room_is_taken_and_else_the_last_is_folded():

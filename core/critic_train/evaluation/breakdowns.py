@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from critic_train.evaluation.auc import Discrimination
-from critic_train.evaluation.metrics import Kind, Sums, row_figures
+from critic_train.evaluation.metric_sums import Sums
+from critic_train.evaluation.metrics import Kind, row_figures
 from critic_train.evaluation.moments import Floats, Integers, Moments, TokenColumn, pool, sums_by_key
 from critic_train.evaluation.resampling import percentile_interval, resampled_sums
 from critic_train.evaluation.token_columns import distinct_edges, part_ranks

@@ -2,18 +2,29 @@
 
 The JSON of `eval`, the tables and tiles of the terminal and the page, the trackers' names, the choices of --best-by,
 the differences of critics and their intervals, and the names of gates follow from the list. A new metric is a function
-of `Sums`, an entry of METRICS, a test, and a row of docs/reference/metrics.md. `evaluation.judge` defines what each
-metric is.
+of `metric_sums.Sums`, an entry of METRICS, a test, and a row of docs/reference/metrics.md. `evaluation.judge` has the
+definition of each.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from critic_train.evaluation.auc import Discrimination
-from critic_train.evaluation.moments import Floats, Moments
-from critic_train.evaluation.resampling import ROUNDING, ResampledSums, explained_in_resamples, percentile_interval
-from critic_train.evaluation.token_sums import PredictionSums
+from critic_train.evaluation.metric_sums import (
+    Sums,
+    advantage_variance,
+    expected_calibration_error,
+    explained_samples,
+    explained_variance,
+    explained_within_samples,
+    mean_square,
+    share_clipped,
+    share_saturated,
+    value_loss,
+    variance_reduction,
+)
+from critic_train.evaluation.moments import Floats
+from critic_train.evaluation.resampling import percentile_interval
 from critic_train.text import DASH, fixed, interval, number, percent, signed, three
 
 Kind = Literal["values", "group_mean", "constant"]
@@ -32,57 +43,6 @@ Samples = dict[str, Floats]
 
 EVERY: frozenset[Kind] = frozenset({"values", "group_mean", "constant"})
 VALUES: frozenset[Kind] = frozenset({"values"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sums:
-    """Sums over some response tokens, of one prediction V of the target G; metrics are functions of them.
-
-    A row of a table (a part of the response, the rollouts with one value of a column) has the moments of the errors
-    only, with `discrimination` where the rollouts are those of a column. What is missing is None.
-
-    Attributes:
-        tokens: their number.
-        error_mean, error_squares: mean of V - G, and the sum of squares about it.
-        target_squares: sum of squares of G about its mean.
-        error_within, target_within: sums of squares of V - G and of G about the means of their prompt groups.
-        resampled: V - G and G in each resample of the prompt groups.
-        prediction: absolute errors and co-moments of V and G.
-        spearman: rank correlation of V and G.
-        cliprange_value: half-width of the clip; None where the loss has no clip.
-        has_clip: whether there are stored values to clip around.
-        calibration: the rows of the calibration table.
-        discrimination: how well V tells rollouts of two outcomes apart.
-        advantages: the advantages that V gives as the error, GRPO's as the target.
-        has_peers: whether any rollout has others of its prompt group.
-    """
-
-    tokens: int
-    error_mean: float
-    error_squares: float
-    target_squares: float
-    error_within: float = 0.0
-    target_within: float = 0.0
-    resampled: tuple[ResampledSums, ResampledSums] | None = None
-    prediction: PredictionSums | None = None
-    spearman: float | None = None
-    cliprange_value: float | None = None
-    has_clip: bool = False
-    calibration: Sequence[dict[str, Any]] = ()
-    discrimination: Discrimination = field(default_factory=Discrimination)
-    advantages: "Sums | None" = None
-    has_peers: bool = True
-
-    @classmethod
-    def of(cls, errors: Moments, target: Moments, index: int = 0, **more: Any) -> "Sums":
-        """From the moments of set `index` of the errors and of the target, with other attributes by name."""
-        return cls(
-            tokens=int(errors.count[index]),
-            error_mean=errors.mean[index],
-            error_squares=errors.squares[index],
-            target_squares=target.squares[index],
-            **more,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,85 +106,6 @@ class Metric:
         return None if figure is None else float(figure)
 
 
-def explained_variance(error_squares: float, return_squares: float) -> float | None:
-    """1 - Var(G - V) / Var(G); None where the returns do not vary.
-
-    The definition of Baselines, CleanRL and verl (`critic/vf_explained_var`), without verl's 1e-5 in the
-    denominator. A constant offset of V costs nothing: `bias` shows it.
-
-    Args:
-        error_squares: sum of squares of G - V about its mean.
-        return_squares: sum of squares of G about its mean.
-    """
-    if return_squares <= 0.0:
-        return None
-    figure = 1.0 - error_squares / return_squares
-    return 0.0 if abs(figure) < ROUNDING else figure
-
-
-def mean_square(sums: Sums) -> float:
-    """Mean of (V - G)^2."""
-    return sums.error_mean**2 + sums.error_squares / sums.tokens
-
-
-def value_loss(sums: Sums) -> float | None:
-    """0.5 * the mean clipped loss; 0.5 * mse without a clip, None where there is nothing to clip around."""
-    if sums.cliprange_value is None:
-        return 0.5 * mean_square(sums)
-    return None if sums.prediction is None or not sums.has_clip else sums.prediction.clip.loss / sums.tokens
-
-
-def share_clipped(sums: Sums) -> float | None:
-    """Share of tokens whose clipped loss is strictly the larger."""
-    return None if sums.prediction is None or not sums.has_clip else sums.prediction.clip.clipped / sums.tokens
-
-
-def share_saturated(sums: Sums) -> float | None:
-    """Share of tokens whose gradient the clip has zeroed."""
-    return None if sums.prediction is None or not sums.has_clip else sums.prediction.clip.saturated / sums.tokens
-
-
-def expected_calibration_error(sums: Sums) -> float | None:
-    """Mean distance between predicted value and mean return over the bins of the calibration, weighted by tokens.
-
-    Naeini et al. 2015, with bins of equal mass (Nguyen and O'Connor 2015): equal widths leave most bins of a critic
-    empty.
-    """
-    rows = sums.calibration
-    tokens = sum(row["tokens"] for row in rows)
-    if not tokens:
-        return None
-    return float(sum(row["tokens"] * abs(row["mean_value"] - row["mean_return"]) for row in rows) / tokens)
-
-
-def advantage_variance(sums: Sums) -> float | None:
-    """Variance of the advantages; None where there are no rollouts."""
-    return None if sums.advantages is None else sums.advantages.error_squares / sums.advantages.tokens
-
-
-def variance_reduction(sums: Sums) -> float | None:
-    """1 - the variance of the advantages / that of GRPO's; None where no rollout has others of its prompt group."""
-    if sums.advantages is None or not sums.has_peers:
-        return None
-    return explained_variance(sums.advantages.error_squares, sums.advantages.target_squares)
-
-
-def _explained_samples(sums: Sums | None) -> Floats | None:
-    """Explained variance in each resample, float64 [resamples]."""
-    if sums is None or sums.resampled is None:
-        return None
-    error, target = sums.resampled
-    return explained_in_resamples(error.squares, target.squares)
-
-
-def _explained_within_samples(sums: Sums) -> Floats | None:
-    """Explained variance within prompt groups in each resample, float64 [resamples]."""
-    if sums.resampled is None:
-        return None
-    error, target = sums.resampled
-    return explained_in_resamples(error.within, target.within)
-
-
 def _change_text(reduction: Any, bounds: Any) -> str:
     """A reduction as a change, so that less is negative: `-23 % [-31, -12]`."""
     share = number(reduction)
@@ -241,7 +122,7 @@ METRICS: tuple[Metric, ...] = (
         topic="explained",
         compute=lambda sums: explained_variance(sums.error_squares, sums.target_squares),
         better="higher",
-        samples=_explained_samples,
+        samples=explained_samples,
         tables=frozenset({"by_position", "by_length", "by", "monte_carlo"}),
         best_by=True,
         tracker="critic/vf_explained_var",
@@ -256,7 +137,7 @@ METRICS: tuple[Metric, ...] = (
         topic="explained",
         compute=lambda sums: explained_variance(sums.error_within, sums.target_within),
         better="higher",
-        samples=_explained_within_samples,
+        samples=explained_within_samples,
         tables=frozenset({"by", "monte_carlo"}),
         compared=True,
         best_by=True,
@@ -411,7 +292,7 @@ METRICS: tuple[Metric, ...] = (
         compute=variance_reduction,
         better="higher",
         needs="prompts with several rollouts",
-        samples=lambda sums: _explained_samples(sums.advantages),
+        samples=lambda sums: explained_samples(sums.advantages),
         kinds=VALUES,
         page="no",
         terminal="with interval",

@@ -105,7 +105,7 @@ class RankCorrelation:
         self._tokens = tokens
         self.error_bound = 0.0
         if self._exact:
-            self._ranks = centred_ranks(_whole(returns))
+            self._ranks = centred_ranks(_concatenate(returns))
         else:
             self._table = _RankTable(returns, tokens, bins)
 
@@ -114,7 +114,7 @@ class RankCorrelation:
         if self._tokens == 0:
             return None
         if self._exact:
-            ranks = centred_ranks(_whole(values))
+            ranks = centred_ranks(_concatenate(values))
             sums = _sums(ranks, self._ranks)
         else:
             table = _RankTable(values, self._tokens, self._bins)
@@ -163,8 +163,8 @@ class _RankTable:
         self._ranks: Floats = below + (counts - 1) / 2 - (tokens - 1) / 2
         size = counts.astype(np.float64)
         lost = float(np.sum((size**3 - size)[mixed])) / 12
-        kept = float(np.sum(size * self._ranks**2))
-        self.angle = math.atan2(math.sqrt(lost), math.sqrt(kept))
+        ordered = float(np.sum(size * self._ranks**2))
+        self.angle = math.atan2(math.sqrt(lost), math.sqrt(ordered))
 
     def _count(self, blocks: Blocks, counts: Integers) -> NDArray[np.bool_]:
         """Fill the histogram; say which bins hold different numbers (equal ones are true ties)."""
@@ -192,7 +192,7 @@ def _sums(v: Floats, g: Floats) -> Floats:
     return np.array([np.add.reduce(v * v), np.add.reduce(g * g), np.add.reduce(v * g)])
 
 
-def _whole(blocks: Blocks) -> TokenColumn:
+def _concatenate(blocks: Blocks) -> TokenColumn:
     parts = list(blocks())
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
 
@@ -202,14 +202,14 @@ HALF = 2**HALF_BITS
 
 
 def order_statistics(blocks: Blocks, ranks: Integers) -> TokenColumn:
-    """The numbers at the given places of the whole column, sorted.
+    """The numbers at the given ranks of a column.
 
     Two passes over the order-keeping bit patterns of the float32 numbers: the first counts their upper halves, which
-    says in which of 65,536 buckets each place falls; the second counts the lower halves within those buckets alone.
+    says in which of 65,536 buckets each rank falls; the second counts the lower halves within those buckets alone.
 
     Args:
         blocks: reads float32 blocks from the start, each time it is called.
-        ranks: int64 [k], places from 0, each below the number of tokens.
+        ranks: int64 [k], from 0, each below the number of tokens.
 
     Returns:
         float32 [k].
@@ -228,17 +228,17 @@ def order_statistics(blocks: Blocks, ranks: Integers) -> TokenColumn:
             inside = pattern[high == one] & (HALF - 1)
             if len(inside):
                 lower[row] += np.bincount(inside, minlength=HALF)
-    found = np.empty(len(ranks), dtype=np.int64)
+    patterns = np.empty(len(ranks), dtype=np.int64)
     for k, (rank, one) in enumerate(zip(ranks, bucket, strict=True)):
         before = ends[one] - upper[one]
         counts = lower[np.searchsorted(wanted, one)]
         low = int(np.searchsorted(np.cumsum(counts), rank - before, side="right"))
-        found[k] = (int(one) << HALF_BITS) + low
-    return _number(found)
+        patterns[k] = (int(one) << HALF_BITS) + low
+    return _number(patterns)
 
 
 def part_ranks(count: int, parts: int) -> Integers:
-    """int64 [parts - 1], the places at which `parts` equal parts of `count` sorted numbers begin, but the first."""
+    """int64 [parts - 1], the ranks at which `parts` equal parts of `count` sorted numbers begin, but the first."""
     return np.arange(1, parts, dtype=np.int64) * count // parts
 
 

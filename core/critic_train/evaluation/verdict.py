@@ -9,7 +9,8 @@ import numpy as np
 from critic_train.evaluation.accumulate import CRITIC, RETURNS, STORED, EvalAccumulator
 from critic_train.evaluation.advantages import AdvantageRecipe, same_for_all_tokens
 from critic_train.evaluation.breakdowns import best_and_worst_groups, by_label, by_length, by_position
-from critic_train.evaluation.metrics import Kind, Samples, Sums, difference, figures_of, metrics_of, samples_of
+from critic_train.evaluation.metric_sums import Sums
+from critic_train.evaluation.metrics import Kind, Samples, difference, figures_of, metrics_of, samples_of
 from critic_train.evaluation.moments import Floats, Moments, leave_one_out, pool, pool_all
 from critic_train.evaluation.resampling import resample
 from critic_train.evaluation.second_pass import PredictionDetails, SecondPass, second_pass
@@ -153,7 +154,7 @@ def _predictions(
     for name, own in sums.items():
         kind: Kind = "constant" if name == CONSTANT else "group_mean" if name == GROUP_MEAN else "values"
         details = passed.predictions.get(name, PredictionDetails())
-        whole = beside(
+        overall = beside(
             name,
             RETURNS,
             prediction=own,
@@ -165,15 +166,15 @@ def _predictions(
             advantages=beside(ADVANTAGE + name, ADVANTAGE + GROUP_MEAN),
             has_peers=has_peers,
         )
-        assert whole is not None
+        assert overall is not None
         predictions[name] = _Prediction(
             kind=kind,
-            sums=whole,
+            sums=overall,
             errors=errors[name],
             by_position=own.error.by_position,
             details=details,
             monte_carlo=beside(MONTE_CARLO + name, MONTE_CARLO),
-            samples=samples_of(whole, kind),
+            samples=samples_of(overall, kind),
         )
     return predictions
 

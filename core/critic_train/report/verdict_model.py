@@ -212,10 +212,10 @@ class Series:
 
 def _series(rows: Sequence[Record], x: Callable[[Record], float | None], y: str, bounds: str = "interval") -> Series:
     """Those of the rows that have both coordinates."""
-    known = [(row, at) for row in rows if number(row.get(y)) is not None and (at := x(row)) is not None]
-    shown = [row for row, _ in known]
+    points = [(row, at) for row in rows if number(row.get(y)) is not None and (at := x(row)) is not None]
+    shown = [row for row, _ in points]
     intervals = [row.get(bounds) or None for row in shown]
-    return Series(shown, [at for _, at in known], [row.get(y) for row in shown], intervals)
+    return Series(shown, [at for _, at in points], [row.get(y) for row in shown], intervals)
 
 
 def calibration_series(critic: Record) -> Series:
@@ -246,9 +246,9 @@ def evaluation_series(evaluations: Sequence[Record], metric: str) -> Series:
 def baseline_series(evaluations: Sequence[Record], metric: str, baseline: str) -> Series:
     """The same of a baseline at these evaluations."""
     parts = [(row.get("step"), row.part("baselines").part(baseline)) for row in evaluations]
-    known = [(step, part) for step, part in parts if number(part.get(metric)) is not None]
-    rows = [part for _, part in known]
-    return Series(rows, [step for step, _ in known], [part.get(metric) for part in rows], [None] * len(rows))
+    points = [(step, part) for step, part in parts if number(part.get(metric)) is not None]
+    rows = [part for _, part in points]
+    return Series(rows, [step for step, _ in points], [part.get(metric) for part in rows], [None] * len(rows))
 
 
 def middle_of_part(row: Record) -> float:

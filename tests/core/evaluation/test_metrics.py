@@ -17,7 +17,8 @@ from critic_train.callbacks.trackers import evaluation_metrics
 from critic_train.evaluation import metrics
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.evaluation.judge import Judge
-from critic_train.evaluation.metrics import Metric, explained_variance, is_better
+from critic_train.evaluation.metric_sums import mean_square
+from critic_train.evaluation.metrics import Metric, is_better
 from critic_train.events import EvaluationEnded, RunEnded
 from critic_train.report.page import render
 from critic_train.report.report_sources import evaluation_source
@@ -28,23 +29,6 @@ from critic_train_cli.verdict_tables import draw_verdict
 
 DECLARED = metrics.METRICS
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "metrics.md"
-
-
-@pytest.mark.parametrize(
-    ("error_squares", "return_squares", "figure"),
-    [
-        (0.0, 2.0, 1.0),
-        (1.5, 2.0, 0.25),
-        (5.0, 2.0, -1.5),
-        (2.0 + 2.0**-50, 2.0, 0.0),  # a rounding is not a difference: the constant explains exactly nothing
-        (2.0 - 2.0**-50, 2.0, 0.0),
-        (2.0 + 1e-9, 2.0, pytest.approx(-5e-10, rel=1e-5)),
-        (1.0, 0.0, None),
-        (0.0, 0.0, None),
-    ],
-)
-def test_explained_variance(error_squares, return_squares, figure):
-    assert explained_variance(error_squares, return_squares) == figure
 
 
 def test_the_choices_of_best_by_are_those_of_the_list():
@@ -68,7 +52,7 @@ TOY = Metric(
     name="rms_error",
     label="RMS error",
     topic="errors",
-    compute=lambda sums: metrics.mean_square(sums) ** 0.5,
+    compute=lambda sums: mean_square(sums) ** 0.5,
     better="lower",
     samples=lambda sums: None if sums.resampled is None else np.sqrt(sums.resampled[0].mean_square),
     tables=frozenset({"by_position", "by_length", "by", "monte_carlo"}),

@@ -8,7 +8,7 @@ from looking import Page, stands_at
 
 from critic_train.errors import MachineError
 from critic_train.report.page import render, write_page
-from critic_train.report.report_sources import evaluation_source, read_sources, short_names
+from critic_train.report.report_sources import evaluation_source, read_sources
 
 MEGABYTE = 1_000_000
 
@@ -221,20 +221,6 @@ def test_without_room_the_old_page_stands(make_run, tmp_path, monkeypatch):
         write_page(page, sources)
     assert page.read_text() == "old"
     assert list(tmp_path.glob(".page*")) == []
-
-
-@pytest.mark.parametrize(
-    ("paths", "short"),
-    [
-        (["runs/a", "runs/b"], ["a", "b"]),
-        (["x/a", "y/a"], ["x/a", "y/a"]),
-        (["/tmp/runs/a"], ["a"]),
-        (["/"], ["/"]),
-        (["a", "a"], ["a", "a"]),
-    ],
-)
-def test_names_are_as_short_as_they_can_be(paths, short):
-    assert short_names(paths) == short
 
 
 def test_an_evaluation_in_memory_is_named_after_its_critics(make_evaluation):
