@@ -129,7 +129,7 @@ def load_and_save_adapters(base: str, source: str, target: str) -> None:
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = load_critic_on_ranks(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
         load_adapters(critic, Path(source))
-        ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
+        ShardedCritic(critic).save_to(Path(target) if ranks.is_main else None, None)
 
 
 def run_out_alone(kind: str) -> tuple[float, int]:
@@ -168,7 +168,7 @@ def load_and_save(source: str, target: str) -> None:
         optimizer = build_optimizer(critic, lr=1e-3, head_lr=1e-3, weight_decay=0.0)
         load_optimizer(optimizer, critic, Path(source))
         directory = Path(target) if ranks.is_main else None
-        ShardedCritic(critic).save(directory, Path(source))
+        ShardedCritic(critic).save_to(directory, Path(source))
         save_optimizer(optimizer, dict(critic.named_parameters()), directory, full_tensor)
 
 
@@ -211,7 +211,7 @@ def save_layer_by_layer(family: str, target: str, file_bytes: int, agrees: bool 
         stored_form.StoredForm.layer_by_layer = property(lambda self: False)
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = sharding.shard(expert_critic(family), replace(ONE, ranks=ranks))
-        ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
+        ShardedCritic(critic).save_to(Path(target) if ranks.is_main else None, None)
     return most
 
 
@@ -238,7 +238,7 @@ def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> N
             gradients(critic, compute, rollouts=21, forest=True, mode="token-mean")
             optimizer.step()
         directory = Path(target) if ranks.is_main else None
-        ShardedCritic(critic).save(directory, None)
+        ShardedCritic(critic).save_to(directory, None)
         save_optimizer(optimizer, dict(critic.named_parameters()), directory, full_tensor)
 
 
@@ -258,7 +258,7 @@ def fill_the_disk(target: str) -> str:
         said = ""
         try:
             with storage.watched(full):
-                ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
+                ShardedCritic(critic).save_to(Path(target) if ranks.is_main else None, None)
         except OSError as error:
             said = error.strerror
         return ranks.broadcast(said)
@@ -270,7 +270,7 @@ def load_and_save_measured(base: str, target: str) -> tuple[int, int]:
         read = read_model(Path(base))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         critic = load_critic_on_ranks(read, replace(ONE, ranks=ranks), adapted)
-        ShardedCritic(critic).save(Path(target) if ranks.is_main else None, None)
+        ShardedCritic(critic).save_to(Path(target) if ranks.is_main else None, None)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return sum(p.to_local().numel() * 4 for p in critic.parameters()), 1024 * (after - before)
 

@@ -115,7 +115,7 @@ class ShardedCritic:
         self._adapters = trained_parameters(critic) if has_adapters(critic.trunk) else {}
         self._num_parameters = int(self._model.num_parameters())
 
-    def save(self, directory: Path | None, tokenizer_from: Path | None, gather: Gather = full_tensor) -> None:
+    def save_to(self, directory: Path | None, tokenizer_from: Path | None, gather: Gather = full_tensor) -> None:
         """Write weights, config.json, adapters and the tokenizer's files. All ranks call it; rank 0 writes.
 
         Args:

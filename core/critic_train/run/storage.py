@@ -242,6 +242,9 @@ def _sync(path: Path) -> None:
 def library_writes(path: Path) -> Iterator[None]:
     """Around a call of a library that writes a file or fills a directory by itself: one operation, with an end.
 
+    Afterwards the files have the mode that the umask says: safetensors 0.8 makes them readable by their owner alone,
+    and the job that loads a checkpoint may run under another account.
+
     Raises:
         OSError: the library could not write. safetensors gives the error's number in its message alone.
     """
@@ -253,6 +256,9 @@ def library_writes(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    for file in path.iterdir() if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~UMASK)
     _announce("library done", path)
 
 
@@ -306,6 +312,10 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+UMASK = os.umask(0o077)
+"""Read once, while there is one thread: it can only be read by setting it."""
+os.umask(UMASK)
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No space, no quota, no larger files: errors that removing files may help against."""

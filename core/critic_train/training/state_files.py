@@ -62,7 +62,7 @@ class StateFiles:
             save_optimizer(self._optimizer, self._named, directory)
             return
         try:
-            self._sharded.save(directory, self._tokenizer_from, gather)
+            self._sharded.save_to(directory, self._tokenizer_from, gather)
         except OSError:
             save_optimizer(self._optimizer, self._named, None, gather)  # the other ranks wait for this one there
             raise

@@ -77,3 +77,10 @@ def test_the_tokenizer_travels_with_the_checkpoint(tmp_path):
     save_critic(trained("Llama"), out, base)
     assert (out / "tokenizer.json").read_text() == "{}"
     assert not (out / "secret.txt").exists()
+
+
+def test_all_files_of_a_directory_can_be_read_by_those_whom_the_umask_lets(tmp_path):
+    save_critic(trained("Llama"), tmp_path, None)
+    usual = tmp_path / "usual"
+    usual.write_bytes(b"")
+    assert {file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()} == {usual.stat().st_mode}

@@ -151,3 +151,16 @@ def test_a_full_disk_is_an_os_error_even_where_safetensors_writes(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert told.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_a_library_writes_has_the_mode_of_the_umask(umask, tmp_path, monkeypatch):
+    """safetensors 0.8 gives its files mode 0600: another account's PPO job could not read a checkpoint."""
+    monkeypatch.setattr(storage, "UMASK", umask)
+    (tmp_path / "model").mkdir()
+    weights = {"weight": np.zeros(3, dtype=np.float32)}
+    for path, file in ((tmp_path / "a.safetensors", None), (tmp_path / "model", tmp_path / "model/b.safetensors")):
+        with library_writes(path):
+            save_file(weights, file or path)
+        assert (file or path).stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "model").stat().st_mode & 0o700 == 0o700
