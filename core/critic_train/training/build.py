@@ -202,9 +202,8 @@ def build_trainer(
     runtime = CriticRuntime(critic=prepared.critic, compute=prepared.compute, forest=prepared.forest, stop=stop)
     targets, loss = Targets.of(settings.returns, settings.loss), LossRecipe.of(settings.loss)
     state, seed = TrainingState(), settings.optimizer.seed
-    needs_values = loss.cliprange_value is not None or targets.moving
     old_values = evaluator = None
-    if settings.loss.old_values == "epoch" and needs_values:
+    if settings.loss.old_values == "epoch" and (loss.cliprange_value is not None or targets.moving):
         old_values = OldValues(runtime=runtime, train=data.train)
     if data.held_out is not None:
         evaluator = Evaluator(

@@ -13,7 +13,6 @@ from critic_train.check.survey import Survey, sharing
 from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import RolloutReader
 from critic_train.data.row_checks import RowLimits
-from critic_train.data.shards import Shard
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
@@ -31,7 +30,7 @@ from critic_train.training.build import PreparedCritic, build_run_critic, prepar
 from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
 from critic_train.training.plan import TrainingPlan, make_plan
-from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, find_run_shards, row_limits
+from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets
 
@@ -122,10 +121,10 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
 def _survey_data(
     settings: FitSettings, shards: RunShards, limits: RowLimits, targets: Targets, stop: StopRequest
 ) -> Generator[Event, None, SurveyedData]:
-    train = yield from _survey(settings.reading, shards.data, limits, targets, stop)
+    train = yield from _survey(settings.reading, shards.train, limits, targets, stop)
     val = None
-    if shards.val_data:
-        val = yield from _survey(settings.reading, shards.val_data, limits, targets, stop)
+    if shards.val is not None:
+        val = yield from _survey(settings.reading, shards.val, limits, targets, stop)
     groups = train.groups
     together = connected_groups(groups, train.prompts)
     chosen, held = split_groups(together, 0.0 if val else settings.reading.val_fraction, settings.optimizer.seed)
@@ -141,10 +140,10 @@ def _survey_data(
 
 
 def _survey(
-    settings: TrainReadingSettings, files: list[Shard], limits: RowLimits, targets: Targets, stop: StopRequest
+    settings: TrainReadingSettings, shard_set: ShardSet, limits: RowLimits, targets: Targets, stop: StopRequest
 ) -> Generator[Event, None, Survey]:
     reader = RolloutReader(
-        files,
+        shard_set.shards,
         renames=column_renames(settings.column),
         on_bad_rows=settings.on_bad_rows,
         on_bad_file=settings.on_bad_file,
@@ -152,7 +151,7 @@ def _survey(
         needs=targets.needs,
         stop=stop,
     )
-    survey, total = Survey(), sum(shard.num_rows for shard in files)
+    survey, total = Survey(), shard_set.num_rows
     for rollouts in reader:
         stop.check()
         survey.add(rollouts)

@@ -54,8 +54,8 @@ def compare_with_before(
         yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
     record = {
         "settings": as_dict(settings),
-        "data": shards.data_fingerprint,
-        "val_data": shards.val_fingerprint,
+        "data": shards.train.fingerprint,
+        "val_data": shards.val.fingerprint if shards.val else None,
         "model": model_digest(source.path) if source else None,
         "tokenizer": tokenizer_digest(source.path, TOKENIZER_FILES) if source else None,
         "versions": versions(),

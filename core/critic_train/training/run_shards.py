@@ -31,28 +31,41 @@ READ_AS = "read_as.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunShards:
-    """The shards of a run, listed but not yet read, with their fingerprints for run.json.
+class ShardSet:
+    """The shards of --data or of --val-data, listed but not yet read.
 
-    `bad_files` and `val_bad_files` are those whose footers cannot be read.
+    Attributes:
+        name: of the set in the run's cache: "train" or "val".
+        shards: in the order in which they are read.
+        bad_files: those whose footers cannot be read.
+        fingerprint: of the shards, for run.json.
     """
 
-    data: list[Shard]
-    val_data: list[Shard]
+    name: str
+    shards: list[Shard]
     bad_files: BadFiles
-    val_bad_files: BadFiles
-    data_fingerprint: dict[str, Any]
-    val_fingerprint: dict[str, Any] | None
+    fingerprint: dict[str, Any]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.num_rows for shard in self.shards)
 
 
-NO_SHARDS = RunShards(
-    data=[],
-    val_data=[],
-    bad_files=BadFiles(),
-    val_bad_files=BadFiles(),
-    data_fingerprint={},
-    val_fingerprint=None,
-)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunShards:
+    """The shards of a run; `val` is None without --val-data."""
+
+    train: ShardSet
+    val: ShardSet | None
+
+    @property
+    def sets(self) -> list[ShardSet]:
+        """Both, or the one that there is."""
+        return [self.train] if self.val is None else [self.train, self.val]
+
+
+NO_SHARDS = RunShards(train=ShardSet(name="train", shards=[], bad_files=BadFiles(), fingerprint={}), val=None)
 """Of ranks other than 0, which read no shards."""
 
 
@@ -62,17 +75,14 @@ def find_run_shards(settings: TrainReadingSettings) -> RunShards:
     Raises:
         DataError: a source is missing; all of them are named.
     """
-    bad, val_bad = BadFiles(), BadFiles()
-    data = find_shards(settings.data, bad)
-    val_data = find_shards(settings.val_data, val_bad) if settings.val_data else []
-    return RunShards(
-        data=data,
-        val_data=val_data,
-        bad_files=bad,
-        val_bad_files=val_bad,
-        data_fingerprint=fingerprint(data),
-        val_fingerprint=fingerprint(val_data) if val_data else None,
-    )
+    train = _find_set("train", settings.data)
+    return RunShards(train=train, val=_find_set("val", settings.val_data) if settings.val_data else None)
+
+
+def _find_set(name: str, sources: list[str]) -> ShardSet:
+    bad_files = BadFiles()
+    shards = find_shards(sources, bad_files)
+    return ShardSet(name=name, shards=shards, bad_files=bad_files, fingerprint=fingerprint(shards))
 
 
 def row_limits(max_length: int | None, source: ModelSource | None) -> RowLimits:
@@ -91,9 +101,9 @@ def row_limits(max_length: int | None, source: ModelSource | None) -> RowLimits:
 
 def uid_lookup(shards: RunShards, data: RunData, settings: TrainReadingSettings) -> UidLookup:
     """Finds the uids of held-out rollouts in the shards; on ranks other than 0 there are none to find."""
-    left_out = data.files_left_out["val" if shards.val_data else "train"]["files"]
-    names = {file["file"] for file in left_out}
-    return UidLookup(shards.val_data or shards.data, column_renames(settings.column), names)
+    held_out = shards.val or shards.train
+    left_out = data.files_left_out["val" if "val" in data.files_left_out else "train"]["files"]
+    return UidLookup(held_out.shards, column_renames(settings.column), {file["file"] for file in left_out})
 
 
 def read_rollouts(
@@ -125,26 +135,10 @@ def read_rollouts(
         MachineError: they will not fit on the disk.
         Stopped: asked to stop.
     """
-    require_room_for_cache(run, shards.data + shards.val_data)
-    names: list[str] = []
-    sources = (
-        ("train", shards.data, shards.bad_files, shards.data_fingerprint),
-        ("val", shards.val_data, shards.val_bad_files, shards.val_fingerprint or {}),
-    )
-    for name, files, bad_files, digest in sources:
-        if not files:
-            continue
-        names.append(name)
-        read_as = {
-            "shards": digest,
-            "columns": settings.column,
-            "limits": [limits.vocab_size, limits.max_length],
-            "targets": targets.as_record(),
-            "on_bad_rows": settings.on_bad_rows,
-            "on_bad_file": settings.on_bad_file,
-            "bad_files": list(bad_files.by_name),
-        }
-        directory = run.cache / name
+    require_room_for_cache(run, [shard for shard_set in shards.sets for shard in shard_set.shards])
+    for shard_set in shards.sets:
+        read_as = _read_as(settings, targets, limits, shard_set)
+        directory = run.cache / shard_set.name
         try:
             if _was_read_as(directory, read_as):
                 continue
@@ -153,27 +147,19 @@ def read_rollouts(
         remove_tree(directory)
         make_directory(run.cache, exist_ok=True)
         reader = RolloutReader(
-            files,
+            shard_set.shards,
             renames=column_renames(settings.column),
             on_bad_rows=settings.on_bad_rows,
             on_bad_file=settings.on_bad_file,
-            bad_files=bad_files,
+            bad_files=shard_set.bad_files,
             limits=limits,
             needs=targets.needs,
             drop_truncated=targets.drops_truncated,
             stop=stop,
         )
-        stage = "reading rollouts" if name == "train" else "reading held-out rollouts"
-        yield from _fill_cache(reader, targets, directory, stage, sum(shard.num_rows for shard in files), stop)
-        yield from _reading_notices(reader, bad_files)
-        record = {
-            "rows_left_out": reader.bad_rows.summary(),
-            "files_left_out": bad_files.summary(),
-            "files_read": reader.files_read,
-        }
-        write_json(directory / READING, record)
+        yield from _fill_cache(reader, targets, directory, shard_set, stop)
         write_json(directory / READ_AS, read_as)
-    return names
+    return [shard_set.name for shard_set in shards.sets]
 
 
 def require_room_for_cache(run: RunDirectory, shards: list[Shard]) -> None:
@@ -204,6 +190,21 @@ def _min_tokens(shard: Shard) -> int:
     return sum(max((chunk.elements for chunk in group.chunks if chunk.is_integer), default=0) for group in groups)
 
 
+def _read_as(
+    settings: TrainReadingSettings, targets: Targets, limits: RowLimits, shard_set: ShardSet
+) -> dict[str, Any]:
+    """All that the content of a cache depends on, JSON-able."""
+    return {
+        "shards": shard_set.fingerprint,
+        "columns": settings.column,
+        "limits": [limits.vocab_size, limits.max_length],
+        "targets": targets.as_record(),
+        "on_bad_rows": settings.on_bad_rows,
+        "on_bad_file": settings.on_bad_file,
+        "bad_files": list(shard_set.bad_files.by_name),
+    }
+
+
 def _was_read_as(directory: Path, read_as: dict[str, Any]) -> bool:
     """Whether a cache stands complete and holds what would be read now.
 
@@ -219,9 +220,18 @@ def _was_read_as(directory: Path, read_as: dict[str, Any]) -> bool:
 
 
 def _fill_cache(
-    reader: RolloutReader, targets: Targets, directory: Path, stage: str, total: int, stop: StopRequest
+    reader: RolloutReader, targets: Targets, directory: Path, shard_set: ShardSet, stop: StopRequest
 ) -> Iterator[Event]:
-    """Write what a reader gives into a new cache; yields progress. Raises Stopped, and leaves nothing behind then."""
+    """Write what a reader gives into a new cache, and the record of what was left out.
+
+    Yields:
+        Progress and notices.
+
+    Raises:
+        Stopped: asked to stop; nothing is left behind.
+    """
+    total = shard_set.num_rows
+    stage = "reading rollouts" if shard_set.name == "train" else "reading held-out rollouts"
     yield Progress(stage=stage, done=0, total=total)
     with CacheWriter(directory) as writer:
         for batch in reader:
@@ -230,12 +240,15 @@ def _fill_cache(
             yield Progress(stage=stage, done=int(batch.row[-1]) + 1, total=total)
         stop.check()  # the reader ends early when asked to stop
     yield Progress(stage=stage, done=total, total=total)
-
-
-def _reading_notices(reader: RolloutReader, bad_files: BadFiles) -> Iterator[Event]:
     for sentence in reader.notices:
         yield Notice(message=sentence)
     if reader.truncated_left_out:
         yield Notice(message=f"{reader.truncated_left_out} cut rollouts are left out (--truncated drop)")
-    if bad_files:
-        yield Notice(message=bad_files.sentence(), level="warning")
+    if shard_set.bad_files:
+        yield Notice(message=shard_set.bad_files.sentence(), level="warning")
+    record = {
+        "rows_left_out": reader.bad_rows.summary(),
+        "files_left_out": shard_set.bad_files.summary(),
+        "files_read": reader.files_read,
+    }
+    write_json(directory / READING, record)

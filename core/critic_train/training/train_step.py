@@ -123,8 +123,7 @@ def gradient_pass(
         weights: float32 [T], the weight of each token's loss in that of the whole mini-batch.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: checked before every micro-batch.
-        after_each: called after every micro-batch with int64 [M], the indices of its response tokens among the T of
-            the rollouts, and its loss.
+        after_each: called after every micro-batch with int64 [M], its response tokens among the T, and its loss.
 
     Raises:
         Stopped: asked to stop.
