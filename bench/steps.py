@@ -1,5 +1,6 @@
 """The steps that are compared."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from critic_train.model.microbatches import micro_batches
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer
-from critic_train.training.train_step import LossRecipe, accumulate_gradient, apply_gradient
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
 
 EPS = 0.5
 GRAD_CLIP = 1.0
@@ -27,8 +28,10 @@ def fit_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[[
 
     def step() -> None:
         result = accumulate_gradient(critic, rollouts, recipe, compute, forest=True, stop=stop)
-        assert result is not None
-        apply_gradient(critic, optimizer, GRAD_CLIP, result.value_loss)
+        norm = clip_gradient(critic, GRAD_CLIP)
+        assert math.isfinite(norm + result.value_loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -25,7 +25,7 @@ from critic_train.run import storage
 from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
-from critic_train.training.train_step import LossRecipe, accumulate_gradient, gradient_norm
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
 
 SETTINGS = FitSettings(data=["none"])
 ONE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=70)
@@ -48,7 +48,7 @@ def gradients(critic: Critic, compute: Compute, *, rollouts: int, forest: bool, 
     recipe = LossRecipe(cliprange_value=0.5, mode=mode, scale_factor=7.0)
     result = accumulate_gradient(critic, batch, recipe, compute, forest=forest, stop=StopRequest())
     found = {name: whole(p.grad).clone() for name, p in critic.named_parameters()}
-    figures = [result.value_loss, result.clipfrac, result.saturation, result.vpred_mean, gradient_norm(critic)]
+    figures = [result.value_loss, result.clipfrac, result.saturation, result.vpred_mean, clip_gradient(critic, 0.0)]
     return found | {"figures": torch.tensor(figures, dtype=torch.float64)}
 
 

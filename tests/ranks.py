@@ -160,10 +160,10 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
         from critic_train.distributed import process_group as group
 
         group.TIMEOUT = timedelta(seconds=4)
-    real = trainer.apply_gradient
+    real = trainer.clip_gradient
     taken = 0
 
-    def apply_gradient(*arguments: Any) -> float:
+    def clip_gradient(*arguments: Any) -> float:
         nonlocal taken
         taken += 1
         if taken == step and int(os.environ["RANK"]) == rank:
@@ -174,7 +174,7 @@ def failing_run(settings: FitSettings, rank: int, step: int, kind: str) -> dict[
             raise faults[kind]
         return real(*arguments)
 
-    trainer.apply_gradient = apply_gradient
+    trainer.clip_gradient = clip_gradient
     return fit_run(settings)
 
 

@@ -13,6 +13,7 @@ of them is then compiled.
 MFU is against the data sheet's dense bf16 figure. No figure was printed by this file yet: it has not met a GPU.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.settings import ActivationCheckpointing
 from critic_train.training.loss import token_weights, value_loss
 from critic_train.training.optimizer import build_optimizer
-from critic_train.training.train_step import apply_gradient
+from critic_train.training.train_step import clip_gradient
 
 NAME = "gpu"
 TITLE = "A fit step on a GPU, beside the flat and the padded step"
@@ -227,7 +228,10 @@ def flat_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[
             with attempt:
                 loss = gradient()
                 break
-        apply_gradient(critic, optimizer, GRAD_CLIP, loss)
+        norm = clip_gradient(critic, GRAD_CLIP)
+        assert math.isfinite(norm + loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -51,12 +51,14 @@ class StepEnded:
     """One optimizer step was taken.
 
     `metrics` goes to metrics.jsonl and is reproducible; `timing` (seconds, tokens per second, memory) is not.
+    `skipped_steps` is how many steps were skipped so far; None without `--on-non-finite skip`.
     """
 
     step: int
     epoch: int
     metrics: dict[str, Any]
     timing: dict[str, Any]
+    skipped_steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,8 +25,9 @@ from critic_train.predict.predict import predict
 from critic_train.run import storage
 from critic_train.run.checkpoint import checkpoints, inspect
 from critic_train.settings import EvalSettings, FitSettings, PredictSettings
+from critic_train.training.evaluator import Evaluator
 from critic_train.training.fit import fit
-from critic_train.training.trainer import Trainer
+from critic_train.training.old_values import OldValues
 from critic_train_cli.job import exit_code_of, run_job
 from critic_train_cli.output import Output
 from critic_train_cli.plain_view import View
@@ -63,9 +64,9 @@ def on_forward(monkeypatch, sender: Sender, *, gradients: bool) -> None:
     monkeypatch.setattr(Critic, "forward", counted)
 
 
-def only_within(monkeypatch, name: str, sender: Sender) -> None:
-    """Count only while a method of the trainer is under way."""
-    method, at = getattr(Trainer, name), sender.at
+def only_within(monkeypatch, part: type, name: str, sender: Sender) -> None:
+    """Count only while a method of a part of the trainer is under way."""
+    method, at = getattr(part, name), sender.at
     sender.at = 0
 
     def entered(self, *arguments, **more) -> Iterator[object]:
@@ -73,7 +74,7 @@ def only_within(monkeypatch, name: str, sender: Sender) -> None:
         yield from method(self, *arguments, **more)
         sender.at = sender.at if sender.calls >= at else 0
 
-    monkeypatch.setattr(Trainer, name, entered)
+    monkeypatch.setattr(part, name, entered)
 
 
 def on_batches(monkeypatch, sender: Sender) -> None:
@@ -155,10 +156,12 @@ def test_in_training(number, folder, undisturbed, tmp_path, monkeypatch):
     assert sender.calls_after == 0
 
 
-@pytest.mark.parametrize(("stage", "at"), [("_evaluate", 1), ("_evaluate", 7), ("_old_values", 3)])
-def test_in_evaluation_and_old_values(stage, at, folder, undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("part", "stage", "at"), [(Evaluator, "evaluate", 1), (Evaluator, "evaluate", 7), (OldValues, "take", 3)]
+)
+def test_in_evaluation_and_old_values(part, stage, at, folder, undisturbed, tmp_path, monkeypatch):
     sender = Sender(at=at)
-    only_within(monkeypatch, stage, sender)
+    only_within(monkeypatch, part, stage, sender)
     on_forward(monkeypatch, sender, gradients=False)
     stopped_and_resumed(folder, tmp_path, undisturbed, monkeypatch)
     assert sender.calls_after == 0

@@ -12,7 +12,7 @@ from critic_train.prefetch import ReadAhead, ahead
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
-from critic_train.training.trainer import Trainer
+from critic_train.training.plan import MiniBatches
 
 
 def counted(made, stop=10**6, fail_at=None):
@@ -105,17 +105,17 @@ def test_a_run_reads_ahead_and_learns_the_same(old_values, tmp_path, monkeypatch
         return (tmp_path / name / "metrics.jsonl").read_bytes()
 
     readers = []
-    whole = Trainer._read
+    whole = MiniBatches._read
 
     def watched(self, what):
         readers.append(threading.current_thread() is threading.main_thread())
         return whole(self, what)
 
-    monkeypatch.setattr(Trainer, "_read", watched)
+    monkeypatch.setattr(MiniBatches, "_read", watched)
     with_threads = run("ahead")
     # One read by the run itself, and one more at an epoch whose old values are taken only when it begins.
     assert readers.count(True) == (2 if old_values == "epoch" else 1)
     assert readers.count(False) >= 8
-    monkeypatch.setattr(Trainer, "_following", lambda *_: None)
+    monkeypatch.setattr(MiniBatches, "_next", lambda *_: None)
     assert run("one by one") == with_threads
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]

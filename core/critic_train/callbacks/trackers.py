@@ -30,7 +30,7 @@ STEP_NAMES = {
     "rollouts": "critic/rollouts",
     "skipped_steps": "critic/skipped_steps",
 }
-"""metrics.jsonl's name -> the tracker's, for a step."""
+"""A name in metrics.jsonl, or `skipped_steps` of a StepEnded -> the tracker's name."""
 
 TIMING_NAMES = {
     "step_seconds": "timing_s/update_critic",
@@ -44,7 +44,8 @@ TIMING_NAMES = {
 
 def step_metrics(event: StepEnded) -> dict[str, float]:
     """The numbers of a step, as a tracker logs them."""
-    named = {STEP_NAMES[name]: value for name, value in event.metrics.items() if name in STEP_NAMES}
+    metrics = event.metrics | {"skipped_steps": event.skipped_steps}
+    named = {STEP_NAMES[name]: value for name, value in metrics.items() if name in STEP_NAMES}
     named |= {TIMING_NAMES[name]: value for name, value in event.timing.items() if name in TIMING_NAMES}
     return _numbers(named | {"training/epoch": event.epoch})
 

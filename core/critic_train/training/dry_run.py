@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,32 @@ import torch
 from critic_train.check.survey import Survey, sharing
 from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import RolloutReader
+from critic_train.data.row_checks import RowLimits
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
-from critic_train.model.loading import ModelSource, read_model
-from critic_train.model.memory import apply_memory_options
+from critic_train.model.loading import read_model
 from critic_train.model.saving import checkpoint_bytes
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
 from critic_train.run.storage import free_bytes
-from critic_train.settings import FitSettings, column_renames, trained_layers
-from critic_train.stopping import StopRequest
-from critic_train.training.build import Shape, build_run_critic, to_device_or_shard
-from critic_train.training.dataset import find_run_shards, limits_of
-from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES, not_kept, supports_cached_states
-from critic_train.training.plan import make_plan
-from critic_train.training.run_record import CACHED_BYTES_PER_TOKEN
-from critic_train.training.step_timing import Layout, Pace, measure
+from critic_train.settings import FitSettings, TrainReadingSettings, column_renames
+from critic_train.stopping import Stopped, StopRequest
+from critic_train.training.build import PreparedCritic, build_run_critic, prepare_critic
+from critic_train.training.dataset import DataShape
+from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
+from critic_train.training.plan import TrainingPlan, make_plan
+from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
+from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets
 
 TIMED_TOKENS = 2
-"""A timed step has about as many micro-batches."""
+"""Tokens of a timed step, in token budgets: it has about as many micro-batches."""
 LAID_OUT_TOKENS = 2**18
-"""Of the sample, laid out to see how many states will be kept."""
+"""Tokens of the sample that are laid out to count the states that would be cached."""
 WEIGHT_BYTES = 4
 """Master weights and gradients are float32."""
 
@@ -46,8 +47,8 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
 
     Args:
         settings: of the run.
-        out: where it would go.
-        stop: looked at between batches of rows and micro-batches.
+        out: its run directory.
+        stop: checked between batches of rows and micro-batches.
 
     Yields:
         Progress and notices; RunEnded last, with the estimate.
@@ -55,147 +56,192 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
     Raises:
         CriticTrainError: what would stop the run before its first step.
     """
-    alone = nullcontext(SINGLE_PROCESS)
+    single = nullcontext(SINGLE_PROCESS)
     offloads = resolve_offload(settings.compute) == "all"
-    with init_ranks(settings, nproc=1, device=settings.compute.device, sharded=True) if offloads else alone as ranks:
-        yield from _estimated(settings, out, resolve_compute(settings.compute, ranks), stop)
+    with init_ranks(settings, nproc=1, device=settings.compute.device, sharded=True) if offloads else single as ranks:
+        try:
+            yield from _estimate(settings, out, resolve_compute(settings.compute, ranks), stop)
+        except Stopped:
+            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
 
 
-def _estimated(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
-    shards = find_run_shards(settings)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyedData:
+    """The rollouts of a run, counted but not kept.
+
+    Attributes:
+        train: all of --data.
+        train_tokens: of the rollouts to train on; their number times the mean length of all.
+        rollouts: number of rollouts to train on.
+        held_out_rollouts: number of rollouts held out.
+        held_out_tokens: of the rollouts held out.
+        tokens: of all rollouts.
+        plan: the steps of the run.
+    """
+
+    train: Survey
+    train_tokens: float
+    rollouts: int
+    held_out_rollouts: int
+    held_out_tokens: float
+    tokens: int
+    plan: TrainingPlan
+
+
+def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
+    shards = find_run_shards(settings.reading)
     source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
-    targets = Targets.of(settings)
-    train = yield from _surveyed(settings, shards.data, source, targets, stop)
-    held_out = None
-    if shards.val_data and not stop.requested:
-        held_out = yield from _surveyed(settings, shards.val_data, source, targets, stop)
-    if stop.requested:
-        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
-        return
+    targets = Targets.of(settings.returns, settings.loss)
+    limits = row_limits(settings.reading.max_length, source)
+    data = yield from _survey_data(settings, shards, limits, targets, stop)
+    sample = data.train.sample.rollouts()
+    assert sample is not None, "the reader raises where no row is good"
+    timed = targets.in_epoch(targets.on_reading(_first_tokens(sample, TIMED_TOKENS * compute.max_tokens)))
+    shape = DataShape(
+        max_token_id=data.train.max_token_id,
+        max_length=data.train.longest,
+        mean_return=float(timed.returns[timed.response_mask].mean()),
+    )
+    critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
+    tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
+    prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, tried)
+    yield from prepared.notices
+    times = yield from time_steps(
+        prepared.critic,
+        timed,
+        settings.optimizer,
+        prepared.compute,
+        forest=prepared.forest,
+        caches_states=prepared.caches_states,
+        stop=stop,
+    )
+    yield RunEnded(status="finished", result=_result(settings, out, data, sample, prepared, times))
+
+
+def _survey_data(
+    settings: FitSettings, shards: RunShards, limits: RowLimits, targets: Targets, stop: StopRequest
+) -> Generator[Event, None, SurveyedData]:
+    train = yield from _survey(settings.reading, shards.train, limits, targets, stop)
+    val = None
+    if shards.val is not None:
+        val = yield from _survey(settings.reading, shards.val, limits, targets, stop)
     groups = train.groups
     together = connected_groups(groups, train.prompts)
-    kept, held = split_groups(together, 0.0 if held_out else settings.reading.val_fraction, settings.optimizer.seed)
-    plan = make_plan(settings, groups[kept])
-    sample = train.sample.rollouts()
-    assert sample is not None, "the reader raises where no row is good"
-    few = targets.in_epoch(targets.on_reading(_few(sample, TIMED_TOKENS * compute.max_tokens)))
-    shape = Shape(
-        max_token_id=train.max_token_id,
-        max_length=train.longest,
-        mean_return=float(few.returns[few.response_mask].mean()),
-    )
-    critic, compute = to_device_or_shard(build_run_critic(settings, source, None, compute, shape), compute)
-    tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
-    choice, said = select_packing(critic, tried, settings.compute, compute)
-    apply_memory_options(critic, settings.compute)
-    layers = trained_layers(settings.model.train)
-    keeps = layers is not None and supports_cached_states(critic, layers, tried, compute, forest=choice.forest)
-    for sentence in [*said, *([] if keeps or layers is None else [not_kept(critic)])]:
-        yield Notice(message=sentence, level="warning")
-    pace = yield from measure(critic, few, settings, compute, forest=choice.forest, keeps_states=keeps, stop=stop)
-    if pace is None:
-        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
-        return
-    computed_share = 1 - sharing(sample)["saved_share"] if choice.forest else 1.0
-    computed = train.tokens * len(kept) / len(groups) * computed_share
-    judged = (held_out.tokens if held_out else train.tokens * len(held) / len(groups)) * computed_share
-    epochs = plan.total_steps / max(1, plan.steps_per_epoch[0])
-    evaluations = -(-plan.total_steps // plan.eval_every) + 1 if judged else 0
-    seconds = {
-        "keeping_states": (computed + judged) * pace.keep_seconds_a_token,
-        "training": epochs * computed * pace.train_seconds_a_token + plan.total_steps * pace.optimizer_seconds,
-        "evaluating": evaluations * judged * pace.predict_seconds_a_token,
-    }
-    tokens = train.tokens + (held_out.tokens if held_out else 0)
-    states = _states_bytes(critic, sample, tokens, compute, forest=choice.forest) if keeps else 0
-    parameters = sum(p.numel() for p in critic.parameters())
-    yield RunEnded(
-        status="finished",
-        result={
-            "status": "dry run",
-            "out": str(out),
-            "rollouts": len(kept),
-            "held_out_rollouts": len(held) if held_out is None else len(held_out.groups),
-            "tokens": int(train.tokens * len(kept) / len(groups)),
-            "computed_tokens": int(computed),
-            "steps": plan.total_steps,
-            "epochs": epochs,
-            "evaluations": evaluations,
-            "parameters": parameters,
-            "trained_parameters": _trained(critic),
-            "packing": "forest" if choice.forest else "rows",
-            "device": str(compute.device),
-            "offload": compute.offload,
-            "memory": _memory(critic, compute, pace),
-            "disk": _disk(settings, critic, tokens, states, out),
-            "seconds": {**seconds, "total": sum(seconds.values())},
-            "tokens_per_second": 1 / (pace.train_seconds_a_token * computed_share),
-        },
+    chosen, held = split_groups(together, 0.0 if val else settings.reading.val_fraction, settings.optimizer.seed)
+    return SurveyedData(
+        train=train,
+        train_tokens=train.tokens * len(chosen) / len(groups),
+        rollouts=len(chosen),
+        held_out_rollouts=len(val.groups) if val else len(held),
+        held_out_tokens=val.tokens if val else train.tokens * len(held) / len(groups),
+        tokens=train.tokens + (val.tokens if val else 0),
+        plan=make_plan(settings.optimizer, groups[chosen], settings.run.eval_every),
     )
 
 
-def _surveyed(
-    settings: FitSettings, files: list[Any], source: ModelSource | None, targets: Targets, stop: StopRequest
+def _survey(
+    settings: TrainReadingSettings, shard_set: ShardSet, limits: RowLimits, targets: Targets, stop: StopRequest
 ) -> Generator[Event, None, Survey]:
     reader = RolloutReader(
-        files,
-        renames=column_renames(settings.reading.column),
-        on_bad_rows=settings.reading.on_bad_rows,
-        on_bad_file=settings.reading.on_bad_file,
-        limits=limits_of(settings, source),
+        shard_set.shards,
+        renames=column_renames(settings.column),
+        on_bad_rows=settings.on_bad_rows,
+        on_bad_file=settings.on_bad_file,
+        limits=limits,
         needs=targets.needs,
         stop=stop,
     )
-    survey, total = Survey(), sum(shard.num_rows for shard in files)
+    survey, total = Survey(), shard_set.num_rows
     for rollouts in reader:
-        if stop.requested:
-            break
+        stop.check()
         survey.add(rollouts)
         yield Progress(stage="reading rollouts", done=int(rollouts.row[-1]) + 1, total=total)
+    stop.check()  # the reader ends early when asked to stop
     for sentence in reader.notices:
         yield Notice(message=sentence)
     return survey
 
 
-def _few(sample: Rollouts, tokens: int) -> Rollouts:
-    """The first rollouts of a sample, some thousand tokens of them; one at least."""
-    enough = int(np.searchsorted(np.cumsum(sample.lengths), tokens, side="right"))
-    return sample.take(np.arange(max(1, enough)))
+def _first_tokens(sample: Rollouts, tokens: int) -> Rollouts:
+    """The first rollouts of a sample, of so many tokens at most; one at least."""
+    count = int(np.searchsorted(np.cumsum(sample.lengths), tokens, side="right"))
+    return sample.take(np.arange(max(1, count)))
+
+
+def _result(
+    settings: FitSettings, out: Path, data: SurveyedData, sample: Rollouts, prepared: PreparedCritic, times: StepTimes
+) -> dict[str, Any]:
+    """The estimate, as `--json` prints it."""
+    critic, compute, plan = prepared.critic, prepared.compute, data.plan
+    computed_share = 1 - sharing(sample)["saved_share"] if prepared.forest else 1.0
+    computed = data.train_tokens * computed_share
+    held_out = data.held_out_tokens * computed_share
+    epochs = plan.total_steps / max(1, plan.steps_per_epoch[0])
+    evaluations = -(-plan.total_steps // plan.eval_every) + 1 if held_out else 0
+    seconds = {
+        "keeping_states": (computed + held_out) * times.cache_seconds_per_token,
+        "training": epochs * computed * times.train_seconds_per_token + plan.total_steps * times.optimizer_seconds,
+        "evaluating": evaluations * held_out * times.predict_seconds_per_token,
+    }
+    states = 0
+    if prepared.caches_states:
+        states = _states_bytes(critic, sample, data.tokens, compute, forest=prepared.forest)
+    return {
+        "status": "dry run",
+        "out": str(out),
+        "rollouts": data.rollouts,
+        "held_out_rollouts": data.held_out_rollouts,
+        "tokens": int(data.train_tokens),
+        "computed_tokens": int(computed),
+        "steps": plan.total_steps,
+        "epochs": epochs,
+        "evaluations": evaluations,
+        "parameters": sum(p.numel() for p in critic.parameters()),
+        "trained_parameters": _trained(critic),
+        "packing": "forest" if prepared.forest else "rows",
+        "device": str(compute.device),
+        "offload": compute.offload,
+        "memory": _memory(critic, compute, times),
+        "disk": _disk(critic, settings.run.keep, data.tokens, states, out),
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "tokens_per_second": 1 / (times.train_seconds_per_token * computed_share),
+    }
 
 
 def _trained(critic: Critic) -> int:
+    """Parameters that are trained."""
     return sum(p.numel() for p in critic.parameters() if p.requires_grad)
 
 
-def _memory(critic: Critic, compute: Compute, pace: Pace) -> dict[str, Any]:
-    """Bytes. The peak was seen with all of these in place: the run's own will be close to it."""
+def _memory(critic: Critic, compute: Compute, times: StepTimes) -> dict[str, Any]:
+    """Bytes. The peak was measured with all of these in memory: the run's own will be close to it."""
     available = torch.cuda.get_device_properties(compute.device).total_memory if compute.device.type == "cuda" else None
     return {
         "weights": WEIGHT_BYTES * sum(p.numel() for p in critic.parameters()),
         "gradients": WEIGHT_BYTES * _trained(critic),
-        "moments": pace.moment_bytes,
-        "peak": pace.peak_memory_bytes,
+        "moments": times.moment_bytes,
+        "peak": times.peak_memory_bytes,
         "device": available,
     }
 
 
 def _states_bytes(critic: Critic, sample: Rollouts, tokens: int, compute: Compute, *, forest: bool) -> int:
-    """Bytes of the kept states of some tokens, laid out as those of the sample are."""
-    sample = _few(sample, LAID_OUT_TOKENS)
+    """Bytes of the cached states of so many tokens, laid out as those of the sample are."""
+    sample = _first_tokens(sample, LAID_OUT_TOKENS)
     layout = Layout.of(sample, compute, forest=forest)
-    kept = layout.read_states if critic.last_layers is None else layout.computed_tokens
+    cached = layout.read_states if critic.last_layers is None else layout.computed_tokens
     width = int(critic.trunk.config.hidden_size)
-    return round(tokens * (ROW_BYTES + STATE_BYTES * width * kept / len(sample.input_ids)))
+    return round(tokens * (ROW_BYTES + STATE_BYTES * width * cached / len(sample.input_ids)))
 
 
-def _disk(settings: FitSettings, critic: Critic, tokens: int, states: int, out: Path) -> dict[str, int]:
-    """Bytes. The best, the newest ones and the one being written stand at the same time."""
+def _disk(critic: Critic, keep: int, tokens: int, states: int, out: Path) -> dict[str, int]:
+    """Bytes. The best checkpoint, the newest ones and the one being written exist at the same time."""
     checkpoint = checkpoint_bytes(critic)
     cache = CACHED_BYTES_PER_TOKEN * tokens
     return {
         "checkpoint": checkpoint,
         "cache": cache,
         "states": states,
-        "needed": checkpoint * (settings.run.keep + 2) + cache + states,
+        "needed": checkpoint * (keep + 2) + cache + states,
         "free": free_bytes(out.absolute()),
     }

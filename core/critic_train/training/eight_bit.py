@@ -1,13 +1,12 @@
-"""8-bit moments in files: codes, one scale for every 256 of them, and what the codes stand for.
+"""AdamW with 8-bit moments by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861), sharded or not, and their files.
 
-The blocks of 256 begin anew in the part of each rank. A file holds the parts end to end and says how many there are, so
-that as many ranks find what they left to the bit. Others do as well wherever their blocks begin at the same places, as
-they do in matrices whose rows are multiples of 256; elsewhere the numbers are quantised anew.
+A moment is a tensor of codes, one scale for every block of 256 of them, and a map of what the 256 codes stand for.
 
-AdamW with 8-bit moments by bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861), on whole parameters or on parts.
-
-bitsandbytes knows plain tensors alone. Where parameters are spread over ranks, it is given what this rank keeps of
-each: AdamW goes number by number, so that a part is updated as it is in the whole.
+bitsandbytes knows plain tensors alone. Of parameters that are sharded over ranks it is given this rank's shards: AdamW
+goes number by number, so that a shard is updated as it is in the full tensor. The blocks of 256 begin anew in each
+shard. A file holds the shards end to end and says how many there are, so that as many ranks resume to the bit. Other
+numbers of ranks do as well where their blocks have the same bounds, as in matrices whose rows are multiples of 256;
+elsewhere the numbers are quantised anew.
 """
 
 import logging
@@ -37,7 +36,7 @@ class Cut:
     """How the numbers of a tensor are shared out among parts, by rows.
 
     Attributes:
-        rows: of the whole.
+        rows: of the full tensor.
         width: numbers in a row.
         parts: how many.
     """
@@ -48,7 +47,7 @@ class Cut:
 
     @classmethod
     def of(cls, tensor: Tensor, parts: int) -> "Cut":
-        """That of a tensor, whole or spread."""
+        """Of a tensor, sharded or not."""
         return cls(tensor.shape[0], tensor.numel() // max(1, tensor.shape[0]), parts)
 
     def span(self, part: int) -> tuple[int, int]:
@@ -63,17 +62,19 @@ class Cut:
         return -(-(last - first) // BLOCK)
 
 
-def whole_state(state: dict[str, Any], parameter: Any, gather: Gather) -> dict[str, Any]:
-    """A rank's part of the state of a parameter as what a file holds: codes as the rows of one tensor, scales of all
-    parts end to end. All ranks call it for the same parameters in the same order."""
-    found = dict(state)
+def gathered_state(state: dict[str, Any], parameter: Any, gather: Gather) -> dict[str, Any]:
+    """The state of a sharded parameter as a file holds it: codes as rows of a DTensor, scales of all shards end to end.
+
+    All ranks call it for the same parameters in the same order.
+    """
+    gathered = dict(state)
     cut = Cut.of(parameter, parameter.device_mesh.size())
     for which in (1, 2):
-        found[f"state{which}"] = as_rows_of(parameter, state[f"state{which}"])
+        gathered[f"state{which}"] = as_rows_of(parameter, state[f"state{which}"])
         if f"absmax{which}" in state:
             lengths = [cut.blocks(part) for part in range(cut.parts)]
-            found[f"absmax{which}"] = concat_over_ranks(parameter, state[f"absmax{which}"], lengths, gather).cpu()
-    return found
+            gathered[f"absmax{which}"] = concat_over_ranks(parameter, state[f"absmax{which}"], lengths, gather).cpu()
+    return gathered
 
 
 def stored_state(file: Path, name: str, names: Set[str], parameter: Tensor) -> dict[str, Any]:
@@ -116,20 +117,20 @@ def in_own_blocks(codes: Tensor, scales: Tensor, meaning: Tensor, cut: Cut, firs
         scales: float32, of all blocks of the file.
         meaning: float32 [256], what the codes stand for.
         cut: into the parts of the file.
-        first: the place of the first number in the whole.
+        first: the index of the first number in the full tensor.
     """
-    pieces, kept, base = [], True, 0
+    pieces, same_bounds, base = [], True, 0
     for part in range(cut.parts):
         begin, end = cut.span(part)
         start, stop = max(begin, first), min(end, first + codes.numel())
         if start < stop:
             of_piece = scales[base + (start - begin) // BLOCK : base + -(-(stop - begin) // BLOCK)]
             pieces.append((of_piece, (start - begin) % BLOCK, stop - start))
-            kept = kept and (begin - first) % BLOCK == 0
+            same_bounds = same_bounds and (begin - first) % BLOCK == 0
         base += cut.blocks(part)
     if not pieces:
         return codes, scales[:0]
-    if kept:
+    if same_bounds:
         return codes, torch.cat([of_piece for of_piece, _, _ in pieces])
     from bitsandbytes.functional import quantize_blockwise
 
@@ -139,7 +140,7 @@ def in_own_blocks(codes: Tensor, scales: Tensor, meaning: Tensor, cut: Cut, firs
 
 
 SMALL = 4096
-"""Parameters with fewer numbers keep float32 moments: bitsandbytes' own limit. It is the whole that counts, so that the
+"""Parameters with fewer numbers keep float32 moments: bitsandbytes' own limit. Full tensors are counted, so that the
 moments of a parameter are of one kind on any number of ranks."""
 
 
@@ -167,7 +168,7 @@ def in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 class Pair:
     """A parameter that is spread over ranks, and what this rank keeps of it as a parameter of its own."""
 
-    whole: Any
+    sharded: Any
     part: nn.Parameter
     group: dict[str, Any]
     group_of_part: dict[str, Any]
@@ -187,13 +188,14 @@ class AdamWOfParts(torch.optim.Optimizer):
         self._pairs: list[Pair] = []
         for group in self.param_groups:
             for small in (False, True):
-                wholes = [p for p in group["params"] if (p.numel() < SMALL) == small and local(p).numel()]
-                if wholes:
-                    parts = [nn.Parameter(local(whole)) for whole in wholes]
+                sharded = [p for p in group["params"] if (p.numel() < SMALL) == small and local(p).numel()]
+                if sharded:
+                    parts = [nn.Parameter(local(parameter)) for parameter in sharded]
                     inner = kind([{**group, "params": parts}], min_8bit_size=sys.maxsize if small else 0)
                     given = inner.param_groups[0]
                     self._pairs += [
-                        Pair(whole, part, group, given, inner) for whole, part in zip(wholes, parts, strict=True)
+                        Pair(parameter, part, group, given, inner)
+                        for parameter, part in zip(sharded, parts, strict=True)
                     ]
 
     @torch.no_grad()
@@ -202,30 +204,31 @@ class AdamWOfParts(torch.optim.Optimizer):
         assert closure is None
         for pair in self._pairs:
             pair.group_of_part["lr"] = pair.group["lr"]
-            pair.part.data = local(pair.whole)
-            pair.part.grad = None if pair.whole.grad is None else local(pair.whole.grad)
-            if pair.whole in self.state:
-                pair.inner.state[pair.part] = self.state[pair.whole]
+            pair.part.data = local(pair.sharded)
+            pair.part.grad = None if pair.sharded.grad is None else local(pair.sharded.grad)
+            if pair.sharded in self.state:
+                pair.inner.state[pair.part] = self.state[pair.sharded]
         for inner in {id(pair.inner): pair.inner for pair in self._pairs}.values():
             inner.step()
         for pair in self._pairs:
             if pair.part.grad is not None:
-                self.state[pair.whole] = pair.inner.state[pair.part]
+                self.state[pair.sharded] = pair.inner.state[pair.part]
                 pair.part.grad = None
         self._count_empty_parts()
 
     def _count_empty_parts(self) -> None:
         """A parameter of which this rank keeps nothing has moments too, all of them on other ranks."""
         for group in self.param_groups:
-            for whole in group["params"]:
-                if whole.grad is not None and not local(whole).numel():
-                    self.state[whole] = empty_state(whole, 1 + self.state[whole].get("step", 0))
+            for parameter in group["params"]:
+                if parameter.grad is not None and not local(parameter).numel():
+                    step = 1 + self.state[parameter].get("step", 0)
+                    self.state[parameter] = empty_state(parameter, step)
 
 
-def empty_state(whole: Tensor, step: int) -> dict[str, Any]:
+def empty_state(parameter: Tensor, step: int) -> dict[str, Any]:
     """The state of a part without numbers."""
-    nothing = local(whole.detach())
-    if whole.numel() < SMALL:
+    nothing = local(parameter.detach())
+    if parameter.numel() < SMALL:
         return {"step": step, "state1": nothing.clone(), "state2": nothing.clone()}
     codes = {f"state{which}": torch.empty_like(nothing, dtype=torch.uint8) for which in (1, 2)}
     scales = {f"absmax{which}": nothing.new_empty(0) for which in (1, 2)}

@@ -1,142 +1,205 @@
-"""`critic-train fit`, from top to bottom: shards, model, plan, trainer, result."""
+"""`critic-train fit`, top to bottom: shards, rollouts, critic, optimizer, loop, result. All ranks run the same."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from critic_train.callbacks.callback import Callback, with_callbacks
 from critic_train.callbacks.report_writer import ReportWriter
 from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
 from critic_train.distributed.init import init_ranks
+from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError
-from critic_train.events import Event, Notice, RunEnded
-from critic_train.model.compute import Compute, resolve_compute, resolve_offload
-from critic_train.model.loading import read_model
+from critic_train.events import Event, Notice, RunEnded, RunStarted
+from critic_train.model.compute import resolve_compute, resolve_offload
+from critic_train.model.loading import ModelSource, read_model
 from critic_train.run.checkpoint import newest_checkpoint, resolve_model
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
-from critic_train.settings import FitSettings
-from critic_train.stopping import StopRequest
-from critic_train.training.build import build_trainer
-from critic_train.training.dataset import data_read_by_rank_0, find_run_shards, limits_of, open_data
+from critic_train.settings import FitSettings, RunSettings
+from critic_train.stopping import Stopped, StopRequest
+from critic_train.training.build import (
+    build_run_critic,
+    build_run_optimizer,
+    build_trainer,
+    data_notices,
+    model_notices,
+    prepare_critic,
+    selfcheck_sample,
+)
+from critic_train.training.dataset import open_data
+from critic_train.training.plan import make_plan
 from critic_train.training.run_record import (
     compare_with_before,
     find_resume_checkpoint,
-    places_of,
-    require_room_for_cache,
+    require_room_for_checkpoints,
+    resolved_summary,
     result_of,
+    result_paths,
 )
+from critic_train.training.run_shards import NO_SHARDS, find_run_shards, read_rollouts, row_limits, uid_lookup
+from critic_train.training.state_files import begin_with_remembered_budget
+from critic_train.training.targets import Targets
 from critic_train.training.trainer import Trainer
 
 
 def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Event]:
-    """Train a critic, or go on with a run that was stopped.
+    """Train a critic, or resume a run that was stopped.
 
     Args:
-        settings: what to do.
+        settings: of the command.
         stop: set it to have the run write a checkpoint and end.
 
     Yields:
         What happens; RunEnded last.
 
     Raises:
-        CriticTrainError: a fault that the user can mend; the run directory stays usable.
+        CriticTrainError: an error that the user can mend; the run directory stays usable.
     """
     stop = stop or StopRequest()
     require_packages(settings.run)
-    sharded = resolve_offload(settings.compute) == "all"
+    sharded, seed = resolve_offload(settings.compute) == "all", settings.optimizer.seed
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
         compute = resolve_compute(settings.compute, ranks)
-        yield from (_lead if ranks.is_main else _follow)(settings, compute, stop)
+        began, out = time.monotonic(), run_path(settings)
+        shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
+        source = _read_base_model(settings.model.model, out, ranks)
+        with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
+            # What rank 0 reads and decides is broadcast, so that all ranks go on with the same.
+            try:
+                before = compare_with_before(settings, run, shards, source, ranks.size)
+                finished = yield from _on_rank_0(ranks, stop, before)
+                if finished is not None:
+                    yield from _already_finished(run, finished, ranks)
+                    return
+                targets = Targets.of(settings.returns, settings.loss)
+                limits = row_limits(settings.reading.max_length, source)
+                reading = read_rollouts(settings.reading, targets, shards, limits, run, stop)
+                names = yield from _on_rank_0(ranks, stop, reading)
+                data = yield from open_data(settings.reading, targets, run.cache, names, seed)
+                resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
+            except Stopped:  # before there is anything to save
+                yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+                return
+
+            # From here on all ranks do the same, each with its share of the work; rank 0 alone writes.
+            stop = ranks.agreed_stop(stop)
+            yield from begin_with_remembered_budget(run, settings.compute.max_tokens, compute)
+            checkpoint = run.checkpoints / resumed if resumed else None
+            plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
+            critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
+            sample = selfcheck_sample(data.train, plan)
+            prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, sample)
+            optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source)
+            uids = uid_lookup(shards, data, settings.reading)
+            trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, stop)
+            yield from model_notices(prepared, settings.compute, source, data.shape, new=checkpoint is None)
+            if checkpoint is not None:
+                yield from trainer.checkpointer.load(checkpoint)
+            yield from _start(settings, trainer, ranks)
+            yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
+            yield from _finish(trainer, stop, time.monotonic() - began, ranks)
 
 
-def _lead(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
-    """The run as rank 0 goes through it, or the only process: all that is read, decided, judged and written."""
-    began, ranks = time.monotonic(), compute.ranks
-    shards = find_run_shards(settings)
-    if settings.model.model and Path(settings.model.model).resolve() == run_path(settings).resolve():
-        raise ConfigError(
-            f"--model and --out are both {settings.model.model}", hint="give the new run an --out of its own"
-        )
-    source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
-    with RunDirectory(run_path(settings)) as run:
-        if run.left_by:
-            yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
-        finished = yield from compare_with_before(settings, run, shards, source, ranks)
-        if finished is not None:
-            ranks.broadcast(None)
-            newest, _ = newest_checkpoint(run.checkpoints)
-            places = places_of(run, newest)
-            run.drop_cache()  # a kill may have come between the result and this
-            yield from _warnings(run)
-            yield RunEnded(status="already finished", result=finished | places | {"status": "already finished"})
-            return
-        require_room_for_cache(run, shards.data + shards.val_data)
-        data = yield from open_data(settings, shards, limits_of(settings, source), run.cache, stop)
-        if data is None:
-            ranks.broadcast(None)
-            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
-            return
-        checkpoint = yield from find_resume_checkpoint(run)
-        ranks.broadcast(
-            {
-                "out": str(run.path),
-                "sets": data.names,
-                "model": str(source.path) if source else None,
-                "checkpoint": str(checkpoint) if checkpoint else None,
-            }
-        )
-        stop = ranks.agreed_stop(stop)
-        trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
-        yield from with_callbacks(trainer.train(), _callbacks(trainer))
-        stopped = stop.requested  # looked at once: a signal may come at any moment
-        result = result_of(trainer, began, "interrupted" if stopped else "finished")
-        if not stopped:
-            run.write_json("result.json", result)
-            run.drop_cache()
-        yield from _warnings(run)
-        yield RunEnded(status=result["status"], result=result, signal_number=stop.signal_number)
+def _read_base_model(model: str | None, out: Path, ranks: Ranks) -> ModelSource | None:
+    """What --model names, None without it; rank 0 resolves a run to its best checkpoint."""
+    if model is None:
+        return None
+    path = ""
+    if ranks.is_main:
+        if Path(model).resolve() == out.resolve():
+            raise ConfigError(f"--model and --out are both {model}", hint="give the new run an --out of its own")
+        path = str(resolve_model(Path(model)))
+    return read_model(Path(ranks.broadcast(path)))
 
 
-def _follow(settings: FitSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
-    """The run as the other ranks go through it: what rank 0 has read and decided, and the same steps."""
-    told = compute.ranks.broadcast(None)
-    if told is None:
-        yield RunEnded(status="already finished")
-        return
-    with ReadOnlyRun(Path(told["out"])) as run:
-        data = data_read_by_rank_0(settings, run.cache, told["sets"])
-        source = read_model(Path(told["model"])) if told["model"] else None
-        checkpoint = Path(told["checkpoint"]) if told["checkpoint"] else None
-        stop = compute.ranks.agreed_stop(stop)
-        trainer = yield from build_trainer(settings, run, data, source, checkpoint, compute, stop)
-        yield from trainer.train()
-        status = "interrupted" if stop.requested else "finished"
-        yield RunEnded(status=status, signal_number=stop.signal_number)
+def _on_rank_0(ranks: Ranks, stop: StopRequest, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:
+    """Have rank 0 do some work; all ranks return what it returned.
+
+    Args:
+        ranks: all of them call this.
+        stop: takes over the signal that stopped rank 0.
+        work: yields events and returns what JSON can hold; on the other ranks it is not begun.
+
+    Raises:
+        Stopped: rank 0 was asked to stop meanwhile.
+    """
+    answer: dict[str, Any] = {}
+    if ranks.is_main:
+        try:
+            answer = {"returned": (yield from work)}
+        except Stopped:
+            answer = {"signal_number": stop.signal_number}
+    answer = ranks.broadcast(answer)
+    if "signal_number" in answer:
+        stop.signal_number = answer["signal_number"]
+        raise Stopped
+    return answer["returned"]
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    """The callbacks of this run: its trackers, and its report unless --no-report."""
-    record = trainer.run.read_json("run.json") or {}
-    tracking = trackers(
-        trainer.settings.run,
-        trainer.run.path,
+def _already_finished(run: RunDirectory, result: dict[str, Any], ranks: Ranks) -> Iterator[Event]:
+    """End where an earlier start has finished the run."""
+    if ranks.is_main:
+        newest, _ = newest_checkpoint(run.checkpoints)
+        result = result | result_paths(run, newest) | {"status": "already finished"}
+        run.drop_cache()  # a kill may have come between the result and this
+        yield from _cleanup_warnings(run)
+    yield RunEnded(status="already finished", result=result if ranks.is_main else {})
+
+
+def _start(settings: FitSettings, trainer: Trainer, ranks: Ranks) -> Iterator[Event]:
+    """Open the logs and record what was resolved, before the first step of this start."""
+    run, plan, position = trainer.run, trainer.plan, trainer.state.position
+    if ranks.is_main:
+        require_room_for_checkpoints(trainer, settings.run)
+    run.open_logs(position.metrics_bytes)
+    yield from data_notices(trainer.data, Targets.of(settings.returns, settings.loss))
+    summary = resolved_summary(settings, trainer)
+    run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary})
+    yield RunStarted(
+        out=str(run.path),
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        first_step=position.step,
+        summary=summary,
+    )
+
+
+def _finish(trainer: Trainer, stop: StopRequest, elapsed_seconds: float, ranks: Ranks) -> Iterator[Event]:
+    """Write the result of a run that has come to its end, or report where it was interrupted."""
+    run, stopped = trainer.run, stop.requested  # read once: a signal may come at any moment
+    result = result_of(trainer, "interrupted" if stopped else "finished", elapsed_seconds)
+    if not stopped:
+        run.write_json("result.json", result)
+        run.drop_cache()
+    yield from _cleanup_warnings(run)
+    yield RunEnded(status=result["status"], result=result if ranks.is_main else {}, signal_number=stop.signal_number)
+
+
+def _callbacks(settings: RunSettings, trainer: Trainer) -> list[Callback]:
+    """The trackers and the report writer of a run."""
+    run = trainer.run
+    record = run.read_json("run.json") or {}
+    callbacks = trackers(
+        settings,
+        run.path,
         run_id=str(record.get("id", "")),
-        first_step=trainer.position.step,
+        first_step=trainer.state.position.step,
         config=record,
     )
-    return tracking if trainer.settings.run.no_report else [*tracking, ReportWriter(trainer.run.path)]
+    return callbacks if settings.no_report else [*callbacks, ReportWriter(run.path)]
 
 
-def _warnings(run: RunDirectory) -> Iterator[Event]:
-    """What could not be cleared away ends no run."""
+def _cleanup_warnings(run: RunDirectory) -> Iterator[Event]:
+    """What could not be removed, as warnings: it ends no run."""
     for message in run.warnings:
         yield Notice(message=message, level="warning")
     run.warnings.clear()
 
 
 def run_path(settings: FitSettings) -> Path:
-    """Where the run goes: --out, or runs/ and the name of the first data folder or file."""
+    """The run directory: --out, or runs/ and the name of the first data folder or file."""
     if settings.run.out is not None:
         return Path(settings.run.out)
     parts = [part for part in Path(settings.reading.data[0]).parts if not any(c in part for c in "*?[")]

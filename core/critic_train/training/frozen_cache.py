@@ -1,12 +1,9 @@
-"""Hidden states of a frozen trunk, kept on disk: each position that was computed once, whoever shares it.
+"""Hidden states of a frozen trunk, computed once and cached on disk: one for each position, however many share it.
 
-Each rank writes the states of its share of the rollouts to a file of its own, and every rank maps them all. `ROWS` is a
-column of the spool that says, for every token, which row of which file holds its state; it is written last, so that
-where it stands the states do. Files are mapped into memory: what is read lately stays at hand and nothing has to fit.
-
-Kept states while they are being computed: a file for each rank, and last the column that tells that they stand.
-
-A frozen trunk is computed once: its states are kept, and given to the trained part in place of tokens.
+Each rank writes the states of its share of the rollouts to a file of its own, and every rank maps all files. `ROWS` is
+a column of the rollout cache that says, for every token, which row of which file holds its state; it is written last,
+so that where it exists the states do. Files are mapped into memory: what was read lately stays there, and nothing has
+to fit.
 """
 
 from collections.abc import Generator, Iterator
@@ -23,7 +20,7 @@ from critic_train.data.rollout_cache import ColumnWriter, RolloutCache, bytes_of
 from critic_train.distributed.rank_errors import looks_lost
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import MachineError
-from critic_train.events import Event, Progress
+from critic_train.events import Event, Notice, Progress
 from critic_train.jsonio import read_json_object
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, last_layers_agree
@@ -34,34 +31,34 @@ from critic_train.model.oom import attempts, is_out_of_memory
 from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.run.storage import File, remove, rename, sync_directory, write_json
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import ROLLOUTS_AT_ONCE, RolloutSet
+from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 
 ROWS = "state-rows"
 FILES = "states.json"
 """How many rows each file has."""
-NOT_KEPT = -1
+NO_STATE = -1
 ROW_BITS = 40
-"""A token's number in `ROWS` is its row in a file, and above these bits the file."""
+"""A token's entry in `ROWS` is its row in a file, and above these bits the file's number."""
 STATE_BYTES, ROW_BYTES = 4, 8
-"""Of a number of a state (float32), and of a token's row."""
+"""Of one float32 of a state, and of a token's entry in `ROWS`."""
 
 
-def file_of(spool: RolloutCache, rank: int) -> Path:
-    """Where a rank keeps its states."""
-    return spool.directory / f"states-{rank:05d}"
+def states_file(cache: RolloutCache, rank: int) -> Path:
+    """The file of the states that a rank computes."""
+    return cache.directory / f"states-{rank:05d}"
 
 
 @dataclass(frozen=True, slots=True)
 class CachedStates:
-    """The states of some rollouts of a spool.
+    """The states of the rollouts of a cache.
 
     Attributes:
-        spool: whose rollouts these are.
-        files: float32 [K, hidden_size] each, mapped from disk; as many as ranks have written.
-        read_only: whether only states that are read are kept, for the head; else those of every position.
+        cache: of the rollouts.
+        files: float32 [K, hidden_size] each, mapped from disk; one for each rank that has written.
+        read_only: whether only the states that the head reads are cached; else those of every position.
     """
 
-    spool: RolloutCache
+    cache: RolloutCache
     files: list[NDArray[np.float32]]
     read_only: bool
 
@@ -70,68 +67,67 @@ class CachedStates:
 
         Args:
             batch: laid out.
-            rollouts: the mini-batch it is a part of, out of the spool.
+            rollouts: the mini-batch it is a part of, out of the cache.
         """
         if self.read_only:
-            rows = np.full(len(batch.read_positions), NOT_KEPT, dtype=np.int64)
+            rows = np.full(len(batch.read_positions), NO_STATE, dtype=np.int64)
             rows[batch.value_index.cpu().numpy()] = self._rows(rollouts, batch.response_tokens)
         else:
-            rows = np.full(batch.trunk_arguments["input_ids"].numel(), NOT_KEPT, dtype=np.int64)
+            rows = np.full(batch.trunk_arguments["input_ids"].numel(), NO_STATE, dtype=np.int64)
             rows[batch.token_positions] = self._rows(rollouts, batch.all_tokens)
-        return replace(
-            batch, cached_states=torch.from_numpy(self._taken(rows)).to(batch.read_positions.device, non_blocking=True)
-        )
+        states = torch.from_numpy(self._take(rows)).to(batch.read_positions.device, non_blocking=True)
+        return replace(batch, cached_states=states)
 
     def _rows(self, rollouts: Rollouts, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers in `ROWS` of some tokens of a mini-batch."""
+        """int64 [M], the entries in `ROWS` of some tokens of a mini-batch, int64 [M]."""
         if not len(tokens):
             return tokens
         owner = np.searchsorted(rollouts.offsets, tokens, side="right") - 1
         present, owner = np.unique(owner, return_inverse=True)
-        index = self.spool.positions_of(rollouts.row[present])
-        rows = self.spool.read_column(ROWS, np.int64, index)
-        starts = offsets_from_lengths(self.spool.lengths[index])[:-1]
+        index = self.cache.positions_of(rollouts.row[present])
+        rows = self.cache.read_column(ROWS, np.int64, index)
+        starts = offsets_from_lengths(self.cache.lengths[index])[:-1]
         return rows[starts[owner] + tokens - rollouts.offsets[present][owner]]  # type: ignore[no-any-return]
 
-    def _taken(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """float32 [len(rows), hidden_size]; 0 for padding, to which nobody attends."""
-        files, places = rows >> ROW_BITS, rows & ((1 << ROW_BITS) - 1)
+    def _take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [len(rows), hidden_size]; 0 for padding, to which no position attends."""
+        files, rows_in_file = rows >> ROW_BITS, rows & ((1 << ROW_BITS) - 1)
         numbers = np.unique(files).tolist()
         if len(numbers) == 1 and numbers[0] >= 0:
-            return np.asarray(self.files[numbers[0]][places])
+            return np.asarray(self.files[numbers[0]][rows_in_file])
         states = np.zeros((len(rows), self.files[0].shape[1]), dtype=np.float32)
         for number in numbers:
             if number >= 0:
-                states[files == number] = self.files[number][places[files == number]]
+                states[files == number] = self.files[number][rows_in_file[files == number]]
         return states
 
 
-def open_states(spool: RolloutCache, hidden_size: int, *, read_only: bool) -> CachedStates | None:
-    """The states of a spool's rollouts, None where none stand."""
-    if not spool.has_column(ROWS):
+def open_states(cache: RolloutCache, hidden_size: int, *, read_only: bool) -> CachedStates | None:
+    """The states of a cache's rollouts, None where they are not all there."""
+    if not cache.has_column(ROWS):
         return None
     try:
-        counts = [int(count) for count in read_json_object(spool.directory / FILES)["rows"]]
-        files = [_mapped(file_of(spool, rank), count, hidden_size) for rank, count in enumerate(counts)]
+        counts = [int(count) for count in read_json_object(cache.directory / FILES)["rows"]]
+        files = [_map_file(states_file(cache, rank), count, hidden_size) for rank, count in enumerate(counts)]
     except (OSError, KeyError, TypeError, ValueError):
         return None
-    return CachedStates(spool, files, read_only)
+    return CachedStates(cache, files, read_only)
 
 
-def _mapped(file: Path, count: int, hidden_size: int) -> NDArray[np.float32]:
-    """Raises OSError or ValueError where the file is missing or has another size."""
+def _map_file(file: Path, count: int, hidden_size: int) -> NDArray[np.float32]:
+    """float32 [count, hidden_size]. Raises OSError or ValueError where the file is missing or has another size."""
     if file.stat().st_size != count * hidden_size * STATE_BYTES:
         raise ValueError(f"{file} has another size")
-    if count == 0:  # which cannot be mapped
+    if count == 0:  # an empty file cannot be mapped
         return np.zeros((0, hidden_size), dtype=np.float32)
     return np.memmap(file, dtype=np.float32, mode="r", shape=(count, hidden_size))
 
 
-def clear_states(spool: RolloutCache) -> None:
-    """Remove what an earlier start has left, of however many ranks."""
-    spool.drop_column(ROWS)
+def clear_states(cache: RolloutCache) -> None:
+    """Remove the states that an earlier start has left, of any number of ranks."""
+    cache.drop_column(ROWS)
     for pattern in ("states*", ".states*"):
-        for file in spool.directory.glob(pattern):
+        for file in cache.directory.glob(pattern):
             remove(file)
 
 
@@ -140,11 +136,11 @@ Computed = tuple[ModelInput, NDArray[np.float32]]
 
 
 class Share(NamedTuple):
-    """What one rank has computed of some rollouts.
+    """The states of some rollouts, as written by all ranks.
 
     Attributes:
-        rows: int64 [T], numbers in `ROWS`, of all ranks together.
-        end: rows in this rank's file behind it.
+        rows: int64 [T], entries in `ROWS`, of all ranks together.
+        end: rows in this rank's file after them.
     """
 
     rows: NDArray[np.int64]
@@ -152,26 +148,26 @@ class Share(NamedTuple):
 
 
 class StatesWriter:
-    """Kept states while they are being computed; they stand when the `with` block ends without an error on all ranks.
+    """Writes states while they are computed; they are in place when the `with` block ends without error on all ranks.
 
     Args:
-        spool: whose rollouts these are.
+        cache: of the rollouts.
         hidden_size: of a state.
-        read_only: see KeptStates.
-        ranks: which all write, each to its own file; rank 0 writes `ROWS`.
+        read_only: see CachedStates.
+        ranks: each writes a file of its own; rank 0 writes `ROWS`.
     """
 
     def __init__(
-        self, spool: RolloutCache, hidden_size: int, *, read_only: bool, ranks: Ranks = SINGLE_PROCESS
+        self, cache: RolloutCache, hidden_size: int, *, read_only: bool, ranks: Ranks = SINGLE_PROCESS
     ) -> None:
-        self._spool = spool
+        self._cache = cache
         self._stride = STATE_BYTES * hidden_size
         self._read_only = read_only
         self._ranks = ranks
         self._count = 0
-        self._target = file_of(spool, ranks.rank)
+        self._target = states_file(cache, ranks.rank)
         self._temporary = self._target.with_name(f".{self._target.name}.tmp")
-        self._rows: ColumnWriter | None = spool.new_column(ROWS, np.int64) if ranks.is_main else None
+        self._rows: ColumnWriter | None = cache.new_column(ROWS, np.int64) if ranks.is_main else None
         self._file: File | None = None
 
     def __enter__(self) -> "StatesWriter":
@@ -181,14 +177,14 @@ class StatesWriter:
         return self
 
     def write(self, rollouts: Rollouts, parts: Iterator[Computed]) -> Share:
-        """Write this rank's states of some rollouts; until `keep` they may be written again. All ranks call it.
+        """Write this rank's states of some rollouts; until `commit` they may be written again. All ranks call it.
 
         Args:
             rollouts: the rollouts, the same on all ranks.
             parts: every micro-batch of this rank's share of them, with its states on the CPU.
         """
         assert self._file is not None
-        rows = np.zeros(len(rollouts.input_ids), dtype=np.int64)  # 1 more than the number: ranks' are summed
+        rows = np.zeros(len(rollouts.input_ids), dtype=np.int64)  # entry + 1, so that ranks' add up
         first, count = (self._ranks.rank << ROW_BITS) + 1, self._count
         for batch, states in parts:
             if self._read_only:
@@ -199,12 +195,12 @@ class StatesWriter:
             count += len(states)
         return Share(self._ranks.all_reduce_sum(torch.from_numpy(rows)).numpy() - 1, count)
 
-    def keep(self, index: NDArray[np.int64], share: Share) -> None:
-        """Go on behind what was written.
+    def commit(self, index: NDArray[np.int64], share: Share) -> None:
+        """Have the next states follow those that were written.
 
         Args:
-            index: int64 [n], the rollouts' places in the spool.
-            share: what `write` gave.
+            index: int64 [n], the rollouts' indices in the cache.
+            share: what `write` returned.
         """
         self._count = share.end
         if self._rows is not None:
@@ -220,32 +216,32 @@ class StatesWriter:
                     self._file.truncate(self._count * self._stride)
                     self._file.sync()
             if error is None:
-                self._stand()
+                self._move_into_place()
         except BaseException as fault:
             if self._rows is not None:
                 self._rows.__exit__(type(fault), fault, fault.__traceback__)
             raise
         finally:
             remove(self._temporary)
-        if self._rows is not None:  # what tells that the states stand comes last
+        if self._rows is not None:  # last: where this column exists, the states do
             self._rows.__exit__(kind, error, trace)
 
-    def _stand(self) -> None:
+    def _move_into_place(self) -> None:
         rename(self._temporary, self._target)
         sync_directory(self._target.parent)
         counts = torch.zeros(self._ranks.size, dtype=torch.int64)
         counts[self._ranks.rank] = self._count
-        counts = self._ranks.all_reduce_sum(counts)  # and all files are there
+        counts = self._ranks.all_reduce_sum(counts)  # after this all ranks' files are in place
         if self._ranks.is_main:
-            write_json(self._spool.directory / FILES, {"rows": counts.tolist()})
+            write_json(self._cache.directory / FILES, {"rows": counts.tolist()})
 
 
 TOLERANCE = 1e-4
-"""Largest difference of a hidden state, relative to the largest: right is exact, or a rounding."""
+"""Largest difference of a hidden state, relative to the largest, that counts as rounding."""
 
 
 def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, compute: Compute, *, forest: bool) -> bool:
-    """Have the critic take kept states in place of tokens, where its last layers work on them.
+    """Have the critic take cached states in place of tokens, if its last layers give the same from them.
 
     Args:
         critic: frozen below its last layers.
@@ -255,11 +251,11 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
         forest: lay rollouts out as a forest, or as padded rows.
 
     Returns:
-        Whether the critic will take them, on all ranks alike.
+        Whether it takes them, the same on all ranks.
     """
     critic.use_cached_states(layers)
-    upper = critic.last_layers
-    if upper is None:
+    last_layers = critic.last_layers
+    if last_layers is None:
         return True
 
     for attempt in attempts(critic, sample, compute):
@@ -267,7 +263,7 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
             batch = next(iter(micro_batches(sample, compute, forest=forest)))
             try:
                 with full_precision_params((critic.trunk, critic.head)):
-                    agrees = last_layers_agree(critic.trunk, upper, batch, TOLERANCE)
+                    agrees = last_layers_agree(critic.trunk, last_layers, batch, TOLERANCE)
             except (TypeError, ValueError, RuntimeError) as error:
                 if is_out_of_memory(error) or looks_lost(error):
                     raise
@@ -276,73 +272,64 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
     raise AssertionError("attempts end by an error")
 
 
-def not_kept(critic: Critic) -> str:
-    """What to tell the user where the critic takes no kept states."""
-    return (
-        f"the last layers of {critic.trunk.config.model_type} do not work on kept states: every epoch goes through the "
-        "frozen part again"
+def no_cached_states_notice(critic: Critic) -> Notice:
+    """The warning where the critic takes no cached states."""
+    return Notice(
+        message=f"the last layers of {critic.trunk.config.model_type} do not work on kept states: every epoch goes "
+        "through the frozen part again",
+        level="warning",
     )
 
 
 def cache_states(
     critic: Critic, rollouts: RolloutSet, compute: Compute, *, forest: bool, stop: StopRequest
-) -> Generator[Event, None, CachedStates | None]:
-    """Compute the states of a frozen trunk once, or find them from an earlier start. All ranks call it.
+) -> Generator[Event, None, CachedStates]:
+    """Compute the states of a frozen trunk once, or open those of an earlier start. All ranks call it.
 
     Args:
         critic: with its frozen part in place.
-        rollouts: all rollouts of one spool whose states will be wanted; its directory is one that all ranks see.
+        rollouts: all rollouts of one cache whose states will be needed; its directory is one that all ranks see.
         compute: device, precision and token budget, which is lowered where memory runs out.
         forest: lay rollouts out as a forest, or as padded rows.
-        stop: looked at between micro-batches.
+        stop: checked between micro-batches.
 
     Yields:
         Progress.
 
-    Returns:
-        The states; None when asked to stop.
-
     Raises:
         OSError: the disk is full.
         MachineError: a rank does not see what the others wrote, or has no memory for a single rollout.
+        Stopped: asked to stop; what was begun is removed.
     """
-    spool, read_only, ranks = rollouts.spool, critic.last_layers is None, compute.ranks
+    cache, read_only, ranks = rollouts.cache, critic.last_layers is None, compute.ranks
     hidden_size = int(critic.trunk.config.hidden_size)
-    stand = False
+    exist = False
     if ranks.is_main:
-        stand = open_states(spool, hidden_size, read_only=read_only) is not None
-        if not stand:
-            clear_states(spool)
-    if not ranks.broadcast(stand):
+        exist = open_states(cache, hidden_size, read_only=read_only) is not None
+        if not exist:
+            clear_states(cache)
+    if not ranks.broadcast(exist):
         done = 0
         yield Progress(stage="keeping the frozen trunk's states", done=0, total=len(rollouts))
-        try:
-            with StatesWriter(spool, hidden_size, read_only=read_only, ranks=ranks) as writer:
-                for places, batch in rollouts.by_group(ROLLOUTS_AT_ONCE):
-                    writer.keep(rollouts.index[places], _share(writer, critic, batch, compute, forest, stop))
-                    done += len(places)
-                    yield Progress(stage="keeping the frozen trunk's states", done=done, total=len(rollouts))
-        except _StoppedError:
-            return None
-        ranks.broadcast(True)  # from here on they stand
-    states = open_states(spool, hidden_size, read_only=read_only)
+        with StatesWriter(cache, hidden_size, read_only=read_only, ranks=ranks) as writer:
+            for index, batch in rollouts.by_group(ROLLOUTS_PER_PASS):
+                writer.commit(rollouts.index[index], _share(writer, critic, batch, compute, forest, stop))
+                done += len(index)
+                yield Progress(stage="keeping the frozen trunk's states", done=done, total=len(rollouts))
+        ranks.broadcast(True)  # the others open the states only now that they are in place
+    states = open_states(cache, hidden_size, read_only=read_only)
     if states is None:
         raise MachineError(
-            f"rank {ranks.rank} does not see the states that were kept in {spool.directory}",
+            f"rank {ranks.rank} does not see the states that were kept in {cache.directory}",
             hint="--out must be on a file system that all machines share",
         )
     return states
-
-
-class _StoppedError(Exception):
-    """Asked to stop; what was begun is removed."""
 
 
 def _share(
     writer: StatesWriter, critic: Critic, batch: Rollouts, compute: Compute, forest: bool, stop: StopRequest
 ) -> Share:
     """This rank's share of some rollouts, computed and written, in smaller micro-batches where memory runs out."""
-
     for attempt in attempts(critic, batch, compute):
         with attempt:
             try:
@@ -357,8 +344,7 @@ def _computed(
     critic: Critic, rollouts: Rollouts, compute: Compute, *, forest: bool, stop: StopRequest
 ) -> Iterator[Computed]:
     for batch in micro_batches(rollouts, compute, forest=forest):
-        if stop.look():
-            raise _StoppedError
+        stop.check_on_all_ranks()
         with compute.autocast():
             states = critic.states_to_cache(batch)
         yield batch, states.float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""AdamW whose moments live in host memory and visit the device only to be updated.
+"""AdamW whose moments are kept in host memory and copied to the device only to be updated.
 
 Two moments are 8 bytes a parameter, half of what float32 training keeps between steps, and are needed for an instant
 of each step. They come in pieces of a fixed size: while one is updated, the next is on its way in and the one before
@@ -19,7 +19,7 @@ from critic_train.model.tensor_file import part_here
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**25
-"""Numbers of each moment that visit together: 128 MiB a moment, and 512 MiB on the device for all that is under way."""
+"""Numbers of each moment that are copied together: 128 MiB a moment, 512 MiB on the device for all copies in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class HostAdamW(torch.optim.AdamW):
 
     Args:
         groups: parameter groups, on one device.
-        piece: how many numbers visit the device together.
+        piece: how many numbers are copied to the device together.
     """
 
     def __init__(self, groups: list[dict[str, Any]], piece: int = PIECE) -> None:
@@ -51,7 +51,7 @@ class HostAdamW(torch.optim.AdamW):
         self._piece = piece
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.data = parameter.data.contiguous()  # it is already, but who knows every architecture
+                parameter.data = parameter.data.contiguous()  # fused AdamW needs it; some architectures transpose
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """A step count beside the parameter, and moments of its shape, spread as it is, in host memory."""
@@ -166,8 +166,8 @@ class _Traffic:
             for moment, arriving in enumerate(here):
                 begin = 0
                 for part in parts:
-                    place = self._buffers[number % 2, moment, begin : begin + part.parameter.numel()]
-                    arriving.append(place.copy_(part.moments[moment], non_blocking=True))
+                    buffer = self._buffers[number % 2, moment, begin : begin + part.parameter.numel()]
+                    arriving.append(buffer.copy_(part.moments[moment], non_blocking=True))
                     begin += part.parameter.numel()
             self._record("in", number)
         self._here[number] = here

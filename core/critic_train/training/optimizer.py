@@ -15,7 +15,7 @@ from critic_train.model.gather import Gather, full_tensor
 from critic_train.model.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.settings import Offload, OptimizerKind, Schedule
-from critic_train.training.eight_bit import CODES, PARTS, AdamWOfParts, in_8_bits, stored_state, whole_state
+from critic_train.training.eight_bit import CODES, PARTS, AdamWOfParts, gathered_state, in_8_bits, stored_state
 from critic_train.training.host_adamw import MOMENTS, HostAdamW
 
 STATE_FILE = "optimizer.safetensors"
@@ -99,7 +99,7 @@ def save_optimizer(
     for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})
         if state and isinstance(optimizer, AdamWOfParts):
-            state = whole_state(state, parameter, gather or full_tensor)
+            state = gathered_state(state, parameter, gather or full_tensor)
         for key, value in state.items():
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             if key in CODES:

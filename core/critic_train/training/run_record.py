@@ -1,9 +1,5 @@
-"""What a run says of itself: run.json, held against an earlier start, and its result.
+"""run.json and result.json of a run, the checkpoint that it resumes from, and whether the disk has room for it."""
 
-Which checkpoint a run goes on from, and whether the disk has room for those to come.
-"""
-
-import time
 import uuid
 from collections.abc import Generator
 from pathlib import Path
@@ -11,49 +7,60 @@ from typing import Any
 
 import torch
 
-from critic_train.data.parquet_footer import FooterError, read_footer
-from critic_train.data.shards import Shard
-from critic_train.data.stores import open_file
-from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError, ModelError
 from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice
 from critic_train.model.loading import ModelSource
 from critic_train.model.saving import TOKENIZER_FILES, checkpoint_bytes, exported_class
-from critic_train.model.selfcheck import PackingChoice
 from critic_train.report.report_sources import PAGE
 from critic_train.run.changes import is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, set_aside
 from critic_train.run.manifest import model_digest, tokenizer_digest
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import remove, require_room
-from critic_train.settings import FitSettings, as_dict, defaults_of
+from critic_train.settings import FitSettings, RunSettings, as_dict, defaults_of
 from critic_train.text import format_bytes
-from critic_train.training.dataset import RunShards
+from critic_train.training.run_shards import RunShards
 from critic_train.training.state_files import BUDGET_FILE
+from critic_train.training.targets import Targets
 from critic_train.training.trainer import Trainer
 from critic_train.versions import versions
 
 
 def compare_with_before(
-    settings: FitSettings, run: RunDirectory, shards: RunShards, source: ModelSource | None, ranks: Ranks
+    settings: FitSettings, run: RunDirectory, shards: RunShards, source: ModelSource | None, ranks: int
 ) -> Generator[Event, None, dict[str, Any] | None]:
-    """Write run.json, or hold this command against the one the run was started with.
+    """Write run.json, or compare this command with the one that the run was started with. Rank 0 calls it alone.
 
     A run without a checkpoint has nothing to lose, so it may be started anew with other settings.
 
+    Args:
+        settings: of this command.
+        run: the run directory.
+        shards: of this command.
+        source: the model to start from, if any.
+        ranks: number of processes.
+
+    Yields:
+        Notices about changed settings that the result does not depend on.
+
     Returns:
-        The result, where the run is finished.
+        The result where the run is finished, else None.
+
+    Raises:
+        ConfigError: the result depends on something that changed, or run.json is gone.
     """
+    if run.left_by:
+        yield Notice(message=f"{run.path} was last held by {run.left_by}, which is gone: its lock is taken over")
     record = {
         "settings": as_dict(settings),
-        "data": shards.data_fingerprint,
-        "val_data": shards.val_fingerprint,
+        "data": shards.train.fingerprint,
+        "val_data": shards.val.fingerprint if shards.val else None,
         "model": model_digest(source.path) if source else None,
         "tokenizer": tokenizer_digest(source.path, TOKENIZER_FILES) if source else None,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "ranks": ranks.size,
+        "ranks": ranks,
     }
     before = run.read_json("run.json")
     if not checkpoints(run.checkpoints):
@@ -77,26 +84,27 @@ def compare_with_before(
     return run.read_json("result.json")
 
 
-def summary_of(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
-    settings, data, plan = trainer.settings, trainer.data, trainer.plan
-    held_out = data.held_out
-    skipped = sum(int(part.get("count", 0)) for part in data.left_out.values())
+def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
+    """What RunStarted shows and run.json keeps as "resolved": data, model and plan, in display order."""
+    data, plan, critic = trainer.data, trainer.plan, trainer.runtime.critic
+    compute, forest = trainer.runtime.compute, trainer.runtime.forest
+    targets = Targets.of(settings.returns, settings.loss)
     return {
         "rollouts": len(data.train),
         "prompt_groups": len(set(data.train.groups.tolist())),
         "response_tokens": data.train.response_tokens,
-        "held_out_rollouts": len(held_out) if held_out else 0,
-        "rows_left_out": skipped,
+        "held_out_rollouts": len(data.held_out) if data.held_out else 0,
+        "rows_left_out": sum(int(part.get("count", 0)) for part in data.left_out.values()),
         "files_left_out": sum(int(part["count"]) for part in data.files_left_out.values()),
         "mean_return": data.train.mean_return,
-        "returns": trainer.targets.in_words() if trainer.targets.recipe.from_rewards else None,
+        "returns": targets.describe() if targets.recipe.from_rewards else None,
         "model": settings.model.model or f"{settings.model.preset} (from scratch)",
-        "architecture": exported_class(trainer.critic),
-        "parameters": sum(p.numel() for p in trainer.critic.parameters()),
-        "packing": "forest" if choice.forest else "rows",
-        "attention": trainer.compute.attention if choice.forest else "as transformers has it",
-        "device": str(trainer.compute.device),
-        "precision": trainer.compute.precision,
+        "architecture": exported_class(critic),
+        "parameters": sum(p.numel() for p in critic.parameters()),
+        "packing": "forest" if forest else "rows",
+        "attention": compute.attention if forest else "as transformers has it",
+        "device": str(compute.device),
+        "precision": compute.precision,
         "lr": trainer.optimizer.param_groups[0]["peak_lr"],
         "head_lr": trainer.optimizer.param_groups[-1]["peak_lr"],
         "steps": plan.total_steps,
@@ -105,30 +113,30 @@ def summary_of(trainer: Trainer, choice: PackingChoice) -> dict[str, Any]:
     }
 
 
-def result_of(trainer: Trainer, began: float, status: str) -> dict[str, Any]:
+def result_of(trainer: Trainer, status: str, elapsed_seconds: float) -> dict[str, Any]:
     """What `--json` prints: how the run ended and how good its best critic is."""
-    judged = trainer.best_evaluation or trainer.last_evaluation
-    evaluation = without_tables(judged or {})
+    state, data = trainer.state, trainer.data
+    evaluation = without_tables(state.best_evaluation or state.last_evaluation or {})
     if "baselines" in evaluation:
-        evaluation["baselines"] = {name: without_tables(found) for name, found in evaluation["baselines"].items()}
+        evaluation["baselines"] = {name: without_tables(made) for name, made in evaluation["baselines"].items()}
     return {
         "status": status,
-        **places_of(trainer.run, trainer.checkpoint),
-        "steps": trainer.position.step,
+        **result_paths(trainer.run, trainer.checkpointer.newest),
+        "steps": state.position.step,
         "total_steps": trainer.plan.total_steps,
-        "best_step": trainer.position.best_step,
-        "skips": trainer.position.skips,
-        "stopped_early": trainer.out_of_patience,
-        "training": trainer.last_metrics,
-        "rows_left_out": trainer.data.left_out,
-        "files_left_out": trainer.data.files_left_out,
+        "best_step": state.position.best_step,
+        "skips": state.position.skips,
+        "stopped_early": trainer.stopped_early,
+        "training": state.last_metrics,
+        "rows_left_out": data.left_out,
+        "files_left_out": data.files_left_out,
         **evaluation,
-        "elapsed_seconds": time.monotonic() - began,
+        "elapsed_seconds": elapsed_seconds,
     }
 
 
-def places_of(run: RunDirectory, newest: Path | None) -> dict[str, Any]:
-    """Where the run's results stand, as seen from here."""
+def result_paths(run: RunDirectory, newest: Path | None) -> dict[str, Any]:
+    """Paths of a run's results as this process reaches them; None for what does not exist."""
     return {
         "out": str(run.path),
         "checkpoint": str(newest) if newest else None,
@@ -137,71 +145,53 @@ def places_of(run: RunDirectory, newest: Path | None) -> dict[str, Any]:
     }
 
 
-CACHED_BYTES_PER_TOKEN = 13
-"""Of the run's cache: token id 4, mask 1, return 4, value 4."""
+def find_resume_checkpoint(run: RunDirectory) -> Generator[Event, None, str | None]:
+    """Find the newest complete checkpoint. Newer ones that are damaged are renamed, not deleted. Only rank 0 calls it.
 
-
-def find_resume_checkpoint(run: RunDirectory) -> Generator[Event, None, Path | None]:
-    """Find the newest whole checkpoint; newer ones that are damaged are told of and set aside, never deleted.
+    Yields:
+        A notice for each checkpoint that was passed over.
 
     Returns:
-        The checkpoint, None where the run has none yet.
+        The name of the checkpoint, None where the run has none yet.
 
     Raises:
-        ModelError: there are checkpoints and none is whole, or a later critic-train wrote the newest.
+        ModelError: there are checkpoints and none is complete, or a later critic-train wrote the newest.
     """
-    newest, wrong = newest_checkpoint(run.checkpoints)
-    if newest is None and wrong:
-        lines = "".join(f"\n  {path.name}: {found.fault}" for path, found in wrong.items())
+    newest, unusable = newest_checkpoint(run.checkpoints)
+    if newest is None and unusable:
+        lines = "".join(f"\n  {path.name}: {state.fault}" for path, state in unusable.items())
         raise ModelError(
             f"none of the checkpoints of {run.path} is whole{lines}",
             hint=f"put a whole one back, or start anew with another --out; nothing in {run.path} was touched",
         )
-    for path, found in wrong.items():
-        if found.kind == "damaged":
+    for path, state in unusable.items():
+        if state.kind == "damaged":
             yield Notice(
-                message=f"{path.name} is damaged ({found.fault}); kept as {set_aside(path).name}", level="warning"
+                message=f"{path.name} is damaged ({state.fault}); kept as {set_aside(path).name}", level="warning"
             )
         else:
-            yield Notice(message=f"{path.name} is incomplete ({found.fault}) and ignored")
-    return newest
+            yield Notice(message=f"{path.name} is incomplete ({state.fault}) and ignored")
+    return newest.name if newest else None
 
 
-def require_room_for_cache(run: RunDirectory, shards: list[Shard]) -> None:
-    """Raise MachineError where the rollouts, once read, will not fit on the disk. A cache that stands counts as room.
+def require_room_for_checkpoints(trainer: Trainer, settings: RunSettings) -> None:
+    """Check that the checkpoints still to come will fit on the disk: those kept, the best, and one being written.
 
-    The size is a lower bound, from the shards' footers: no disk is refused that would have done.
+    Args:
+        trainer: at the step from which the run goes on.
+        settings: --checkpoint-every and --keep.
+
+    Raises:
+        MachineError: they will not.
     """
-    standing = sum(file.stat().st_size for file in run.cache.rglob("*") if file.is_file())
-    tokens = sum(_tokens(shard) for shard in shards)
+    run, plan = trainer.run, trainer.plan
+    left = plan.total_steps - trainer.state.position.step
+    to_come = min(left, -(-left // settings.checkpoint_every) + -(-left // plan.eval_every))
+    standing = len(checkpoints(run.checkpoints))
+    count = min(to_come, max(1, settings.keep + 2 - standing))
+    size = checkpoint_bytes(trainer.runtime.critic)
     require_room(
         run.path,
-        CACHED_BYTES_PER_TOKEN * tokens - standing,
-        f"the cache of {tokens:,} tokens",
-        hint="make room, or give another --out",
-    )
-
-
-def _tokens(shard: Shard) -> int:
-    """At least how many tokens a shard holds: the longest column of whole numbers, by the footer."""
-    try:
-        with open_file(shard.path) as file:
-            groups = read_footer(file).row_groups()
-    except (FooterError, OSError):
-        return 0  # the reader will say what is wrong with it
-    return sum(max((chunk.elements for chunk in group.chunks if chunk.is_integer), default=0) for group in groups)
-
-
-def require_room_for_checkpoints(trainer: Trainer) -> None:
-    """Raise MachineError where the run's checkpoints will not fit: those kept, the best, and one being written."""
-    settings, plan, step = trainer.settings, trainer.plan, trainer.position.step
-    left = plan.total_steps - step
-    to_come = min(left, -(-left // settings.run.checkpoint_every) + -(-left // plan.eval_every))
-    standing = len(checkpoints(trainer.run.checkpoints))
-    count = min(to_come, max(1, settings.run.keep + 2 - standing))
-    size = checkpoint_bytes(trainer.critic)
-    require_room(
-        trainer.run.path,
         count * size,
         f"{count} checkpoints of {format_bytes(size)}" if count > 1 else "a checkpoint",
         hint="make room, give another --out, or keep fewer with --keep",

@@ -22,7 +22,6 @@ from critic_train.model.sharded_checkpoint import ShardedCritic
 from critic_train.run.checkpoint import checkpoint_name, newest_checkpoint
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import File, make_directory, remove_tree
-from critic_train.settings import FitSettings
 from critic_train.training.optimizer import save_optimizer
 
 BUDGET_FILE = "token_budget.json"
@@ -74,7 +73,7 @@ class LastStepSaver:
 
     Args:
         run: the run directory, which all ranks see.
-        settings: of the run.
+        max_tokens: --max-tokens.
         ranks: of the run.
         step: gives the number of optimizer steps taken; 0 while there is nothing to save.
         files: weights and moments; None while there is nothing to save.
@@ -85,13 +84,13 @@ class LastStepSaver:
     def __init__(
         self,
         run: RunDirectory,
-        settings: FitSettings,
+        max_tokens: int,
         ranks: Ranks,
         step: Callable[[], int] = lambda: 0,
         files: StateFiles | None = None,
         write_checkpoint: Callable[[Callable[[Path], None]], Path] | None = None,
     ) -> None:
-        self._run, self._settings, self._ranks = run, settings, ranks
+        self._run, self._max_tokens, self._ranks = run, max_tokens, ranks
         self._step, self._files, self._write_checkpoint = step, files, write_checkpoint
 
     def write_part(self, report_progress: Callable[[], None]) -> None:
@@ -105,7 +104,7 @@ class LastStepSaver:
     def finish(self, report: OutOfMemory, wait_for_parts: Callable[[], None]) -> tuple[str, str]:
         """On rank 0: remember the smaller budget, make a checkpoint of the parts, and say how the run ends."""
         if report.next_start:
-            remember_budget(self._run, self._settings, self._ranks, report.next_start)
+            remember_budget(self._run, self._max_tokens, self._ranks, report.next_start)
         saved = self._save(wait_for_parts)
         if not report.next_start:
             return report.what, report.hint
@@ -148,15 +147,15 @@ class LastStepSaver:
         return self._parts / f"rank-{rank:05d}"
 
 
-def remember_budget(run: RunDirectory, settings: FitSettings, ranks: Ranks, next_start: dict[str, int]) -> None:
+def remember_budget(run: RunDirectory, max_tokens: int, ranks: Ranks, next_start: dict[str, int]) -> None:
     """Write down in the run what the same command is to begin with."""
-    record = {"asked": settings.compute.max_tokens, "ranks": ranks.size}
+    record = {"asked": max_tokens, "ranks": ranks.size}
     before = run.read_json(BUDGET_FILE) or {}
     comparable = all(before.get(name) == value for name, value in record.items())
     run.write_json(BUDGET_FILE, (before if comparable else {}) | record | next_start)
 
 
-def begin_with_remembered_budget(run: RunDirectory, settings: FitSettings, compute: Compute) -> Iterator[Event]:
+def begin_with_remembered_budget(run: RunDirectory, max_tokens: int, compute: Compute) -> Iterator[Event]:
     """Lower the budgets of `compute` to what the run remembers for the same --max-tokens on as many ranks.
 
     From here on the run remembers it, too, where memory runs out on one of several ranks.
@@ -164,17 +163,16 @@ def begin_with_remembered_budget(run: RunDirectory, settings: FitSettings, compu
     Yields:
         A notice where something was lowered.
     """
-    compute.ranks.save_state_with(LastStepSaver(run, settings, compute.ranks))
+    compute.ranks.save_state_with(LastStepSaver(run, max_tokens, compute.ranks))
     record: dict[str, Any] = run.read_json(BUDGET_FILE) or {}
-    asked = settings.compute.max_tokens
-    if (record.get("asked"), record.get("ranks")) != (asked, compute.ranks.size):
+    if (record.get("asked"), record.get("ranks")) != (max_tokens, compute.ranks.size):
         return
-    max_tokens, checked = record.get("max_tokens"), record.get("checked_rollouts")
-    if type(max_tokens) is int and 0 < max_tokens < compute.max_tokens:
-        compute.start_at(max_tokens)
+    lowered, checked = record.get("max_tokens"), record.get("checked_rollouts")
+    if type(lowered) is int and 0 < lowered < compute.max_tokens:
+        compute.start_at(lowered)
         yield Notice(
-            message=f"memory ran out with {asked:,} tokens at once before: starting with {max_tokens:,}; the result is "
-            f"the same. Any other --max-tokens than {asked} is tried as it is"
+            message=f"memory ran out with {max_tokens:,} tokens at once before: starting with {lowered:,}; the result "
+            f"is the same. Any other --max-tokens than {max_tokens} is tried as it is"
         )
     if type(checked) is int and checked > 0:
         compute.checked_rollouts = checked

@@ -1,4 +1,4 @@
-"""How fast a critic trains on the rollouts at hand: a few steps as the run will take them, timed and thrown away."""
+"""How long training takes on the rollouts at hand: a few steps as the run will take them, timed and thrown away."""
 
 import tempfile
 import time
@@ -15,34 +15,34 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.microbatches import micro_batches, predict_values
 from critic_train.rollouts import Rollouts
-from critic_train.settings import FitSettings
-from critic_train.stopping import StopRequest
+from critic_train.settings import OptimizerSettings
+from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.dataset import RolloutSet
 from critic_train.training.frozen_cache import ROWS, CachedStates, cache_states
 from critic_train.training.optimizer import build_optimizer
-from critic_train.training.train_step import LossRecipe, accumulate_gradient, apply_gradient
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
 
 TIMED_STEPS = 3
 """After one that warms up; their median counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """What timed steps on the data at hand took.
+class StepTimes:
+    """What timed steps took.
 
     Attributes:
-        train_seconds_a_token: forward and backward, for each token that is laid out; with kept states, of the trained
-            part alone.
-        predict_seconds_a_token: forward alone, likewise.
-        keep_seconds_a_token: the one pass that keeps a frozen trunk's states; 0 where none are kept.
+        train_seconds_per_token: forward and backward, for each token that is laid out; with cached states, of the
+            trained part alone.
+        predict_seconds_per_token: forward alone, likewise.
+        cache_seconds_per_token: the one pass that caches a frozen trunk's states; 0 where none are cached.
         optimizer_seconds: the clip and the step.
-        moment_bytes: what the optimizer holds.
+        moment_bytes: of the optimizer's state.
         peak_memory_bytes: the most memory held meanwhile.
     """
 
-    train_seconds_a_token: float
-    predict_seconds_a_token: float
-    keep_seconds_a_token: float
+    train_seconds_per_token: float
+    predict_seconds_per_token: float
+    cache_seconds_per_token: float
     optimizer_seconds: float
     moment_bytes: int
     peak_memory_bytes: int
@@ -63,83 +63,74 @@ class Layout:
     @classmethod
     def of(cls, rollouts: Rollouts, compute: Compute, *, forest: bool) -> "Layout":
         """Lay rollouts out, and count."""
-        here = replace(compute, device=torch.device("cpu"), attention="sdpa", states=None)
+        on_cpu = replace(compute, device=torch.device("cpu"), attention="sdpa", states=None)
         computed = read = 0
-        for batch in micro_batches(rollouts, here, forest=forest):
+        for batch in micro_batches(rollouts, on_cpu, forest=forest):
             computed += batch.computed_tokens
             read += len(batch.read_positions)
         return cls(computed_tokens=computed, read_states=read)
 
 
-def measure(
+def time_steps(
     critic: Critic,
-    few: Rollouts,
-    settings: FitSettings,
+    rollouts: Rollouts,
+    settings: OptimizerSettings,
     compute: Compute,
     *,
     forest: bool,
-    keeps_states: bool,
+    caches_states: bool,
     stop: StopRequest,
-) -> Generator[Event, None, Pace | None]:
-    """Time what a run does.
+) -> Generator[Event, None, StepTimes]:
+    """Time the steps of a run.
 
     Args:
-        critic: in training mode, its packing chosen; it is not moved, for the learning rate is 0.
-        few: rollouts as the run keeps them, with targets.
-        settings: of the run.
+        critic: in training mode, its packing chosen; its weights do not change, for the learning rate is 0.
+        rollouts: a few, as the run caches them, with targets.
+        settings: the optimizer, its batch size and clip.
         compute: device, precision and token budget.
         forest: lay rollouts out as a forest, or as padded rows.
-        keeps_states: whether a frozen trunk's states are kept; they then go to a temporary directory meanwhile.
-        stop: looked at between micro-batches.
+        caches_states: whether a frozen trunk's states are cached; they go to a temporary directory meanwhile.
+        stop: checked between micro-batches.
 
     Yields:
         Progress, and a notice where memory ran out.
 
-    Returns:
-        None when asked to stop.
-
     Raises:
         OSError: the temporary directory's disk is full.
+        Stopped: asked to stop.
     """
-    keeping = 0.0
+    cache_seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="critic-train-") as folder:
-        if keeps_states:
+        if caches_states:
             yield Progress(stage="timing the frozen trunk", done=0, total=1, unit="passes")
-            kept = _kept(critic, few, compute, Path(folder), forest=forest, stop=stop)
-            if kept is None:
-                return None
-            states, keeping = kept
+            states, cache_seconds = _time_caching(critic, rollouts, compute, Path(folder), forest=forest, stop=stop)
             compute = replace(compute, states=states)
             # What is trained on them takes so little that a step's own cost counts: steps as large as the run's.
-            few = states.spool.read(np.arange(min(len(few), settings.optimizer.batch_size)))
+            rollouts = states.cache.read(np.arange(min(len(rollouts), settings.batch_size)))
         yield Progress(stage="timing steps", done=0, total=TIMED_STEPS, unit="steps")
-        pace = _timed(critic, few, settings, compute, keeping, forest=forest, stop=stop)
+        times = _time_training(critic, rollouts, settings, compute, cache_seconds, forest=forest, stop=stop)
     if sentence := compute.lowered():
         yield Notice(message=sentence, level="warning")
-    return pace
+    return times
 
 
-def _kept(
-    critic: Critic, few: Rollouts, compute: Compute, folder: Path, *, forest: bool, stop: StopRequest
-) -> tuple[CachedStates, float] | None:
-    """The states of some rollouts, and the seconds a token that they took."""
-    few = few.take(np.argsort(few.row))
-    spool = write_cache(folder / "few", [few])
-    rollouts = RolloutSet(spool=spool, index=np.arange(len(few), dtype=np.int64), files=[])
-    states: CachedStates | None = None
-    began = 0.0
+def _time_caching(
+    critic: Critic, rollouts: Rollouts, compute: Compute, folder: Path, *, forest: bool, stop: StopRequest
+) -> tuple[CachedStates, float]:
+    """The states of some rollouts, and the seconds per token that they took."""
+    rollouts = rollouts.take(np.argsort(rollouts.row))
+    cache = write_cache(folder / "few", [rollouts])
+    index = np.arange(len(rollouts), dtype=np.int64)
+    rollout_set = RolloutSet(cache=cache, index=index, files=[], renames={})
     for _ in range(2):  # the first pass allocates
-        spool.drop_column(ROWS)
+        cache.drop_column(ROWS)
         began = _now(compute)
-        states = _last(cache_states(critic, rollouts, compute, forest=forest, stop=stop))
-        if states is None:
-            return None
-    assert states is not None
-    seconds = _now(compute) - began
-    return states, seconds / Layout.of(few, compute, forest=forest).computed_tokens
+        states = _return_value(cache_states(critic, rollout_set, compute, forest=forest, stop=stop))
+        seconds = _now(compute) - began
+    return states, seconds / Layout.of(rollouts, compute, forest=forest).computed_tokens
 
 
-def _last(events: Generator[Event, None, CachedStates | None]) -> CachedStates | None:
+def _return_value(events: Generator[Event, None, CachedStates]) -> CachedStates:
     """What a generator returns."""
     while True:
         try:
@@ -148,51 +139,46 @@ def _last(events: Generator[Event, None, CachedStates | None]) -> CachedStates |
             return ended.value  # type: ignore[no-any-return]
 
 
-def _timed(
+def _time_training(
     critic: Critic,
-    few: Rollouts,
-    settings: FitSettings,
+    rollouts: Rollouts,
+    settings: OptimizerSettings,
     compute: Compute,
-    keeping: float,
+    cache_seconds: float,
     *,
     forest: bool,
     stop: StopRequest,
-) -> Pace | None:
+) -> StepTimes:
     recipe = LossRecipe(cliprange_value=None, mode="token-mean", scale_factor=None)
     optimizer = build_optimizer(
-        critic.train(),
-        lr=0.0,
-        head_lr=0.0,
-        weight_decay=0.0,
-        kind=settings.optimizer.optimizer,
-        offload=compute.offload,
+        critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer, offload=compute.offload
     )
     rows: list[tuple[float, float, float, int]] = []
     for _ in range(1 + TIMED_STEPS):
         began = _now(compute)
-        result = accumulate_gradient(critic, few, recipe, compute, forest=forest, stop=stop)
-        if result is None:
-            return None
+        result = accumulate_gradient(critic, rollouts, recipe, compute, forest=forest, stop=stop)
         trained = _now(compute)
-        apply_gradient(critic, optimizer, settings.optimizer.grad_clip, result.value_loss)
+        clip_gradient(critic, settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         stepped = _now(compute)
-        if predict_values(critic, few, compute, forest=forest, stop=stop) is None:
-            return None
+        if predict_values(critic, rollouts, compute, forest=forest, stop=stop) is None:
+            raise Stopped
         rows.append((trained - began, stepped - trained, _now(compute) - stepped, result.computed_tokens))
     # The first one allocates, and on CUDA compiles and tunes.
     train, step, predict, tokens = np.median(np.asarray(rows[1:]), axis=0).tolist()
-    return Pace(
-        train_seconds_a_token=train / tokens,
-        predict_seconds_a_token=predict / tokens,
-        keep_seconds_a_token=keeping,
+    return StepTimes(
+        train_seconds_per_token=train / tokens,
+        predict_seconds_per_token=predict / tokens,
+        cache_seconds_per_token=cache_seconds,
         optimizer_seconds=step,
-        moment_bytes=_held(optimizer),
+        moment_bytes=_state_bytes(optimizer),
         peak_memory_bytes=compute.peak_memory_bytes(),
     )
 
 
-def _held(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state; step counts aside, and what parameters share once."""
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state, without step counts; a tensor that parameters share counts once."""
     tensors = {
         id(value): value.numel() * value.element_size()
         for state in optimizer.state.values()

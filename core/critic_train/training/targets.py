@@ -1,4 +1,4 @@
-"""What a run's returns are made of, and when: once on reading, or anew in every epoch."""
+"""How the returns of a run are computed, and when: once on reading, or anew in every epoch."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from critic_train.data.reading import Needs
 from critic_train.data.returns import ReturnRecipe
 from critic_train.rollouts import Rollouts
-from critic_train.settings import FitSettings
+from critic_train.settings import LossSettings, ReturnsSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,9 +15,9 @@ class Targets:
 
     Attributes:
         recipe: how they are made.
-        moving: whether they are made anew at the start of each epoch, from this critic's own values (`--returns gae
-            --old-values epoch`). What the spool holds as `returns` is then the Monte-Carlo sum: a target that does
-            not move, which held-out rollouts are judged against.
+        moving: whether they are computed anew at the start of each epoch, from this critic's own values (`--returns
+            gae --old-values epoch`). What the cache holds as `returns` is then the Monte-Carlo sum: a target that does
+            not move, on which held-out rollouts are evaluated.
         clip_to_stored: whether the loss is clipped around the shards' own values.
     """
 
@@ -26,18 +26,18 @@ class Targets:
     clip_to_stored: bool
 
     @classmethod
-    def of(cls, settings: FitSettings) -> "Targets":
+    def of(cls, returns: ReturnsSettings, loss: LossSettings) -> "Targets":
         """The targets that the settings describe."""
-        recipe = ReturnRecipe.of(settings.returns)
+        recipe = ReturnRecipe.of(returns)
         return cls(
             recipe=recipe,
-            moving=recipe.uses_values and settings.loss.old_values == "epoch",
-            clip_to_stored=settings.loss.old_values == "column" and not settings.loss.no_clip,
+            moving=recipe.uses_values and loss.old_values == "epoch",
+            clip_to_stored=loss.old_values == "column" and not loss.no_clip,
         )
 
     @property
     def needs(self) -> Needs:
-        """What must be read of the shards."""
+        """Which columns of the shards must be read."""
         return Needs(
             returns=not self.recipe.from_rewards,
             values=self.clip_to_stored or (self.recipe.uses_values and not self.moving),
@@ -45,23 +45,28 @@ class Targets:
             truncated=self.recipe.reads_truncated,
         )
 
+    @property
+    def drops_truncated(self) -> bool:
+        """Whether rollouts that were cut are left out (--truncated drop)."""
+        return self.recipe.truncated == "drop"
+
     def on_reading(self, rollouts: Rollouts) -> Rollouts:
-        """What the run keeps of rollouts as read."""
+        """Rollouts as the run caches them, from rollouts as read."""
         if self.moving:
-            fixed = replace(self.recipe, kind="mc", truncated="terminal")
-            return fixed.with_returns(rollouts, None)
+            monte_carlo = replace(self.recipe, kind="mc", truncated="terminal")
+            return monte_carlo.with_returns(rollouts, None)
         made = self.recipe.with_returns(rollouts, rollouts.values) if self.recipe.from_rewards else rollouts
         return replace(made, rewards=None, truncated=None)
 
     def in_epoch(self, rollouts: Rollouts) -> Rollouts:
-        """What an epoch trains on: `values` are this critic's own at its start where targets move."""
+        """Rollouts as an epoch trains on them; where targets move, `values` must be this critic's at its start."""
         return self.recipe.with_returns(rollouts, rollouts.values) if self.moving else rollouts
 
     def as_record(self) -> dict[str, Any]:
-        """What tells one way of reading from another, JSON-able."""
+        """JSON-able; two runs whose records are equal cache the same returns."""
         return asdict(self)
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """For a person: `gae, gamma 1, lambda 0.95, from this critic's values at each epoch's start`."""
         recipe = self.recipe
         parts: list[str] = [recipe.kind]

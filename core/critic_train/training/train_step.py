@@ -1,8 +1,9 @@
-"""One optimizer step: a mini-batch's gradient, gathered over its micro-batches."""
+"""The gradient of one optimizer step: that of a mini-batch, accumulated over its micro-batches."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from critic_train.model.microbatches import micro_batches
 from critic_train.model.model_input import ModelInput
 from critic_train.model.oom import attempts
 from critic_train.rollouts import Rollouts
-from critic_train.settings import LossAggMode
+from critic_train.settings import LossAggMode, LossSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.loss import share_of_tokens, token_weights, value_loss
 
@@ -34,10 +35,26 @@ class LossRecipe:
     mode: LossAggMode
     scale_factor: float | None
 
+    @classmethod
+    def of(cls, settings: LossSettings) -> "LossRecipe":
+        """The loss that the settings ask for."""
+        clip = None if settings.no_clip or settings.old_values == "none" else settings.cliprange_value
+        return cls(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a mini-batch was and gave. Shares are of its masked tokens."""
+    """Figures of a mini-batch.
+
+    Attributes:
+        value_loss: its loss.
+        clipfrac: share of its masked tokens whose clipped loss is the larger.
+        saturation: share of its masked tokens whose gradient the clip zeroes.
+        vpred_mean: mean predicted value of its masked tokens.
+        response_tokens: masked tokens.
+        rollout_tokens: tokens of all rollouts.
+        computed_tokens: positions that went through the model, padding included, over all ranks.
+    """
 
     value_loss: float
     clipfrac: float
@@ -56,7 +73,7 @@ def accumulate_gradient(
     *,
     forest: bool,
     stop: StopRequest,
-) -> StepResult | None:
+) -> StepResult:
     """Add the gradient of a whole mini-batch's loss to the critic's parameters.
 
     The weights of the loss come from the whole mini-batch's mask, so micro-batch losses add up and neither
@@ -69,10 +86,14 @@ def accumulate_gradient(
         compute: device, precision and token budget, which is halved where memory runs out: the mini-batch then starts
             again, and its gradient is the same.
         forest: lay rollouts out as a forest, or as padded rows.
-        stop: looked at before every micro-batch.
+        stop: checked before every micro-batch.
 
     Returns:
-        The mini-batch's figures, or None when asked to stop: the gradient is then incomplete.
+        The mini-batch's figures.
+
+    Raises:
+        Stopped: asked to stop; the gradient is incomplete.
+        MachineError: there is not memory enough for a single rollout.
     """
     weights = mini_batch_weights(rollouts, recipe)
     for attempt in attempts(critic, rollouts, compute):
@@ -91,24 +112,26 @@ def gradient_pass(
     forest: bool,
     stop: StopRequest,
     after_each: Callable[[NDArray[np.int64], torch.Tensor], None] | None = None,
-) -> StepResult | None:
-    """Forward and backward of every micro-batch, once; `accumulate_gradient` does it until it fits into memory.
+) -> StepResult:
+    """Forward and backward of every micro-batch, once. `accumulate_gradient` repeats it where memory runs out.
 
     Args:
-        critic: as there, and so are the others.
+        critic: on its device, gradients cleared.
         rollouts: a mini-batch, or a part of one.
         recipe: the loss.
         compute: device, precision and token budget.
         weights: float32 [T], the weight of each token's loss in that of the whole mini-batch.
-        forest: the layout.
-        stop: looked at before every micro-batch.
-        after_each: called after every micro-batch with int64 [M], the places of its response tokens, and its loss.
+        forest: lay rollouts out as a forest, or as padded rows.
+        stop: checked before every micro-batch.
+        after_each: called after every micro-batch with int64 [M], its response tokens among the T, and its loss.
+
+    Raises:
+        Stopped: asked to stop.
     """
     totals = torch.zeros(4, dtype=torch.float64)
     computed_tokens = 0
-    for batch, last in marked(micro_batches(rollouts, compute, forest=forest)):
-        if stop.look():
-            return None
+    for batch, last in mark_last(micro_batches(rollouts, compute, forest=forest)):
+        stop.check_on_all_ranks()
         set_gradient_sync((critic.trunk, critic.head), last=last or after_each is not None)
         with compute.autocast():
             values = critic(batch)
@@ -125,7 +148,7 @@ def gradient_pass(
         computed_tokens += batch.computed_tokens
         if after_each is not None:
             after_each(batch.response_tokens, part.loss.detach())
-    # Of several ranks each has gone through its share; the figures are the whole mini-batch's.
+    # Each rank has gone through its share of the mini-batch; the figures are those of all of it.
     response_tokens = int(rollouts.response_mask.sum())
     loss, clipped, saturated, summed, computed = compute.ranks.all_reduce_sum(
         torch.cat([totals, torch.tensor([computed_tokens], dtype=torch.float64)])
@@ -147,42 +170,20 @@ def mini_batch_weights(rollouts: Rollouts, recipe: LossRecipe) -> NDArray[np.flo
     return np.repeat(per_rollout, rollouts.lengths).astype(np.float32)
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient of a mini-batch is not finite; no step was taken."""
-
-
-def apply_gradient(critic: Critic, optimizer: torch.optim.Optimizer, grad_clip: float, loss: float) -> float:
-    """Clip the gradient, step, and clear it.
-
-    Args:
-        critic: with the gradient of a whole mini-batch.
-        optimizer: with its learning rates set.
-        grad_clip: the largest norm; 0 turns the clip off.
-        loss: the mini-batch's loss, checked beside the gradient.
+def clip_gradient(critic: Critic, grad_clip: float) -> float:
+    """Scale the critic's gradient down to a norm of `grad_clip` where it is larger; 0 turns the clip off.
 
     Returns:
-        The gradient's norm before the clip.
-
-    Raises:
-        NonFiniteError: the loss or the gradient is not finite. No step is taken, and the gradient is cleared.
+        The norm before the clip.
     """
-    norm = gradient_norm(critic, grad_clip or math.inf)
-    if not math.isfinite(norm) or not math.isfinite(loss):
-        optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"the loss is {loss:g} and the gradient norm {norm:g}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def gradient_norm(critic: Critic, largest: float = math.inf) -> float:
-    """The norm of the critic's gradient, which is scaled down to `largest` where it is above it."""
     parameters = [p for p in critic.parameters() if p.grad is not None]
-    return whole_number(torch.nn.utils.clip_grad_norm_(parameters, largest))
+    norm: Any = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    # Of sharded parameters the norm is a DTensor, of which each rank holds a part.
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def marked(batches: Iterable[ModelInput]) -> Iterator[tuple[ModelInput, bool]]:
-    """Each micro-batch, and whether it is the last."""
+def mark_last(batches: Iterable[ModelInput]) -> Iterator[tuple[ModelInput, bool]]:
+    """(micro-batch, whether it is the last one)."""
     before: ModelInput | None = None
     for batch in batches:
         if before is not None:
@@ -190,11 +191,6 @@ def marked(batches: Iterable[ModelInput]) -> Iterator[tuple[ModelInput, bool]]:
         before = batch
     if before is not None:
         yield before, True
-
-
-def whole_number(number: torch.Tensor) -> float:
-    """A number of which, after sharding, every rank holds a part."""
-    return float(number.full_tensor() if hasattr(number, "full_tensor") else number)
 
 
 def _column(array: np.ndarray[tuple[int], np.dtype[np.float32]], compute: Compute) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What trackers wrote, read back by their own readers; and what happens where one fails."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from support import readable_rollouts, write_shard
 from warm import program
 
 from critic_train.callbacks.trackers import evaluation_metrics, step_metrics
+from critic_train.data import row_checks
 from critic_train.errors import ConfigError
 from critic_train.events import EvaluationEnded, Notice, RunEnded, StepEnded
 from critic_train.settings import FitSettings
@@ -82,6 +84,29 @@ def test_tensorboard_reads_every_step_and_evaluation(shards, tmp_path):
     assert read == pytest.approx(losses(tmp_path), rel=1e-6)
     read = {scalar.step: scalar.value for scalar in events.Scalars("critic/vf_explained_var")}
     assert read == pytest.approx(explained(tmp_path), rel=1e-6, abs=1e-9)
+
+
+def test_tensorboard_shows_how_many_steps_were_skipped(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr(row_checks, "LARGEST", math.inf)  # reading would refuse returns that no gradient survives
+    rollouts = readable_rollouts(6, seed=1)
+    rollouts.returns[rollouts.offsets[6] : rollouts.offsets[7]] = 3e19
+    write_shard(tmp_path / "data" / "a.parquet", rollouts)
+    changes = {"on_non_finite": "skip", "no_clip": True, "val_fraction": 0.0, "batch_size": 4, "max_steps": 12}
+    settings = settings_for(tmp_path / "data", tmp_path / "out", log_to=["tensorboard"], **changes)
+    taken = {event.step: event.skipped_steps for event in fit(settings, StopRequest()) if isinstance(event, StepEnded)}
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    skipped = [record["step"] for record in map(json.loads, lines) if record["event"] == "skip"]
+    assert len(skipped) == 2
+    events = accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    read = {scalar.step: scalar.value for scalar in events.Scalars("critic/skipped_steps")}
+    assert read == taken == {step: sum(s < step for s in skipped) for step in range(1, 13) if step not in skipped}
+
+
+def test_steps_of_a_run_that_may_not_skip_carry_no_count(shards, tmp_path):
+    events = list(fit(settings_for(shards, tmp_path), StopRequest()))
+    assert {event.skipped_steps for event in events if isinstance(event, StepEnded)} == {None}
 
 
 def test_trackio_keeps_every_step_in_its_database(shards, tmp_path):

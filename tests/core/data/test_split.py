@@ -1,7 +1,9 @@
 """`split`: the rows that `fit` would hold out, in files of their own, with everything that was in them."""
 
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +14,15 @@ from support import StopAfter, readable_rollouts, write_shard
 from critic_train.data import decoding
 from critic_train.data.split import split
 from critic_train.errors import ConfigError, DataError
-from critic_train.events import RunEnded
+from critic_train.events import Event, RunEnded
+from critic_train.run.run_directory import RunDirectory
 from critic_train.settings import FitSettings, SplitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.dataset import find_run_shards, limits_of, open_data
+from critic_train.training.dataset import open_data
+from critic_train.training.run_shards import find_run_shards, read_rollouts, row_limits
+from critic_train.training.targets import Targets
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -42,23 +49,26 @@ def tables(folder: Path) -> dict[str, pa.Table]:
     return {p.relative_to(folder).as_posix(): pq.read_table(p) for p in sorted(folder.rglob("*.parquet"))}
 
 
+def returned(events: Generator[Event, None, T]) -> T:
+    """What a generator returns."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as done:
+            return done.value
+
+
 @pytest.mark.parametrize(("fraction", "seed"), [(0.1, 0), (0.3, 7), (0.9, 1)])
 def test_the_rows_held_out_are_those_that_fit_holds_out(fraction, seed, shards, tmp_path):
     result = divide(shards, tmp_path / "to", val_fraction=fraction, seed=seed).result
     settings = FitSettings(data=[str(shards)], val_fraction=fraction, seed=seed)
-    reading = open_data(
-        settings, find_run_shards(settings), limits_of(settings, None), tmp_path / "cache", StopRequest()
-    )
-    while True:
-        try:
-            next(reading)
-        except StopIteration as done:
-            data = done.value
-            break
+    targets, run, sets = Targets.of(settings.returns, settings.loss), RunDirectory(tmp_path / "run"), settings.reading
+    names = returned(read_rollouts(sets, targets, find_run_shards(sets), row_limits(None, None), run, StopRequest()))
+    data = returned(open_data(sets, targets, run.cache, names, seed))
     everything = pa.concat_tables(tables(shards).values())
     for side, chosen in (("train", data.train), ("val", data.held_out)):
         found = pa.concat_tables(tables(tmp_path / "to" / side).values())
-        assert found == everything.take(np.sort(chosen.spool.rows[chosen.index]))
+        assert found == everything.take(np.sort(chosen.cache.rows[chosen.index]))
         assert result[side] == {"rollouts": len(chosen), "prompt_groups": len(set(chosen.groups.tolist()))}
     assert {p.name for p in (tmp_path / "to").iterdir()} == {"train", "val", "_split.json"}
 

@@ -127,10 +127,10 @@ def test_a_micro_batch_is_told_from_the_others() -> None:
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] + 9] = 3e38
     suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
-    assert suspects.places[0] == 7
-    assert suspects.finite.tolist() == [False] + [True] * (len(suspects.places) - 1)
-    assert 1 <= len(suspects.places) <= 3
-    assert "1 of its 4 micro-batches is not finite alone" in suspects.what
+    assert suspects.index[0] == 7
+    assert suspects.finite.tolist() == [False] + [True] * (len(suspects.index) - 1)
+    assert 1 <= len(suspects.index) <= 3
+    assert "1 of its 4 micro-batches is not finite alone" in suspects.reason
     assert all(p.grad is None for p in critic.parameters())
 
 
@@ -139,8 +139,8 @@ def test_a_sum_that_is_not_finite_is_told_from_its_parts() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(4)], [5] * 4)
     suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
-    assert suspects.what == "each of its micro-batches is finite alone, only their sum is not"
-    assert suspects.places.tolist() == [0, 1, 2, 3]
+    assert suspects.reason == "each of its micro-batches is finite alone, only their sum is not"
+    assert suspects.index.tolist() == [0, 1, 2, 3]
     assert suspects.finite.all()
 
 
@@ -161,7 +161,7 @@ def test_ruined_weights_are_no_rollouts_fault() -> None:
         critic.head.bias.fill_(math.nan)
     rollouts = rollouts_of([np.arange(1, 21, dtype=np.int32)], [5])
     suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
-    assert suspects.what == "the weights themselves are no longer finite: an earlier step ruined them"
+    assert suspects.reason == "the weights themselves are no longer finite: an earlier step ruined them"
     assert not suspects.finite.any()
 
 

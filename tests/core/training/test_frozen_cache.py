@@ -64,7 +64,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_kept_states_give_the_same_run(train, packing, base, shards, tmp_path, monkeypatch):
     events = run(shards, tmp_path / "kept", base, train, packing=packing)
     assert any(isinstance(e, Progress) and "frozen" in e.stage for e in events)
-    monkeypatch.setattr(Trainer, "_keep_states", lambda self: iter(()))
+    monkeypatch.setattr(Trainer, "_cache_states", lambda self: iter(()))
     run(shards, tmp_path / "again", base, train, packing=packing)
     kept, again = curve(tmp_path / "kept"), curve(tmp_path / "again")
     assert [name for name, _ in kept] == [name for name, _ in again]
@@ -77,7 +77,7 @@ def test_other_architectures_keep_states_too(family, shards, tmp_path, monkeypat
     base = base_of(family, tmp_path / "base")
     events = run(shards, tmp_path / "kept", base, "last-1", epochs=1)
     assert not [e.message for e in events if isinstance(e, Notice) and "kept states" in e.message]
-    monkeypatch.setattr(Trainer, "_keep_states", lambda self: iter(()))
+    monkeypatch.setattr(Trainer, "_cache_states", lambda self: iter(()))
     run(shards, tmp_path / "again", base, "last-1", epochs=1)
     kept, again = curve(tmp_path / "kept"), curve(tmp_path / "again")
     assert [loss for _, loss in kept] == pytest.approx([loss for _, loss in again], rel=1e-4)

@@ -1,0 +1,151 @@
+"""Writes the checkpoints of a run and loads the one it resumes from. All ranks take part; rank 0 owns the files."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from critic_train.errors import ModelError
+from critic_train.events import CheckpointSaved, Event, Notice
+from critic_train.model.saving import checkpoint_bytes
+from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
+from critic_train.run.run_directory import RunDirectory
+from critic_train.run.storage import write_json
+from critic_train.training.old_values import OldValues
+from critic_train.training.optimizer import load_optimizer
+from critic_train.training.plan import TrainingPlan
+from critic_train.training.runtime import CriticRuntime
+from critic_train.training.state import TrainingState, restore_token_budget, token_budget_record
+from critic_train.training.state_files import LastStepSaver, StateFiles
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpointer:
+    """Saves and restores weights, moments and state of a run.
+
+    Attributes:
+        run: the run directory.
+        manager: writes and prunes checkpoint directories.
+        every: --checkpoint-every.
+        runtime: the critic that is trained.
+        optimizer: of the critic.
+        state: of the run; saved, and restored.
+        plan: of the run.
+        seed: of the run, for the record.
+        max_tokens: --max-tokens, for the record of the token budget.
+        files: writes weights and moments.
+        old_values: its columns are removed when no checkpoint needs them; None unless --old-values epoch.
+        newest: the newest checkpoint that was written or loaded here.
+    """
+
+    run: RunDirectory
+    manager: CheckpointManager
+    every: int
+    runtime: CriticRuntime
+    optimizer: torch.optim.Optimizer
+    state: TrainingState
+    plan: TrainingPlan
+    seed: int
+    max_tokens: int
+    files: StateFiles
+    old_values: OldValues | None
+    newest: Path | None = None
+    _saved_step: int = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the present step gets a checkpoint wherever the run ends."""
+        position = self.state.position
+        return position.step > 0 and (position.step % self.every == 0 or position.best_step == position.step)
+
+    def save_on_out_of_memory(self) -> None:
+        """Have the last whole step saved where memory runs out on one of several ranks."""
+        ranks = self.runtime.compute.ranks
+        ranks.save_state_with(
+            LastStepSaver(self.run, self.max_tokens, ranks, lambda: self.state.position.step, self.files, self._write)
+        )
+
+    def load(self, checkpoint: Path) -> Iterator[Event]:
+        """Restore moments and state from a checkpoint; the critic was loaded from it already. All ranks call it.
+
+        Yields:
+            Notices.
+
+        Raises:
+            ModelError: the checkpoint is of another model, or its state is not as critic-train writes it.
+        """
+        self.newest = checkpoint
+        self.manager.mark_complete(checkpoint)
+        load_optimizer(self.optimizer, self.runtime.critic, checkpoint)
+        record = read_state(checkpoint)
+        try:
+            self.state.restore(record, self.plan.total_steps)
+            lowered = restore_token_budget(record.get("token_budget"), self.max_tokens, self.runtime.compute)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{checkpoint / 'trainer.json'} is not as critic-train writes it: {error}") from error
+        best = self.run.checkpoints / checkpoint_name(self.state.position.best_step or 0)
+        if self.run.best is None and best.is_dir():  # `best` was a link to a newer checkpoint, since found damaged
+            self.run.point_best_at(best)
+        yield Notice(message=f"resuming from {checkpoint.name}")
+        if lowered:
+            yield Notice(message=lowered)
+
+    def save(self) -> Iterator[Event]:
+        """Write the checkpoint of the present step; update `best` and remove old checkpoints. All ranks call it.
+
+        A checkpoint of this step that is there already, whole, is left as it is: the same step has the same state.
+        Step 0 has none.
+
+        Raises:
+            MachineError: the disk is full or not writable.
+        """
+        step, ranks = self.state.position.step, self.runtime.compute.ranks
+        if step in (0, self._saved_step):
+            return
+        self._saved_step = step
+        if not ranks.is_main:
+            while ranks.broadcast(None):  # once for each try of rank 0 to write; a full disk makes it try again
+                self.files.write(None)
+            return
+
+        def write_state(directory: Path) -> None:
+            ranks.broadcast(True)
+            self.files.write(directory)
+
+        path = self._write(write_state)
+        ranks.broadcast(False)
+        remaining = self.manager.prune(self.run.best)
+        if self.old_values is not None:
+            self.old_values.drop_before(min((self._epoch_of(p) for p in remaining), default=0))
+        size = sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+        for message in self.manager.warnings:
+            yield Notice(message=message, level="warning")
+        self.manager.warnings.clear()
+        yield CheckpointSaved(step=step, path=str(path), size_bytes=size)
+
+    def _epoch_of(self, checkpoint: Path) -> int:
+        """The epoch in which a run would resume from a checkpoint."""
+        return self.plan.locate(checkpoint_step(checkpoint) or 0)[0]
+
+    def _write(self, write_state: Callable[[Path], None]) -> Path:
+        """On rank 0: write the checkpoint of the present step, given what writes weights and moments; update `best`."""
+
+        def fill(directory: Path) -> None:
+            write_state(directory)
+            self._write_record(directory)
+
+        step = self.state.position.step
+        needed = checkpoint_bytes(self.runtime.critic)
+        self.newest = self.manager.write(step, fill, bytes_needed=needed, best=self.run.best)
+        if self.state.position.best_step == step:
+            self.run.point_best_at(self.newest)
+        return self.newest
+
+    def _write_record(self, directory: Path) -> None:
+        """Write `trainer.json`."""
+        self.state.position.metrics_bytes = self.run.synced_metrics_bytes()
+        epoch, mini_batch = self.plan.locate(self.state.position.step)
+        token_budget = token_budget_record(self.max_tokens, self.runtime.compute)
+        record = self.state.as_record(epoch=epoch, mini_batch=mini_batch, seed=self.seed, token_budget=token_budget)
+        write_json(directory / "trainer.json", record)

@@ -1,0 +1,138 @@
+"""Where a run stands: what a checkpoint remembers besides weights and moments (its `trainer.json`)."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from critic_train.model.compute import Compute
+
+
+@dataclass(slots=True, kw_only=True)
+class Position:
+    """How far a run has come.
+
+    No random state is recorded because none is used: the order of the rollouts is a function of (seed, epoch), dropout
+    is off, and initial weights are drawn once from the seed.
+
+    Attributes:
+        step: optimizer steps taken.
+        evaluated_step: the step of the last evaluation, -1 before the first.
+        best_step: the step with the best held-out figure (`--best-by`) so far, None while there is none.
+        best_figure: that figure.
+        evaluations_since_best: evaluations after it; after step 0 while there is none.
+        metrics_bytes: length of metrics.jsonl at the checkpoint.
+        skips: steps skipped so far because their loss or gradient was not finite.
+    """
+
+    step: int = 0
+    evaluated_step: int = -1
+    best_step: int | None = None
+    best_figure: float | None = None
+    evaluations_since_best: int = 0
+    metrics_bytes: int = 0
+    skips: int = 0
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], total_steps: int) -> "Position":
+        """The position that a checkpoint recorded.
+
+        Raises:
+            TypeError, ValueError: the record is not one, or lies beyond `total_steps`.
+        """
+        position = cls(**record)
+        counts = (position.step, position.metrics_bytes, position.skips, position.evaluations_since_best)
+        if not all(type(count) is int and count >= 0 for count in counts) or type(position.evaluated_step) is not int:
+            raise ValueError("a count that is no whole number")
+        if position.step > total_steps:
+            raise ValueError(f"step {position.step} of a run of {total_steps}")
+        if not isinstance(position.best_step, int | None) or not isinstance(position.best_figure, float | int | None):
+            raise ValueError("a best step or figure that is no number")
+        return position
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingState:
+    """The position of a run, and the figures that its result reports.
+
+    Attributes:
+        position: how far the run has come.
+        last_metrics: of the last optimizer step.
+        last_evaluation: metrics of the last evaluation, None before the first.
+        best_evaluation: metrics of the evaluation at `position.best_step`.
+    """
+
+    position: Position = field(default_factory=Position)
+    last_metrics: dict[str, Any] = field(default_factory=dict)
+    last_evaluation: dict[str, Any] | None = None
+    best_evaluation: dict[str, Any] | None = None
+
+    def as_record(self, *, epoch: int, mini_batch: int, seed: int, token_budget: dict[str, int]) -> dict[str, Any]:
+        """The content of `trainer.json`, JSON-able.
+
+        Args:
+            epoch: of the next step.
+            mini_batch: of the next step, within the epoch.
+            seed: of the run.
+            token_budget: from `token_budget_record`.
+        """
+        return {
+            "position": asdict(self.position),
+            "epoch": epoch,
+            "mini_batch": mini_batch,
+            "seed": seed,
+            "token_budget": token_budget,
+            "last_metrics": self.last_metrics,
+            "last_evaluation": self.last_evaluation,
+            "best_evaluation": self.best_evaluation,
+        }
+
+    def restore(self, record: dict[str, Any], total_steps: int) -> None:
+        """Take over what `as_record` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record is not one of `as_record`.
+        """
+        self.position = Position.from_record(record["position"], total_steps)
+        self.last_evaluation = record["last_evaluation"]
+        self.best_evaluation = record["best_evaluation"]
+        self.last_metrics = dict(record["last_metrics"])
+
+
+def token_budget_record(max_tokens: int, compute: Compute) -> dict[str, int]:
+    """What a checkpoint remembers of the token budget, so that a resumed run starts with what memory had room for.
+
+    Args:
+        max_tokens: --max-tokens.
+        compute: its `max_tokens` may be lower by now, on each of its `ranks`.
+    """
+    return {"asked": max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
+
+
+def restore_token_budget(record: dict[str, Any] | None, max_tokens: int, compute: Compute) -> str:
+    """Lower `compute.max_tokens` to what a checkpoint remembers.
+
+    Where --max-tokens or the number of ranks is another than before, the record says nothing: each rank then holds
+    another part of the weights.
+
+    Args:
+        record: of `token_budget_record`; None where the checkpoint has none.
+        max_tokens: --max-tokens of this start.
+        compute: its `max_tokens` is lowered.
+
+    Returns:
+        A notice for the user; empty where nothing was lowered.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no such record.
+    """
+    if record is None:
+        return ""
+    asked, lowered, size = (record[name] for name in ("asked", "max_tokens", "ranks"))
+    if not all(type(number) is int and number > 0 for number in (asked, lowered, size)):
+        raise ValueError("a token budget that is no whole number")
+    if (asked, size) != (max_tokens, compute.ranks.size) or lowered >= compute.max_tokens:
+        return ""
+    compute.start_at(lowered)
+    return (
+        f"memory ran out with {asked:,} tokens at once before: starting with {lowered:,}; the result is the same. "
+        f"Any other --max-tokens than {asked} is tried as it is"
+    )
