@@ -79,7 +79,8 @@ class Trainer:
             self.batches.close()
 
     def _loop(self) -> Iterator[Event]:
-        if self.caches_states and not self.is_done:
+        # The last evaluation may still be due after the last step: like those before, it reads cached states.
+        if self.caches_states and (not self.is_done or (self.evaluator is not None and self.evaluator.is_due)):
             yield from self._cache_states()
         while True:
             if self.evaluator is not None and self.evaluator.is_due:
