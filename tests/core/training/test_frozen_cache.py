@@ -94,7 +94,9 @@ def test_only_what_is_trained_moves(train, moving, base, shards, tmp_path):
     assert after["score.weight"].abs().sum() > 0
 
 
-@pytest.mark.parametrize(("train", "looks"), [("head", 2), ("head", 38), ("head", 40), ("last-1", 9), ("last-1", 60), ("lora", 50)])
+@pytest.mark.parametrize(
+    ("train", "looks"), [("head", 2), ("head", 38), ("head", 40), ("last-1", 9), ("last-1", 60), ("lora", 50)]
+)
 def test_a_stop_anywhere_changes_nothing(train, looks, base, shards, tmp_path):
     """40 of "head" comes between the last step and the last evaluation, which reads cached states all the same."""
     run(shards, tmp_path / "whole", base, train)
