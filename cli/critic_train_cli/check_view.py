@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from critic_train.text import count, number, short, with_interval
-from critic_train_cli.table_columns import new_table
 from critic_train_cli.terminal import sparkline
+from critic_train_cli.verdict_tables import new_table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,16 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from critic_train import (
-    CheckSettings,
-    FitSettings,
-    ShardWriter,
-    check,
-    fit,
-    load_critic,
-    rollout_table,
-    run_to_end,
-)
+from critic_train import CheckSettings, FitSettings, ShardWriter, check, fit, load_critic, rollout_table, run_to_end
 
 
 def rollout(number: int, draw: random.Random) -> tuple[list[int], list[int], float]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from critic_train.convert.dump_names import Name, UnhashableTuple, find_allowed, is_allowed, is_key, not_allowed
 from critic_train.convert.dump_tensors import ITEM_BYTES, STORAGES, Memory, RefusedError, Storage
-from critic_train.data.memory_guard import at_most
+from critic_train.data.decoding import at_most
 from critic_train.errors import DataError
 
 ZIP_MAGIC = b"PK\x03\x04"

@@ -2,11 +2,14 @@
 
 A file of a few hundred bytes can decode to gigabytes. The claims of the footer and the page headers are therefore
 checked against limits before Arrow acts on them. One oversized row among many shows in none of them: it is decoded
-under a limit on memory, and made null before anything else is done with it.
+under a limit on memory (`at_most`), and made null before anything else is done with it.
 """
 
+import os
+import resource
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -15,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from critic_train.data.memory_guard import at_most
 from critic_train.data.parquet_footer import (
     COPY_AGAIN,
     NO_ROLLOUTS,
@@ -29,6 +31,32 @@ from critic_train.data.schema import list_item_type
 from critic_train.data.shards import Shard
 from critic_train.data.stores import open_file, parquet_file
 from critic_train.errors import DataError, first_line
+
+
+@contextmanager
+def at_most(extra_bytes: int) -> Iterator[None]:
+    """Let the process's address space grow by so many bytes inside the `with` block, and no further.
+
+    An allocation beyond fails where it is asked for, before it is touched: Python and Arrow raise MemoryError. Keep the
+    block short, for it binds all threads. Only Linux tells a process its size; elsewhere nothing is held back.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ceiling = _address_space_bytes() + extra_bytes
+    if soft == resource.RLIM_INFINITY or ceiling < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (ceiling, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _address_space_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
 
 FIRST_ROWS = 64
 """Rows decoded at once, at most; the size of a batch is known only after."""

@@ -8,14 +8,7 @@ from numpy.typing import NDArray
 from critic_train.errors import DataError, ModelError
 from critic_train.evaluation.moments import Floats, Integers, Moments, TokenColumn
 from critic_train.evaluation.token_columns import RankCorrelation, TokenStore, block_slices
-from critic_train.evaluation.token_sums import (
-    Block,
-    Cells,
-    Population,
-    PredictionSums,
-    RolloutMoments,
-    RolloutTable,
-)
+from critic_train.evaluation.token_sums import Block, Cells, Population, PredictionSums, RolloutMoments, RolloutTable
 from critic_train.rollouts import Rollouts
 
 RETURNS, STORED, REWARDS = "returns", "stored", "rewards"

@@ -34,9 +34,9 @@ from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
 from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.rollouts import Rollouts
+from critic_train.run.manifest import versions
 from critic_train.settings import ComputeSettings, EvalSettings, EvaluationSettings, as_dict, column_renames, read_gate
 from critic_train.stopping import Stopped, StopRequest
-from critic_train.versions import versions
 
 UNDER, OVER = "--fail-under", "--fail-over"
 BOUNDS = ("low", "high")

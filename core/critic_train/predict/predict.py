@@ -1,21 +1,25 @@
-"""`critic-train predict`: check all rows, predict values into logs, write each shard again with the new columns.
+"""`critic-train predict`: check all rows, predict values, write each shard again with the new columns.
 
-Several processes may share one data set; each takes every N-th file.
+Predicted values go to one log a file first, so that a resumed job computes no value twice. Several processes may share
+one data set; each takes every N-th file.
 """
 
 import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.copying import OutputDirectory, target_paths
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.returns import ReturnRecipe
+from critic_train.data.rollout_cache import bytes_of
 from critic_train.data.scanning import blocks
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import ConfigError, ModelError
@@ -27,13 +31,84 @@ from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
 from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitening, rewrite_with_columns
-from critic_train.predict.value_log import LoggedValues, ValueLog
 from critic_train.rollouts import Rollouts
-from critic_train.run.manifest import model_digest
-from critic_train.run.storage import remove
+from critic_train.run.manifest import model_digest, versions
+from critic_train.run.storage import File, make_directory, remove
 from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames, part_of
 from critic_train.stopping import Stopped, StopRequest
-from critic_train.versions import versions
+
+WIDTH = 4
+
+
+class ValueLog:
+    """Float32 values of response tokens, appended block by block, each block on the disk before the next begins.
+
+    Args:
+        path: the log; an existing one is continued.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        make_directory(path.parent, exist_ok=True)
+        self._file = File(path, "append")
+        self._logged = self._file.size // WIDTH
+        self._passed = 0
+
+    def __enter__(self) -> "ValueLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def has(self, count: int) -> bool:
+        """Whether the next `count` values are in the log; if so they are skipped, if not they must be appended."""
+        if self._passed + count <= self._logged:
+            self._passed += count
+            return True
+        if self._logged > self._passed or self._file.size > WIDTH * self._logged:
+            # A part of a block was written: the block is computed again.
+            self._file.truncate(WIDTH * self._passed)
+            self._logged = self._passed
+        return False
+
+    def append(self, values: NDArray[np.float32]) -> None:
+        """Add the values of a block."""
+        self._file.write(bytes_of(np.ascontiguousarray(values, dtype=np.float32)))
+        self._file.sync()
+        self._passed += len(values)
+        self._logged = self._passed
+
+
+class LoggedValues:
+    """Reads a log from its start.
+
+    Args:
+        path: the log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+
+    def __enter__(self) -> "LoggedValues":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def over(self, response_mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """The next values, one for each true entry, spread over the mask: float32, 0 where it is false."""
+        count = int(response_mask.sum())
+        values = np.frombuffer(self._file.read(WIDTH * count), dtype=np.float32)
+        assert len(values) == count, "every block of the file was logged"
+        aligned = np.zeros(len(response_mask), dtype=np.float32)
+        aligned[response_mask] = values
+        return aligned
 
 
 def part_of_this_process(settings: PredictSettings) -> tuple[int, int]:

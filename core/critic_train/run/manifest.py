@@ -1,10 +1,12 @@
-"""Digests: the manifest of a checkpoint, and a fingerprint of a base model that is cheap for any size.
+"""What identifies files and programs: a checkpoint's manifest, a fingerprint of a base model, versions for records.
 
 A directory with a valid manifest is a complete checkpoint. One that disagrees with its manifest is damaged. One without
 a manifest is incomplete: it was copied or removed in part, since critic-train writes the manifest before the rename.
 """
 
 import hashlib
+import importlib.metadata
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,17 @@ from typing import Any, Literal
 from critic_train import __version__
 from critic_train.jsonio import read_json_object
 from critic_train.run.storage import sha256, write_json
+
+
+def versions() -> dict[str, str]:
+    """Name -> version, of this program, of Python and of the libraries that a result depends on."""
+    names = ("torch", "transformers", "pyarrow", "numpy", "safetensors")
+    return {
+        "critic-train": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
 
 SAMPLES = 64
 SAMPLE_BYTES = 65_536

@@ -34,8 +34,7 @@ from critic_train.training.frozen_cache import no_cached_states_notice, supports
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import MiniBatches, TrainingPlan
-from critic_train.training.runtime import CriticRuntime
-from critic_train.training.state import TrainingState
+from critic_train.training.state import CriticRuntime, TrainingState
 from critic_train.training.state_files import StateFiles
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe

@@ -15,8 +15,7 @@ from critic_train.run.storage import write_json
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import load_optimizer
 from critic_train.training.plan import TrainingPlan
-from critic_train.training.runtime import CriticRuntime
-from critic_train.training.state import TrainingState, restore_token_budget, token_budget_record
+from critic_train.training.state import CriticRuntime, TrainingState, restore_token_budget, token_budget_record
 from critic_train.training.state_files import LastStepSaver, StateFiles
 
 

@@ -15,8 +15,7 @@ from critic_train.events import EvaluationEnded, Event, Notice, Progress
 from critic_train.run.run_directory import RunDirectory
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.training.plan import TrainingPlan
-from critic_train.training.runtime import CriticRuntime
-from critic_train.training.state import TrainingState
+from critic_train.training.state import CriticRuntime, TrainingState
 
 
 @dataclass(slots=True, kw_only=True)

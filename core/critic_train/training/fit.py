@@ -5,8 +5,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from critic_train.callbacks.callback import Callback, with_callbacks
-from critic_train.callbacks.report_writer import ReportWriter
+from critic_train.callbacks.callback import Callback, ReportWriter, with_callbacks
 from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
 from critic_train.distributed.init import init_ranks

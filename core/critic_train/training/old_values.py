@@ -8,7 +8,7 @@ from critic_train.errors import MachineError
 from critic_train.events import Event, Progress
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.training.plan import old_values_column
-from critic_train.training.runtime import CriticRuntime
+from critic_train.training.state import CriticRuntime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from critic_train.model.saving import TOKENIZER_FILES, checkpoint_bytes, exporte
 from critic_train.report.report_sources import PAGE
 from critic_train.run.changes import is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoints, newest_checkpoint, set_aside
-from critic_train.run.manifest import model_digest, tokenizer_digest
+from critic_train.run.manifest import model_digest, tokenizer_digest, versions
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import remove, require_room
 from critic_train.settings import FitSettings, RunSettings, as_dict, defaults_of
@@ -24,7 +24,6 @@ from critic_train.training.run_shards import RunShards
 from critic_train.training.state_files import BUDGET_FILE
 from critic_train.training.targets import Targets
 from critic_train.training.trainer import Trainer
-from critic_train.versions import versions
 
 
 def compare_with_before(

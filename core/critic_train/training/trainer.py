@@ -22,8 +22,7 @@ from critic_train.training.frozen_cache import CachedStates, cache_states
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import schedule_factor, set_learning_rates
 from critic_train.training.plan import MiniBatches, TrainingPlan
-from critic_train.training.runtime import CriticRuntime
-from critic_train.training.state import TrainingState
+from critic_train.training.state import CriticRuntime, TrainingState
 from critic_train.training.train_step import LossRecipe, StepResult, accumulate_gradient, clip_gradient
 
 SATURATION_WARNING = 0.2

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from critic_train.evaluation.examples import Examples
 from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.summary_text import summary_text
+from critic_train.run.manifest import versions
 from critic_train.settings import EvalSettings, FitSettings, as_dict
-from critic_train.versions import versions
 
 MakeRun = Callable[..., Path]
 

@@ -3,10 +3,7 @@
 import pytest
 
 from critic_train.errors import ConfigError
-from critic_train.settings import (
-    FitSettings,
-    PredictSettings,
-)
+from critic_train.settings import FitSettings, PredictSettings
 
 
 def test_broken_rules_of_all_sections_and_between_them_are_reported_at_once() -> None:

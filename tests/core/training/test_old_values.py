@@ -14,7 +14,7 @@ from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.dataset import RolloutSet
 from critic_train.training.old_values import OldValues
 from critic_train.training.plan import old_values_column
-from critic_train.training.runtime import CriticRuntime
+from critic_train.training.state import CriticRuntime
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from critic_train_cli.table_columns import first_that_fits, fits, in_short, new_table
+from critic_train_cli.verdict_tables import first_that_fits, fits, in_short, new_table
 
 
 def drawn(table, width):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from critic_train.callbacks.callback import with_callbacks
-from critic_train.callbacks.report_writer import FIRST_PAGE_SECONDS, MAX_SHARE, ReportWriter
+from critic_train.callbacks.callback import FIRST_PAGE_SECONDS, MAX_SHARE, ReportWriter, with_callbacks
 from critic_train.events import EvaluationEnded, Notice, StepEnded
 from critic_train.report import page
 

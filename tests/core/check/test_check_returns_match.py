@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import readable_rollouts
 
-from critic_train.check.returns_match import match_returns
+from critic_train.check.check import match_returns
 from critic_train.rollouts import Rollouts
 
 

@@ -12,7 +12,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.stopping import Stopped, StopRequest
-from critic_train.training.runtime import CriticRuntime
+from critic_train.training.state import CriticRuntime
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import critic_train
-from critic_train.versions import versions
+from critic_train.run.manifest import versions
 
 
 def test_versions_are_those_of_what_computes():
