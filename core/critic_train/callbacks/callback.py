@@ -1,4 +1,4 @@
-"""Pass a run's events to callbacks, which log or draw them and cannot end the run; and the one that draws the report."""
+"""Pass a run's events to callbacks, which log or draw them and cannot end the run; and the report's callback."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
