@@ -1,6 +1,7 @@
 """What single ranks do in the tests: functions that a forked process can find by name."""
 
 import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from support import branching_rollouts, small_config
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 
 from critic_train.distributed.init import init_ranks
+from critic_train.errors import DataError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.gather import full_tensor
@@ -47,13 +49,9 @@ def gradients(critic: Critic, compute: Compute, *, rollouts: int, forest: bool, 
     batch = branching_rollouts().take(np.arange(rollouts))
     recipe = LossRecipe(cliprange_value=0.5, mode=mode, scale_factor=7.0)
     result = accumulate_gradient(critic, batch, recipe, compute, forest=forest, stop=StopRequest())
-    found = {name: whole(p.grad).clone() for name, p in critic.named_parameters()}
+    found = {name: full_tensor(p.grad).clone() for name, p in critic.named_parameters()}
     figures = [result.value_loss, result.clipfrac, result.saturation, result.vpred_mean, clip_gradient(critic, 0.0)]
     return found | {"figures": torch.tensor(figures, dtype=torch.float64)}
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 CASES = [
@@ -110,6 +108,38 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
         return {"worst": worst, "runs": (len(runs) - before) / before, "graphs": graphs}
 
 
+def exchange() -> dict[str, Any]:
+    """What this rank gets out of a sum, of broadcasts, and of a stop that only rank 1 was asked for."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        own = torch.tensor([float(ranks.rank), 1.0])
+        total = ranks.all_reduce_sum(own)
+        broadcast = [ranks.broadcast({"seed": ranks.rank}), ranks.broadcast(None)]
+        request = StopRequest()
+        stop = ranks.agreed_stop(request)
+        stops = []
+        stop.check_on_all_ranks()
+        if ranks.rank == 1:
+            request.signal_number = signal.SIGTERM
+        stops.append((stop.requested, stop.signal_number))
+        stop.look()
+        stops.append((stop.requested, stop.signal_number))
+        return {
+            "rank": ranks.rank,
+            "sum": total.tolist(),
+            "own": own.tolist(),
+            "broadcast": broadcast,
+            "stops": stops,
+        }
+
+
+def fail_on_rank(rank: int) -> None:
+    """One rank meets an error while the others wait for it."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        if ranks.rank == rank:
+            raise DataError("row 7 has no tokens")
+        ranks.all_reduce_sum(torch.ones(1))
+
+
 def adapted(critic: Critic) -> None:
     """Adapters beside the trunk's layers, as `--train lora` puts them there."""
     add_adapters(critic, rank=4, alpha=6.0, seed=3)
@@ -120,7 +150,7 @@ def drawn_adapters(source: str) -> dict[str, np.ndarray]:
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = load_critic_on_ranks(read_model(Path(source)), replace(ONE, ranks=ranks), adapted)
         share = sum(p.to_local().numel() for p in critic.parameters()) / sum(p.numel() for p in critic.parameters())
-        found = {name: whole(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
+        found = {name: full_tensor(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
         return found | {"share": np.array(share)}
 
 
