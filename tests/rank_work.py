@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from support import branching_rollouts, small_config
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from critic_train.distributed.init import init_ranks
 from critic_train.errors import DataError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.gather import full_tensor
+from critic_train.model.gather import PartReader, PartWriter, as_rows_of, concat_over_ranks, full_tensor
 from critic_train.model.loading import build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import apply_memory_options
@@ -138,6 +140,41 @@ def fail_on_rank(rank: int) -> None:
         if ranks.rank == rank:
             raise DataError("row 7 has no tokens")
         ranks.all_reduce_sum(torch.ones(1))
+
+
+def gather_tensors(folder: str) -> dict[str, Any]:
+    """Full tensors of a sharded one with rows on every rank, one with a row on rank 0 alone, and one that is whole."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        mesh = init_device_mesh("cpu", (ranks.size,))
+        expected = [torch.arange(15.0).view(5, 3), torch.arange(4.0).view(1, 4).bfloat16(), torch.ones(2)]
+        sharded = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in expected[:2]] + [expected[2]]
+        path, reports = Path(folder) / f"part-{ranks.rank}", [0]
+
+        def report_progress() -> None:
+            reports[0] += 1
+
+        answer: dict[str, Any] = {
+            "expected": [tensor.tolist() for tensor in expected],
+            "collective": [full_tensor(tensor).tolist() for tensor in sharded],
+            "doubled": full_tensor(as_rows_of(sharded[0], 2 * sharded[0].to_local())).tolist(),
+            "from_files": None,
+        }
+        numbers = [torch.tensor([0.0]), torch.tensor([10.0, 11.0, 12.0]), torch.empty(0)][ranks.rank]
+        answer["concatenated"] = concat_over_ranks(sharded[0], numbers, [1, 3, 0], full_tensor).tolist()
+        if not ranks.is_main:
+            with storage.File(path, "create") as file:
+                write = PartWriter(file, report_progress)
+                answer |= {"shapes": [tuple(write(tensor).shape) for tensor in sharded], "reports": reports[0]}
+        ranks.all_reduce_sum(torch.zeros(1))  # all parts are written
+        if ranks.is_main:
+            paths = [Path(folder) / f"part-{rank}" for rank in range(1, ranks.size)]
+            with PartReader(paths) as read:
+                answer["from_files"] = [read(tensor).tolist() for tensor in sharded]
+                try:
+                    read(sharded[0])
+                except OSError as error:
+                    answer["too_short"] = str(error)
+        return answer
 
 
 def adapted(critic: Critic) -> None:
