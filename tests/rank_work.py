@@ -164,7 +164,8 @@ def gather_tensors(folder: str) -> dict[str, Any]:
         if not ranks.is_main:
             with storage.File(path, "create") as file:
                 write = PartWriter(file, report_progress)
-                answer |= {"shapes": [tuple(write(tensor).shape) for tensor in sharded], "reports": reports[0]}
+                written = [write(tensor) for tensor in sharded]
+            answer |= {"written": [(type(tensor), tensor.shape) for tensor in written], "reports": reports[0]}
         ranks.all_reduce_sum(torch.zeros(1))  # all parts are written
         if ranks.is_main:
             paths = [Path(folder) / f"part-{rank}" for rank in range(1, ranks.size)]
