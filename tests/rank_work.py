@@ -1,6 +1,7 @@
 """What single ranks do in the tests: functions that a forked process can find by name."""
 
 import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from support import branching_rollouts, small_config
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from critic_train.distributed.init import init_ranks
+from critic_train.errors import DataError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.gather import full_tensor
+from critic_train.model.gather import PartReader, PartWriter, as_rows_of, concat_over_ranks, full_tensor
 from critic_train.model.loading import build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import apply_memory_options
@@ -47,13 +51,9 @@ def gradients(critic: Critic, compute: Compute, *, rollouts: int, forest: bool, 
     batch = branching_rollouts().take(np.arange(rollouts))
     recipe = LossRecipe(cliprange_value=0.5, mode=mode, scale_factor=7.0)
     result = accumulate_gradient(critic, batch, recipe, compute, forest=forest, stop=StopRequest())
-    found = {name: whole(p.grad).clone() for name, p in critic.named_parameters()}
+    found = {name: full_tensor(p.grad).clone() for name, p in critic.named_parameters()}
     figures = [result.value_loss, result.clipfrac, result.saturation, result.vpred_mean, clip_gradient(critic, 0.0)]
     return found | {"figures": torch.tensor(figures, dtype=torch.float64)}
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 CASES = [
@@ -110,6 +110,74 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
         return {"worst": worst, "runs": (len(runs) - before) / before, "graphs": graphs}
 
 
+def exchange() -> dict[str, Any]:
+    """What this rank gets out of a sum, of broadcasts, and of a stop that only rank 1 was asked for."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        own = torch.tensor([float(ranks.rank), 1.0])
+        total = ranks.all_reduce_sum(own)
+        broadcast = [ranks.broadcast({"seed": ranks.rank}), ranks.broadcast(None)]
+        request = StopRequest()
+        stop = ranks.agreed_stop(request)
+        stops = []
+        stop.check_on_all_ranks()
+        if ranks.rank == 1:
+            request.signal_number = signal.SIGTERM
+        stops.append((stop.requested, stop.signal_number))
+        stop.look()
+        stops.append((stop.requested, stop.signal_number))
+        return {
+            "rank": ranks.rank,
+            "sum": total.tolist(),
+            "own": own.tolist(),
+            "broadcast": broadcast,
+            "stops": stops,
+        }
+
+
+def fail_on_rank(rank: int) -> None:
+    """One rank meets an error while the others wait for it."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        if ranks.rank == rank:
+            raise DataError("row 7 has no tokens")
+        ranks.all_reduce_sum(torch.ones(1))
+
+
+def gather_tensors(folder: str) -> dict[str, Any]:
+    """Full tensors of a sharded one with rows on every rank, one with a row on rank 0 alone, and one that is whole."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        mesh = init_device_mesh("cpu", (ranks.size,))
+        expected = [torch.arange(15.0).view(5, 3), torch.arange(4.0).view(1, 4).bfloat16(), torch.ones(2)]
+        sharded = [distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in expected[:2]] + [expected[2]]
+        path, reports = Path(folder) / f"part-{ranks.rank}", [0]
+
+        def report_progress() -> None:
+            reports[0] += 1
+
+        answer: dict[str, Any] = {
+            "expected": [tensor.tolist() for tensor in expected],
+            "collective": [full_tensor(tensor).tolist() for tensor in sharded],
+            "doubled": full_tensor(as_rows_of(sharded[0], 2 * sharded[0].to_local())).tolist(),
+            "from_files": None,
+        }
+        numbers = [torch.tensor([0.0]), torch.tensor([10.0, 11.0, 12.0]), torch.empty(0)][ranks.rank]
+        answer["concatenated"] = concat_over_ranks(sharded[0], numbers, [1, 3, 0], full_tensor).tolist()
+        if not ranks.is_main:
+            with storage.File(path, "create") as file:
+                write = PartWriter(file, report_progress)
+                written = [write(tensor) for tensor in sharded]
+            answer |= {"written": [(type(tensor), tensor.shape) for tensor in written], "reports": reports[0]}
+        ranks.all_reduce_sum(torch.zeros(1))  # all parts are written
+        if ranks.is_main:
+            paths = [Path(folder) / f"part-{rank}" for rank in range(1, ranks.size)]
+            with PartReader(paths) as read:
+                answer["from_files"] = [read(tensor).tolist() for tensor in sharded]
+                try:
+                    read(sharded[0])
+                except OSError as error:
+                    answer["too_short"] = str(error)
+        return answer
+
+
 def adapted(critic: Critic) -> None:
     """Adapters beside the trunk's layers, as `--train lora` puts them there."""
     add_adapters(critic, rank=4, alpha=6.0, seed=3)
@@ -120,7 +188,7 @@ def drawn_adapters(source: str) -> dict[str, np.ndarray]:
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         critic = load_critic_on_ranks(read_model(Path(source)), replace(ONE, ranks=ranks), adapted)
         share = sum(p.to_local().numel() for p in critic.parameters()) / sum(p.numel() for p in critic.parameters())
-        found = {name: whole(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
+        found = {name: full_tensor(p.detach()).numpy() for name, p in critic.named_parameters() if ".lora_" in name}
         return found | {"share": np.array(share)}
 
 

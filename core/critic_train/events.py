@@ -63,10 +63,10 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationEnded:
-    """The critic was judged on held-out rollouts; `best` says whether it is the best so far.
+    """The critic was evaluated on held-out rollouts; `best` says whether it is the best so far.
 
-    `metrics` goes to metrics.jsonl; `verdict` is all that the judge said, in the form of eval's result, with the
-    rollouts it kept for reading.
+    `metrics` goes to metrics.jsonl; `verdict` is the evaluation in the form of eval's result, with its example
+    rollouts.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Values of a trained critic for token ids in memory, as a notebook wants them."""
+"""Values of a trained critic for token ids in memory, as in a notebook."""
 
 import warnings
 from collections.abc import Sequence

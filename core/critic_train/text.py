@@ -98,8 +98,8 @@ def duration(seconds: Any) -> str:
 
 
 HIDDEN = "***"
-SHORTEST = 8
-"""Shorter values of variables are words like any other."""
+MIN_SECRET_LENGTH = 8
+"""The value of a variable that is shorter may occur in any text, and is not taken for a secret."""
 SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)(?:_|$)", re.IGNORECASE
 )
@@ -121,11 +121,11 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
 
     Args:
         text: to be written somewhere.
-        environment: whose variables with telling names hold secrets.
+        environment: the variables of which those with a name like TOKEN or API_KEY hold secrets.
     """
     for pattern, instead in PATTERNS:
         text = pattern.sub(instead, text)
     for name, value in environment.items():
-        if len(value) >= SHORTEST and SECRET_VARIABLE.search(name):
+        if len(value) >= MIN_SECRET_LENGTH and SECRET_VARIABLE.search(name):
             text = text.replace(value, HIDDEN).replace(json.dumps(value)[1:-1], HIDDEN)
     return text

@@ -243,9 +243,6 @@ class ToTrackio(Tracker):
             trackio.finish()
 
 
-PACKAGES = ("tensorboard", "wandb", "trackio")
-
-
 def require_packages(settings: RunSettings) -> None:
     """Check that the packages of the trackers are installed, before any data is read.
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -72,8 +73,9 @@ class Workers:
             )
             self._processes.append(process)
             assert process.stdin is not None
-            process.stdin.write(task)
-            process.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended already, which `lost_error` reports
+                process.stdin.write(task)
+                process.stdin.flush()
 
     def lost_error(self) -> MachineError | None:
         """The error of a worker that has ended without reporting one; None while all run."""
@@ -114,7 +116,8 @@ class Workers:
                     continue
         for process, stderr in zip(self._processes, self._stderr, strict=True):
             assert process.stdin is not None
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             stderr.close()
 
 

@@ -21,7 +21,7 @@ def as_record(error: BaseException, rank: int) -> dict[str, Any]:
         where = error.filename if isinstance(error.filename, str) else str(error.filename or "")
         return record | {"errno": error.errno, "message": error.strerror or "", "where": where}
     if isinstance(error, GeneratorExit | KeyboardInterrupt):
-        return record | {"kind": "MachineError", "message": "was told to leave before the run's end"}
+        return record | {"kind": "MachineError", "message": "was stopped before the run's end"}
     return record | {"traceback": "".join(traceback.format_exception(error))}
 
 

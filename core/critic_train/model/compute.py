@@ -71,7 +71,7 @@ class Compute:
 
 
 def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) -> Compute:
-    """What a command's settings ask for; attention is settled once the model and some rollouts are at hand.
+    """What a command's settings ask for; attention is chosen later, on the model and some rollouts.
 
     Raises:
         ConfigError: torch does not know the device, or the attention does not exist for it.
@@ -99,7 +99,7 @@ def resolve_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
     Of several ranks each gets a CUDA device of its own.
 
     Raises:
-        ConfigError: torch does not know the name, or several ranks are told to share one CUDA device.
+        ConfigError: torch does not know the name, or several ranks are to share one CUDA device.
         MachineError: this machine has no such device.
     """
     if name == "auto":
