@@ -248,20 +248,15 @@ def build_trainer(
     )
 
 
-def model_notices(
-    prepared: PreparedCritic,
-    settings: TrainComputeSettings,
-    source: ModelSource | None,
-    shape: DataShape,
-    *,
-    new: bool,
+def source_notices(
+    source: ModelSource | None, offload: str, compute: Compute, shape: DataShape, *, new: bool
 ) -> Iterator[Notice]:
-    """Notices about the critic of a run and how it computes.
+    """Notices about what a run starts from, before its weights are loaded.
 
     Args:
-        prepared: the critic.
-        settings: what was asked for.
         source: what --model names.
+        offload: --offload.
+        compute: of the run.
         shape: of the rollouts.
         new: whether training starts at step 0.
     """
@@ -272,26 +267,38 @@ def model_notices(
         )
     elif source is not None and source.head is not None:
         yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
-    if settings.offload != prepared.compute.offload:
-        yield Notice(message=f"--offload {settings.offload} changes nothing on a CPU: all is in host memory already")
-    config: Any = prepared.critic.trunk.config
-    if not loads_for_token_classification(prepared.critic):
+    if offload != compute.offload:
+        yield Notice(message=f"--offload {offload} changes nothing on a CPU: all is in host memory already")
+
+
+def export_notice(critic: Critic) -> Iterator[Notice]:
+    """A warning where transformers cannot load the checkpoints of a critic as a token classifier."""
+    if not loads_for_token_classification(critic):
         yield Notice(
-            message=f"transformers has no token-classification class for {config.model_type}: checkpoints "
-            f"are written as {exported_class(prepared.critic)} with score.weight and score.bias beside it. "
+            message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
+            f"are written as {exported_class(critic)} with score.weight and score.bias beside it. "
             "critic-train loads them and AutoModel loads their trunk; verl does not",
             level="warning",
         )
+
+
+def rope_notice(critic: Critic, max_length: int) -> Iterator[Notice]:
+    """A warning where transformers chooses rotary frequencies by the longest rollout of a micro-batch.
+
+    Args:
+        critic: of a run.
+        max_length: of the longest rollout, in tokens.
+    """
+    config: Any = critic.trunk.config
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type")
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind in ("longrope", "dynamic") and shape.max_length > original:
+    if kind in ("longrope", "dynamic") and max_length > original:
         yield Notice(
             message=f"rope_type {kind} takes its frequencies from the longest rollout of a micro-batch: rollouts on "
             f"both sides of {original} tokens influence each other, and --max-tokens then changes the result",
             level="warning",
         )
-    yield from prepared.notices
 
 
 def data_notices(data: RunData, targets: Targets) -> Iterator[Notice]:

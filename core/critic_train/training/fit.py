@@ -23,9 +23,11 @@ from critic_train.training.build import (
     build_run_optimizer,
     build_trainer,
     data_notices,
-    model_notices,
+    export_notice,
     prepare_critic,
+    rope_notice,
     selfcheck_sample,
+    source_notices,
 )
 from critic_train.training.dataset import open_data
 from critic_train.training.plan import make_plan
@@ -87,13 +89,16 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
             yield from begin_with_remembered_budget(run, settings.compute.max_tokens, compute)
             checkpoint = run.checkpoints / resumed if resumed else None
             plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
+            yield from source_notices(source, settings.compute.offload, compute, data.shape, new=checkpoint is None)
             critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
+            yield from export_notice(critic)
             sample = selfcheck_sample(data.train, plan)
             prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, sample)
+            yield from rope_notice(prepared.critic, data.shape.max_length)
+            yield from prepared.notices
             optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source)
             uids = uid_lookup(shards, data, settings.reading)
             trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, stop)
-            yield from model_notices(prepared, settings.compute, source, data.shape, new=checkpoint is None)
             if checkpoint is not None:
                 yield from trainer.checkpointer.load(checkpoint)
             yield from _start(settings, trainer, ranks)

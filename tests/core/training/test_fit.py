@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import VOCABULARY, StopAfter, readable_rollouts, write_shard
+from support import VOCABULARY, StopAfter, readable_rollouts, small_config, write_shard
+from transformers import AutoModelForCausalLM
 
-from critic_train.errors import ConfigError, DataError, DivergedError, MachineError
+from critic_train.errors import ConfigError, DataError, DivergedError, MachineError, ModelError
 from critic_train.events import EvaluationEnded, Event, Notice, RunEnded, RunStarted, StepEnded
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoint_name, checkpoints, newest_checkpoint
@@ -383,3 +384,19 @@ def test_keep_prunes_all_but_the_newest_and_the_best(shards, tmp_path):
     best = (tmp_path / "best").resolve()
     assert best in standing
     assert len(standing) == (2 if best in standing[-2:] else 3)
+
+
+def test_what_is_found_of_a_model_is_reported_before_a_check_refuses_it(shards, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_config(small_config("Olmoe", vocab_size=VOCABULARY)).save_pretrained(tmp_path / "model")
+
+    def refuse(*_: object) -> None:
+        raise ModelError("it looks ahead")
+
+    monkeypatch.setattr("critic_train.training.fit.prepare_critic", refuse)
+    events: list[Event] = []
+    with pytest.raises(ModelError, match="it looks ahead"):
+        events.extend(fit(settings_for(shards, tmp_path / "run", model=str(tmp_path / "model"))))
+    messages = [event.message for event in events if isinstance(event, Notice)]
+    head, export = messages[-2:]
+    assert "has no value head: a new one is made" in head
+    assert "transformers has no token-classification class for olmoe" in export
