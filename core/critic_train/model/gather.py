@@ -37,7 +37,7 @@ class PartWriter:
         self._file, self._report_progress = file, report_progress
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Write the rows; returns a tensor of the full shape that nobody reads."""
+        """Write the rows; returns a tensor of the full shape, whose content is not read."""
         if isinstance(tensor, DTensor):
             self._file.write(bytes_of(tensor.to_local()))
             self._report_progress()
