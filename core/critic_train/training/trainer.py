@@ -199,7 +199,8 @@ class Trainer:
         if saturation > SATURATION_WARNING and not self._warned_of_saturation:
             self._warned_of_saturation = True
             yield Notice(
-                message=f"the clip zeroes the gradient of {saturation:.0%} of the tokens: with fixed old values a critic "
-                "can move at most --cliprange-value from them; a wider one, --old-values epoch or --no-clip lets it go on",
+                message=f"the clip zeroes the gradient of {saturation:.0%} of the tokens: with fixed old values a "
+                "critic can move at most --cliprange-value from them; a wider one, --old-values epoch or --no-clip "
+                "lets it go on",
                 level="warning",
             )
