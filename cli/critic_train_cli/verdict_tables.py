@@ -181,7 +181,7 @@ def draw_differences(console: "Console", verdict: Record) -> None:
 
 
 def draw_positions(console: "Console", critics: Sequence[Record], predictions: Named) -> None:
-    """By part of the response: explained variance of everyone, and other figures of the first critic."""
+    """By part of the response: explained variance of critics and baselines, and other figures of the first critic."""
     parts = critics[0].rows("by_position")
     if not parts:
         return

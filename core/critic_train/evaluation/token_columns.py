@@ -46,7 +46,15 @@ class TokenStore:
             ) from error
 
     def blocks(self, name: str, lengths: Integers) -> Iterator[TokenColumn]:
-        """Read a column from its start, block by block as `block_slices(lengths)` cuts it."""
+        """Read a column from its start, block by block as `block_slices(lengths)` cuts it.
+
+        Args:
+            name: of the column.
+            lengths: int64 [m], tokens of each rollout.
+
+        Yields:
+            float32 [tokens of the block].
+        """
         position = 0
         for part in block_slices(lengths):
             size = 4 * int(lengths[part].sum())

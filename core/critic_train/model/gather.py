@@ -87,7 +87,7 @@ def _read_into(file: BinaryIO, target: memoryview) -> None:
 
 
 def as_rows_of(like: DTensor, part: Tensor) -> DTensor:
-    """A tensor that is sharded as another one of its shape is, from this rank's rows."""
+    """A DTensor made of this rank's rows [r, ...], sharded as `like`, which has the full shape, is."""
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

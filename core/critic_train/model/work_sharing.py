@@ -32,7 +32,7 @@ EXCHANGES_A_BIN = 16
 
 
 class Exchanges:
-    """What a micro-batch costs with a rollout more or less.
+    """Evens out micro-batches by moving or exchanging single rollouts.
 
     Args:
         full: int64 [n], tokens of the rollout at each position of the order.
@@ -127,7 +127,12 @@ class Exchanges:
 
 
 def row_work(tokens: NDArray[np.int64], pair: float) -> NDArray[np.float64]:
-    """What rows of some tokens cost, each from its first token on, where a pair of attention costs `pair`."""
+    """What rows cost, float64 [k], in units of one position's matrix products.
+
+    Args:
+        tokens: int64 [k], of each row; its attention has tokens * (tokens + 1) / 2 pairs.
+        pair: the cost of one (query, key) pair.
+    """
     rows = tokens.astype(np.float64)
     work: NDArray[np.float64] = rows + pair * rows * (rows + 1) / 2
     return work
@@ -189,7 +194,10 @@ class Pieces:
         self._work_before = np.concatenate([[0.0], np.cumsum(work)])
 
     def work(self, start: NDArray[np.int64] | int, stop: NDArray[np.int64] | int) -> NDArray[np.float64]:
-        """Cost of the runs start:stop (arrays broadcast): the first rollout whole, the others what they add."""
+        """float64: cost of the runs start:stop, int64 of any shape (they broadcast).
+
+        The first rollout of a run is computed from its first token on, the others from where they leave the one before.
+        """
         return self._full_work[start] + self._work_before[stop] - self._work_before[np.asarray(start) + 1]  # type: ignore[no-any-return]
 
     def work_of_runs(self, runs: NDArray[np.int64]) -> NDArray[np.float64]:
