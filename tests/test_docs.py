@@ -1,5 +1,6 @@
 """The documentation cannot rot: flags, aliases and exit codes in it are those of the code."""
 
+import ast
 import builtins
 import re
 import tomllib
@@ -138,6 +139,79 @@ def test_the_layers_on_the_map_are_those_of_the_contract():
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     block = "\n".join(layer.replace(" | ", ", ") for layer in layers)
     assert f"```\n{block}\n```" in (ROOT / "ARCHITECTURE.md").read_text()
+
+
+MAPS = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+PACKAGES = {"critic_train": ROOT / "core", "critic_train_cli": ROOT / "cli"}
+FOLDERS = [ROOT, *(folder / package for package, folder in PACKAGES.items())]
+OTHER_NAMES = {"Args", "Raises", "NAME", "state_dict", "tool.importlinter"}
+"""Words in backticks that are of Python, torch or import-linter, or stand for a name."""
+
+
+def code_names(page: Path) -> set[str]:
+    """What stands in backticks on a page, outside of blocks of code."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"`([^`\n]+)`", prose))
+
+
+def names_in(package: str) -> set[str]:
+    """Dotted names of all modules of a package, of what they define and of what their classes define."""
+    names: set[str] = set()
+    for path in sorted((PACKAGES[package] / package).rglob("*.py")):
+        module = ".".join(path.relative_to(PACKAGES[package] / package).with_suffix("").parts).removesuffix(".__init__")
+        names |= {module, *(".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 1))}
+        for node in ast.parse(path.read_text()).body:
+            for name in defined(node):
+                names.add(f"{module}.{name}")
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{module}.{node.name}.{name}" for each in node.body for name in defined(each)}
+    return names
+
+
+def defined(node: ast.stmt) -> list[str]:
+    """The names that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+KNOWN_NAMES = names_in("critic_train") | names_in("critic_train_cli")
+LAST_PARTS = {part for name in KNOWN_NAMES for part in name.split(".")}
+
+
+@pytest.mark.parametrize("page", MAPS, ids=lambda page: page.name)
+def test_every_file_module_and_function_on_the_maps_exists(page):
+    """Files with their ending or a slash; dotted names from below the package; classes and constants by themselves."""
+    missing = []
+    for name in sorted(code_names(page) - OTHER_NAMES):
+        if name.startswith("OUT/") or name.endswith((".json", ".jsonl")):
+            continue  # a run writes them
+        if re.fullmatch(r"[\w.-]*/[\w./-]*|[\w-]+\.(py|md|toml|txt|cff)", name):
+            exists = any((folder / name.rstrip("/")).exists() for folder in FOLDERS)
+            exists = exists or ("/" not in name and any(ROOT.glob(f"*/**/{name}")))
+        elif re.fullmatch(r"[a-z_]\w*(\.\w+)+", name):
+            exists = name.removeprefix("critic_train.") in KNOWN_NAMES
+        elif re.fullmatch(r"[A-Z][a-z]+([A-Z]\w*)?|[A-Z]{2,}(_[A-Z]+)*|[a-z]+(_[a-z]+)+", name):
+            exists = name in LAST_PARTS
+        else:
+            continue
+        if not exists:
+            missing.append(name)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_has_gaps(page):
+    assert "TODO" not in page.read_text()
+
+
+def test_the_map_has_a_row_for_every_folder_and_module_of_the_library():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    library = ROOT / "core" / "critic_train"
+    there = {path.stem for path in library.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert there - {"__init__"} <= named
 
 
 def test_the_readme_opens_with_the_two_commands():

@@ -104,6 +104,12 @@ def test_what_is_out_of_bounds_is_named(check_structure, write, tmp_path, path, 
     assert line in check_structure.violations(tmp_path)
 
 
+def test_a_small_module_that_declares_an_entry_of_a_list_stands_alone(check_structure, write, tmp_path):
+    write("tests/core/data/test_four.py", "")
+    write("core/critic_train/data/four.py", "FORMAT = 1\n")
+    assert check_structure.violations(tmp_path) == []
+
+
 def test_figures_are_those_of_the_files(check_structure, write, tmp_path):
     write(
         "cli/critic_train_cli/one.py", '"""A docstring\n\nof three lines."""\n\n# a comment\nfound = 1  # no comment\n'

@@ -60,7 +60,7 @@ def headline(result: dict[str, Any]) -> str:
     if result["bad_rows"]["count"]:
         problems.append(f"{result['bad_rows']['count']:,} rows cannot be used")
     if result["leak"] and result["leak"]["prompts"]:
-        problems.append(f"{result['leak']['prompts']:,} prompts stand in --against as well")
+        problems.append(f"{result['leak']['prompts']:,} prompts are in --against as well")
     return f"Not sound: {', '.join(problems)}."
 
 
@@ -115,11 +115,11 @@ def sentences(result: dict[str, Any]) -> Iterator[str]:
     if result["truncated"]:
         yield f"{result['truncated']:,} rollouts are marked truncated"
     if result["duplicates"]:
-        yield f"{result['duplicates']:,} rollouts have the very tokens of another"
+        yield f"{result['duplicates']:,} rollouts have exactly the tokens of another"
     leaked = result["leak"]
     if leaked is not None:
         yield (
-            f"{leaked['prompts']:,} of {leaked['of_prompts']:,} prompts stand in --against as well "
+            f"{leaked['prompts']:,} of {leaked['of_prompts']:,} prompts are in --against as well "
             f"({leaked['rollouts']:,} rollouts)"
         )
 

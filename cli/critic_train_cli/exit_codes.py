@@ -30,7 +30,7 @@ MACHINE_ERRNOS = {
     errno.EDQUOT: "free some of the quota, or give another --out",
     errno.EACCES: "check who may read and write there",
     errno.EPERM: "check who may read and write there",
-    errno.EROFS: "give a place that can be written to",
+    errno.EROFS: "give a directory that can be written to",
     errno.EIO: "the disk failed to read or write; check it before going on",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "the machine has no open files left",
@@ -67,7 +67,9 @@ def explain(error: BaseException) -> Failure:
         return Failure(exit_code=CLOSED, message="")
     if is_out_of_memory(error):
         first = str(error).split("\n")[0][:200]
-        return Failure(exit_code=MACHINE, message=f"out of memory: {first or 'no more was given'}", hint=LOWER_MEMORY)
+        return Failure(
+            exit_code=MACHINE, message=f"out of memory: {first or 'no details were given'}", hint=LOWER_MEMORY
+        )
     if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
         reason = (error.strerror or os.strerror(error.errno)).lower()

@@ -81,7 +81,7 @@ def program_page(about: str, commands: Sequence[tuple[str, str]], flags: Sequenc
     codes = (
         "Exit codes: 0 done, 1 a check said no, 2 command or configuration, 3 data, 4 model or checkpoint, "
         "5 diverged, 6 disk, memory, lock or device, 70 a bug of ours, 130 and 143 interrupted, "
-        "141 nobody reads the output."
+        "141 the reader of stdout went away."
     )
     more = "critic-train COMMAND --help tells more of each."
     return "\n".join([*lines, "", *wrap(more, width), *wrap(codes, width)])

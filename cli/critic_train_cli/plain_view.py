@@ -1,4 +1,4 @@
-"""Progress without a terminal: `View` shows notices only, `PlainView` one line an event, as a log file wants it."""
+"""Progress without a terminal: `View` shows notices only, `PlainView` one line an event, for log files."""
 
 import contextlib
 import os

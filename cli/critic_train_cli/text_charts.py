@@ -240,7 +240,7 @@ def draw_explained(paper: Paper, critic: Record, group_mean: Record, of: str) ->
 
 
 def draw_auc(paper: Paper, series: Series, of: str) -> None:
-    """AUC within prompts along the response: from which part on right rollouts are told from wrong ones."""
+    """AUC within prompts along the response: from which part on it separates right rollouts from wrong ones."""
     signs = paper.signs
     legend = [f"{signs.critic} AUC within prompts", f"{signs.aim} a coin", f"{signs.line * 2} 95 % interval"]
     title = f"From which part of the response on it tells right from wrong{of}"

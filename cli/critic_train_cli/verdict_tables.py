@@ -73,7 +73,7 @@ Named = list[tuple[str, Record]]
 
 
 def draw_verdict(console: "Console", result: dict[str, Any]) -> None:
-    """Print the verdict: in words, then in figures.
+    """Print the verdict: as sentences, then as tables.
 
     Args:
         console: where.
@@ -97,7 +97,7 @@ def draw_verdict(console: "Console", result: dict[str, Any]) -> None:
 
 
 def draw_sentences(console: "Console", sentences: Sequence[str]) -> None:
-    """The verdict in words, a line each."""
+    """The verdict as sentences, a line each."""
     wide = max(console.width, 12)
     for sentence in sentences:
         console.print(
@@ -181,7 +181,7 @@ def draw_differences(console: "Console", verdict: Record) -> None:
 
 
 def draw_positions(console: "Console", critics: Sequence[Record], predictions: Named) -> None:
-    """By part of the response: explained variance of everyone, and other figures of the first critic."""
+    """By part of the response: explained variance of critics and baselines, and other figures of the first critic."""
     parts = critics[0].rows("by_position")
     if not parts:
         return

@@ -48,7 +48,7 @@ def test_a_malicious_pickle_is_exit_3_and_did_not_run(critic_train, tmp_path):
     assert shown.returncode == 3
     assert shown.stdout == ""
     assert (
-        "a.pkl: it wants posix.system, which is no tensor, array or plain container; nothing of it was run"
+        "a.pkl: it refers to posix.system, which is no tensor, array or plain container; nothing was run"
         in shown.stderr
     )
     assert "Traceback" not in shown.stderr

@@ -39,7 +39,7 @@ TIMING_NAMES = {
     "memory_bytes": "perf/max_memory_bytes",
     "elapsed_seconds": "perf/elapsed_seconds",
 }
-"""timings.jsonl's name -> the tracker's. Throughput counts a shared token for each rollout."""
+"""A name in timings.jsonl -> the tracker's. Throughput counts a shared token once for each rollout that has it."""
 
 
 def step_metrics(event: StepEnded) -> dict[str, float]:

@@ -200,7 +200,7 @@ class Survey:
 
 
 def lengths_of(counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Counts as min, quantiles, max, mean and a histogram of whole numbers."""
+    """Counts, int64 [n], as min, quantiles, max, mean and a histogram of whole numbers."""
     if not len(counts):
         return {"min": None, "max": None, "mean": None, "histogram": None}
     low, high = int(counts.min()), int(counts.max())
@@ -216,7 +216,7 @@ def lengths_of(counts: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def distribution(numbers: NDArray[np.floating]) -> dict[str, Any]:
-    """Numbers as quantiles, a histogram, and how often each value occurs where there are few."""
+    """Numbers, float [n], as quantiles, a histogram, and how often each value occurs where there are few."""
     if not len(numbers):
         return {}
     wide = numbers.astype(np.float64)

@@ -139,7 +139,7 @@ def is_allowed(module: str, name: str) -> bool:
 def not_allowed(module: str, name: str) -> RefusedError:
     """What is raised for a name that is not on the list."""
     return RefusedError(
-        f"it wants {module}.{name}, which is no tensor, array or plain container; nothing of it was run",
+        f"it refers to {module}.{name}, which is no tensor, array or plain container; nothing was run",
         hint="take that field out before the dump is written; a rollout needs none of it",
     )
 

@@ -116,7 +116,7 @@ class NumpyType:
     def __setstate__(self, state: Any) -> None:
         """Take (version, byte order, ...)."""
         if not isinstance(state, tuple) or len(state) < 5 or any(part is not None for part in state[2:5]):
-            raise RefusedError("an array type with parts")
+            raise RefusedError("a structured array type")
         if state[1] not in ("<", "|", "=", ">"):
             raise RefusedError("an unknown byte order")
         self.dtype = self.dtype.newbyteorder(state[1])

@@ -55,7 +55,7 @@ class Opened:
     """A source whose format is recognised.
 
     Attributes:
-        format: in words.
+        format: what it is called in messages.
         records: pieces of it, each with how many bytes or rows are done.
         total, unit: of what `records` counts.
         in_memory: whether all of it is in memory at once, so that prompt groups can be put together.
@@ -76,7 +76,7 @@ def open_source(source: Source, options: Options) -> Opened:
     """Recognise a source's format, or check that it is in that of --from.
 
     Raises:
-        DataError: it is in no known format, or not in that of --from; it is damaged, or wants to run code.
+        DataError: it is in no known format, or not in that of --from; it is damaged, or would run code.
         ConfigError: it is text, and that was not allowed.
     """
     with source.path.open("rb") as file:
@@ -188,8 +188,8 @@ def _text(source: Source, options: Options, names: list[str]) -> tuple[str, Call
         raise _unknown(source, options, f"its fields are {', '.join(names[:SHOWN_FIELDS])}")
     if options.retokenizer is None or not options.allow_retokenize:
         raise ConfigError(
-            f"{source.name} is {kind}: it holds no token ids, and made anew they may differ from the policy's",
-            hint="--tokenizer DIR (the policy's) with --allow-retokenize makes them all the same",
+            f"{source.name} is {kind}: it holds no token ids, and tokenized again they may differ from the policy's",
+            hint="--tokenizer DIR (the policy's) with --allow-retokenize tokenizes it all the same",
         )
     retokenizer = options.retokenizer
     return kind, lambda lines: text_records.records(lines, kind, retokenizer, options.renames)
@@ -221,5 +221,5 @@ def _shape_of(content: Any) -> str:
 
 
 def _unknown(source: Source, options: Options, reason: str) -> DataError:
-    what = "is in no format that is known" if options.format is None else f"is not what --from {options.format} reads"
-    return DataError(f"{source.name} {what}: {reason}", hint=f"known are: {TITLES}")
+    what = "is in no known format" if options.format is None else f"is not what --from {options.format} reads"
+    return DataError(f"{source.name} {what}: {reason}", hint=f"known formats: {TITLES}")

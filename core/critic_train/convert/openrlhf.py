@@ -1,4 +1,4 @@
-"""Files of the snippet in docs/convert.md, which saves OpenRLHF's `Experience` batches.
+"""Files of the snippet in docs/guides/convert.md, which saves OpenRLHF's `Experience` batches.
 
 Fields as in OpenRLHF 0.11 (openrlhf/trainer/ppo_utils/experience.py). `sequences` [B, T] are padded; columns of
 actions are [B, A] with A below T, and pair with the last A tokens.
@@ -72,5 +72,5 @@ def _columns(batch: Any, where: str) -> dict[str, pa.Array]:
 
 
 FORMAT = ObjectFormat(
-    name="openrlhf", title="OpenRLHF .pt of the snippet in docs/convert.md", recognise=kind_of, read=records
+    name="openrlhf", title="OpenRLHF .pt of the snippet in docs/guides/convert.md", recognise=kind_of, read=records
 )

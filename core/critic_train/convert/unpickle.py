@@ -272,7 +272,7 @@ class _Archive:
             raise RefusedError(f"the archive is damaged ({error})") from None
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise RefusedError("the archive is none of torch.save (no data.pkl)")
+            raise RefusedError("the archive was not written by torch.save (no data.pkl)")
         self._folder = pickles[0].removesuffix("data.pkl")
         order = self._entries.get(f"{self._folder}byteorder")
         if order is not None and bytes(self._read(order.filename)) != b"little":

@@ -1,1 +1,1 @@
-"""From shards on disk to rollouts in memory: finding, understanding, checking, ordering."""
+"""From shards on disk to rollouts in memory: finding, decoding, checking, ordering."""

@@ -122,7 +122,13 @@ class Tokens:
 
 
 def read_tokens(batch: pa.RecordBatch, columns: Columns, errors: RowErrors) -> Tokens:
-    """The ids of every row. Marks null and empty rows."""
+    """The ids of every row. Marks null and empty rows.
+
+    Args:
+        batch: raw rows.
+        columns: which column is which; `input_ids`, or `prompts` and `responses`.
+        errors: of the batch, in which rows are marked.
+    """
     if columns.input_ids is not None:
         ids = _read_ids(batch, columns.input_ids, errors)
         prompts = None

@@ -110,7 +110,7 @@ class BadRows:
         left = ", and there are no others" if all_of_them else ""
         return DataError(
             f"{rows} cannot be used ({kinds}){left}\n{shown}{more}",
-            hint="are the columns what they seem? --column says which is which"
+            hint="check which column is read as what; --column maps names"
             if all_of_them
             else "--on-bad-rows skip leaves them out and counts them",
         )

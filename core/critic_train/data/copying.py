@@ -86,7 +86,7 @@ class OutputDirectory:
             return refuse_changes(before, record, self.path, "--to")
         strange = [target for target in self._targets.values() if target.exists()]
         if strange:
-            raise ConfigError(f"{strange[0]} stands there already", hint="give a folder of its own with --to")
+            raise ConfigError(f"{strange[0]} exists already", hint="give a folder of its own with --to")
         # Under a name of its own first: other parts may begin at the same moment, with the same record.
         temporary = self.work / f"{self._name}.json"
         write_file(temporary, json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
@@ -180,13 +180,13 @@ def target_paths(shards: list[Shard], sources: list[str], directory: Path) -> di
     for source in sources:
         if os.path.isdir(source) and target.is_relative_to(Path(source).resolve()):
             raise ConfigError(
-                f"--to {directory} lies in {source}, which is read: the same command would then read its own output",
+                f"--to {directory} is inside {source}, which is read: the same command would then read its own output",
                 hint="give a folder beside it",
             )
     targets = {shard.name: directory / os.path.relpath(absolute_path(shard.path), folder) for shard in shards}
     for shard in shards:
         if os.path.realpath(targets[shard.name]) == os.path.realpath(shard.path):
             raise ConfigError(
-                f"{shard.name} would be replaced by what is made of it", hint="give another folder with --to"
+                f"{shard.name} would be overwritten by its own copy", hint="give another folder with --to"
             )
     return targets

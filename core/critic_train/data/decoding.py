@@ -153,6 +153,7 @@ def _check_density(number: int, group: RowGroup, ids: list[str], page_bytes: dic
     packed = sum(page_bytes[chunk.path] for chunk in group.chunks if chunk.column in ids)
     if tokens > max(FEW_ELEMENTS, ELEMENTS_A_BYTE * packed):
         raise FooterError(f"found {tokens:,} token ids in {packed:,} bytes of row group {number}", NO_ROLLOUTS)
+    # A column has an element for each token at most; response-aligned columns and prompts have fewer.
     most = max((chunk.elements for chunk in group.chunks), default=0)
     if most > max(FEW_ELEMENTS, 2 * (tokens + group.rows)):
         raise FooterError(f"found {most:,} elements beside {tokens:,} token ids in row group {number}", NO_ROLLOUTS)
@@ -160,6 +161,7 @@ def _check_density(number: int, group: RowGroup, ids: list[str], page_bytes: dic
 
 def _is_heavy(group: RowGroup, dictionaries: list[str]) -> bool:
     """Whether decoding a piece of a row group could take more than MOST_BYTES."""
+    # A text that repeats is stored once in a page, and once for each of its rows after decoding.
     texts = [c for c in group.chunks if not c.is_nested and c.is_text and c.path not in dictionaries]
     rows = min(FIRST_ROWS, group.rows)
     decoded = sum(DECODED_BYTES * chunk.elements + 2 * chunk.page_bytes for chunk in group.chunks)
@@ -170,7 +172,8 @@ def _row_group(file: pq.ParquetFile, number: int, group: RowGroup, names: list[s
     """The rows of one row group; from a piece on that is too heavy, row by row."""
     rows_at_once, done = _rows_at_once(group), 0
     while True:
-        # Under the limit no thread may be started: without room for its stack the process ends.
+        # After a MemoryError the row group is decoded again from its start, a row at a time; `_after` drops the rows
+        # that were yielded. Under the limit no thread may be started: without room for its stack the process ends.
         decoded = file.iter_batches(batch_size=rows_at_once, row_groups=[number], columns=names, use_threads=not heavy)
         try:
             for piece in _filled(_after(decoded, done, heavy), number, done):

@@ -1,6 +1,6 @@
 """The claims of a Parquet footer and of page headers, checked before Arrow acts on them.
 
-Arrow reads the footer itself and refuses a damaged one. What it lacks are limits on hostile sizes: it believes the
+Arrow reads the footer itself and refuses a damaged one. It has no limits on hostile sizes: it trusts the
 rows, the row groups and the page sizes that a file claims, so that a file of a few hundred bytes could make it allocate
 gigabytes. So footers and page headers are read here as well, by field number of
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift, in Thrift's compact protocol
@@ -33,7 +33,7 @@ MOST_PAGE_BYTES = 2**28
 SHORT_HEADER_BYTES, LONG_HEADER_BYTES = 512, 2**16
 
 COPY_AGAIN = "copy the file again, or take it out of --data"
-NO_ROLLOUTS = "no rollouts look so; check the file, or take it out of --data"
+NO_ROLLOUTS = "rollouts do not look like this; check the file, or take it out of --data"
 
 
 class FooterError(ValueError):
@@ -220,7 +220,7 @@ def _check_claims(footer: bytes, file_bytes: int) -> None:
 
 def _depth(schema: list["Struct"]) -> int:
     """Depth of the tree that a schema lists in preorder."""
-    open_children: list[int] = []
+    open_children: list[int] = []  # for each ancestor of the element, how many of its children are still to come
     deepest = 0
     for element in schema:
         while open_children and open_children[-1] == 0:
@@ -326,6 +326,7 @@ def _struct(stream: BytesIO, depth: int, until: int | None = None, size_only: bo
     fields: Struct = {}
     number = 0
     while (head := stream.read(1)[0]) & 15:
+        # The upper half of the byte is the distance from the field before; 0 where the number follows by itself.
         number = number + (head >> 4) if head >> 4 else _zigzag(stream)
         kind = head & 15
         if size_only and number == until and kind == LIST:
@@ -366,11 +367,13 @@ def _list_head(stream: BytesIO) -> tuple[int, int]:
 
 
 def _zigzag(stream: BytesIO) -> int:
+    """A signed number: 0, -1, 1, -2, ... are written as 0, 1, 2, 3, ..."""
     number = _varint(stream)
     return (number >> 1) ^ -(number & 1)
 
 
 def _varint(stream: BytesIO) -> int:
+    """An unsigned number, 7 bits a byte, the lowest first; the high bit says that another byte follows."""
     number = 0
     for shift in range(0, 70, 7):
         byte = stream.read(1)[0]

@@ -58,7 +58,7 @@ class DuplicateCounter:
         if not count:
             return ""
         rollouts = "1 rollout is an exact copy" if count == 1 else f"{count:,} rollouts are exact copies"
-        return f"{rollouts} of others (tokens, mask and returns): each counts as often as it stands there"
+        return f"{rollouts} of others (tokens, mask and returns): each is counted as often as it appears"
 
 
 __all__ = ["Needs", "RolloutReader", "RowLimits"]

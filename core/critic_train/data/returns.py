@@ -203,7 +203,7 @@ class ReturnRecipe:
         return self._gae(rollouts, values, lam)[0]
 
     def with_returns(self, rollouts: Rollouts, values: NDArray[np.float32] | None) -> Rollouts:
-        """The same rollouts with their returns put in. Args as for `returns`."""
+        """The same rollouts with their returns, float32 [T], put in. Args as for `returns`."""
         return replace(rollouts, returns=self.returns(rollouts, values))
 
     def _gae(

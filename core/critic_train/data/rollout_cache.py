@@ -251,7 +251,7 @@ class ColumnWriter:
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
-    """The memory of a contiguous array, without copying it."""
+    """The bytes of a contiguous array of any shape and dtype, without a copy."""
     return memoryview(array.view(np.uint8))  # type: ignore[arg-type]
 
 

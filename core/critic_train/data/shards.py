@@ -77,7 +77,7 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
         shown = errors[:SHOWN] + ([f"and {len(errors) - SHOWN:,} more"] if len(errors) > SHOWN else [])
         raise DataError(
             "some of the data cannot be read:\n" + "\n".join(f"  {line}" for line in shown),
-            hint="--data takes folders, Parquet files and globs; mend, replace or remove what is listed",
+            hint="--data takes folders, Parquet files and globs; repair, replace or remove what is listed",
         )
     if bad_files and not any(shard.num_rows for shard in shards):
         raise bad_files.error(all_of_them=True)

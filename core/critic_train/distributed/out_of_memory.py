@@ -42,7 +42,7 @@ class OutOfMemoryWatch:
 
     Attributes:
         saver: writes the state when memory runs out; None while there is nothing to save.
-        over: set when this rank is through with the run.
+        over: set when this rank has left the run.
     """
 
     def __init__(self, store: RunStore, abort: Callable[[], None] | None) -> None:
@@ -57,14 +57,18 @@ class OutOfMemoryWatch:
         self._thread.start()
 
     def begin_attempt(self) -> None:
-        """Say that this rank is through with all that came before, and begins the next pass."""
+        """Tell the other ranks that this one has finished all earlier passes, and begins the next one."""
         self._attempt += 1
         if self._abort is not None:
             self._device, self._attempt_event = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
         self._store.write(f"attempt/{self._store.rank}", self._attempt)
 
     def reported(self, error: BaseException) -> bool:
-        """Whether a partner is gone because another rank's memory ran out in the same attempt."""
+        """Whether an error here follows from another rank whose memory ran out in the same attempt.
+
+        Args:
+            error: raised here. One that says that a connection was lost is given GRACE_SECONDS for the report to come.
+        """
         if self._end is not None and looks_lost(error):
             return True
         until = time.monotonic() + (GRACE_SECONDS if looks_lost(error) else 0.0)
@@ -78,7 +82,17 @@ class OutOfMemoryWatch:
         return True
 
     def end(self, what: str, error: str, hint: str, next_start: dict[str, int]) -> NoReturn:
-        """Report that memory ran out here, unless another rank has; wait for the end of the run, and raise it."""
+        """Report that memory ran out here, unless another rank has; wait until the run has ended, and raise why.
+
+        Args:
+            what: the message where nothing could be saved.
+            error: torch's, from this rank.
+            hint: what to do about it.
+            next_start: what the run remembers for its next start, as in `token_budget.json`.
+
+        Raises:
+            MachineError: always.
+        """
         report = OutOfMemory(
             rank=self._store.rank, attempt=self._attempt, what=what, error=error, hint=hint, next_start=next_start
         )
@@ -118,6 +132,7 @@ class OutOfMemoryWatch:
     def _save_and_leave(self, report: OutOfMemory) -> None:
         """Write this rank's part of the state, wait until rank 0 has ended the run, and wake the main thread."""
         store, is_main = self._store, self._store.rank == 0
+        # Nothing here may take part in a collective: the main threads of the other ranks hang in one.
         with self._beside_the_main_stream():
             if is_main:
                 self._finish(report)
@@ -186,7 +201,7 @@ class OutOfMemoryWatch:
                 seen, until = now, time.monotonic() + PROGRESS_SECONDS
             elif time.monotonic() > until:
                 waiting = ", ".join(str(rank) for rank, value in seen.items() if value != DONE)
-                raise MachineError(f"nothing was heard of rank {waiting} for {PROGRESS_SECONDS:g} seconds")
+                raise MachineError(f"rank {waiting} has made no progress for {PROGRESS_SECONDS:g} seconds")
             time.sleep(POLL_SECONDS)
 
     def _has_begun(self, rank: int, attempt: int) -> bool:

@@ -1,8 +1,8 @@
 """Several ranks: a process group of torch.distributed, and a store through which they exchange what they decide.
 
 What is computed together goes through collectives (gloo on CPUs, NCCL between GPUs). What rank 0 decides, and the
-error that ends a run, go through the store: waiting for those costs nothing and has no time limit, while a collective
-that takes longer than TIMEOUT means that a rank is stuck.
+error that ends a run, go through the store: waiting for those has no time limit, while a collective that takes longer
+than TIMEOUT means that a rank is stuck.
 """
 
 import os
@@ -66,7 +66,7 @@ class ProcessGroup:
     ) -> None:
         self._watch.over.set()
         if error is None:
-            self.all_reduce_max(0)  # a barrier: nobody leaves before all have come to the end
+            self.all_reduce_max(0)  # a barrier: a rank that left earlier would fail the collectives of the others
             dist.destroy_process_group()
             return
         cause = self._store.cause_of(error) if looks_lost(error) else error
@@ -116,7 +116,7 @@ class ProcessGroup:
         self._watch.begin_attempt()
 
     def reported_out_of_memory(self, error: BaseException) -> bool:
-        """Whether a partner is gone because another rank's memory ran out in the same attempt."""
+        """Whether an error here follows from another rank whose memory ran out in the same attempt."""
         return self._watch.reported(error)
 
     def end_out_of_memory(self, what: str, error: str, hint: str, next_start: dict[str, int]) -> NoReturn:

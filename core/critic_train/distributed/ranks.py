@@ -1,4 +1,4 @@
-"""The processes of a run as one of them sees them: a Protocol, and the single process, which needs no partner.
+"""The processes of a run as one of them sees them: a Protocol, and its implementation for a single process.
 
 Nothing of torch.distributed is imported here: `process_group` is loaded only where there are several processes.
 """
@@ -97,7 +97,7 @@ class Ranks(Protocol):
         """Begin a pass in which memory may run out. All ranks end it with a collective, so that none ends it alone."""
 
     def reported_out_of_memory(self, error: BaseException) -> bool:
-        """Whether an error only says that a partner is gone, and the reason is that another rank's memory ran out."""
+        """Whether an error says no more than that another rank is lost, and that rank's memory ran out."""
 
     def end_out_of_memory(self, what: str, error: str, hint: str, next_start: dict[str, int]) -> NoReturn:
         """End the run on all ranks after memory ran out on one; see OutOfMemory for the arguments.

@@ -54,7 +54,7 @@ class RunStore:
 
     def publish_error(self, error: BaseException) -> None:
         """Send an error to the others; the first of all stands."""
-        with suppress(*STORE_GONE):  # nobody is left to read it
+        with suppress(*STORE_GONE):  # no other rank is left to read it
             self.write_once(ERROR, as_record(error, self.rank))
 
     def has_error(self) -> bool:
@@ -106,5 +106,5 @@ def lost_contact(rank: int, size: int, error: BaseException) -> MachineError:
     """The error of a rank that cannot know what happened to another one."""
     return MachineError(
         f"rank {rank} of {size} lost contact with another rank: {first_line(error)[:300]}",
-        hint="the other ranks' output tells why; the last checkpoint stands, the same command goes on from it",
+        hint="the other ranks' output says why; the last checkpoint is intact, and the same command goes on from it",
     )

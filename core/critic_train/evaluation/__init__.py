@@ -1,1 +1,1 @@
-"""Whether a critic is any good: metrics, intervals, baselines."""
+"""`eval`: metrics of critics and baselines, with intervals."""

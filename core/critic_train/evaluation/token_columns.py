@@ -22,7 +22,7 @@ BLOCK_TOKENS = 2**15
 class TokenStore:
     """Float32 columns of equal length that are appended to and read back in blocks of whole rollouts.
 
-    The files have no name on disk and vanish with the process, however it ends.
+    The files have no name on disk, so the kernel deletes them when the process ends, however it ends.
     """
 
     def __init__(self, names: Sequence[str], *, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -30,7 +30,7 @@ class TokenStore:
         names: the columns.
         memory_bytes: size up to which a column stays in memory.
         """
-        # Closed, and with that gone, when the spool is collected.
+        # A SpooledTemporaryFile has no name on disk: it is deleted when it is closed, here when it is collected.
         self._files = {name: tempfile.SpooledTemporaryFile(memory_bytes) for name in names}  # noqa: SIM115
 
     def append(self, name: str, tokens: TokenColumn) -> None:
@@ -46,7 +46,15 @@ class TokenStore:
             ) from error
 
     def blocks(self, name: str, lengths: Integers) -> Iterator[TokenColumn]:
-        """Read a column from its start, block by block as `block_slices(lengths)` cuts it."""
+        """Read a column from its start, block by block as `block_slices(lengths)` cuts it.
+
+        Args:
+            name: of the column.
+            lengths: int64 [m], tokens of each rollout.
+
+        Yields:
+            float32 [tokens of the block].
+        """
         position = 0
         for part in block_slices(lengths):
             size = 4 * int(lengths[part].sum())
@@ -141,6 +149,8 @@ def centred_ranks(x: TokenColumn) -> Floats:
 
 def sortable(x: TokenColumn) -> Integers:
     """Integers in the order of the floats: float32 [T] -> int64 [T], equal for -0 and 0."""
+    # IEEE 754: the bits of positive floats are in the order of the floats; those of negative ones, without the sign
+    # bit, in the reverse order, hence the minus. Both zeros become 0.
     bits = np.ascontiguousarray(x).view(np.int32).astype(np.int64)
     return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
@@ -159,6 +169,8 @@ class _RankTable:
             self._shift += 1
         counts = np.zeros(((high - low) >> self._shift) + 1, dtype=np.int64)
         mixed = self._count(blocks, counts)
+        # Numbers of a bin count as tied: each gets the mean of the ranks below..below+counts-1, here less the mean
+        # rank.
         below = np.cumsum(counts) - counts
         self._ranks: Floats = below + (counts - 1) / 2 - (tokens - 1) / 2
         size = counts.astype(np.float64)
@@ -174,6 +186,7 @@ class _RankTable:
             key = sortable(block) - self._low
             bins = key >> self._shift
             if self._shift:
+                # The first number of a bin is remembered by its lower bits; any other lower bits make the bin mixed.
                 rest = (key & ((1 << self._shift) - 1)).astype(np.uint32)
                 new = counts[bins] == 0
                 remainder[bins[new]] = rest[new]

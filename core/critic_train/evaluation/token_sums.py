@@ -123,7 +123,7 @@ class RolloutMoments:
         self.by_position = join(self.by_position, pool(parts, cells.position, cells.positions))
 
     def moments(self, counts: Integers) -> Moments:
-        """Moments of each rollout, in order of arrival; `counts` are their response tokens."""
+        """Moments of each rollout, in order of arrival; `counts`, int64 [m], are their response tokens."""
         return Moments(counts, _concatenate(self._means, np.float64), _concatenate(self._squares, np.float64))
 
 

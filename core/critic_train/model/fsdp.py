@@ -36,7 +36,7 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     Args:
         critic: the same on every rank; one that is sharded already is left as it is. A layer at a time visits the
             device.
-        compute: device, precision and ranks; with `offload` "all" the parts lie in host memory.
+        compute: device, precision and ranks; with `offload` "all" the shards are in host memory.
     """
     if isinstance(critic.trunk, FSDPModule):
         return critic
@@ -161,7 +161,7 @@ def _full_gradient_fits(modules: Sequence[nn.Module]) -> bool:
     trained: list[Any] = [p for module in modules for p in module.parameters() if p.requires_grad]
     device, mesh = trained[0].device, trained[0].device_mesh
     if device.type != mesh.device_type or mesh.size() == 1:
-        return False  # the gradient waits on the host, or there is nobody to sum it with
+        return False  # the gradient is on the host, or there is no other rank
     if device.type != "cuda":
         return True
     size: int = sum(4 * parameter.numel() for parameter in trained)

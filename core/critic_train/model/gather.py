@@ -37,7 +37,7 @@ class PartWriter:
         self._file, self._report_progress = file, report_progress
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Write the rows; returns a tensor of the full shape that nobody reads."""
+        """Write the rows; returns a tensor of the full shape, whose content is not read."""
         if isinstance(tensor, DTensor):
             self._file.write(bytes_of(tensor.to_local()))
             self._report_progress()
@@ -87,7 +87,7 @@ def _read_into(file: BinaryIO, target: memoryview) -> None:
 
 
 def as_rows_of(like: DTensor, part: Tensor) -> DTensor:
-    """A tensor that is sharded as another one of its shape is, from this rank's rows."""
+    """A DTensor made of this rank's rows [r, ...], sharded as `like`, which has the full shape, is."""
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -113,7 +113,11 @@ def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrde
 
 
 def row_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[NDArray[np.int64]]:
-    """Group rollouts of like length into padded rows of at most `max_tokens` computed tokens, padding included."""
+    """Group rollouts of similar length into padded rows of at most `max_tokens` computed tokens, padding included.
+
+    Returns:
+        int64 [k] indices of rollouts for each micro-batch, the longest first; together they hold every rollout once.
+    """
     lengths = rollouts.lengths
     by_length = np.argsort(-lengths, kind="stable")
     batches: list[NDArray[np.int64]] = []

@@ -22,17 +22,17 @@ Positions = NDArray[np.int64]
 """int64 [k], ascending: positions in an order, of rollouts that are computed together."""
 
 MOST_ROLLOUTS = 1024
-"""Mini-batches with more have small enough trees to be dealt out as they are; what rollouts share is a square table."""
+"""Larger mini-batches are even without exchanges, and the table of common prefixes, [n, n], would be too large."""
 
 TRIED = 8
-"""Exchanges of two micro-batches that are looked at exactly, the most promising first."""
+"""Exchanges of two micro-batches whose work is computed exactly, the most promising first."""
 
 EXCHANGES_A_BIN = 16
-"""For each micro-batch; then they are taken as they are."""
+"""Exchanges for each micro-batch, at most."""
 
 
 class Exchanges:
-    """What a micro-batch costs with a rollout more or less.
+    """Evens out micro-batches by moving or exchanging single rollouts.
 
     Args:
         full: int64 [n], tokens of the rollout at each position of the order.
@@ -42,7 +42,8 @@ class Exchanges:
 
     def __init__(self, full: NDArray[np.int64], shared: NDArray[np.int64], pair: float) -> None:
         self._full, self._pair = full, pair
-        # common[i, j], i < j: the prefix that the rollouts at i and j have in common.
+        # common[i, j], i < j: tokens of the prefix that the rollouts at i and j have in common. The rollouts are
+        # sorted, so this is the smallest `shared` between them: a running minimum along each row.
         n = len(full)
         above = np.where(np.arange(n)[:, None] < np.arange(n)[None], shared[None], np.iinfo(np.int64).max)
         self._common = np.minimum.accumulate(above, axis=1)
@@ -83,8 +84,8 @@ class Exchanges:
     ) -> bool:
         """Give one rollout of the busy one for one or none of the idle one; returns whether that lowered the larger."""
         mine, theirs = bins[busy], bins[idle]
-        # Beside what is there: "nothing" is given back last. Two exchanged rollouts that were neighbours make these
-        # sums inexact, so the best few are worked out anew.
+        # left[i, j]: the busy one's work where it gives its rollout i and takes the idle one's rollout j; the last j is
+        # none. Where the two stand side by side in the order these sums are not exact, so the best few are recomputed.
         left = work[busy] + self._less(mine)[:, None] + np.append(self._more(theirs, mine), 0.0)[None]
         right = work[idle] + self._more(mine, theirs)[:, None] + np.append(self._less(theirs), 0.0)[None]
         larger = np.maximum(left, right)
@@ -114,6 +115,8 @@ class Exchanges:
 
     def _between(self, positions: Positions, before: Positions, after: Positions) -> NDArray[np.float64]:
         """The work of rollouts that stand between two others; -1 where there is none."""
+        # Work is the sum of the rollouts' own work less that of the prefix each shares with the one before. A rollout
+        # in between replaces the pair (before, after) by the pairs (before, it) and (it, after).
         up = np.where(before >= 0, self._common[before, positions], 0)
         down = np.where(after >= 0, self._common[positions, after], 0)
         past = np.where((before >= 0) & (after >= 0), self._common[before, after], 0)
@@ -124,7 +127,12 @@ class Exchanges:
 
 
 def row_work(tokens: NDArray[np.int64], pair: float) -> NDArray[np.float64]:
-    """What rows of some tokens cost, each from its first token on, where a pair of attention costs `pair`."""
+    """What rows cost, float64 [k], in units of one position's matrix products.
+
+    Args:
+        tokens: int64 [k], of each row; its attention has tokens * (tokens + 1) / 2 pairs.
+        pair: the cost of one (query, key) pair.
+    """
     rows = tokens.astype(np.float64)
     work: NDArray[np.float64] = rows + pair * rows * (rows + 1) / 2
     return work
@@ -137,7 +145,7 @@ LEVEL = 1.005
 """Micro-batches are level when the busiest has at most this much more work than the mean."""
 
 CUTS_A_BIN = 16
-"""Cuts for each micro-batch before they are taken as they are."""
+"""Cuts for each micro-batch, at most."""
 
 MOST_EXCHANGES = 65_536
 """Pairs of ends compared for an exchange between two micro-batches; where there are more, giving alone levels them."""
@@ -186,7 +194,10 @@ class Pieces:
         self._work_before = np.concatenate([[0.0], np.cumsum(work)])
 
     def work(self, start: NDArray[np.int64] | int, stop: NDArray[np.int64] | int) -> NDArray[np.float64]:
-        """Cost of the runs start:stop (arrays broadcast): the first rollout whole, the others what they add."""
+        """float64: cost of the runs start:stop, int64 of any shape (they broadcast).
+
+        The first rollout of a run is computed from its first token on, the others from where they leave the one before.
+        """
         return self._full_work[start] + self._work_before[stop] - self._work_before[np.asarray(start) + 1]  # type: ignore[no-any-return]
 
     def work_of_runs(self, runs: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -235,7 +246,8 @@ def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[Positions]]
     tokens = sum(pieces.tokens(*run) for run in runs)
     count = max(1, -(-tokens // (ranks * max_tokens)))
     while True:
-        # With a micro-batch for every tree nothing can be too full, unless levelling made it so.
+        # Balancing moves rollouts between micro-batches and may overfill one. With a micro-batch for every tree it is
+        # left out: then each holds at most one tree, which `trees` has cut to the budget, and the loop ends.
         level = ranks * count < len(runs) + 3 * ranks
         held = _bins(pieces, runs, ranks * count, level=level)
         if all(_fits(pieces, bin, max_tokens) for bin in held):
@@ -288,6 +300,7 @@ def _level(pieces: Pieces, held: list[list[Run]], loads: NDArray[np.float64], bu
     """
     given, taken = _ends(held[busy]), _ends(held[idle])
     taken = np.concatenate([[(0, 0, 0)], taken if len(given) * len(taken) <= MOST_EXCHANGES else taken[:0]])
+    # A cut costs its prefix twice: what stays and what goes are both priced as runs of their own.
     gives, leaves = (
         pieces.work_of_runs(given[:, 1:]),
         pieces.work_of_runs(given[:, :2]) - pieces.work_of_runs(given[:, [0, 2]]),

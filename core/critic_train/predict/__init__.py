@@ -1,1 +1,1 @@
-"""A critic's values written back to the shards: predict, keep, write."""
+"""`predict`: a critic's values written into the shards."""

@@ -40,7 +40,7 @@ class Whitening:
     squares: float = 0.0
 
     def add(self, numbers: NDArray[np.float64]) -> None:
-        """Add numbers."""
+        """Take in numbers, float64 [k]."""
         if not len(numbers):
             return
         mean, total = float(numbers.mean()), self.count + len(numbers)

@@ -24,7 +24,7 @@ class PageCritic:
         metrics: its metrics; empty where it was never judged.
         baselines: name -> metrics of the baselines that were judged beside it.
         verdict: the whole verdict, for the counts and the returns; empty for runs that never wrote it.
-        sentences: the verdict in words.
+        sentences: the verdict as sentences.
         examples: rollouts to read.
     """
 
@@ -136,7 +136,7 @@ def _best_evaluation(source: Source) -> Record:
 
 
 def _sentences(metrics: Record) -> list[str]:
-    """The verdict in words, from what metrics.jsonl has of it."""
+    """The verdict as sentences, from what metrics.jsonl has of it."""
     if not metrics or not metrics.part("baselines"):
         return []
     several = metrics.get("explained_variance_interval") is not None

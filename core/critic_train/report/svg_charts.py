@@ -121,7 +121,7 @@ def svg(
     Args:
         draw: draws on the axes it is given, and sets its limits.
         name: unique on the page; made part of every identifier.
-        described: the chart in words, for screen readers.
+        described: the chart as a sentence, for screen readers.
         x_label: what runs along the bottom.
         width, height: in CSS pixels at its natural size.
         integer_ticks: the x axis counts something, so it has ticks at integers only.

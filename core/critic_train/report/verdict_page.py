@@ -141,7 +141,7 @@ def facts(verdict: Record) -> list[tuple[str, Cell]]:
 
 
 def comparison(critics: Sequence[PageCritic]) -> list[list[Any]]:
-    """One column a critic and a baseline; headings first. Figures that nobody has are left out."""
+    """One column a critic and a baseline; headings first. Figures that no critic or baseline has are left out."""
     columns = [(critic.name, critic.metrics) for critic in critics if critic.metrics]
     if not columns:
         return []

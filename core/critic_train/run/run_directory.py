@@ -52,7 +52,7 @@ class RunDirectory:
         except OSError as error:
             raise MachineError(
                 f"the run directory {self.path} cannot be written: {error.strerror}",
-                hint="give a place that can be written to with --out",
+                hint="give a directory that can be written to with --out",
             ) from error
         try:
             for leftover in (*self.checkpoints.glob(".*.tmp-*"), *self.cache.glob(".*.tmp-*")):

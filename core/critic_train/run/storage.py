@@ -152,7 +152,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def make_directory(path: Path, *, parents: bool = True, exist_ok: bool = False) -> None:
-    """Make a directory, and those above it unless told otherwise."""
+    """Make a directory; with `parents` also those above it."""
     if not (exist_ok and path.is_dir()):
         _announce("mkdir", path)
         path.mkdir(parents=parents, exist_ok=exist_ok)

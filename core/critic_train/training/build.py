@@ -304,8 +304,9 @@ def rope_notice(critic: Critic, max_length: int) -> Iterator[Notice]:
 def data_notices(data: RunData, targets: Targets) -> Iterator[Notice]:
     """Notices about the rollouts that a run is evaluated on."""
     if data.held_out is None:
-        yield Notice(message="no held-out rollouts: nothing will say how good the critic is", level="warning")
+        yield Notice(message="no held-out rollouts: the critic is not evaluated", level="warning")
     elif targets.moving:
         yield Notice(
-            message="held-out rollouts are judged against Monte-Carlo returns: GAE's move with this critic's values"
+            message="held-out rollouts are evaluated against Monte-Carlo returns: "
+            "GAE's depend on this critic's own values"
         )

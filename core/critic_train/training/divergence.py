@@ -126,7 +126,7 @@ def diverged(what: str) -> DivergedError:
     """The error of a run whose loss, gradient or values are not finite."""
     return DivergedError(
         f"training diverged: {what}",
-        hint="the last checkpoint stands; a lower --lr, more --warmup-steps or --precision fp32 may help, with "
+        hint="the last checkpoint is intact; a lower --lr, more --warmup-steps or --precision fp32 may help, with "
         "another --out. --on-non-finite skip goes on without such steps",
     )
 

@@ -28,7 +28,7 @@ BLOCK = 256
 CODES = ("qmap1", "qmap2")
 """What the 256 codes of each moment stand for."""
 PARTS = "parts"
-"""In the file's metadata: over how many ranks its parameters were spread. A file of one process does not say."""
+"""Key in the file's metadata: over how many ranks its parameters were sharded. A file of one process lacks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,8 @@ def in_own_blocks(codes: Tensor, scales: Tensor, meaning: Tensor, cut: Cut, firs
         begin, end = cut.span(part)
         start, stop = max(begin, first), min(end, first + codes.numel())
         if start < stop:
+            # The scales of the blocks that this part of the file shares with the numbers asked for, and how many of the
+            # first block's numbers come before them.
             of_piece = scales[base + (start - begin) // BLOCK : base + -(-(stop - begin) // BLOCK)]
             pieces.append((of_piece, (start - begin) % BLOCK, stop - start))
             same_bounds = same_bounds and (begin - first) % BLOCK == 0
@@ -134,6 +136,7 @@ def in_own_blocks(codes: Tensor, scales: Tensor, meaning: Tensor, cut: Cut, firs
         return codes, torch.cat([of_piece for of_piece, _, _ in pieces])
     from bitsandbytes.functional import quantize_blockwise
 
+    # Blocks begin elsewhere here: dequantise with each number's own scale, and quantise again in blocks of our own.
     each = torch.cat([s.repeat_interleave(BLOCK)[skipped : skipped + count] for s, skipped, count in pieces])
     again, kind = quantize_blockwise(meaning[codes.flatten().long()] * each, code=meaning, blocksize=BLOCK)
     return again.view(codes.shape), kind.absmax
@@ -150,7 +153,7 @@ def in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     Raises:
         ConfigError: bitsandbytes is not installed.
     """
-    # The package greets its importer with what it lacks on this machine, which is nobody's concern here.
+    # At import the package logs warnings about backends that it does not find on this machine.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -203,6 +206,8 @@ class AdamWOfParts(torch.optim.Optimizer):
         """Update what this rank keeps of every parameter that has a gradient."""
         assert closure is None
         for pair in self._pairs:
+            # The inner optimizer has parameters of its own: it is given the shard, its gradient, its state and the
+            # rate.
             pair.group_of_part["lr"] = pair.group["lr"]
             pair.part.data = local(pair.sharded)
             pair.part.grad = None if pair.sharded.grad is None else local(pair.sharded.grad)

@@ -91,6 +91,7 @@ class CachedStates:
 
     def _take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """float32 [len(rows), hidden_size]; 0 for padding, to which no position attends."""
+        # NO_STATE is -1, and stays negative when shifted: it belongs to no file.
         files, rows_in_file = rows >> ROW_BITS, rows & ((1 << ROW_BITS) - 1)
         numbers = np.unique(files).tolist()
         if len(numbers) == 1 and numbers[0] >= 0:
@@ -184,7 +185,9 @@ class StatesWriter:
             parts: every micro-batch of this rank's share of them, with its states on the CPU.
         """
         assert self._file is not None
-        rows = np.zeros(len(rollouts.input_ids), dtype=np.int64)  # entry + 1, so that ranks' add up
+        # A token's entry + 1, and 0 where another rank has it: each token is computed by one rank, so the sum over
+        # ranks is the entries of all.
+        rows = np.zeros(len(rollouts.input_ids), dtype=np.int64)
         first, count = (self._ranks.rank << ROW_BITS) + 1, self._count
         for batch, states in parts:
             if self._read_only:
@@ -275,8 +278,8 @@ def supports_cached_states(critic: Critic, layers: int, sample: Rollouts, comput
 def no_cached_states_notice(critic: Critic) -> Notice:
     """The warning where the critic takes no cached states."""
     return Notice(
-        message=f"the last layers of {critic.trunk.config.model_type} do not work on kept states: every epoch goes "
-        "through the frozen part again",
+        message=f"the last layers of {critic.trunk.config.model_type} give other results from cached states: the "
+        "frozen part is computed again in every epoch",
         level="warning",
     )
 
@@ -310,17 +313,17 @@ def cache_states(
             clear_states(cache)
     if not ranks.broadcast(exist):
         done = 0
-        yield Progress(stage="keeping the frozen trunk's states", done=0, total=len(rollouts))
+        yield Progress(stage="caching the frozen trunk's states", done=0, total=len(rollouts))
         with StatesWriter(cache, hidden_size, read_only=read_only, ranks=ranks) as writer:
             for index, batch in rollouts.by_group(ROLLOUTS_PER_PASS):
                 writer.commit(rollouts.index[index], _share(writer, critic, batch, compute, forest, stop))
                 done += len(index)
-                yield Progress(stage="keeping the frozen trunk's states", done=done, total=len(rollouts))
+                yield Progress(stage="caching the frozen trunk's states", done=done, total=len(rollouts))
         ranks.broadcast(True)  # the others open the states only now that they are in place
     states = open_states(cache, hidden_size, read_only=read_only)
     if states is None:
         raise MachineError(
-            f"rank {ranks.rank} does not see the states that were kept in {cache.directory}",
+            f"rank {ranks.rank} does not see the states that were cached in {cache.directory}",
             hint="--out must be on a file system that all machines share",
         )
     return states

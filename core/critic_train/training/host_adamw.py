@@ -3,7 +3,7 @@
 Two moments are 8 bytes a parameter, half of what float32 training keeps between steps, and are needed for an instant
 of each step. They come in pieces of a fixed size: while one is updated, the next is on its way in and the one before
 on its way out (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840, moves the update to the host instead; here it stays
-on the device, in the very same kernel, so that the result is that of AdamW to the bit).
+on the device, in the same kernel, so that the result is that of AdamW to the bit).
 """
 
 from collections.abc import Callable, Iterator

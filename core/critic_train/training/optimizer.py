@@ -117,7 +117,7 @@ def save_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, critic: Critic, directory: Path) -> None:
-    """Put back what `save_optimizer` wrote, on any number of ranks; each reads its part alone.
+    """Put back what `save_optimizer` wrote, on any number of ranks; each reads its own part only.
 
     Raises:
         ModelError: the file belongs to another model.

@@ -70,8 +70,8 @@ def compare_with_before(
         return None
     if before is None:
         raise ConfigError(
-            f"{run.path} has checkpoints but no readable run.json: nobody can say how it was started",
-            hint="put run.json back, or give this run another --out",
+            f"{run.path} has checkpoints but no readable run.json: its settings are not known",
+            hint="restore run.json, or give this run another --out",
         )
     # A flag that did not exist when the run began had its default.
     before = {**before, "settings": defaults_of(FitSettings) | before.get("settings", {})}
@@ -160,8 +160,8 @@ def find_resume_checkpoint(run: RunDirectory) -> Generator[Event, None, str | No
     if newest is None and unusable:
         lines = "".join(f"\n  {path.name}: {state.fault}" for path, state in unusable.items())
         raise ModelError(
-            f"none of the checkpoints of {run.path} is whole{lines}",
-            hint=f"put a whole one back, or start anew with another --out; nothing in {run.path} was touched",
+            f"none of the checkpoints of {run.path} is complete{lines}",
+            hint=f"restore a complete one, or start anew with another --out; nothing in {run.path} was touched",
         )
     for path, state in unusable.items():
         if state.kind == "damaged":

@@ -148,7 +148,7 @@ class LastStepSaver:
 
 
 def remember_budget(run: RunDirectory, max_tokens: int, ranks: Ranks, next_start: dict[str, int]) -> None:
-    """Write down in the run what the same command is to begin with."""
+    """Write `token_budget.json`: what the same command begins with after memory ran out."""
     record = {"asked": max_tokens, "ranks": ranks.size}
     before = run.read_json(BUDGET_FILE) or {}
     comparable = all(before.get(name) == value for name, value in record.items())

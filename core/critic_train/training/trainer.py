@@ -174,7 +174,7 @@ class Trainer:
         position.step = step
         record = {"rollouts": len(rollouts), "skips": position.skips}
         self.run.log_metrics({"event": "skip", "step": step, "epoch": epoch, **record})
-        yield Notice(message=f"no step is taken {message}", level="warning")
+        yield Notice(message=f"this step is skipped: {message}", level="warning")
 
     def _cache_states(self) -> Iterator[Event]:
         """Compute the hidden states of the frozen trunk once, for all rollouts of the run."""
@@ -199,7 +199,8 @@ class Trainer:
         if saturation > SATURATION_WARNING and not self._warned_of_saturation:
             self._warned_of_saturation = True
             yield Notice(
-                message=f"the clip holds back {saturation:.0%} of the tokens: against fixed old values a critic "
-                "can move at most --cliprange-value from them; a wider one, --old-values epoch or --no-clip lets it go",
+                message=f"the clip zeroes the gradient of {saturation:.0%} of the tokens: with fixed old values a "
+                "critic can move at most --cliprange-value from them; a wider one, --old-values epoch or --no-clip "
+                "lets it go on",
                 level="warning",
             )

@@ -45,7 +45,7 @@ def _numeric_problem(path: Path) -> str:
     forest = choose_packing(critic, rollouts, "auto").forest
     compute = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=4 * TOKENS)
     values = predict_values(critic, rollouts, compute, forest=forest)
-    assert values is not None, "nobody asks it to stop"
+    assert values is not None, "no StopRequest is passed"
     return "" if np.isfinite(values).all() else "it predicts NaN or infinite values"
 
 

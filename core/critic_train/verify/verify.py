@@ -119,7 +119,7 @@ def verify(settings: VerifySettings, stop: StopRequest | None = None) -> Iterato
 
     Yields:
         Progress; RunEnded last, whose result is {"sound": bool, "targets": [{"target", "kind", "sound", "findings":
-        [{"what", "state", "said"}]}]}. What cannot be read at all is a finding too, no error.
+        [{"what", "state", "said"}]}]}. What cannot be read at all is a finding too, and raises nothing.
     """
     stop = stop or StopRequest()
     targets: list[dict[str, Any]] = []

@@ -48,7 +48,7 @@ def test_bad_rollouts_are_counted_over_all_sources_and_named(tmp_path, three):
 
 def test_one_bad_file_is_told_as_it_is(tmp_path):
     (tmp_path / "a.pt").write_bytes(pickle.dumps(os.getcwd))
-    with pytest.raises(DataError, match=r"a\.pt: it wants posix\.getcwd, which is no tensor") as caught:
+    with pytest.raises(DataError, match=r"a\.pt: it refers to posix\.getcwd, which is no tensor") as caught:
         run(tmp_path / "shards", tmp_path / "a.pt")
     assert "take that field out" in caught.value.hint
 

@@ -43,9 +43,7 @@ def test_code_is_refused_by_name_wherever_it_hides_and_does_not_run(tmp_path, na
     }[wrap]()
     path = tmp_path / "a.pt"
     path.write_bytes(content)
-    with pytest.raises(
-        DataError, match=f"wants .*{name.rpartition('.')[2]}, which is no tensor.*nothing of it was run"
-    ):
+    with pytest.raises(DataError, match=f"refers to .*{name.rpartition('.')[2]}, which is no tensor.*nothing was run"):
         unwrapped(read(path))
     assert not marker.exists()
 
@@ -65,7 +63,7 @@ def test_a_module_is_not_imported(tmp_path, monkeypatch):
     (tmp_path / "evil_module.py").write_text("open('it ran', 'w')\nx = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    refused(tmp_path / "a.pkl", b"\x80\x02cevil_module\nx\n.", r"wants evil_module\.x")
-    refused(tmp_path / "a.pkl", b"\x80\x04\x8c\x0bevil_module\x8c\x01x\x93.", r"wants evil_module\.x")
+    refused(tmp_path / "a.pkl", b"\x80\x02cevil_module\nx\n.", r"refers to evil_module\.x")
+    refused(tmp_path / "a.pkl", b"\x80\x04\x8c\x0bevil_module\x8c\x01x\x93.", r"refers to evil_module\.x")
     assert "evil_module" not in sys.modules
     assert not (tmp_path / "it ran").exists()

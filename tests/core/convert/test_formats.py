@@ -114,9 +114,9 @@ def test_bad_files_are_all_named_or_left_out(tmp_path, three):
     with pytest.raises(DataError, match="5 files cannot be used") as caught:
         run(tmp_path / "shards", three)
     assert "3.pt: the file is empty" in caught.value.message
-    assert "4.pt: it wants posix.getcwd" in caught.value.message
-    assert "5.pt: is in no format that is known: it holds a dictionary of model" in caught.value.message
-    assert "6.jsonl: is in no format that is known: its fields are a" in caught.value.message
+    assert "4.pt: it refers to posix.getcwd" in caught.value.message
+    assert "5.pt: is in no known format: it holds a dictionary of model" in caught.value.message
+    assert "6.jsonl: is in no known format: its fields are a" in caught.value.message
     done = run(tmp_path / "shards", three, on_bad_file="skip")
     assert done.result["rollouts"] == 60
     assert done.result["files_left_out"]["count"] == 5

@@ -59,7 +59,7 @@ BATCH = {
     "a shape of tuples": (
         b"\x80\x02cbuiltins\nset\n)" + b"2\x86" * 60 + b"\x85\x85R.", "a set of something",
     ),
-    "an old instance": (b"\x80\x02(ios\nsystem\n.", r"wants os\.system"),
+    "an old instance": (b"\x80\x02(ios\nsystem\n.", r"refers to os\.system"),
     "an instance": (b"\x80\x02(ccollections\nOrderedDict\no.", "OBJ"),
     "an extension": (b"\x80\x02\x82\x01.", "EXT1"),
     "a name in a name": (b"\x80\x04\x8c\x05numpy\x8c\x0cdtype.type.x\x93.", r"numpy\.dtype\.type\.x"),

@@ -67,7 +67,7 @@ def verl_lines(folder: Path) -> None:
 
 
 def openrlhf_experiences(path: Path) -> None:
-    """Two Experience batches, made by OpenRLHF's own batching, kept by the snippet of docs/convert.md."""
+    """Two Experience batches, made by OpenRLHF's own batching, kept by the snippet of docs/guides/convert.md."""
     from openrlhf.trainer.ppo_utils.experience import Experience, make_experience_batch, split_experience_batch
 
     of = dumps.rollouts()
@@ -76,7 +76,7 @@ def openrlhf_experiences(path: Path) -> None:
 
 
 def snippet():
-    """The function `dump_experiences` of docs/convert.md."""
+    """The function `dump_experiences` of docs/guides/convert.md."""
     page = Path(__file__).parents[3] / "docs" / "convert.md"
     block = next(b for b in page.read_text().split("```python\n")[1:] if "def dump_experiences" in b).split("```")[0]
     names: dict[str, object] = {}

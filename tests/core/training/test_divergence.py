@@ -102,7 +102,7 @@ def test_a_run_goes_on_without_such_steps_and_counts_them(folder: Path, tmp_path
     assert [r["skips"] for r in skips] == [1, 2]
     taken = [e.step for e in events if isinstance(e, StepEnded)]
     assert sorted(taken + [r["step"] for r in skips]) == list(range(1, ended.result["total_steps"] + 1))
-    assert sum(isinstance(e, Notice) and e.message.startswith("no step is taken at step") for e in events) == 2
+    assert sum(isinstance(e, Notice) and e.message.startswith("this step is skipped: at step") for e in events) == 2
     assert json.loads((tmp_path / "out" / "result.json").read_text())["skips"] == 2
 
 

@@ -76,7 +76,7 @@ def test_kept_states_give_the_same_run(train, packing, base, shards, tmp_path, m
 def test_other_architectures_keep_states_too(family, shards, tmp_path, monkeypatch):
     base = base_of(family, tmp_path / "base")
     events = run(shards, tmp_path / "kept", base, "last-1", epochs=1)
-    assert not [e.message for e in events if isinstance(e, Notice) and "kept states" in e.message]
+    assert not [e.message for e in events if isinstance(e, Notice) and "cached states" in e.message]
     monkeypatch.setattr(Trainer, "_cache_states", lambda self: iter(()))
     run(shards, tmp_path / "again", base, "last-1", epochs=1)
     kept, again = curve(tmp_path / "kept"), curve(tmp_path / "again")

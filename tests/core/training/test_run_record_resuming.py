@@ -116,7 +116,7 @@ def test_where_none_is_whole_nothing_is_touched(folder, tmp_path):
     with pytest.raises(ModelError) as told:
         run(settings)
     assert told.value.message.startswith(
-        f"none of the checkpoints of {tmp_path} is whole\n  step-00000002: the content"
+        f"none of the checkpoints of {tmp_path} is complete\n  step-00000002: the content"
     )
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
 

@@ -154,7 +154,7 @@ def test_targets_move_with_the_critic(moving, rewarded, rollouts, tmp_path):
 def test_held_out_rollouts_are_judged_by_returns_that_do_not_move(moving, rewarded, rollouts, tmp_path):
     flags, _ = moving
     events = run(rewarded, tmp_path / "moving", max_steps=2, **flags)
-    assert any(isinstance(e, Notice) and "judged against Monte-Carlo returns" in e.message for e in events)
+    assert any(isinstance(e, Notice) and "evaluated against Monte-Carlo returns" in e.message for e in events)
     result = events[-1].result
     run(rewarded, tmp_path / "mc", max_steps=2, returns="mc", **({"truncated": "drop"} if "truncated" in flags else {}))
     other = json.loads((tmp_path / "mc" / "result.json").read_text())
