@@ -176,6 +176,7 @@ def defined(node: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
+COMMAND_NAMES = {command.name for command in COMMANDS}
 KNOWN_NAMES = names_in("critic_train") | names_in("critic_train_cli")
 LAST_PARTS = {part for name in KNOWN_NAMES for part in name.split(".")}
 
@@ -207,11 +208,15 @@ def test_no_page_has_gaps(page):
 
 
 def test_the_map_has_a_row_for_every_folder_and_module_of_the_library():
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    """And each row names modules of that folder, or what they define."""
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|(.*)", (ROOT / "ARCHITECTURE.md").read_text(), flags=re.MULTILINE)
+    table = {name: about for names, about in rows for name in re.findall(r"`(\w+)`", names)}
     library = ROOT / "core" / "critic_train"
     there = {path.stem for path in library.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert there - {"__init__"} <= named
+    assert there - {"__init__"} <= table.keys()
+    named = {folder: set(re.findall(r"`(\w+)`", table[folder])) - COMMAND_NAMES for folder in there - {"__init__"}}
+    inside = {folder: {n.split(".")[1] for n in KNOWN_NAMES if n.startswith(f"{folder}.")} for folder in named}
+    assert {folder: names - inside[folder] for folder, names in named.items() if names - inside[folder]} == {}
 
 
 def test_the_readme_opens_with_the_two_commands():
