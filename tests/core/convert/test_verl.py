@@ -27,5 +27,5 @@ def test_a_verl_batch_before_the_rewards_has_its_scores_for_them(tmp_path, conve
 
 def test_an_instance_without_a_state_is_no_data_proto(tmp_path, converted):
     (tmp_path / "a.pkl").write_bytes(b"\x80\x02cverl.protocol\nDataProto\n)\x81.")
-    with pytest.raises(DataError, match="in no format that is known"):
+    with pytest.raises(DataError, match="in no known format"):
         converted(tmp_path / "a.pkl")
