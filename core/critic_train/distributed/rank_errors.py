@@ -35,7 +35,7 @@ def as_error(record: dict[str, Any]) -> BaseException:
         return kind(f"{whose}: {message}", hint=str(record["hint"]))
     if "out of memory" in message.lower() or record["kind"] in ("MemoryError", "OutOfMemoryError"):
         return MachineError(
-            f"{whose}: out of memory: {message.splitlines()[0][:200] if message else 'no more was given'}",
+            f"{whose}: out of memory: {message.splitlines()[0][:200] if message else 'no details were given'}",
             hint="lower --max-tokens (it never changes the result), or use --precision bf16",
         )
     error = RankError(f"{whose}: {record['kind']}: {message}")

@@ -120,7 +120,7 @@ def test_files_of_another_origin_are_not_written_over(tmp_path: Path) -> None:
     target.write_bytes(b"somebody's")
     with OutputDirectory(tmp_path / "out", "split", {"a": target}) as output:
         assert output.is_written("a")
-        with pytest.raises(ConfigError, match="stands there already"):
+        with pytest.raises(ConfigError, match="exists already"):
             output.compare({"settings": {}})
     assert target.read_bytes() == b"somebody's"
     assert not (tmp_path / "out/_split.json").exists()

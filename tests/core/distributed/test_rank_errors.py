@@ -57,7 +57,7 @@ def test_a_rank_that_is_ended_from_outside_reports_so(error):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it"), "CUDA out of memory. Tri"),
         (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory"),
-        (MemoryError(), "no more was given"),
+        (MemoryError(), "no details were given"),
     ],
 )
 def test_memory_that_ran_out_is_an_error_of_the_machine_in_one_line(error, words):
