@@ -98,7 +98,7 @@ def test_an_output_inside_a_source_is_refused(shard: Shard, tmp_path: Path, out:
 
 
 def test_a_source_is_not_replaced(shard: Shard, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="would be replaced"):
+    with pytest.raises(ConfigError, match="would be overwritten"):
         target_paths([shard], [shard.path], tmp_path / "data/sub")
 
 

@@ -346,7 +346,7 @@ def test_what_datasets_said_of_the_columns_is_not_kept(shards, critic, tmp_path)
 def test_folders_that_would_be_mixed_up_are_refused(shards, critic, tmp_path):
     with pytest.raises(ConfigError, match="would then read its own output"):
         predict(shards, critic, shards / "next")
-    with pytest.raises(ConfigError, match=r"a\.parquet would be replaced"):
+    with pytest.raises(ConfigError, match=r"a\.parquet would be overwritten"):
         predict(shards / "one" / "*.parquet", critic, shards / "one")
     (tmp_path / "to" / "one").mkdir(parents=True)
     (tmp_path / "to" / FILES[0]).write_text("mine")
