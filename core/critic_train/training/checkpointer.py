@@ -90,7 +90,7 @@ class Checkpointer:
         if lowered:
             yield Notice(message=lowered)
 
-    def save(self) -> Iterator[Event]:
+    def save_checkpoint(self) -> Iterator[Event]:
         """Write the checkpoint of the present step; update `best` and remove old checkpoints. All ranks call it.
 
         A checkpoint of this step that is there already, whole, is left as it is: the same step has the same state.

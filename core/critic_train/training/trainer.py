@@ -73,7 +73,7 @@ class Trainer:
         except Stopped:  # before an optimizer step, so that weights are those after the last one
             self.optimizer.zero_grad(set_to_none=True)
             yield from self._memory_notices()
-            yield from self.checkpointer.save()
+            yield from self.checkpointer.save_checkpoint()
         finally:
             self.batches.close()
 
@@ -86,7 +86,7 @@ class Trainer:
                 yield from self.evaluator.evaluate()
             self.runtime.stop.check_on_all_ranks()
             if self.checkpointer.is_due or (self.is_done and self.state.position.step > 0):
-                yield from self.checkpointer.save()
+                yield from self.checkpointer.save_checkpoint()
             self.runtime.stop.check_on_all_ranks()
             if self.is_done:
                 return

@@ -173,8 +173,8 @@ def test_a_single_rollout_that_is_too_much_on_one_rank_ends_all(settings, tmp_pa
 @pytest.mark.parametrize(
     ("kind", "killed", "part"),
     [
-        pytest.param("SIGKILL", 1, "rank-00001", id="a-rank-while-it-writes-its-part"),
-        pytest.param("ENOSPC", 1, "rank-00001", id="a-disk-that-is-full", marks=slow),
+        pytest.param("ENOSPC", 1, "rank-00001", id="a-disk-that-is-full"),
+        pytest.param("SIGKILL", 1, "rank-00001", id="a-rank-while-it-writes-its-part", marks=slow),
         pytest.param("SIGKILL", 0, "model.safetensors", id="rank-0-while-it-puts-parts-together", marks=slow),
     ],
 )
