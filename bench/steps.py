@@ -40,7 +40,7 @@ def bare_pass(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[
     """Forward and backward of the whole trunk on the forest's tokens; layout, head, loss and optimizer left out."""
     batches = list(micro_batches(rollouts, compute, forest=True))
     for batch in batches:  # every layer whole
-        batch.trunk_arguments["tree_plan"].kept = None
+        batch.trunk_arguments["tree_plan"].needed = None
     width = critic.trunk.config.hidden_size
     slopes = [torch.randn(batch.computed_tokens, width, device=compute.device) for batch in batches]
 

@@ -35,3 +35,17 @@ def test_an_unknown_name_is_told_the_known_ones(monkeypatch, capsys):
     assert main() == 2
     files = sorted(path.stem for path in (ROOT / "bench" / "entries").glob("[a-z]*.py"))
     assert f"no benchmark 'speed'; there are {', '.join(files)}" in capsys.readouterr().err
+
+
+def test_the_steps_that_are_compared_run(monkeypatch):
+    """The bare pass reaches into the critic: a change there is seen here, and not first by the next who measures."""
+    monkeypatch.syspath_prepend(ROOT)
+    import torch
+    from bench.drawing import Shape
+    from bench.entries.step import measure
+    from bench.entry import Options
+
+    options = Options(device=torch.device("cpu"), rounds=1, size="quick")
+    row = measure(Shape("tiny", 24, 4, 8, responses=3), 1.0, 64, "fp32", options)
+    assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in row["seconds"].values())
+    assert row["padded/computed"] > 1
