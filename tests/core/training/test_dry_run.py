@@ -138,7 +138,7 @@ def test_its_times_are_those_of_the_run(shards, tmp_path, train, monkeypatch):
     for event in fit(settings, StopRequest()):
         if isinstance(event, StepEnded):
             marks.append(event.timing["step_seconds"])
-        if isinstance(event, Progress) and event.stage.startswith("keeping"):
+        if isinstance(event, Progress) and event.stage.startswith("caching"):
             began, kept = (began, time.perf_counter() - began) if event.done else (time.perf_counter(), 0.0)
     assert (0.33 if train == "head" else 0.5) < found["training"] / (12 * sorted(marks)[6]) < 2.0
     if train in ("head", "last-1"):
