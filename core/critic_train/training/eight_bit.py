@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from critic_train.errors import ConfigError
 from critic_train.model.gather import Gather, as_rows_of, concat_over_ranks
-from critic_train.model.tensor_file import part_here, rows_here
+from critic_train.model.tensor_file import part_here, rows_here, rows_of
 
 BLOCK = 256
 CODES = ("qmap1", "qmap2")
@@ -52,9 +52,8 @@ class Cut:
 
     def span(self, part: int) -> tuple[int, int]:
         """(first, one past the last) number of a part, as torch.chunk cuts."""
-        each = -(-self.rows // self.parts)
-        first = min(self.rows, part * each)
-        return first * self.width, min(self.rows, first + each) * self.width
+        first, last = rows_of(part, self.parts, self.rows)
+        return first * self.width, last * self.width
 
     def blocks(self, part: int) -> int:
         """How many blocks a part has."""
