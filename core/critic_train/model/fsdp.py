@@ -47,7 +47,7 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     if compute.offload == "all":
         both["offload_policy"] = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
     inner = {"mp_policy": rounded if compute.precision == "bf16" else exact, **both}
-    for layer in decoder_layers(critic.trunk):
+    for layer in _find_layers(critic.trunk):
         fully_shard(layer, **inner)
     # Between forward and backward these stay gathered: embeddings are not gathered twice. See `reshard`. They are a
     # unit of their own, for with cached states no tokens are embedded, and they may be most of the model.
@@ -133,7 +133,7 @@ def _sharded_modules(roots: Sequence[nn.Module]) -> Iterator[FSDPModule]:
             yield from (module for module in root.modules() if isinstance(module, FSDPModule))
 
 
-def decoder_layers(trunk: PreTrainedModel) -> list[nn.Module]:
+def _find_layers(trunk: PreTrainedModel) -> list[nn.Module]:
     """The layers of a decoder, whatever it calls their list; none where it keeps no list of them."""
     count = trunk.config.num_hidden_layers
     lists = (module for module in trunk.modules() if isinstance(module, nn.ModuleList))
@@ -172,6 +172,6 @@ def _full_gradient_fits(modules: Sequence[nn.Module]) -> bool:
 def cost_of(critic: Critic) -> Cost:
     """What a rollout costs this critic's trunk."""
     config = critic.trunk.config
-    parameters = sum(p.numel() for layer in decoder_layers(critic.trunk) for p in layer.parameters())
+    parameters = sum(p.numel() for layer in _find_layers(critic.trunk) for p in layer.parameters())
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     return Cost.of(parameters, layers=config.num_hidden_layers, width=width)
