@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from support import branching_rollouts, rollouts_of
 
-from critic_train.model.attention_kernel import Queries, all_queries, queries_at
-from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
+from critic_train.layers.attention_kernel import Queries, all_queries, queries_at
+from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 
 CPU = torch.device("cpu")
 

@@ -34,7 +34,7 @@ REGISTERED_NAMES = ("FORMAT",)
 """A module that assigns one of these declares an entry of a list, as dump formats do: it may be small."""
 
 UNTESTED_ALLOWED: dict[str, str] = {
-    "critic_train.model.attention_kernel": "the interface of kernels; test_sdpa_kernels and test_cuda_kernels hold it",
+    "critic_train.layers.attention_kernel": "the interface of kernels; test_sdpa_kernels and test_cuda_kernels hold it",
     "critic_train.verify.outcome": "one dataclass; test_verify and test_model_checks read every field",
 }
 """Modules without a test file named after them -> why, and what tests them."""

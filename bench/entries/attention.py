@@ -14,10 +14,10 @@ import torch
 from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
-from critic_train.model.attention_kernel import Kernel, all_queries
-from critic_train.model.cuda_kernels import FlexKernel, VarlenKernel, varlen_available
-from critic_train.model.prefix_tree import PrefixOrder, TreeLayout, build_tree_layout, prefix_order
-from critic_train.model.sdpa_kernels import CpuFlashKernel, SdpaKernel, cpu_flash_available
+from critic_train.layers.attention_kernel import Kernel, all_queries
+from critic_train.layers.cuda_kernels import FlexKernel, VarlenKernel, varlen_available
+from critic_train.layers.prefix_tree import PrefixOrder, TreeLayout, build_tree_layout, prefix_order
+from critic_train.layers.sdpa_kernels import CpuFlashKernel, SdpaKernel, cpu_flash_available
 from critic_train.rollouts import Rollouts
 
 NAME = "attention"

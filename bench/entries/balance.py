@@ -10,7 +10,7 @@ from bench.entry import Options, Table
 from critic_train.data.order import epoch_plan
 from critic_train.data.reading import RolloutReader
 from critic_train.data.shards import find_shards
-from critic_train.model.prefix_tree import prefix_order
+from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.rollouts import Rollouts
 

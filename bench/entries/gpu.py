@@ -27,7 +27,8 @@ from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn
 from bench.steps import EPS, GRAD_CLIP, fit_step, padded_step
-from critic_train.model.attention import choose_attention
+from critic_train.layers.attention import choose_attention
+from critic_train.layers.prefix_tree import PrefixOrder, build_tree_layout, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
@@ -35,7 +36,6 @@ from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.model_input import tree_input
 from critic_train.model.oom import attempts
-from critic_train.model.prefix_tree import PrefixOrder, build_tree_layout, prefix_order
 from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ActivationCheckpointing

@@ -17,7 +17,7 @@ from critic_train.data.alignment import first_of
 from critic_train.data.labels import prompt_keys
 from critic_train.data.order import mixed
 from critic_train.evaluation.judge import Judge
-from critic_train.model.prefix_tree import prefix_order
+from critic_train.layers.prefix_tree import prefix_order
 from critic_train.rollouts import Rollouts, concat_rollouts, offsets_from_lengths
 
 SAMPLE_TOKENS = 2**22

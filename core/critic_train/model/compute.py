@@ -6,7 +6,7 @@ import torch
 
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks, on_cuda
 from critic_train.errors import ConfigError, MachineError
-from critic_train.model.attention import kernels_to_try
+from critic_train.layers.attention import kernels_to_try
 from critic_train.model.model_input import StateSource
 from critic_train.settings import Attention, ComputeSettings, Offload, Precision, TrainComputeSettings
 

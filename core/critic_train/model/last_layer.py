@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from critic_train.model.attention import TREE_ATTENTION, TreeAttentionPlan, tree_attention
+from critic_train.layers.attention import TREE_ATTENTION, TreeAttentionPlan, tree_attention
 
 # The submodules of a decoder layer that is built as Llama's is, and of its attention; Qwen3 has the head norms.
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
-from critic_train.model.attention import TREE_ATTENTION
+from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.model.config import check_config_against_weights, parse_config, prepare_config, read_raw_config
 from critic_train.model.critic import Critic, ValueHead
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import reshard
 from critic_train.model.model_input import ModelInput, empty_input, padded_input, tree_input
 from critic_train.model.oom import attempts
-from critic_train.model.prefix_tree import PrefixOrder, prefix_order
 from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.prefetch import ahead
 from critic_train.rollouts import Rollouts

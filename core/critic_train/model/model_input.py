@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from critic_train.model.attention import TreeAttentionPlan
-from critic_train.model.prefix_tree import PrefixOrder, build_tree_layout
+from critic_train.layers.attention import TreeAttentionPlan
+from critic_train.layers.prefix_tree import PrefixOrder, build_tree_layout
 from critic_train.rollouts import Rollouts, ragged_take
 from critic_train.settings import Attention
 

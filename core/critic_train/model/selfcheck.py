@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from critic_train.errors import MachineError, ModelError
-from critic_train.model.attention import TREE_ATTENTION, TreeUnsupportedError, choose_attention
+from critic_train.layers.attention import TREE_ATTENTION, TreeUnsupportedError, choose_attention
+from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, full_precision_params, reset_after_error
 from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
 from critic_train.model.model_input import tree_input
 from critic_train.model.oom import Attempt, release_memory
-from critic_train.model.prefix_tree import build_tree_layout, prefix_order
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.model.prefix_tree import PrefixOrder
+from critic_train.layers.prefix_tree import PrefixOrder
 
 Positions = NDArray[np.int64]
 """int64 [k], ascending: positions in an order, of rollouts that are computed together."""

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import branching_rollouts, rollouts_of
 
+from critic_train.layers.prefix_tree import build_tree_layout
 from critic_train.model.microbatches import best_fit_decreasing, forest_micro_batches
-from critic_train.model.prefix_tree import build_tree_layout
 
 
 def test_the_fullest_bin_that_takes_an_item_gets_it():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from support import branching_rollouts, rollouts_of, small_config
 
+from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model.loading import build_critic
 from critic_train.model.model_input import empty_input, padded_input, tree_input
-from critic_train.model.prefix_tree import prefix_order
 from critic_train.model.selfcheck import choose_packing
 
 CPU = torch.device("cpu")

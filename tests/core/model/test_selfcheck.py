@@ -4,12 +4,12 @@ import torch
 from support import branching_rollouts, small_config
 
 from critic_train.errors import ModelError
-from critic_train.model import sdpa_kernels
-from critic_train.model.attention import TREE_ATTENTION
+from critic_train.layers import sdpa_kernels
+from critic_train.layers.attention import TREE_ATTENTION
+from critic_train.layers.sdpa_kernels import SdpaKernel
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
-from critic_train.model.sdpa_kernels import SdpaKernel
 from critic_train.model.selfcheck import choose_packing
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)

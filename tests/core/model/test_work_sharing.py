@@ -8,7 +8,7 @@ from support import branching_rollouts
 
 from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.shards import find_shards
-from critic_train.model.prefix_tree import PrefixOrder, attention_mask, build_tree_layout, prefix_order
+from critic_train.layers.prefix_tree import PrefixOrder, attention_mask, build_tree_layout, prefix_order
 from critic_train.model.work_sharing import Cost, Exchanges, Pieces, longest_first, shares
 from critic_train.rollouts import Rollouts
 

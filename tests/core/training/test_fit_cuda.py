@@ -9,11 +9,11 @@ from support import branching_rollouts, readable_rollouts, small_config, write_s
 
 from critic_train.distributed.init import init_ranks
 from critic_train.events import RunEnded
-from critic_train.model.attention import choose_attention
+from critic_train.layers.attention import choose_attention
+from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
-from critic_train.model.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.selfcheck import choose_packing, select_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest

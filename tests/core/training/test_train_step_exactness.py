@@ -11,13 +11,13 @@ import torch
 from support import branching_rollouts, small_config
 from transformers import AutoModelForTokenClassification
 
+from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.last_layer import skip_unread_positions
 from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import micro_batches, predict_values
 from critic_train.model.model_input import tree_input
-from critic_train.model.prefix_tree import prefix_order
 from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.rollouts import Rollouts

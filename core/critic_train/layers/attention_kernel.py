@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from critic_train.model.prefix_tree import Span, TreeLayout
+from critic_train.layers.prefix_tree import Span, TreeLayout
 from critic_train.rollouts import repeat_by_length
 
 SHORT_GAP = 64

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from critic_train.model.attention_kernel import Kernel, Queries
-from critic_train.model.prefix_tree import Span
+from critic_train.layers.attention_kernel import Kernel, Queries
+from critic_train.layers.prefix_tree import Span
 
 CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 CPU_FLASH_BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"

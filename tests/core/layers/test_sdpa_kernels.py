@@ -13,10 +13,10 @@ from attention_cases import (
 )
 from support import rollouts_of
 
-from critic_train.model.attention import TreeAttentionPlan
-from critic_train.model.attention_kernel import all_queries, fill_short_gaps
-from critic_train.model.prefix_tree import attention_mask, build_tree_layout, prefix_order
-from critic_train.model.sdpa_kernels import CpuFlashKernel
+from critic_train.layers.attention import TreeAttentionPlan
+from critic_train.layers.attention_kernel import all_queries, fill_short_gaps
+from critic_train.layers.prefix_tree import attention_mask, build_tree_layout, prefix_order
+from critic_train.layers.sdpa_kernels import CpuFlashKernel
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])

@@ -14,9 +14,9 @@ from attention_cases import (
 )
 from support import rollouts_of
 
-from critic_train.model.attention_kernel import all_queries
-from critic_train.model.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
-from critic_train.model.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
+from critic_train.layers.attention_kernel import all_queries
+from critic_train.layers.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
+from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 
 
 def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeypatch):

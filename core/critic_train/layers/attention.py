@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from critic_train.errors import ConfigError, MachineError, first_line
-from critic_train.model import cuda_kernels, sdpa_kernels
-from critic_train.model.attention_kernel import Kernel, Queries, all_queries, fill_short_gaps, queries_at
-from critic_train.model.prefix_tree import TreeLayout
+from critic_train.layers import cuda_kernels, sdpa_kernels
+from critic_train.layers.attention_kernel import Kernel, Queries, all_queries, fill_short_gaps, queries_at
+from critic_train.layers.prefix_tree import TreeLayout
 from critic_train.settings import Attention, Precision
 
 TREE_ATTENTION = "critic_train_forest"

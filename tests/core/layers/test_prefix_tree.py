@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import branching_rollouts, rollouts_of
 
-from critic_train.model.prefix_tree import PrefixOrder, attention_mask, build_tree_layout, prefix_order
+from critic_train.layers.prefix_tree import PrefixOrder, attention_mask, build_tree_layout, prefix_order
 from critic_train.rollouts import Rollouts
 
 

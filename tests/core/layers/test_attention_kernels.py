@@ -13,9 +13,9 @@ from attention_cases import (
 )
 
 from critic_train.errors import ConfigError, MachineError
-from critic_train.model.attention import KERNELS, choose_attention, kernel_error, kernels_to_try
-from critic_train.model.cuda_kernels import VarlenKernel
-from critic_train.model.sdpa_kernels import SdpaKernel
+from critic_train.layers.attention import KERNELS, choose_attention, kernel_error, kernels_to_try
+from critic_train.layers.cuda_kernels import VarlenKernel
+from critic_train.layers.sdpa_kernels import SdpaKernel
 from critic_train.settings import Attention
 
 KERNELS_WITH_WINDOWS = {
@@ -48,7 +48,7 @@ def test_a_cpu_takes_scaled_dot_product_attention_and_refuses_the_others():
 
 
 def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkeypatch):
-    from critic_train.model import cuda_kernels
+    from critic_train.layers import cuda_kernels
 
     cuda = torch.device("cuda")
     monkeypatch.setattr(cuda_kernels, "varlen_available", lambda device: True)
@@ -61,7 +61,7 @@ def test_cuda_takes_variable_length_attention_in_bf16_and_flex_in_float32(monkey
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
-    from critic_train.model import attention
+    from critic_train.layers import attention
 
     layout = layout_of(0)
     right = lambda queries: VarlenKernel(queries, CPU, attend=varlen_by_hand)  # noqa: E731

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from critic_train.model.attention_kernel import Kernel, Queries
+from critic_train.layers.attention_kernel import Kernel, Queries
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
 
