@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from critic_train.errors import ModelError
 from critic_train.model.model_input import ModelInput
+from critic_train.model.tensor_file import part_here
 
 
 class ValueHead(nn.Linear):
@@ -38,6 +39,12 @@ class ValueHead(nn.Linear):
         with torch.no_grad():
             self.weight.zero_()
             self.bias.fill_(mean_return)
+
+    def set_linear(self, weight: Tensor, bias: float) -> None:
+        """Make the head predict `weight . state + bias`, also where it is sharded; weight [hidden_size]."""
+        with torch.no_grad():
+            part_here(self.weight).copy_(weight)  # to its one row, which one rank has where it is sharded
+            self.bias.fill_(bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] of any float dtype -> [...] float32."""

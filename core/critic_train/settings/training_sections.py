@@ -7,6 +7,7 @@ from typing import Any, Literal
 from critic_train.settings.base import Section, minimum_errors, seed_errors, setting
 
 Preset = Literal["tiny", "small", "base"]
+HeadInit = Literal["exact", "mean"]
 OldValues = Literal["column", "epoch", "none"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 OptimizerKind = Literal["adamw", "adamw-8bit"]
@@ -42,6 +43,12 @@ class ModelSettings(Section):
         panel="Model",
         metavar="full|head|last-K|lora",
     )
+    head_init: HeadInit | None = setting(
+        None,
+        "Where the value head starts: solved by least squares on the model's hidden states, or predicting the mean "
+        "return. [default: exact for a model without a value head; a head that is there is kept]",
+        panel="Model",
+    )
     lora_rank: int = setting(16, "Rank of the LoRA adapters.", panel="Model")
     lora_alpha: float = setting(32.0, "Scale of the LoRA adapters: their product counts alpha / rank.", panel="Model")
 
@@ -52,6 +59,8 @@ class ModelSettings(Section):
             errors.append(f"--train must be full, head, lora or last-K, as in last-2, not {self.train!r}")
         if self.train != "lora" and (self.lora_rank != 16 or self.lora_alpha != 32.0):
             errors.append("--lora-rank and --lora-alpha belong to --train lora")
+        if self.head_init == "exact" and self.model is None:
+            errors.append("--head-init exact needs --model: the states of a new transformer know nothing")
         if self.train != "full" and self.model is None:
             errors.append(f"--train {self.train} needs --model: in a new transformer there is nothing worth freezing")
         return errors
@@ -108,7 +117,10 @@ class OptimizerSettings(Section):
     """How long and how fast to train."""
 
     epochs: int | None = setting(
-        None, "Passes over the rollouts. [default: 3, or as many as --max-steps needs]", panel="Training"
+        None,
+        "Passes over the rollouts; 0 ends with the exact value head. "
+        "[default: 3, or as many as --max-steps needs; 0 with --train head and no --lr or --head-lr]",
+        panel="Training",
     )
     max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")
     batch_size: int = setting(64, "Rollouts a step; prompt groups stay together.", panel="Training")
@@ -141,9 +153,9 @@ class OptimizerSettings(Section):
     def validate(self) -> list[str]:
         """See Section."""
         return [
-            *minimum_errors(self, 1, "batch_size", "epochs", "max_steps"),
+            *minimum_errors(self, 1, "batch_size", "max_steps"),
             *seed_errors(self.seed),
-            *minimum_errors(self, 0, "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"),
+            *minimum_errors(self, 0, "epochs", "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"),
         ]
 
 

@@ -96,7 +96,7 @@ def build_run_critic(
     else:
         adapters = partial(add_adapters, rank=model.lora_rank, alpha=model.lora_alpha, seed=seed)
         critic = load_critic_on_ranks(source, compute, adapters if model.train == "lora" else None)
-        if source.head is None:
+        if checkpoint is None and starts_new_head(model, source):
             critic.head.set_constant(shape.mean_return)
         if model.train == "lora" and checkpoint is not None:
             load_adapters(critic, checkpoint)
@@ -160,9 +160,15 @@ def resolve_learning_rates(
         lr = LR_ADAPTERS if model.train == "lora" else LR_FINE_TUNING
     head_lr = settings.head_lr
     if head_lr is None:
-        new_head = source is None or source.head is None
-        head_lr = max(lr, LR_NEW_HEAD) if new_head else lr
+        # A head that was solved is where it should be: larger steps would only lead it away.
+        solved = model.head_init == "exact"
+        head_lr = max(lr, LR_NEW_HEAD) if starts_new_head(model, source) and not solved else lr
     return lr, head_lr
+
+
+def starts_new_head(model: ModelSettings, source: ModelSource | None) -> bool:
+    """Whether a run begins with a value head of its own, in place of one that --model may have."""
+    return source is None or source.head is None or model.head_init is not None
 
 
 def build_run_optimizer(
@@ -249,24 +255,27 @@ def build_trainer(
 
 
 def source_notices(
-    source: ModelSource | None, offload: str, compute: Compute, shape: DataShape, *, new: bool
+    source: ModelSource | None, settings: FitSettings, compute: Compute, shape: DataShape, *, new: bool
 ) -> Iterator[Notice]:
     """Notices about what a run starts from, before its weights are loaded.
 
     Args:
         source: what --model names.
-        offload: --offload.
+        settings: of the run, resolved.
         compute: of the run.
         shape: of the rollouts.
         new: whether training starts at step 0.
     """
-    if source is not None and source.head is None and new:
-        yield Notice(
-            message=f"{source.path} has no value head: a new one is made, weight 0 and bias "
-            f"{shape.mean_return:.4g} (the mean return)"
-        )
-    elif source is not None and source.head is not None:
+    if source is not None and starts_new_head(settings.model, source):
+        if new and settings.model.head_init != "exact":
+            found = f"has {source.head}.weight, which is not used" if source.head else "has no value head"
+            yield Notice(
+                message=f"{source.path} {found}: a new one is made, weight 0 and bias "
+                f"{shape.mean_return:.4g} (the mean return)"
+            )
+    elif source is not None:
         yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
+    offload = settings.compute.offload
     if offload != compute.offload:
         yield Notice(message=f"--offload {offload} changes nothing on a CPU: all is in host memory already")
 

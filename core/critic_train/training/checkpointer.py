@@ -50,13 +50,13 @@ class Checkpointer:
     files: StateFiles
     old_values: OldValues | None
     newest: Path | None = None
-    _saved_step: int = 0
+    _saved_step: int | None = None
 
     @property
     def is_due(self) -> bool:
         """Whether the present step gets a checkpoint wherever the run ends."""
         position = self.state.position
-        return position.step > 0 and (position.step % self.every == 0 or position.best_step == position.step)
+        return self.state.has_learned and (position.step % self.every == 0 or position.best_step == position.step)
 
     def save_on_out_of_memory(self) -> None:
         """Have the last whole step saved where memory runs out on one of several ranks."""
@@ -94,13 +94,13 @@ class Checkpointer:
         """Write the checkpoint of the present step; update `best` and remove old checkpoints. All ranks call it.
 
         A checkpoint of this step that is there already, whole, is left as it is: the same step has the same state.
-        Step 0 has none.
+        Step 0 has one only where the head was solved before it.
 
         Raises:
             MachineError: the disk is full or not writable.
         """
         step, ranks = self.state.position.step, self.runtime.compute.ranks
-        if step in (0, self._saved_step):
+        if not self.state.has_learned or step == self._saved_step:
             return
         self._saved_step = step
         if not ranks.is_main:

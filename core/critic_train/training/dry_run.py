@@ -30,6 +30,7 @@ from critic_train.training.build import PreparedCritic, build_run_critic, prepar
 from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
 from critic_train.training.plan import TrainingPlan, make_plan
+from critic_train.training.recipe import choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets
@@ -92,6 +93,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     shards = find_run_shards(settings.reading)
     source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
     targets = Targets.of(settings.returns, settings.loss)
+    settings = with_recipe(settings, choose_recipe(settings, source, targets))
     limits = row_limits(settings.reading.max_length, source)
     data = yield from _survey_data(settings, shards, limits, targets, stop)
     sample = data.train.sample.rollouts()
@@ -176,9 +178,11 @@ def _result(
     computed_share = 1 - sharing(sample)["saved_share"] if prepared.forest else 1.0
     computed = data.train_tokens * computed_share
     held_out = data.held_out_tokens * computed_share
-    epochs = plan.total_steps / max(1, plan.steps_per_epoch[0])
+    epochs = plan.total_steps / max(1, *plan.steps_per_epoch[:1])
     evaluations = -(-plan.total_steps // plan.eval_every) + 1 if held_out else 0
+    solving = computed * times.predict_seconds_per_token if settings.model.head_init == "exact" else 0.0
     seconds = {
+        "solving_head": solving,
         "keeping_states": (computed + held_out) * times.cache_seconds_per_token,
         "training": epochs * computed * times.train_seconds_per_token + plan.total_steps * times.optimizer_seconds,
         "evaluating": evaluations * held_out * times.predict_seconds_per_token,

@@ -90,10 +90,10 @@ class Evaluator:
     def _is_best(self, figure: float | None) -> bool:
         """Whether a value of --best-by is better than all before.
 
-        The critic of step 0 has no checkpoint and is never the best.
+        A critic that has learned nothing yet has no checkpoint and is never the best.
         """
         before = self.state.position.best_figure
-        if self.state.position.step == 0 or figure is None or not math.isfinite(figure):
+        if not self.state.has_learned or figure is None or not math.isfinite(figure):
             return False
         if before is None:
             return True

@@ -30,7 +30,9 @@ from critic_train.training.build import (
     source_notices,
 )
 from critic_train.training.dataset import open_data
+from critic_train.training.exact_head import ExactHead
 from critic_train.training.plan import make_plan
+from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (
     compare_with_before,
     find_resume_checkpoint,
@@ -80,6 +82,8 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
                 names = yield from _on_rank_0(ranks, stop, reading)
                 data = yield from open_data(settings.reading, targets, run.cache, names, seed)
                 resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
+                choosing = recipe_of_run(settings, source, targets, run, resumed=resumed is not None)
+                recipe = yield from _on_rank_0(ranks, stop, choosing)
             except Stopped:  # before there is anything to save
                 yield RunEnded(status="interrupted", signal_number=stop.signal_number)
                 return
@@ -88,8 +92,9 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
             stop = ranks.agreed_stop(stop)
             yield from begin_with_remembered_budget(run, settings.compute.max_tokens, compute)
             checkpoint = run.checkpoints / resumed if resumed else None
+            settings = with_recipe(settings, recipe)
             plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
-            yield from source_notices(source, settings.compute.offload, compute, data.shape, new=checkpoint is None)
+            yield from source_notices(source, settings, compute, data.shape, new=checkpoint is None)
             critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
             yield from export_notice(critic)
             sample = selfcheck_sample(data.train, plan)
@@ -101,7 +106,9 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
             trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, stop)
             if checkpoint is not None:
                 yield from trainer.checkpointer.load(checkpoint)
-            yield from _start(settings, trainer, ranks)
+            elif settings.model.head_init == "exact":
+                trainer.exact_head = ExactHead.of(trainer.runtime, data.train, trainer.loss, targets, seed)
+            yield from _start(settings, trainer, ranks, recipe)
             yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
             yield from _finish(trainer, stop, time.monotonic() - began, ranks)
 
@@ -152,7 +159,7 @@ def _already_finished(run: RunDirectory, result: dict[str, Any], ranks: Ranks) -
     yield RunEnded(status="already finished", result=result if ranks.is_main else {})
 
 
-def _start(settings: FitSettings, trainer: Trainer, ranks: Ranks) -> Iterator[Event]:
+def _start(settings: FitSettings, trainer: Trainer, ranks: Ranks, recipe: Recipe) -> Iterator[Event]:
     """Open the logs and record what was resolved, before the first step of this start."""
     run, plan, position = trainer.run, trainer.plan, trainer.state.position
     if ranks.is_main:
@@ -160,7 +167,7 @@ def _start(settings: FitSettings, trainer: Trainer, ranks: Ranks) -> Iterator[Ev
     run.open_logs(position.metrics_bytes)
     yield from data_notices(trainer.data, Targets.of(settings.returns, settings.loss))
     summary = resolved_summary(settings, trainer)
-    run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary})
+    run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary, "recipe": recipe})
     yield RunStarted(
         out=str(run.path),
         total_steps=plan.total_steps,

@@ -25,7 +25,7 @@ class TrainingPlan:
         groups: int64 [n], the prompt group of every rollout to train on.
         batch_size: the most rollouts a mini-batch may have.
         seed: of the run.
-        epochs: passes over the rollouts; None for as many as `max_steps` needs.
+        epochs: passes over the rollouts, 0 for none; None for as many as `max_steps` needs.
         max_steps: the most steps the run may take; None for all steps of its epochs.
         eval_every: steps between evaluations; None for a tenth of the run.
         warmup_steps: steps over which the learning rate rises; None for 3 % of the run.
@@ -93,7 +93,7 @@ def make_plan(settings: OptimizerSettings, groups: NDArray[np.int64], eval_every
         groups,
         batch_size=settings.batch_size,
         seed=settings.seed,
-        epochs=settings.epochs or (None if settings.max_steps else DEFAULT_EPOCHS),
+        epochs=DEFAULT_EPOCHS if settings.epochs is None and settings.max_steps is None else settings.epochs,
         max_steps=settings.max_steps,
         eval_every=eval_every,
         warmup_steps=settings.warmup_steps,

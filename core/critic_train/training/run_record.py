@@ -129,6 +129,7 @@ def result_of(trainer: Trainer, status: str, elapsed_seconds: float) -> dict[str
         "training": state.last_metrics,
         "rows_left_out": data.left_out,
         "files_left_out": data.files_left_out,
+        **({"exact_head": state.exact_head} if state.exact_head else {}),
         **evaluation,
         "elapsed_seconds": elapsed_seconds,
     }

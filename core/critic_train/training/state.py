@@ -68,12 +68,19 @@ class TrainingState:
         last_metrics: of the last optimizer step.
         last_evaluation: metrics of the last evaluation, None before the first.
         best_evaluation: metrics of the evaluation at `position.best_step`.
+        exact_head: what `ExactHead.solve` gave before the first step; None where the head started otherwise.
     """
 
     position: Position = field(default_factory=Position)
     last_metrics: dict[str, Any] = field(default_factory=dict)
     last_evaluation: dict[str, Any] | None = None
     best_evaluation: dict[str, Any] | None = None
+    exact_head: dict[str, Any] | None = None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the critic has taken a step or its head was solved: it is worth a checkpoint, and may be the best."""
+        return self.position.step > 0 or self.exact_head is not None
 
     def as_record(self, *, epoch: int, mini_batch: int, seed: int, token_budget: dict[str, int]) -> dict[str, Any]:
         """The content of `trainer.json`, JSON-able.
@@ -93,6 +100,7 @@ class TrainingState:
             "last_metrics": self.last_metrics,
             "last_evaluation": self.last_evaluation,
             "best_evaluation": self.best_evaluation,
+            "exact_head": self.exact_head,
         }
 
     def restore(self, record: dict[str, Any], total_steps: int) -> None:
@@ -105,6 +113,7 @@ class TrainingState:
         self.last_evaluation = record["last_evaluation"]
         self.best_evaluation = record["best_evaluation"]
         self.last_metrics = dict(record["last_metrics"])
+        self.exact_head = record.get("exact_head")
 
 
 def token_budget_record(max_tokens: int, compute: Compute) -> dict[str, int]:

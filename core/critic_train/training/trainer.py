@@ -18,6 +18,7 @@ from critic_train.training.checkpointer import Checkpointer
 from critic_train.training.dataset import RunData
 from critic_train.training.divergence import diverged, find_diverged_rollouts, save_diverged_rollouts
 from critic_train.training.evaluator import Evaluator
+from critic_train.training.exact_head import ExactHead
 from critic_train.training.frozen_cache import CachedStates, cache_states
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import schedule_factor, set_learning_rates
@@ -47,6 +48,7 @@ class Trainer:
         checkpointer: saves, and has restored where the run resumes.
         state: where the run stands; shared with evaluator and checkpointer.
         caches_states: whether the hidden states of a frozen trunk are computed once and cached.
+        exact_head: solves the value head before the first step; None where it starts otherwise, or the run is resumed.
     """
 
     settings: OptimizerSettings
@@ -62,6 +64,7 @@ class Trainer:
     checkpointer: Checkpointer
     state: TrainingState
     caches_states: bool
+    exact_head: ExactHead | None = None
     _started: float = field(default_factory=time.monotonic)
     _warned_of_saturation: bool = False
 
@@ -79,13 +82,17 @@ class Trainer:
 
     def _loop(self) -> Iterator[Event]:
         # The last evaluation may still be due after the last step: like those before, it reads cached states.
-        if self.caches_states and (not self.is_done or (self.evaluator is not None and self.evaluator.is_due)):
+        evaluates = self.evaluator is not None and self.evaluator.is_due
+        if self.caches_states and (not self.is_done or self.exact_head is not None or evaluates):
             yield from self._cache_states()
+        if self.exact_head is not None:
+            self.state.exact_head = yield from self.exact_head.solve()
+            self.run.log_metrics({"event": "exact_head", "step": 0, "epoch": 0, **self.state.exact_head})
         while True:
             if self.evaluator is not None and self.evaluator.is_due:
                 yield from self.evaluator.evaluate()
             self.runtime.stop.check_on_all_ranks()
-            if self.checkpointer.is_due or (self.is_done and self.state.position.step > 0):
+            if self.checkpointer.is_due or (self.is_done and self.state.has_learned):
                 yield from self.checkpointer.save_checkpoint()
             self.runtime.stop.check_on_all_ranks()
             if self.is_done:
