@@ -14,7 +14,7 @@ OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
---model --preset --train --lora-rank --lora-alpha
+--model --preset --train --head-init --lora-rank --lora-alpha
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
 --epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed

@@ -64,7 +64,7 @@ def test_wrong_command_lines(program, arguments, error, hint):
 def test_of_several_ranks_only_rank_0_speaks(program):
     """torchrun starts every rank with the same command line; a mistake in it is told once."""
     for rank, spoken in (("0", True), ("1", False)):
-        shown = program("fit", "--epochs", "0", "--data", "x", WORLD_SIZE="2", RANK=rank)
+        shown = program("fit", "--epochs", "-1", "--data", "x", WORLD_SIZE="2", RANK=rank)
         assert (shown.returncode, shown.stdout, bool(shown.stderr)) == (2, "", spoken)
         done = program("fit", "--data", "x", WORLD_SIZE="2", RANK=rank, FAKE_JOB="finish")
         assert (done.returncode, bool(done.stdout), bool(done.stderr)) == (0, spoken, spoken)

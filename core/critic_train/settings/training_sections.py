@@ -155,7 +155,9 @@ class OptimizerSettings(Section):
         return [
             *minimum_errors(self, 1, "batch_size", "max_steps"),
             *seed_errors(self.seed),
-            *minimum_errors(self, 0, "epochs", "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"),
+            *minimum_errors(
+                self, 0, "epochs", "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"
+            ),
         ]
 
 

@@ -30,6 +30,7 @@ from critic_train.stopping import StopRequest
 from critic_train.training.checkpointer import Checkpointer
 from critic_train.training.dataset import DataShape, RolloutSet, RunData
 from critic_train.training.evaluator import Evaluator
+from critic_train.training.exact_head import ExactHead
 from critic_train.training.frozen_cache import no_cached_states_notice, supports_cached_states
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import build_optimizer
@@ -207,9 +208,7 @@ def build_trainer(
     runtime = CriticRuntime(critic=prepared.critic, compute=prepared.compute, forest=prepared.forest, stop=stop)
     targets, loss = Targets.of(settings.returns, settings.loss), LossRecipe.of(settings.loss)
     state, seed = TrainingState(), settings.optimizer.seed
-    old_values = evaluator = None
-    if settings.loss.old_values == "epoch" and (loss.cliprange_value is not None or targets.moving):
-        old_values = OldValues(runtime=runtime, train=data.train)
+    old_values, evaluator = _old_values(settings, runtime, data.train), None
     if data.held_out is not None:
         evaluator = Evaluator(
             runtime=runtime,
@@ -251,7 +250,15 @@ def build_trainer(
         checkpointer=checkpointer,
         state=state,
         caches_states=prepared.caches_states,
+        exact_head=ExactHead.of(settings, runtime, data.train),
     )
+
+
+def _old_values(settings: FitSettings, runtime: CriticRuntime, train: RolloutSet) -> OldValues | None:
+    """What takes V_old of each epoch, where the clip or the targets need it."""
+    needed = LossRecipe.of(settings.loss).cliprange_value is not None
+    needed = needed or Targets.of(settings.returns, settings.loss).moving
+    return OldValues(runtime=runtime, train=train) if settings.loss.old_values == "epoch" and needed else None
 
 
 def source_notices(
@@ -267,12 +274,12 @@ def source_notices(
         new: whether training starts at step 0.
     """
     if source is not None and starts_new_head(settings.model, source):
-        if new and settings.model.head_init != "exact":
-            found = f"has {source.head}.weight, which is not used" if source.head else "has no value head"
-            yield Notice(
-                message=f"{source.path} {found}: a new one is made, weight 0 and bias "
-                f"{shape.mean_return:.4g} (the mean return)"
-            )
+        there = f"has {source.head}.weight, which is not used" if source.head else "has no value head"
+        made = f"made, weight 0 and bias {shape.mean_return:.4g} (the mean return)"
+        if settings.model.head_init == "exact":
+            made = "solved by least squares on its hidden states (--head-init exact)"
+        if new:
+            yield Notice(message=f"{source.path} {there}: a new one is {made}")
     elif source is not None:
         yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
     offload = settings.compute.offload

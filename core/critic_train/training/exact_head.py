@@ -29,9 +29,10 @@ from critic_train.model.fsdp import reshard
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.oom import attempts
 from critic_train.rollouts import Rollouts
+from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.divergence import diverged
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
+from critic_train.training.divergence import diverged
 from critic_train.training.loss import token_weights
 from critic_train.training.state import CriticRuntime
 from critic_train.training.targets import Targets
@@ -78,14 +79,18 @@ class ExactHead:
     seed: int
 
     @classmethod
-    def of(
-        cls, runtime: CriticRuntime, train: RolloutSet, loss: LossRecipe, targets: Targets, seed: int
-    ) -> "ExactHead":
-        """The head of a run; where its targets contain the critic's own predictions, of its complete rollouts."""
+    def of(cls, settings: FitSettings, runtime: CriticRuntime, train: RolloutSet) -> "ExactHead | None":
+        """The head of a run; None where the settings, resolved, have it start otherwise.
+
+        Where the targets contain the critic's own predictions, it is solved on the rollouts that are complete.
+        """
+        if settings.model.head_init != "exact":
+            return None
+        targets = Targets.of(settings.returns, settings.loss)
         if targets.moving and targets.recipe.bootstraps:
             complete = train.index[~train.cache.truncated[train.index]]
             train = replace(train, index=complete) if len(complete) else train
-        return cls(runtime=runtime, train=train, loss=loss, seed=seed)
+        return cls(runtime=runtime, train=train, loss=LossRecipe.of(settings.loss), seed=settings.optimizer.seed)
 
     def solve(self) -> Generator[Event, None, dict[str, Any]]:
         """Put the solved head into the critic. All ranks call it.
@@ -126,9 +131,7 @@ class ExactHead:
     def _moments(self, index: NDArray[np.int64], done: int) -> Generator[Event, None, Tensor]:
         """float64 [hidden_size + 2, hidden_size + 2] on the CPU: the second moments of some rollouts, of all ranks."""
         runtime, loss = self.runtime, self.loss
-        per_rollout = token_weights(
-            self.train.cache.response_counts[self.train.index], loss.mode, loss.scale_factor
-        )
+        per_rollout = token_weights(self.train.cache.response_counts[self.train.index], loss.mode, loss.scale_factor)
         fold = replace(self.train, index=self.train.index[index])
         width = int(runtime.critic.trunk.config.hidden_size) + 2
         total = torch.zeros(width, width, dtype=torch.float64, device=runtime.compute.device)

@@ -30,7 +30,6 @@ from critic_train.training.build import (
     source_notices,
 )
 from critic_train.training.dataset import open_data
-from critic_train.training.exact_head import ExactHead
 from critic_train.training.plan import make_plan
 from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (
@@ -64,8 +63,7 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
     require_packages(settings.run)
     sharded, seed = resolve_offload(settings.compute) == "all", settings.optimizer.seed
     with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
-        compute = resolve_compute(settings.compute, ranks)
-        began, out = time.monotonic(), run_path(settings)
+        began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
         shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
         source = _read_base_model(settings.model.model, out, ranks)
         with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
@@ -82,7 +80,7 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
                 names = yield from _on_rank_0(ranks, stop, reading)
                 data = yield from open_data(settings.reading, targets, run.cache, names, seed)
                 resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
-                choosing = recipe_of_run(settings, source, targets, run, resumed=resumed is not None)
+                choosing = recipe_of_run(settings, source, targets, run, resumed=bool(resumed))
                 recipe = yield from _on_rank_0(ranks, stop, choosing)
             except Stopped:  # before there is anything to save
                 yield RunEnded(status="interrupted", signal_number=stop.signal_number)
@@ -94,20 +92,17 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
             checkpoint = run.checkpoints / resumed if resumed else None
             settings = with_recipe(settings, recipe)
             plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
-            yield from source_notices(source, settings, compute, data.shape, new=checkpoint is None)
+            yield from source_notices(source, settings, compute, data.shape, new=not resumed)
             critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
             yield from export_notice(critic)
             sample = selfcheck_sample(data.train, plan)
             prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, sample)
-            yield from rope_notice(prepared.critic, data.shape.max_length)
-            yield from prepared.notices
+            yield from [*rope_notice(prepared.critic, data.shape.max_length), *prepared.notices]
             optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source)
             uids = uid_lookup(shards, data, settings.reading)
             trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, stop)
             if checkpoint is not None:
                 yield from trainer.checkpointer.load(checkpoint)
-            elif settings.model.head_init == "exact":
-                trainer.exact_head = ExactHead.of(trainer.runtime, data.train, trainer.loss, targets, seed)
             yield from _start(settings, trainer, ranks, recipe)
             yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
             yield from _finish(trainer, stop, time.monotonic() - began, ranks)

@@ -70,7 +70,8 @@ def recipe_of_run(
         return {"head_init": _choice("kept" if has_head else "mean", "as this run was begun")}
     recipe = choose_recipe(settings, source, targets)
     for name, choice in recipe.items():
-        yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
+        if name != "head_init":  # said with what the model has
+            yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
     return recipe
 
 

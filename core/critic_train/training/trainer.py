@@ -48,7 +48,8 @@ class Trainer:
         checkpointer: saves, and has restored where the run resumes.
         state: where the run stands; shared with evaluator and checkpointer.
         caches_states: whether the hidden states of a frozen trunk are computed once and cached.
-        exact_head: solves the value head before the first step; None where it starts otherwise, or the run is resumed.
+        exact_head: solves the value head before the first step of a run that is not resumed; None where it starts
+            otherwise.
     """
 
     settings: OptimizerSettings
@@ -83,9 +84,10 @@ class Trainer:
     def _loop(self) -> Iterator[Event]:
         # The last evaluation may still be due after the last step: like those before, it reads cached states.
         evaluates = self.evaluator is not None and self.evaluator.is_due
-        if self.caches_states and (not self.is_done or self.exact_head is not None or evaluates):
+        solves = self.exact_head is not None and self.checkpointer.newest is None
+        if self.caches_states and (not self.is_done or solves or evaluates):
             yield from self._cache_states()
-        if self.exact_head is not None:
+        if self.exact_head is not None and solves:
             self.state.exact_head = yield from self.exact_head.solve()
             self.run.log_metrics({"event": "exact_head", "step": 0, "epoch": 0, **self.state.exact_head})
         while True:

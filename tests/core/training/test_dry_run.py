@@ -109,7 +109,7 @@ def test_what_it_says_of_a_partly_trained_critic_is_what_the_run_then_holds(shar
             kept = sum(file.stat().st_size for file in cache.glob("state*"))
     assert found["disk"]["states"] == pytest.approx(kept, rel=0.01)
     assert (found["seconds"]["keeping_states"] > 0) == (train != "lora")
-    checkpoint = (tmp_path / "run" / "best").resolve()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
     moments = sum(bytes_in(checkpoint / "optimizer.safetensors", of) for of in ("exp_avg.", "exp_avg_sq."))
     assert found["memory"]["moments"] == moments == 2 * found["memory"]["gradients"]
     assert found["trained_parameters"] == moments // 8

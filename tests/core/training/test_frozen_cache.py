@@ -45,7 +45,7 @@ def run(
 ) -> list[Event]:
     settings = {"data": [str(shards)], "out": str(out), "model": str(model), "train": train, "device": "cpu"}
     settings |= {"batch_size": 16, "max_tokens": 120, "epochs": 2, "eval_every": 4, "lr": 1e-3, "val_fraction": 0.2}
-    settings |= {"no_report": True}
+    settings |= {"no_report": True, "head_init": "mean"}
     return list(fit(FitSettings(**(settings | more)), stop or StopRequest()))  # type: ignore[arg-type]
 
 
