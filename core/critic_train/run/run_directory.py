@@ -7,6 +7,7 @@ from typing import Any
 
 from critic_train.errors import MachineError
 from critic_train.jsonio import read_json_object_or_none
+from critic_train.run.checkpoint import checkpoint_name, hidden
 from critic_train.run.lock import Lock
 from critic_train.run.storage import (
     File,
@@ -14,6 +15,7 @@ from critic_train.run.storage import (
     make_directory,
     remove,
     remove_tree,
+    rename,
     rename_durably,
     sync_directory,
     write_json,
@@ -96,7 +98,11 @@ class RunDirectory:
         write_json(self.path / name, value)
 
     def start_afresh(self) -> None:
-        """Remove the results of an earlier start; its cached rollouts stay."""
+        """Remove the results of an earlier start and its checkpoint of step 0; its cached rollouts stay."""
+        first = self.checkpoints / checkpoint_name(0)
+        if first.is_dir():  # renamed before it is removed: half removed it must not look like a damaged one
+            rename(first, hidden(first))
+            self._clear(hidden(first))
         for name in ("result.json", "best", "timings.jsonl", "evaluation.json", "report.html"):
             remove(self.path / name)
         for column in (*self.cache.glob("*/old_values-*"), *self.cache.glob("*/state-rows")):

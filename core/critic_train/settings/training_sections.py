@@ -83,7 +83,9 @@ class LossSettings(Section):
         "V_old for the clip: the shard's values, this critic's own at each epoch's start, or none.",
         panel="Loss",
     )
-    cliprange_value: float = setting(0.5, "The clip's half-width eps around V_old.", panel="Loss")
+    cliprange_value: float = setting(
+        0.5, "The clip's half-width eps around V_old, in the unit of the returns.", panel="Loss"
+    )
     no_clip: bool = setting(False, "Turn the clip off: plain squared error.", panel="Loss")
     loss_agg_mode: LossAggMode = setting("token-mean", "How token losses become one number.", panel="Loss")
     loss_scale_factor: float | None = setting(

@@ -173,7 +173,11 @@ def starts_new_head(model: ModelSettings, source: ModelSource | None) -> bool:
 
 
 def build_run_optimizer(
-    prepared: PreparedCritic, model: ModelSettings, settings: OptimizerSettings, source: ModelSource | None
+    prepared: PreparedCritic,
+    model: ModelSettings,
+    settings: OptimizerSettings,
+    source: ModelSource | None,
+    return_scale: float,
 ) -> torch.optim.Optimizer:
     """The optimizer of a run; see `build_optimizer` and `resolve_learning_rates`."""
     lr, head_lr = resolve_learning_rates(model, settings, source)
@@ -184,6 +188,7 @@ def build_run_optimizer(
         weight_decay=settings.weight_decay,
         kind=settings.optimizer,
         offload=prepared.compute.offload,
+        return_scale=return_scale,
     )
 
 
@@ -202,27 +207,14 @@ def build_trainer(
     optimizer: torch.optim.Optimizer,
     source: ModelSource | None,
     uids: UidLookup,
+    return_scale: float,
     stop: StopRequest,
 ) -> Trainer:
     """The trainer of a run at its first step; its checkpointer can then load the step to resume from."""
     runtime = CriticRuntime(critic=prepared.critic, compute=prepared.compute, forest=prepared.forest, stop=stop)
-    targets, loss = Targets.of(settings.returns, settings.loss), LossRecipe.of(settings.loss)
+    targets, loss = Targets.of(settings.returns, settings.loss), LossRecipe.of(settings.loss, return_scale)
     state, seed = TrainingState(), settings.optimizer.seed
-    old_values, evaluator = _old_values(settings, runtime, data.train), None
-    if data.held_out is not None:
-        evaluator = Evaluator(
-            runtime=runtime,
-            held_out=data.held_out,
-            uids=uids,
-            cliprange_value=loss.cliprange_value,
-            advantage=AdvantageRecipe.of(targets.recipe),
-            seed=seed,
-            plan=plan,
-            best_by=settings.run.best_by,
-            patience=settings.run.patience,
-            state=state,
-            run=run,
-        )
+    old_values = _old_values(settings, runtime, data.train)
     checkpointer = Checkpointer(
         run=run,
         manager=CheckpointManager(run.checkpoints, settings.run.keep),
@@ -246,7 +238,7 @@ def build_trainer(
         optimizer=optimizer,
         loss=loss,
         old_values=old_values,
-        evaluator=evaluator,
+        evaluator=_build_evaluator(settings, run, data, plan, runtime, uids, loss, state),
         checkpointer=checkpointer,
         state=state,
         caches_states=prepared.caches_states,
@@ -259,6 +251,34 @@ def _old_values(settings: FitSettings, runtime: CriticRuntime, train: RolloutSet
     needed = LossRecipe.of(settings.loss).cliprange_value is not None
     needed = needed or Targets.of(settings.returns, settings.loss).moving
     return OldValues(runtime=runtime, train=train) if settings.loss.old_values == "epoch" and needed else None
+
+
+def _build_evaluator(
+    settings: FitSettings,
+    run: RunDirectory,
+    data: RunData,
+    plan: TrainingPlan,
+    runtime: CriticRuntime,
+    uids: UidLookup,
+    loss: LossRecipe,
+    state: TrainingState,
+) -> Evaluator | None:
+    """None where no rollouts are held out."""
+    if data.held_out is None:
+        return None
+    return Evaluator(
+        runtime=runtime,
+        held_out=data.held_out,
+        uids=uids,
+        cliprange_value=loss.cliprange_value,
+        advantage=AdvantageRecipe.of(Targets.of(settings.returns, settings.loss).recipe),
+        seed=settings.optimizer.seed,
+        plan=plan,
+        best_by=settings.run.best_by,
+        patience=settings.run.patience,
+        state=state,
+        run=run,
+    )
 
 
 def source_notices(

@@ -54,9 +54,10 @@ class Checkpointer:
 
     @property
     def is_due(self) -> bool:
-        """Whether the present step gets a checkpoint wherever the run ends."""
+        """Whether the present step gets a checkpoint wherever the run ends; step 0 while it is the best."""
         position = self.state.position
-        return self.state.has_learned and (position.step % self.every == 0 or position.best_step == position.step)
+        due = self.state.has_learned and position.step % self.every == 0
+        return due or position.best_step == position.step
 
     def save_on_out_of_memory(self) -> None:
         """Have the last whole step saved where memory runs out on one of several ranks."""
@@ -94,13 +95,13 @@ class Checkpointer:
         """Write the checkpoint of the present step; update `best` and remove old checkpoints. All ranks call it.
 
         A checkpoint of this step that is there already, whole, is left as it is: the same step has the same state.
-        Step 0 has one only where the head was solved before it.
+        Step 0 has one only where the head was solved before it, or while it is the best.
 
         Raises:
             MachineError: the disk is full or not writable.
         """
         step, ranks = self.state.position.step, self.runtime.compute.ranks
-        if not self.state.has_learned or step == self._saved_step:
+        if step == self._saved_step or not (self.state.has_learned or self.is_due):
             return
         self._saved_step = step
         if not ranks.is_main:

@@ -1,5 +1,6 @@
 """The rollouts of a run, as all ranks open them from the run's cache, and their split."""
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,17 @@ class RolloutSet:
     def mean_return(self) -> float:
         """The mean return over masked tokens."""
         return float(self.cache.return_sums[self.index].sum()) / self.response_tokens
+
+    def return_deviation(self) -> float:
+        """The standard deviation of the returns over masked tokens; 0 exactly where all are equal. Reads them all."""
+        total, least, most, mean = 0.0, np.inf, -np.inf, self.mean_return
+        for start in range(0, len(self), ROLLOUTS_PER_PASS):
+            index = self.index[start : start + ROLLOUTS_PER_PASS]
+            mask = self.cache.read_column("response_mask", np.bool_, index)
+            returns = self.cache.read_column("returns", np.float32, index)[mask].astype(np.float64)
+            total += float(np.square(returns - mean).sum())
+            least, most = min(least, returns.min(initial=np.inf)), max(most, returns.max(initial=-np.inf))
+        return 0.0 if least == most else math.sqrt(total / self.response_tokens)
 
     def read(self, index: NDArray[np.int64], values_from: str | None = None) -> Rollouts:
         """Read some rollouts.

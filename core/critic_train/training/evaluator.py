@@ -88,12 +88,9 @@ class Evaluator:
             )
 
     def _is_best(self, figure: float | None) -> bool:
-        """Whether a value of --best-by is better than all before.
-
-        A critic that has learned nothing yet has no checkpoint and is never the best.
-        """
+        """Whether a value of --best-by is better than all before, the one of step 0 included."""
         before = self.state.position.best_figure
-        if not self.state.has_learned or figure is None or not math.isfinite(figure):
+        if figure is None or not math.isfinite(figure):
             return False
         if before is None:
             return True

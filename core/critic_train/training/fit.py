@@ -35,6 +35,7 @@ from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (
     compare_with_before,
     find_resume_checkpoint,
+    find_return_scale,
     require_room_for_checkpoints,
     resolved_summary,
     result_of,
@@ -82,6 +83,7 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
                 resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
                 choosing = recipe_of_run(settings, source, targets, run, resumed=bool(resumed))
                 recipe = yield from _on_rank_0(ranks, stop, choosing)
+                scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
             except Stopped:  # before there is anything to save
                 yield RunEnded(status="interrupted", signal_number=stop.signal_number)
                 return
@@ -94,13 +96,12 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
             plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
             yield from source_notices(source, settings, compute, data.shape, new=not resumed)
             critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
-            yield from export_notice(critic)
             sample = selfcheck_sample(data.train, plan)
             prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, sample)
-            yield from [*rope_notice(prepared.critic, data.shape.max_length), *prepared.notices]
-            optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source)
+            yield from [*export_notice(critic), *rope_notice(critic, data.shape.max_length), *prepared.notices]
+            optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
             uids = uid_lookup(shards, data, settings.reading)
-            trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, stop)
+            trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)
             if checkpoint is not None:
                 yield from trainer.checkpointer.load(checkpoint)
             yield from _start(settings, trainer, ranks, recipe)
@@ -175,6 +176,13 @@ def _start(settings: FitSettings, trainer: Trainer, ranks: Ranks, recipe: Recipe
 def _finish(trainer: Trainer, stop: StopRequest, elapsed_seconds: float, ranks: Ranks) -> Iterator[Event]:
     """Write the result of a run that has come to its end, or report where it was interrupted."""
     run, stopped = trainer.run, stop.requested  # read once: a signal may come at any moment
+    position = trainer.state.position
+    if not stopped and position.step > 0 and position.best_step == 0 and trainer.evaluator is not None:
+        yield Notice(
+            message=f"no step is better on the held-out rollouts than the critic at step 0, before training "
+            f"({trainer.evaluator.best_by} {position.best_figure:.4g}): `best` is step 0",
+            level="warning",
+        )
     result = result_of(trainer, "interrupted" if stopped else "finished", elapsed_seconds)
     if not stopped:
         run.write_json("result.json", result)

@@ -29,6 +29,7 @@ def build_optimizer(
     weight_decay: float,
     kind: OptimizerKind = "adamw",
     offload: Offload = "none",
+    return_scale: float = 1.0,
 ) -> torch.optim.Optimizer:
     """AdamW over trunk and head; matrices of the trunk decay, vectors and the head do not.
 
@@ -39,6 +40,7 @@ def build_optimizer(
         weight_decay: decoupled decay of the trunk's matrices (Loshchilov & Hutter 2019).
         kind: moments in float32, or in 8 bits a number (Dettmers et al. 2022, arXiv 2110.02861) by bitsandbytes.
         offload: what is kept in host memory; the result is the same.
+        return_scale: of the returns, by which the head's weights move more; see `train_step`.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -50,7 +52,8 @@ def build_optimizer(
         {"params": list(critic.head.parameters()), "lr": head_lr, "weight_decay": 0.0},
     ]
     for group in groups:
-        group["peak_lr"] = group["lr"]
+        group["peak_lr"], group["lr_scale"] = group["lr"], 1.0
+    groups[-1]["lr_scale"] = return_scale
     groups = [group for group in groups if group["params"]]
     if kind != "adamw":
         return in_8_bits(groups)
@@ -58,10 +61,14 @@ def build_optimizer(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to its peak times `factor`; returns the trunk's learning rate."""
+    """Set every group to its peak times `factor`, the head's in units of the returns.
+
+    Returns:
+        The trunk's learning rate, or where the head alone is trained the head's, as the user wrote it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    return float(optimizer.param_groups[0]["lr"])
+        group["lr"] = group["peak_lr"] * factor * group["lr_scale"]
+    return float(optimizer.param_groups[0]["peak_lr"] * factor)
 
 
 def schedule_factor(schedule: Schedule, step: int, *, total_steps: int, warmup_steps: int) -> float:

@@ -10,20 +10,27 @@ import torch
 from critic_train.errors import ConfigError, ModelError
 from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice
+from critic_train.jsonio import read_json_object_or_none
 from critic_train.model.loading import ModelSource
 from critic_train.model.saving import TOKENIZER_FILES, checkpoint_bytes, exported_class
 from critic_train.report.report_sources import PAGE
 from critic_train.run.changes import is_longer, refuse_changes
-from critic_train.run.checkpoint import checkpoints, newest_checkpoint, set_aside
+from critic_train.run.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, set_aside
 from critic_train.run.manifest import model_digest, tokenizer_digest, versions
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import remove, require_room
-from critic_train.settings import FitSettings, RunSettings, as_dict, defaults_of
+from critic_train.settings import FitSettings, LossSettings, RunSettings, as_dict, defaults_of
 from critic_train.text import format_bytes
+from critic_train.training.dataset import RolloutSet
 from critic_train.training.run_shards import RunShards
 from critic_train.training.state_files import BUDGET_FILE
 from critic_train.training.targets import Targets
+from critic_train.training.train_step import LossRecipe
 from critic_train.training.trainer import Trainer
+
+NARROW_CLIP, WIDE_CLIP = 0.1, 50.0
+"""--cliprange-value in standard deviations of the returns, below and above which the user is warned. The default, 0.5,
+is one deviation or more of returns of 0 and 1."""
 
 
 def compare_with_before(
@@ -31,7 +38,7 @@ def compare_with_before(
 ) -> Generator[Event, None, dict[str, Any] | None]:
     """Write run.json, or compare this command with the one that the run was started with. Rank 0 calls it alone.
 
-    A run without a checkpoint has nothing to lose, so it may be started anew with other settings.
+    A run without a checkpoint of what it has learned has nothing to lose: it may be started anew with other settings.
 
     Args:
         settings: of this command.
@@ -62,7 +69,7 @@ def compare_with_before(
         "ranks": ranks,
     }
     before = run.read_json("run.json")
-    if not checkpoints(run.checkpoints):
+    if not any(_has_learned(path) for path in checkpoints(run.checkpoints)):
         if before is not None and before.get("settings") != record["settings"]:
             remove(run.path / BUDGET_FILE)  # it is of another critic, or of other rollouts
         run.start_afresh()
@@ -83,6 +90,58 @@ def compare_with_before(
     return run.read_json("result.json")
 
 
+def _has_learned(checkpoint: Path) -> bool:
+    """Whether a checkpoint may hold more than a run begins with: one of step 0 does where its head was solved."""
+    record = None if checkpoint_step(checkpoint) else read_json_object_or_none(checkpoint / "trainer.json")
+    return record is None or record.get("exact_head") is not None
+
+
+def find_return_scale(
+    run: RunDirectory, train: RolloutSet, loss: LossSettings, resumed: str | None
+) -> Generator[Event, None, float]:
+    """The scale in whose units a run trains (see `train_step`). Rank 0 calls it alone.
+
+    Args:
+        run: the run directory; a run that is resumed has recorded its scale there, or had none, which is 1.
+        train: the rollouts to train on.
+        loss: the clip.
+        resumed: the checkpoint from which the run goes on, if any.
+
+    Yields:
+        Warnings where the returns are all equal, or the clip does not fit them.
+
+    Returns:
+        Twice the standard deviation of the returns over response tokens: 1 for returns of 0 and 1 with equal odds, the
+        kind for which the default learning rates were chosen. 1 where all returns are equal.
+    """
+    if resumed:
+        resolved = (run.read_json("run.json") or {}).get("resolved", {})
+        return float(resolved.get("return_scale", 1.0))
+    deviation = train.return_deviation()
+    if deviation == 0:
+        yield Notice(
+            message=f"every return of the rollouts to train on is {train.mean_return:.6g}: a critic can learn nothing "
+            "from them but this number",
+            level="warning",
+        )
+        return 1.0
+    eps, fitting = LossRecipe.of(loss).cliprange_value, float(f"{deviation:.2g}")
+    if eps is not None and eps < NARROW_CLIP * deviation:
+        yield Notice(
+            message=f"--cliprange-value {eps:g} is narrow for returns with a standard deviation of {deviation:.3g}: a "
+            f"value that is farther than {eps:g} from its old value has no gradient to go on; "
+            f"--cliprange-value {fitting:g} fits these returns, and --no-clip turns the clip off",
+            level="warning",
+        )
+    elif eps is not None and eps > WIDE_CLIP * deviation:
+        yield Notice(
+            message=f"--cliprange-value {eps:g} is wide for returns with a standard deviation of {deviation:.3g}: it "
+            f"clips nothing; --cliprange-value {fitting:g} fits these returns",
+            level="warning",
+        )
+    return 2 * deviation
+
+
 def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
     """What RunStarted shows and run.json keeps as "resolved": data, model and plan, in display order."""
     data, plan, critic = trainer.data, trainer.plan, trainer.runtime.critic
@@ -96,6 +155,7 @@ def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
         "rows_left_out": sum(int(part.get("count", 0)) for part in data.left_out.values()),
         "files_left_out": sum(int(part["count"]) for part in data.files_left_out.values()),
         "mean_return": data.train.mean_return,
+        "return_scale": trainer.loss.return_scale,
         "returns": targets.describe() if targets.recipe.from_rewards else None,
         "model": settings.model.model or f"{settings.model.preset} (from scratch)",
         "architecture": exported_class(critic),
@@ -187,6 +247,7 @@ def require_room_for_checkpoints(trainer: Trainer, settings: RunSettings) -> Non
     run, plan = trainer.run, trainer.plan
     left = plan.total_steps - trainer.state.position.step
     to_come = min(left, -(-left // settings.checkpoint_every) + -(-left // plan.eval_every))
+    to_come += left == plan.total_steps and trainer.evaluator is not None  # that of step 0
     standing = len(checkpoints(run.checkpoints))
     count = min(to_come, max(1, settings.keep + 2 - standing))
     size = checkpoint_bytes(trainer.runtime.critic)

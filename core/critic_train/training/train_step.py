@@ -1,4 +1,16 @@
-"""The gradient of one optimizer step: that of a mini-batch, accumulated over its micro-batches."""
+"""The gradient of one optimizer step: that of a mini-batch, accumulated over its micro-batches.
+
+Returns of any size train alike. With s the scale of the returns (`return_scale`), the optimizer works on standardised
+values z = (V - c) / s, c being the mean return with which the bias of a new head begins:
+
+    loss / s^2 = 0.5 * agg( (z - (G - c) / s)^2 )      V = W h + B = s (w h + b) + c,      w = W / s
+
+The head keeps W and B, so that a checkpoint holds plain values and nothing is converted when it is saved, resumed or
+loaded elsewhere. What changes is its update: the gradient by w is s times the one by W, and where w moves by d, W moves
+by s d. So the loss is divided by s^2, the head's gradient multiplied by s (`accumulate_gradient`), and so is its
+learning rate (`optimizer.build_optimizer`). Gradient norms, AdamW's moments and its epsilon are then those of returns
+of scale 1, whatever the unit of the returns; the clip around V_old and all figures stay in that unit.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -29,17 +41,24 @@ class LossRecipe:
         cliprange_value: eps; None for no clip.
         mode: the aggregation.
         scale_factor: the divisor of seq-mean-token-sum-norm.
+        return_scale: of the returns; the gradient is that of the loss in units of its square.
     """
 
     cliprange_value: float | None
     mode: LossAggMode
     scale_factor: float | None
+    return_scale: float = 1.0
 
     @classmethod
-    def of(cls, settings: LossSettings) -> "LossRecipe":
+    def of(cls, settings: LossSettings, return_scale: float = 1.0) -> "LossRecipe":
         """The loss that the settings ask for."""
         clip = None if settings.no_clip or settings.old_values == "none" else settings.cliprange_value
-        return cls(cliprange_value=clip, mode=settings.loss_agg_mode, scale_factor=settings.loss_scale_factor)
+        return cls(
+            cliprange_value=clip,
+            mode=settings.loss_agg_mode,
+            scale_factor=settings.loss_scale_factor,
+            return_scale=return_scale,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +93,7 @@ def accumulate_gradient(
     forest: bool,
     stop: StopRequest,
 ) -> StepResult:
-    """Add the gradient of a whole mini-batch's loss to the critic's parameters.
+    """Take the gradient of a whole mini-batch's loss, of the standardised critic where the recipe has a scale.
 
     The weights of the loss come from the whole mini-batch's mask, so micro-batch losses add up and neither
     `max_tokens` nor packing nor the order of the rollouts changes the gradient (float rounding aside).
@@ -98,7 +117,11 @@ def accumulate_gradient(
     weights = mini_batch_weights(rollouts, recipe)
     for attempt in attempts(critic, rollouts, compute):
         with attempt:
-            return gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop)
+            result = gradient_pass(critic, rollouts, recipe, compute, weights, forest=forest, stop=stop)
+            for parameter in critic.head.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(recipe.return_scale)
+            return result
     raise AssertionError("attempts end by an error")
 
 
@@ -142,7 +165,7 @@ def gradient_pass(
             _column(weights[batch.response_tokens], compute),
             recipe.cliprange_value,
         )
-        part.loss.backward()
+        (part.loss / recipe.return_scale**2).backward()
         figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum())
         totals += torch.stack([figure.double() for figure in figures]).cpu()
         computed_tokens += batch.computed_tokens

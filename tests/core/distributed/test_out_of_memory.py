@@ -167,7 +167,7 @@ def test_a_single_rollout_that_is_too_much_on_one_rank_ends_all(settings, tmp_pa
         message,
     )
     assert not (Path(ours.run.out) / "token_budget.json").exists()
-    assert steps(ours) == ["step-00000002"]
+    assert steps(ours) == ["step-00000000", "step-00000002"]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_what_stood_still_stands_where_the_step_cannot_be_saved(settings, tmp_pa
     else:
         assert leader["message"].startswith("memory ran out with 60 tokens at once; step 5 could not be saved (")
         assert f"the newest checkpoint is {ours.run.out}/checkpoints/step-00000004" in leader["message"]
-    assert steps(ours) == ["step-00000004"]
+    assert steps(ours)[-1] == "step-00000004"
     (told,) = resume(2, ours)
     assert "starting with 30" in told
     require_the_same_run(ours, settings)

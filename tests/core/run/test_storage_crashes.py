@@ -129,10 +129,10 @@ def world(tmp_path_factory) -> World:
 
 
 def second_checkpoint(world: World) -> range:
-    """The operations from the second checkpoint's first to the third's: saving, `best`, pruning, old values."""
+    """From the first operation of the second checkpoint after step 0 to the third's: saving, `best`, pruning."""
     begins = [n for n, said in enumerate(world.operations) if said.startswith("mkdir .step-")]
-    assert len(begins) == 3
-    return range(begins[1], begins[2])
+    assert len(begins) == 4
+    return range(begins[2], begins[3])
 
 
 def killed_at(world: World, n: int, out: Path, *, torn: bool) -> None:

@@ -71,6 +71,28 @@ def test_a_run_without_a_report_leaves_no_page(shards, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_where_no_step_is_better_than_the_critic_before_training_that_one_is_the_best(shards, tmp_path):
+    events = run(settings_for(shards, tmp_path, max_steps=3, epochs=None, eval_every=1, lr=0.5, head_lr=5.0))
+    evaluations = {event.step: event for event in events if isinstance(event, EvaluationEnded)}
+    assert all(evaluations[step].metrics["explained_variance"] < 0 for step in (1, 2, 3))
+    assert [step for step, event in evaluations.items() if event.best] == [0]
+    assert (tmp_path / "best").resolve().name == checkpoint_name(0)
+    assert events[-1].result["best_step"] == 0
+    assert [e.message for e in events if isinstance(e, Notice) and e.message.startswith("no step is better")]
+    bias = load_file(tmp_path / "best" / "model.safetensors")["score.bias"]
+    assert bias == pytest.approx(next(e for e in events if isinstance(e, RunStarted)).summary["mean_return"], rel=1e-6)
+
+
+def test_a_run_with_a_checkpoint_of_step_0_alone_has_nothing_to_lose(shards, tmp_path):
+    stop = StopRequest()
+    for event in fit(settings_for(shards, tmp_path), stop):
+        if isinstance(event, EvaluationEnded):
+            stop.signal_number = SIGTERM
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == [checkpoint_name(0)]
+    events = run(settings_for(shards, tmp_path, lr=1e-3, max_steps=2, epochs=None))
+    assert events[-1].status == "finished"
+
+
 def test_a_run_leaves_what_the_design_says(shards, tmp_path):
     events = run(settings_for(shards, tmp_path, no_report=False))
     assert isinstance(events[-1], RunEnded)

@@ -1,9 +1,11 @@
 """Learning rates are a pure function of the step."""
 
 import pytest
-import torch
+from support import small_config
 
-from critic_train.training.optimizer import schedule_factor, set_learning_rates
+from critic_train.model.critic import freeze_all_but_last
+from critic_train.model.loading import build_critic
+from critic_train.training.optimizer import build_optimizer, schedule_factor, set_learning_rates
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -21,8 +23,16 @@ def test_after_it_the_rate_falls_to_0_one_step_after_the_last(schedule, half):
     assert factors == sorted(factors, reverse=True)
 
 
-def test_every_group_has_its_own_peak():
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "peak_lr": lr} for lr in (1.0, 3.0)]
-    optimizer = torch.optim.AdamW(groups)
+def test_every_group_has_its_own_peak_and_the_head_s_is_in_units_of_the_returns():
+    critic = build_critic(small_config("Llama"), seed=0)
+    optimizer = build_optimizer(critic, lr=1.0, head_lr=3.0, weight_decay=0.0, return_scale=20.0)
     assert set_learning_rates(optimizer, 0.5) == 0.5
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.5]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 30.0]
+
+
+def test_of_a_head_alone_the_learning_rate_is_told_as_it_was_given():
+    critic = build_critic(small_config("Llama"), seed=0)
+    freeze_all_but_last(critic.trunk, 0)
+    optimizer = build_optimizer(critic, lr=1.0, head_lr=3.0, weight_decay=0.0, return_scale=20.0)
+    assert set_learning_rates(optimizer, 0.5) == 1.5
+    assert [group["lr"] for group in optimizer.param_groups] == [30.0]

@@ -38,6 +38,7 @@ def names(events) -> list[tuple[str, int]]:
 def test_a_step_is_evaluated_before_it_is_saved(settings):
     assert names(fit(settings, StopRequest())) == [
         ("evaluation", 0),
+        ("checkpoint", 0),
         ("step", 1),
         ("step", 2),
         ("evaluation", 2),
@@ -67,7 +68,7 @@ def test_a_stop_in_the_middle_of_a_step_takes_no_step(settings, tmp_path, monkey
     for event in fit(settings, stop):
         events.append(event)
         stop.armed = stop.armed or isinstance(event, StepEnded)
-    assert names(events) == [("evaluation", 0), ("step", 1), ("checkpoint", 1)]
+    assert names(events) == [("evaluation", 0), ("checkpoint", 0), ("step", 1), ("checkpoint", 1)]
     assert taken == 2
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
