@@ -81,8 +81,7 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
                 names = yield from _on_rank_0(ranks, stop, reading)
                 data = yield from open_data(settings.reading, targets, run.cache, names, seed)
                 resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
-                choosing = recipe_of_run(settings, source, targets, run, resumed=bool(resumed))
-                recipe = yield from _on_rank_0(ranks, stop, choosing)
+                recipe = yield from _on_rank_0(ranks, stop, recipe_of_run(settings, source, targets, run, resumed))
                 scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
             except Stopped:  # before there is anything to save
                 yield RunEnded(status="interrupted", signal_number=stop.signal_number)
@@ -96,9 +95,10 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
             plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
             yield from source_notices(source, settings, compute, data.shape, new=not resumed)
             critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
+            yield from export_notice(critic)
             sample = selfcheck_sample(data.train, plan)
             prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, sample)
-            yield from [*export_notice(critic), *rope_notice(critic, data.shape.max_length), *prepared.notices]
+            yield from [*rope_notice(prepared.critic, data.shape.max_length), *prepared.notices]
             optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
             uids = uid_lookup(shards, data, settings.reading)
             trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)

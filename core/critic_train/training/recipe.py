@@ -47,7 +47,7 @@ def _choice(value: Any, reason: str) -> dict[str, Any]:
 
 
 def recipe_of_run(
-    settings: FitSettings, source: ModelSource | None, targets: Targets, run: RunDirectory, *, resumed: bool
+    settings: FitSettings, source: ModelSource | None, targets: Targets, run: RunDirectory, resumed: str | None
 ) -> Generator[Event, None, Recipe]:
     """What a run has chosen when it began, or chooses now. Rank 0 calls it alone.
 
@@ -56,7 +56,7 @@ def recipe_of_run(
         source: what --model names.
         targets: what the returns are made of.
         run: its run.json has the choices of a run that has begun.
-        resumed: whether the run has a checkpoint to go on from.
+        resumed: the checkpoint from which the run goes on, if any.
 
     Yields:
         A notice with the choices.
