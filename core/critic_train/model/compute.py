@@ -120,6 +120,16 @@ def resolve_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:
         raise MachineError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="--device cpu"
         )
-    if ranks.sharded and device.type == "cuda":
-        torch.cuda.set_device(device)  # FSDP2 takes the present one
+    return _set_cuda_device(device) if device.type == "cuda" else device
+
+
+def _set_cuda_device(device: torch.device) -> torch.device:
+    """Make a CUDA device this process's present one, which FSDP2 and Triton take; returns it with its index.
+
+    cuDNN's attention is turned off for the process: on Hopper it is preferred for bf16 with a mask, where gradients
+    that are not finite have been reported (pytorch/pytorch#196678).
+    """
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device

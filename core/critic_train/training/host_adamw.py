@@ -6,7 +6,9 @@ on its way out (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840, moves the updat
 on the device, in the same kernel, so that the result is that of AdamW to the bit).
 """
 
-from collections.abc import Callable, Iterator
+import math
+import mmap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from critic_train.errors import MachineError
 from critic_train.model.tensor_file import part_here
+from critic_train.text import format_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**25
@@ -58,15 +62,13 @@ class HostAdamW(torch.optim.AdamW):
         state = {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
         return state | {name: self._moment(parameter) for name in MOMENTS}
 
+    @torch.no_grad()
     def _moment(self, parameter: Tensor) -> Tensor:
-        pinned = parameter.device.type == "cuda"
-        return torch.zeros_like(
-            parameter,
-            device="cpu",
-            pin_memory=pinned,
-            requires_grad=False,
-            memory_format=torch.contiguous_format,
-        )
+        moment = torch.zeros_like(parameter, device="cpu", requires_grad=False, memory_format=torch.contiguous_format)
+        local = part_here(moment)
+        if parameter.device.type == "cuda" and local.numel():
+            local.data = page_locked_zeros(local.shape)
+        return moment
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -115,6 +117,43 @@ class HostAdamW(torch.optim.AdamW):
                 last = start + self._piece >= own.numel()
                 step = state["step"] if last else state["step"].clone()
                 yield Part(flat[cut], gradient[cut], (first[cut], second[cut]), step)
+
+
+class _PageLockedMemory(mmap.mmap):
+    """Anonymous memory that CUDA has page-locked; it is unlocked before it is given back."""
+
+    address = 0
+
+    def __del__(self) -> None:
+        if self.address:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def page_locked_zeros(shape: Sequence[int]) -> Tensor:
+    """float32 zeros in page-locked memory of exactly their size, rounded up to pages.
+
+    torch's own pinned memory comes in powers of two: the moments of a 7B model are 53 GiB and would take 100.
+
+    Args:
+        shape: not of an empty tensor.
+
+    Raises:
+        MachineError: the host cannot lock so much memory.
+    """
+    size = 4 * math.prod(shape)
+    memory = _PageLockedMemory(-1, size)
+    tensor = torch.frombuffer(memory, dtype=torch.float32).view(tuple(shape))
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(tensor.data_ptr(), size, 0)
+    if int(status):
+        raise MachineError(
+            f"{format_bytes(size)} of host memory cannot be page-locked for the optimizer's moments: "
+            f"{runtime.cudaGetErrorString(status)}",
+            hint="--offload keeps 8 bytes a trained parameter in locked host memory: raise the machine's limit "
+            "(ulimit -l, a container's memory), or use --optimizer adamw-8bit, which needs 2 bytes on the device",
+        )
+    memory.address = tensor.data_ptr()
+    return tensor
 
 
 def _update(group: dict[str, Any], parts: list[Part], moments: list[list[Tensor]]) -> None:

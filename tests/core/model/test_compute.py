@@ -22,13 +22,18 @@ def ranks_of(rank, size=2):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine with so many CUDA devices, as torch counts them."""
+    """A machine with so many CUDA devices, as torch counts them; `present` of it lists what became the present one."""
+    present = []
 
     def set_count(count):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: present.append(device.index))
 
-    return set_count
+    set_count.present = present
+    yield set_count
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def compute_of(**changes):
@@ -75,7 +80,23 @@ def test_auto_is_cuda_where_there_is_one(gpus):
     gpus(0)
     assert resolve_device("auto") == torch.device("cpu")
     gpus(1)
-    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("auto") == torch.device("cuda", 0)
+
+
+def test_a_cuda_device_has_its_index_and_is_the_present_one(gpus):
+    gpus(3)
+    # torch.cuda.set_device refuses a device without an index, and FSDP2 and Triton take the present one.
+    assert [resolve_device(name).index for name in ("cuda", "cuda:2", "auto")] == [0, 2, 0]
+    assert gpus.present == [0, 2, 0]
+
+
+def test_cudnn_computes_no_attention(gpus):
+    gpus(1)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    resolve_device("cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    resolve_device("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_each_rank_gets_a_cuda_device_of_its_own(gpus):
