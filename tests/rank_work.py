@@ -20,7 +20,7 @@ from critic_train.model.critic import Critic
 from critic_train.model.gather import PartReader, PartWriter, as_rows_of, concat_over_ranks, full_tensor
 from critic_train.model.loading import build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
-from critic_train.model.memory import apply_memory_options
+from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.model.sharded_checkpoint import ShardedCritic
@@ -101,9 +101,9 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
         case = {"rollouts": 21, "forest": True, "mode": "token-mean"}
         expected = gradients(critic, compute, **case)
         before = len(runs)
-        apply_memory_options(
-            critic, SETTINGS.replace(activation_checkpointing=activation_checkpointing, compile=compiled).compute
-        )
+        checkpoint_activations(critic, activation_checkpointing)
+        if compiled:
+            compile_layers(critic)
         found = gradients(critic, compute, **case)
         worst = max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
         graphs = counters["stats"]["unique_graphs"]

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from critic_train.errors import ConfigError, DataError, ModelError
 from critic_train.model import loading
+from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import resolve_compute
 from critic_train.model.first_pass import critic_source
 from critic_train.model.microbatches import predict_values
@@ -86,18 +87,21 @@ class LoadedCritic:
         for message in messages:
             warnings.warn(message, stacklevel=3)
         self._forest, self._longest_tried = choice.forest, int(rollouts.lengths[longest])
+        if self._settings.max_tokens is None:
+            choose_tokens(self._critic, self._compute, forest=self._forest, largest=sample)
 
 
 def load_critic(
-    path: str | Path, *, device: str = "auto", precision: Precision = "fp32", max_tokens: int = 4096
+    path: str | Path, *, device: str = "auto", precision: Precision = "auto", max_tokens: int | None = None
 ) -> LoadedCritic:
     """Load a critic to compute values with.
 
     Args:
         path: a run (its best checkpoint is taken, else its newest), a checkpoint, or a Hugging Face directory.
         device: "auto", "cpu", "cuda", "cuda:1", ...
-        precision: "fp32", or "bf16" for the matrix products of the transformer.
-        max_tokens: tokens through the model at once; bounds memory, never changes the result.
+        precision: "fp32", or "bf16" for the matrix products of the transformer; "auto" is bf16 on a GPU that has it.
+        max_tokens: tokens through the model at once; bounds memory, never changes the result. None takes 4,096 on a
+            CPU, and what its memory holds on a GPU.
 
     Raises:
         ConfigError: an argument is wrong.

@@ -25,6 +25,7 @@ from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.summary_text import summary_text
 from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
 from critic_train.model.first_pass import critic_source, first_pass
@@ -175,6 +176,13 @@ def _load_critics(
         loaded[name] = _LoadedCritic(critic, choice.forest)
         for sentence in warnings:
             yield Notice(message=sentence, level="warning")
+    if settings.max_tokens is None and compute.device.type == "cuda":
+        # Of several critics the largest decides: they take turns with the same batches.
+        budgets = []
+        for each in loaded.values():
+            choose_tokens(each.critic, compute, forest=each.forest, largest=sample)
+            budgets.append(compute.max_tokens)
+        compute.start_at(min(budgets))
     return loaded
 
 

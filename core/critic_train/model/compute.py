@@ -8,7 +8,14 @@ from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks, on_cuda
 from critic_train.errors import ConfigError, MachineError
 from critic_train.layers.attention import kernels_to_try
 from critic_train.model.model_input import StateSource
-from critic_train.settings import Attention, ComputeSettings, Offload, Precision, TrainComputeSettings
+from critic_train.settings import (
+    CPU_MAX_TOKENS,
+    Attention,
+    ComputeSettings,
+    Offload,
+    Precision,
+    TrainComputeSettings,
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,7 +24,7 @@ class Compute:
 
     Attributes:
         device: where the critic is.
-        precision: what the trunk computes in. Weights, head and loss are float32 whatever it is.
+        precision: what the trunk computes in, resolved: not auto. Weights, head and loss are float32 whatever it is.
         max_tokens: positions through the model at once, on each rank; lowered where memory runs out.
         ranks: the processes that compute together, of which this is one.
         checked_rollouts: how many rollouts the self-check tries at most; None for all that it is given.
@@ -73,24 +80,39 @@ class Compute:
 def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) -> Compute:
     """What a command's settings ask for; attention is chosen later, on the model and some rollouts.
 
+    So is the token budget of a GPU that is not given (see `automatic`): until then it is that of a CPU.
+
     Raises:
         ConfigError: torch does not know the device, or the attention does not exist for it.
         MachineError: this machine has no such device.
     """
     device = resolve_device(settings.device, ranks)
-    kernels_to_try(settings.attention, device, settings.precision)
+    precision = resolve_precision(settings.precision, device)
+    kernels_to_try(settings.attention, device, precision)
     return Compute(
         device=device,
-        precision=settings.precision,
-        max_tokens=settings.max_tokens,
+        precision=precision,
+        max_tokens=settings.max_tokens or CPU_MAX_TOKENS,
         ranks=ranks,
         offload=resolve_offload(settings),
     )
 
 
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """auto -> bf16 on a CUDA device that computes in it (compute capability 8.0 or more), else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
 def resolve_offload(settings: ComputeSettings) -> Offload:
-    """What a run keeps in host memory: on a CPU, which has no other, nothing in particular."""
-    return settings.offload if isinstance(settings, TrainComputeSettings) and on_cuda(settings.device) else "none"
+    """What a run keeps in host memory: on a CPU, which has no other, nothing in particular.
+
+    auto is nothing until the critic is there to be measured (see `automatic.choose_offload`).
+    """
+    if not isinstance(settings, TrainComputeSettings) or not on_cuda(settings.device) or settings.offload == "auto":
+        return "none"
+    return settings.offload
 
 
 def resolve_device(name: str, ranks: Ranks = SINGLE_PROCESS) -> torch.device:

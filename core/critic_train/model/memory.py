@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from critic_train.errors import ModelError
 from critic_train.model.critic import Critic
-from critic_train.settings import ActivationCheckpointing, TrainComputeSettings
+from critic_train.settings import ActivationCheckpointing
 
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm")
 ATTENTION = (
@@ -25,29 +25,23 @@ ATTENTION = (
 )
 
 
-def apply_memory_options(critic: Critic, settings: TrainComputeSettings) -> None:
-    """Set a critic up for training as the settings say, once its packing is chosen.
-
-    Raises:
-        ModelError: see `checkpoint_activations`.
-    """
-    checkpoint_activations(critic, settings.activation_checkpointing)
-    if settings.compile:
-        compile_layers(critic)
-
-
 def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing) -> None:
     """Have the trunk's layers keep less for the backward pass; the gradient is the same.
 
     Args:
         critic: in training mode.
-        kind: `layer` keeps the input of each layer; `selective` also attention and every other matrix product, as
-            torchtitan does.
+        kind: resolved: not auto. `none` undoes what was set before; `layer` keeps the input of each layer;
+            `selective` also attention and every other matrix product, as torchtitan does.
 
     Raises:
         ModelError: the architecture cannot.
     """
     if kind == "none":
+        if any(getattr(module, "gradient_checkpointing", False) for module in critic.trunk.modules()):
+            disable: Any = getattr(
+                critic.trunk, "activation_checkpointing_disable", critic.trunk.gradient_checkpointing_disable
+            )
+            disable()
         return
     keep = {"context_fn": _keeping_half} if kind == "selective" else {}
     enable: Any = getattr(critic.trunk, "activation_checkpointing_enable", critic.trunk.gradient_checkpointing_enable)

@@ -24,7 +24,8 @@ from critic_train.data.scanning import blocks
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.automatic import choose_tokens
+from critic_train.model.compute import Compute, resolve_device, resolve_precision
 from critic_train.model.critic import Critic
 from critic_train.model.first_pass import critic_source, first_pass
 from critic_train.model.loading import ModelSource, load_critic
@@ -34,7 +35,7 @@ from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitenin
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest, versions
 from critic_train.run.storage import File, make_directory, remove
-from critic_train.settings import OnBadRows, PredictSettings, as_dict, column_renames, part_of
+from critic_train.settings import CPU_MAX_TOKENS, OnBadRows, PredictSettings, as_dict, column_renames, part_of
 from critic_train.stopping import Stopped, StopRequest
 
 WIDTH = 4
@@ -167,6 +168,8 @@ class Job:
             choice, notices = select_packing(critic, checked.sample, self.settings.compute, self.compute)
             for sentence in notices:
                 yield Notice(message=sentence, level="warning")
+            if self.settings.compute.max_tokens is None:
+                choose_tokens(critic, self.compute, forest=choice.forest, largest=checked.sample)
             # Files without a usable row are written with nulls.
             usable = [shard for shard in sound if shard.name in checked.rollouts]
             whitening: Whitening | None = None
@@ -293,15 +296,16 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
     part = part_of_this_process(settings)
     compute = Compute(
         device=resolve_device(device_of(settings.compute.device)),
-        precision=settings.compute.precision,
-        max_tokens=settings.compute.max_tokens,
+        precision="fp32",
+        max_tokens=settings.compute.max_tokens or CPU_MAX_TOKENS,
     )
+    compute.precision = resolve_precision(settings.compute.precision, compute.device)
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
     targets = target_paths(shards, settings.reading.data, Path(settings.prediction.to or ""))
     source = critic_source(Path(settings.prediction.model or ""))
     with OutputDirectory(Path(settings.prediction.to or ""), "predict", targets, part) as output:
-        for message in output.compare(_record(settings, shards, source)):
+        for message in output.compare(_record(settings, shards, source, compute)):
             yield Notice(message=message, level="warning")
         mine = shards[part[0] - 1 :: part[1]]
         job = Job(
@@ -330,11 +334,11 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
         yield RunEnded(status="finished", result=job.result("finished", mine, part))
 
 
-def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource) -> dict[str, Any]:
+def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource, compute: Compute) -> dict[str, Any]:
     """What the output depends on; a later run of the same command compares it."""
     recorded = {name: value for name, value in as_dict(settings).items() if name not in NOT_PART_OF_THE_RESULT}
     return {
-        "settings": recorded,
+        "settings": recorded | {"precision": compute.precision},
         "data": fingerprint(shards),
         "model": model_digest(source.path),
         "versions": versions(),

@@ -28,6 +28,9 @@ fingerprints identify their content."""
 ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile", "offload"})
 """Settings that may differ at the price of bit-identity: sums are taken in another order."""
 
+AUTOMATIC = ("precision", "max_tokens", "activation_checkpointing", "offload")
+"""Settings that choose themselves where they are "auto" or not given: a run goes on with what it chose."""
+
 HORIZON = ("epochs", "max_steps")
 """Settings that say how long a run is."""
 SHOWN = 5
@@ -50,10 +53,10 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag:
     """
     refused: list[str] = []
     notices: list[str] = []
-    old, new = before.get("settings", {}), now["settings"]
+    old, new = before.get("settings", {}) | chosen_settings(before), now["settings"]
     longer = is_longer(before, now)
     for name in new:
-        if name in RESUMABLE or old.get(name) == new[name]:
+        if name in RESUMABLE or old.get(name) == new[name] or _is_automatic(name, new[name]):
             continue
         line = f"{flag_of(name)} was {_shown(old.get(name))}, is now {_shown(new[name])}"
         if name in HORIZON and longer:
@@ -86,6 +89,24 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag:
             hint=f"run the same command to resume it, or give this one another {flag}",
         )
     return notices
+
+
+def chosen_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What a run computes with, of the settings that choose themselves: as they were given, else as they chose.
+
+    Args:
+        record: run.json.
+    """
+    given, chosen = record.get("settings", {}), record.get("chosen", {})
+    return {
+        name: chosen[name] if _is_automatic(name, given.get(name)) else given[name]
+        for name in AUTOMATIC
+        if name in chosen or not _is_automatic(name, given.get(name))
+    }
+
+
+def _is_automatic(name: str, value: object) -> bool:
+    return name in AUTOMATIC and value in (None, "auto")
 
 
 def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -45,6 +45,7 @@ from critic_train.settings.data_sections import (
     column_renames,
 )
 from critic_train.settings.training_sections import (
+    CPU_MAX_TOKENS,
     ActivationCheckpointing,
     Attention,
     ComputeSettings,
@@ -68,6 +69,7 @@ from critic_train.settings.training_sections import (
 
 __all__ = [
     "AUTO",
+    "CPU_MAX_TOKENS",
     "EXPECTED",
     "ActivationCheckpointing",
     "Attention",

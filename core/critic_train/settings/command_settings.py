@@ -48,7 +48,7 @@ class FitSettings(Settings):
         errors = []
         if self.run.patience is not None and not self.reading.val_data and self.reading.val_fraction == 0:
             errors.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
-        if self.optimizer.optimizer != "adamw" and self.compute.offload != "none":
+        if self.optimizer.optimizer != "adamw" and self.compute.offload not in ("auto", "none"):
             errors.append(f"--optimizer {self.optimizer.optimizer} cannot be combined with --offload")
         return errors
 

@@ -15,12 +15,15 @@ Schedule = Literal["constant", "linear", "cosine"]
 OnNonFinite = Literal["stop", "skip"]
 Packing = Literal["auto", "forest", "rows"]
 Attention = Literal["auto", "sdpa", "flex", "varlen"]
-Precision = Literal["fp32", "bf16"]
-ActivationCheckpointing = Literal["none", "layer", "selective"]
-Offload = Literal["none", "optimizer", "all"]
+Precision = Literal["auto", "fp32", "bf16"]
+ActivationCheckpointing = Literal["auto", "none", "layer", "selective"]
+Offload = Literal["auto", "none", "optimizer", "all"]
 # The metrics of evaluation.metrics with `best_by`; settings import nothing above them, so a test holds the two equal.
 BestBy = Literal["explained_variance", "explained_variance_within_group", "mse", "value_loss"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+
+CPU_MAX_TOKENS = 4096
+"""--max-tokens where it is not given, on a CPU."""
 
 LAST = re.compile(r"last-([1-9]\d*)")
 
@@ -176,7 +179,9 @@ class ComputeSettings(Section):
 
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, ...", panel="Compute")
     precision: Precision = setting(
-        "fp32", "Compute precision; weights, head and loss stay in float32.", panel="Compute"
+        "auto",
+        "Compute precision; weights, head and loss stay in float32. auto: bf16 on a GPU that has it, else fp32.",
+        panel="Compute",
     )
     packing: Packing = setting(
         "auto", "Lay rollouts out as a forest of shared prefixes, or as padded rows.", panel="Compute"
@@ -187,8 +192,11 @@ class ComputeSettings(Section):
         "variable-length attention (both CUDA); auto takes the best that is right on the device.",
         panel="Compute",
     )
-    max_tokens: int = setting(
-        4096, "Tokens through the model at once; bounds memory, never changes the result.", panel="Compute"
+    max_tokens: int | None = setting(
+        None,
+        "Tokens through the model at once; bounds memory, never changes the result. "
+        "[default: 4096 on a CPU, what its memory holds on a GPU]",
+        panel="Compute",
     )
 
     def validate(self) -> list[str]:
@@ -212,15 +220,15 @@ class TrainComputeSettings(ComputeSettings):
     """Where and how `fit` computes: also what it trades for memory, and on how many processes."""
 
     activation_checkpointing: ActivationCheckpointing = setting(
-        "none",
+        "auto",
         "Keep only each layer's input and compute the rest again (layer), or all but half of the matrix products and "
-        "attention (selective): less memory, more time.",
+        "attention (selective): less memory, more time. auto: none on a CPU, what memory asks for on a GPU.",
         panel="Compute",
     )
     offload: Offload = setting(
-        "none",
+        "auto",
         "What waits in host memory instead of the GPU's: AdamW's two moments, updated on the GPU (optimizer), or "
-        "weights and gradients as well, updated on the host (all).",
+        "weights and gradients as well, updated on the host (all). auto: the moments where the GPU does not hold them.",
         panel="Compute",
     )
     compile: bool = setting(

@@ -12,20 +12,36 @@ import torch
 from critic_train.data.addresses import UidLookup
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Notice
+from critic_train.model.automatic import (
+    CHECKPOINTING,
+    COMPILED_CHECKPOINTING,
+    Choice,
+    choose_memory,
+    choose_offload,
+    try_largest,
+)
 from critic_train.model.compute import Compute
 from critic_train.model.config import LEARNING_RATES, preset_config
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
 from critic_train.model.loading import ModelSource, build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
-from critic_train.model.memory import apply_memory_options
+from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
 from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
 from critic_train.run.run_directory import RunDirectory
-from critic_train.settings import FitSettings, ModelSettings, OptimizerSettings, TrainComputeSettings, trained_layers
+from critic_train.settings import (
+    ActivationCheckpointing,
+    FitSettings,
+    ModelSettings,
+    OptimizerKind,
+    OptimizerSettings,
+    TrainComputeSettings,
+    trained_layers,
+)
 from critic_train.stopping import StopRequest
 from critic_train.training.checkpointer import Checkpointer
 from critic_train.training.dataset import DataShape, RolloutSet, RunData
@@ -56,13 +72,15 @@ class PreparedCritic:
         compute: device, precision and token budget, attention resolved.
         forest: whether rollouts are laid out as a forest of shared prefixes, or as padded rows.
         caches_states: whether the hidden states of its frozen part can be cached.
-        notices: about packing, attention and cached states.
+        chosen: the settings that have chosen themselves, and what they are; the others as they were given.
+        notices: about packing, attention, what was chosen, and cached states.
     """
 
     critic: Critic
     compute: Compute
     forest: bool
     caches_states: bool
+    chosen: dict[str, Any]
     notices: list[Notice]
 
 
@@ -108,7 +126,13 @@ def build_run_critic(
 
 
 def prepare_critic(
-    critic: Critic, compute: Compute, settings: TrainComputeSettings, train: str, sample: Rollouts
+    critic: Critic,
+    compute: Compute,
+    settings: TrainComputeSettings,
+    train: str,
+    kind: OptimizerKind,
+    sample: Rollouts,
+    largest: Rollouts,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
 
@@ -117,24 +141,76 @@ def prepare_critic(
         compute: device, precision and token budget.
         settings: packing, attention and memory options.
         train: --train.
-        sample: rollouts to try them on.
+        kind: --optimizer.
+        sample: rollouts to try packing and attention on.
+        largest: those of the largest prompt, to which the token budget is fitted.
 
     Raises:
         ModelError: the architecture cannot be trained so.
         MachineError: there is not memory enough for a single rollout.
     """
+    choices: list[Choice] = []
+    if settings.offload == "auto" and compute.device.type == "cuda":
+        device_bytes = torch.cuda.get_device_properties(compute.device).total_memory
+        choices += filter(None, [choose_offload(critic, compute, kind, device_bytes)])
+        compute = replace(compute, offload=choices[0].value if choices else "none")
     critic, compute = to_device_or_shard(critic, compute)
     packing, sentences = select_packing(critic, sample, settings, compute)
     notices = [Notice(message=sentence, level="warning") for sentence in sentences]
-    apply_memory_options(critic, settings)
+    checkpointing, more = _choose_memory(critic, compute, settings, kind, largest, forest=packing.forest)
+    if compute.device.type == "cuda":
+        notices += [Notice(message=choice.sentence()) for choice in [*choices, *more]]
+    if settings.compile:
+        compile_layers(critic)
+    if settings.max_tokens is None and compute.device.type == "cuda" and compute.ranks.size == 1:
+        lowered = try_largest(critic, compute, largest, forest=packing.forest, training=True)
+        notices += [Notice(message=lowered, level="warning")] if lowered else []
     layers, caches_states = trained_layers(train), False
     if layers is not None:
         caches_states = supports_cached_states(critic, layers, sample, compute, forest=packing.forest)
         if not caches_states:
             notices.append(no_cached_states_notice(critic))
     return PreparedCritic(
-        critic=critic, compute=compute, forest=packing.forest, caches_states=caches_states, notices=notices
+        critic=critic,
+        compute=compute,
+        forest=packing.forest,
+        caches_states=caches_states,
+        chosen={
+            "precision": compute.precision,
+            "max_tokens": compute.max_tokens,
+            "activation_checkpointing": checkpointing,
+            "offload": compute.offload,
+        },
+        notices=notices,
     )
+
+
+def _choose_memory(
+    critic: Critic,
+    compute: Compute,
+    settings: TrainComputeSettings,
+    kind: OptimizerKind,
+    largest: Rollouts,
+    *,
+    forest: bool,
+) -> tuple[ActivationCheckpointing, list[Choice]]:
+    """Set activation checkpointing and the token budget: as given, or as they choose themselves."""
+    set_checkpointing = partial(checkpoint_activations, critic)
+    given = settings.activation_checkpointing
+    if compute.device.type == "cuda" and (given == "auto" or settings.max_tokens is None):
+        return choose_memory(
+            critic,
+            compute,
+            forest=forest,
+            optimizer=kind,
+            kinds=(given,) if given != "auto" else COMPILED_CHECKPOINTING if settings.compile else CHECKPOINTING,
+            max_tokens=settings.max_tokens,
+            set_checkpointing=set_checkpointing,
+            largest=largest,
+        )
+    resolved = "none" if given == "auto" else given
+    set_checkpointing(resolved)
+    return resolved, []
 
 
 def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:
@@ -192,6 +268,12 @@ def build_run_optimizer(
     )
 
 
+def largest_group(train: RolloutSet) -> Rollouts:
+    """The rollouts of the prompt with the most tokens, to which memory is fitted."""
+    tokens = np.bincount(np.unique(train.groups, return_inverse=True)[1], train.cache.lengths[train.index])
+    return train.read(np.flatnonzero(train.groups == np.unique(train.groups)[int(tokens.argmax())]))
+
+
 def selfcheck_sample(train: RolloutSet, plan: TrainingPlan) -> Rollouts:
     """Rollouts to try packing on: some of the first mini-batch, which share prompts, and the longest."""
     longest = int(train.cache.lengths[train.index].argmax())
@@ -224,7 +306,7 @@ def build_trainer(
         state=state,
         plan=plan,
         seed=seed,
-        max_tokens=settings.compute.max_tokens,
+        max_tokens=prepared.chosen["max_tokens"],
         files=StateFiles(prepared.critic, optimizer, source.path if source else None, prepared.compute.ranks),
         old_values=old_values,
     )
@@ -303,7 +385,7 @@ def source_notices(
     elif source is not None:
         yield Notice(message=f"the value head is {source.head}.weight of {source.path}")
     offload = settings.compute.offload
-    if offload != compute.offload:
+    if offload not in ("auto", compute.offload):
         yield Notice(message=f"--offload {offload} changes nothing on a CPU: all is in host memory already")
 
 

@@ -106,7 +106,10 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     )
     critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
     tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
-    prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, tried)
+    prepared = prepare_critic(
+        critic, compute, settings.compute, settings.model.train, settings.optimizer.optimizer, tried, tried
+    )
+    compute = prepared.compute
     yield from prepared.notices
     times = yield from time_steps(
         prepared.critic,

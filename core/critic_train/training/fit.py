@@ -12,7 +12,7 @@ from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
-from critic_train.model.compute import resolve_compute, resolve_offload
+from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.loading import ModelSource, read_model
 from critic_train.run.checkpoint import newest_checkpoint, resolve_model
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
@@ -24,12 +24,13 @@ from critic_train.training.build import (
     build_trainer,
     data_notices,
     export_notice,
+    largest_group,
     prepare_critic,
     rope_notice,
     selfcheck_sample,
     source_notices,
 )
-from critic_train.training.dataset import open_data
+from critic_train.training.dataset import RunData, open_data
 from critic_train.training.plan import make_plan
 from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (
@@ -40,8 +41,16 @@ from critic_train.training.run_record import (
     resolved_summary,
     result_of,
     result_paths,
+    resumed_settings,
 )
-from critic_train.training.run_shards import NO_SHARDS, find_run_shards, read_rollouts, row_limits, uid_lookup
+from critic_train.training.run_shards import (
+    NO_SHARDS,
+    RunShards,
+    find_run_shards,
+    read_rollouts,
+    row_limits,
+    uid_lookup,
+)
 from critic_train.training.state_files import begin_with_remembered_budget
 from critic_train.training.targets import Targets
 from critic_train.training.trainer import Trainer
@@ -89,24 +98,54 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
 
             # From here on all ranks do the same, each with its share of the work; rank 0 alone writes.
             stop = ranks.agreed_stop(stop)
-            yield from begin_with_remembered_budget(run, settings.compute.max_tokens, compute)
+            if resumed:
+                settings = resumed_settings(settings, run)
+                compute = resolve_compute(settings.compute, ranks)
             checkpoint = run.checkpoints / resumed if resumed else None
             settings = with_recipe(settings, recipe)
-            plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
-            yield from source_notices(source, settings, compute, data.shape, new=not resumed)
-            critic = build_run_critic(settings.model, source, checkpoint, compute, data.shape, seed)
-            yield from export_notice(critic)
-            sample = selfcheck_sample(data.train, plan)
-            prepared = prepare_critic(critic, compute, settings.compute, settings.model.train, sample)
-            yield from [*rope_notice(prepared.critic, data.shape.max_length), *prepared.notices]
-            optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
-            uids = uid_lookup(shards, data, settings.reading)
-            trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)
-            if checkpoint is not None:
-                yield from trainer.checkpointer.load(checkpoint)
-            yield from _start(settings, trainer, ranks, recipe)
+            trainer = yield from _build(settings, recipe, scale, run, data, shards, source, checkpoint, compute, stop)
             yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
             yield from _finish(trainer, stop, time.monotonic() - began, ranks)
+
+
+def _build(
+    settings: FitSettings,
+    recipe: Recipe,
+    scale: float,
+    run: RunDirectory,
+    data: RunData,
+    shards: RunShards,
+    source: ModelSource | None,
+    checkpoint: Path | None,
+    compute: Compute,
+    stop: StopRequest,
+) -> Generator[Event, None, Trainer]:
+    """The trainer of a run at its first step, or where its checkpoint was written. All ranks call it."""
+    ranks, shape, seed = compute.ranks, data.shape, settings.optimizer.seed
+    yield from begin_with_remembered_budget(run, compute.max_tokens, compute)
+    plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
+    yield from source_notices(source, settings, compute, shape, new=checkpoint is None)
+    critic = build_run_critic(settings.model, source, checkpoint, compute, shape, seed)
+    yield from export_notice(critic)
+    prepared = prepare_critic(
+        critic,
+        compute,
+        settings.compute,
+        settings.model.train,
+        settings.optimizer.optimizer,
+        selfcheck_sample(data.train, plan),
+        largest_group(data.train),
+    )
+    if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
+        yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
+    yield from [*rope_notice(prepared.critic, shape.max_length), *prepared.notices]
+    optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
+    uids = uid_lookup(shards, data, settings.reading)
+    trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)
+    if checkpoint is not None:
+        yield from trainer.checkpointer.load(checkpoint)
+    yield from _start(settings, trainer, ranks, recipe, prepared.chosen)
+    return trainer
 
 
 def _read_base_model(model: str | None, out: Path, ranks: Ranks) -> ModelSource | None:
@@ -155,21 +194,23 @@ def _already_finished(run: RunDirectory, result: dict[str, Any], ranks: Ranks) -
     yield RunEnded(status="already finished", result=result if ranks.is_main else {})
 
 
-def _start(settings: FitSettings, trainer: Trainer, ranks: Ranks, recipe: Recipe) -> Iterator[Event]:
+def _start(
+    settings: FitSettings, trainer: Trainer, ranks: Ranks, recipe: Recipe, chosen: dict[str, Any]
+) -> Iterator[Event]:
     """Open the logs and record what was resolved, before the first step of this start."""
     run, plan, position = trainer.run, trainer.plan, trainer.state.position
     if ranks.is_main:
         require_room_for_checkpoints(trainer, settings.run)
     run.open_logs(position.metrics_bytes)
     yield from data_notices(trainer.data, Targets.of(settings.returns, settings.loss))
-    summary = resolved_summary(settings, trainer)
-    run.write_json("run.json", (run.read_json("run.json") or {}) | {"resolved": summary, "recipe": recipe})
+    record = {"resolved": resolved_summary(settings, trainer), "recipe": recipe, "chosen": chosen}
+    run.write_json("run.json", (run.read_json("run.json") or {}) | record)
     yield RunStarted(
         out=str(run.path),
         total_steps=plan.total_steps,
         steps_per_epoch=plan.steps_per_epoch,
         first_step=position.step,
-        summary=summary,
+        summary=record["resolved"],
     )
 
 

@@ -14,7 +14,7 @@ from critic_train.jsonio import read_json_object_or_none
 from critic_train.model.loading import ModelSource
 from critic_train.model.saving import TOKENIZER_FILES, checkpoint_bytes, exported_class
 from critic_train.report.report_sources import PAGE
-from critic_train.run.changes import is_longer, refuse_changes
+from critic_train.run.changes import chosen_settings, is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, set_aside
 from critic_train.run.manifest import model_digest, tokenizer_digest, versions
 from critic_train.run.run_directory import RunDirectory
@@ -140,6 +140,13 @@ def find_return_scale(
             level="warning",
         )
     return 2 * deviation
+
+
+def resumed_settings(settings: FitSettings, run: RunDirectory) -> FitSettings:
+    """Settings of a command that resumes a run, in which what chooses itself is what the run chose or was given."""
+    given = as_dict(settings)
+    before = chosen_settings(run.read_json("run.json") or {})
+    return settings.replace(**{name: value for name, value in before.items() if given[name] in (None, "auto")})
 
 
 def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from critic_train.errors import ConfigError
-from critic_train.run.changes import changed_files, refuse_changes
+from critic_train.run.changes import changed_files, chosen_settings, refuse_changes
 from critic_train.run.manifest import tokenizer_digest
 from critic_train.settings import FitSettings, as_dict
 
@@ -72,8 +72,26 @@ def test_other_versions_and_threads_are_warned_of(change, what):
     """Scenario 31."""
     said = f"the {what} changed since the run began: the result may differ by rounding"
     assert refuse_changes(record(), record() | change, OUT) == [said]
+
+
+def test_what_chose_itself_is_compared_as_it_chose():
     said = "--max-tokens was 4096, is now 100: the result may differ from the undisturbed run's by rounding"
-    assert refuse_changes(record(), record(max_tokens=100), OUT) == [said]
+    for before in (record(max_tokens=4096), record() | {"chosen": {"max_tokens": 4096}}):
+        assert refuse_changes(before, record(max_tokens=100), OUT) == [said]
+        assert refuse_changes(before, record(max_tokens=4096), OUT) == []
+    # A run that was begun when these settings had a value goes on under a command that leaves them to themselves.
+    begun = record(max_tokens=4096, precision="fp32", activation_checkpointing="none", offload="none")
+    assert refuse_changes(begun, record(), OUT) == []
+    assert chosen_settings(begun) == {
+        "max_tokens": 4096,
+        "precision": "fp32",
+        "activation_checkpointing": "none",
+        "offload": "none",
+    }
+    with pytest.raises(ConfigError, match="--precision was fp32, is now bf16"):
+        refuse_changes(begun, record(precision="bf16"), OUT)
+    with pytest.raises(ConfigError, match="--precision was bf16, is now fp32"):
+        refuse_changes(record() | {"chosen": {"precision": "bf16"}}, record(precision="fp32"), OUT)
 
 
 def test_a_run_may_be_made_longer_where_nothing_depends_on_its_length():

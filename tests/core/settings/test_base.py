@@ -86,7 +86,7 @@ def test_values_of_another_type_are_refused_all_at_once() -> None:
         "--no-clip must be true or false, not 1",
         "--epochs must be a whole number, not True",
         "--lr must be a number, not '3'",
-        "--precision must be one of fp32, bf16, not 'fp16'",
+        "--precision must be one of auto, fp32, bf16, not 'fp16'",
         "--out must be text, not 3",
         "--log-to must be a list, each one of tensorboard, wandb, trackio, not ['mlflow']",
     ]

@@ -1,0 +1,278 @@
+"""Settings that choose themselves: precision, offload, activation checkpointing, and tokens at once.
+
+On a CPU they are float32 and 4,096 tokens. On a CUDA device the trunk computes in bf16 where the device has it, and as
+many tokens go through it at once as its memory holds: two small passes measure what a token costs, so no formula has
+to know the architecture, and a third one of the largest micro-batch confirms it.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.microbatches import micro_batches
+from critic_train.model.oom import is_out_of_memory, release_memory
+from critic_train.model.tensor_file import part_here
+from critic_train.rollouts import Rollouts, offsets_from_lengths
+from critic_train.settings import ActivationCheckpointing, OptimizerKind
+from critic_train.text import format_bytes
+
+MEASURED_TOKENS = (1024, 3072)
+"""Positions of the two passes whose peaks are compared."""
+RESERVED_SHARE = 0.08
+"""Share of the device's memory left to fragmentation, to the libraries' workspaces and to other processes."""
+USEFUL_TOKENS = 8_192
+"""With fewer at once a GPU computes at less than its rate; more are taken where a prompt's tree has more."""
+MOST_TOKENS = 65_536
+"""More than this is taken at once only for a single longer rollout: a larger step computes no faster."""
+TRIALS = 4
+MOMENT_BYTES: dict[OptimizerKind, int] = {"adamw": 8, "adamw-8bit": 2}
+"""Bytes a trained parameter."""
+CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "selective", "layer")
+"""From the fastest to the one that holds the least."""
+COMPILED_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "layer")
+"""A compiled layer has no single operations to select from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A setting that has chosen itself.
+
+    Attributes:
+        name: the settings field.
+        value: what it is now.
+        reason: why, for a person.
+    """
+
+    name: str
+    value: Any
+    reason: str
+
+    def sentence(self) -> str:
+        """For a notice."""
+        return f"--{self.name.replace('_', '-')} {self.value}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """What passes of a critic hold at their peak, in bytes of one device.
+
+    Attributes:
+        fixed: whatever the number of tokens: weights, gradients where it is trained, weights cast to bf16.
+        per_token: for each position of a micro-batch.
+    """
+
+    fixed: float
+    per_token: float
+
+    def tokens(self, available: float) -> int:
+        """The positions that so many bytes hold."""
+        return max(0, int((available - self.fixed) / max(self.per_token, 1.0)))
+
+
+def choose_offload(critic: Critic, compute: Compute, kind: OptimizerKind, device_bytes: int) -> Choice | None:
+    """Keep the moments in host memory where the device would not hold them beside weights and gradients.
+
+    Args:
+        critic: on the CPU or on "meta".
+        compute: of the run.
+        kind: --optimizer.
+        device_bytes: memory of the device.
+
+    Returns:
+        The choice, None where nothing has to be offloaded.
+    """
+    weights = 4 * sum(p.numel() for p in critic.parameters())
+    trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
+    cast = weights // 2 if compute.precision == "bf16" else 0
+    moments = MOMENT_BYTES[kind] * trained
+    total = (weights + 4 * trained + moments) / compute.ranks.size + cast
+    if total < (1 - 2 * RESERVED_SHARE) * device_bytes or kind != "adamw":
+        return None
+    return Choice(
+        name="offload",
+        value="optimizer",
+        reason=f"weights, gradients and moments take {format_bytes(total)} of the device's "
+        f"{format_bytes(device_bytes)}: the moments, {format_bytes(moments / compute.ranks.size)}, wait in host memory",
+    )
+
+
+def choose_tokens(critic: Critic, compute: Compute, *, forest: bool, largest: Rollouts) -> None:
+    """How many tokens go through a critic at once without gradients; on a CPU the budget stays what it is.
+
+    Args:
+        critic: on its device.
+        compute: of the job; its `max_tokens` is set.
+        forest: how rollouts are laid out.
+        largest: the rollouts of the largest prompt, or those that are at hand.
+    """
+    if compute.device.type == "cuda":
+        use = measure_memory(critic, compute, forest=forest, training=False)
+        _set_tokens(compute, use, 0, largest)
+
+
+def choose_memory(
+    critic: Critic,
+    compute: Compute,
+    *,
+    forest: bool,
+    optimizer: OptimizerKind,
+    kinds: Sequence[ActivationCheckpointing],
+    max_tokens: int | None,
+    set_checkpointing: Callable[[ActivationCheckpointing], None],
+    largest: Rollouts,
+) -> tuple[ActivationCheckpointing, list[Choice]]:
+    """Activation checkpointing and tokens at once of a run on a CUDA device. All ranks call it.
+
+    Nothing is computed again where the largest prompt's tree, or USEFUL_TOKENS, fits without; else as little as lets
+    it fit.
+
+    Args:
+        critic: on its device, in training mode, nothing set for checkpointing yet.
+        compute: of the run; its `max_tokens` is set.
+        forest: how rollouts are laid out.
+        optimizer: --optimizer.
+        kinds: of activation checkpointing to choose from, the fastest first.
+        max_tokens: --max-tokens; None chooses.
+        set_checkpointing: sets the critic up for a kind; called with "none" to undo another.
+        largest: the rollouts of the largest prompt.
+
+    Returns:
+        (the kind of checkpointing that is set, what was chosen).
+    """
+    trained = sum(part_here(p).numel() for p in critic.parameters() if p.requires_grad)
+    moments = 0 if compute.offload != "none" else MOMENT_BYTES[optimizer] * trained
+    wanted = max_tokens or _useful_tokens(largest, forest=forest)
+    for kind in kinds:
+        set_checkpointing(kind)
+        use = measure_memory(critic, compute, forest=forest, training=True)
+        choice = _set_tokens(compute, use, moments, largest)
+        if compute.max_tokens >= wanted:
+            break
+    choices = []
+    if len(kinds) > 1:
+        fits = f"{compute.max_tokens:,} tokens fit at once, {wanted:,} are wanted"
+        if compute.max_tokens < wanted:
+            fits += ", and it holds the least"
+        choices.append(Choice(name="activation_checkpointing", value=kind, reason=fits))
+    if max_tokens is None:
+        return kind, [*choices, choice]
+    compute.start_at(max_tokens)
+    return kind, choices
+
+
+def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: bool) -> MemoryUse:
+    """What a position costs, by the peaks of two passes over random rollouts. All ranks call it.
+
+    Args:
+        critic: on its device; gradients that it has are cleared.
+        compute: of the job, on a CUDA device.
+        forest: how rollouts are laid out.
+        training: whether a backward pass follows; gradients are then there already, as in the second micro-batch of
+            a step.
+    """
+    vocabulary = int(critic.trunk.config.vocab_size)
+    few, many = (_random_rollouts(tokens, vocabulary) for tokens in MEASURED_TOKENS)
+    compute = replace(compute, max_tokens=10**9)  # each in one micro-batch
+    if training:
+        _peak(critic, compute, few, forest=forest, training=True)
+    (fewer, low), (more, high) = (
+        _peak(critic, compute, rollouts, forest=forest, training=training) for rollouts in (few, many)
+    )
+    critic.zero_grad(set_to_none=True)
+    release_memory(compute.device)
+    per_token = (high - low) / max(1, more - fewer)
+    return MemoryUse(fixed=low - per_token * fewer, per_token=per_token)
+
+
+def try_largest(critic: Critic, compute: Compute, largest: Rollouts, *, forest: bool, training: bool) -> str:
+    """Take the largest micro-batch of the largest prompt through a pass, and lower the budget until it fits.
+
+    On one process. Returns a sentence where the budget had to be lowered, else an empty string.
+    """
+    before = compute.max_tokens
+    for _ in range(TRIALS):
+        error = ""
+        try:
+            _peak(critic, compute, largest, forest=forest, training=training)
+        except Exception as raised:
+            if not is_out_of_memory(raised):
+                raise
+            error = str(raised)
+        critic.zero_grad(set_to_none=True)
+        release_memory(compute.device)
+        if not error:
+            break
+        compute.start_at(max(int(largest.lengths.max()), int(0.75 * compute.max_tokens)))
+    if compute.max_tokens == before:
+        return ""
+    return f"--max-tokens {compute.max_tokens}: the largest prompt did not fit at {before:,} tokens at once"
+
+
+def _set_tokens(compute: Compute, use: MemoryUse, moments: float, largest: Rollouts) -> Choice:
+    """Set a job's token budget to what fits beside the moments, on the rank that has the least memory."""
+    available = device_room(compute.device) - moments
+    fitting = use.tokens(available)
+    per_rank = torch.zeros(compute.ranks.size, dtype=torch.float64)
+    per_rank[compute.ranks.rank] = fitting
+    fitting = int(compute.ranks.all_reduce_sum(per_rank).min())
+    most = max(MOST_TOKENS, int(largest.lengths.max()))
+    tokens = max(1, min(fitting, most))
+    compute.start_at(tokens)
+    reason = (
+        f"a token takes {format_bytes(use.per_token)} beside {format_bytes(use.fixed + moments)}, and "
+        f"{format_bytes(available + moments)} are free"
+    )
+    if fitting > most:
+        reason += f"; {fitting:,} would fit"
+    return Choice(name="max_tokens", value=tokens, reason=reason)
+
+
+def device_room(device: torch.device) -> float:
+    """Bytes that this process may hold on a CUDA device: what is free or its own, but for RESERVED_SHARE of all."""
+    free, total = torch.cuda.mem_get_info(device)
+    return float(free + torch.cuda.memory_reserved(device) - RESERVED_SHARE * total)
+
+
+def _useful_tokens(largest: Rollouts, *, forest: bool) -> int:
+    positions = len(build_tree_layout(largest, prefix_order(largest))) if forest else int(largest.lengths.max())
+    return max(int(largest.lengths.max()), min(MOST_TOKENS, max(USEFUL_TOKENS, positions)))
+
+
+def _peak(critic: Critic, compute: Compute, rollouts: Rollouts, *, forest: bool, training: bool) -> tuple[int, int]:
+    """(positions, bytes at the peak) of the largest micro-batch of some rollouts."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(compute.device)
+    positions = 0
+    for batch in micro_batches(rollouts, compute, forest=forest):
+        with torch.set_grad_enabled(training), compute.autocast():
+            values = critic(batch)
+        if training:
+            values.sum().backward()
+        positions = max(positions, batch.computed_tokens)
+    return positions, torch.cuda.max_memory_allocated(compute.device)
+
+
+def _random_rollouts(tokens: int, vocabulary: int) -> Rollouts:
+    """Four rollouts of one prompt, half of `tokens` positions in it and the rest in their responses."""
+    prompt, response, count = tokens // 2, tokens // 8, 4
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, vocabulary, prompt)
+    ids = np.concatenate([np.concatenate([first, rng.integers(0, vocabulary, response)]) for _ in range(count)])
+    length = prompt + response
+    return Rollouts(
+        input_ids=ids.astype(np.int32),
+        offsets=offsets_from_lengths(np.full(count, length, dtype=np.int64)),
+        response_mask=np.tile(np.arange(length) >= prompt, count),
+        returns=np.zeros(count * length, dtype=np.float32),
+        values=None,
+        group=np.zeros(count, dtype=np.int64),
+        row=np.arange(count, dtype=np.int64),
+    )

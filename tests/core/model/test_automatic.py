@@ -1,0 +1,172 @@
+"""Settings that choose themselves on a GPU: from what passes hold there. CUDA's memory is a model of its own here."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support import small_config
+
+from critic_train.distributed.ranks import SingleProcess
+from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
+from critic_train.model import automatic
+from critic_train.model.automatic import MemoryUse, choose_memory, choose_offload, choose_tokens, try_largest
+from critic_train.model.compute import Compute
+from critic_train.model.loading import build_critic
+from critic_train.rollouts import Rollouts
+
+GIB = 2**30
+CUDA = torch.device("cuda", 0)
+
+
+def compute_of(**changes):
+    return Compute(**{"device": CUDA, "precision": "bf16", "max_tokens": 4096} | changes)
+
+
+def tiny_critic():
+    return build_critic(small_config("Llama"), seed=0)
+
+
+def group_of(prompt, response, count):
+    """Rollouts of one prompt, random after it."""
+    rng = np.random.default_rng(0)
+    length = prompt + response
+    ids = rng.integers(0, 100, (count, length))
+    ids[:, :prompt] = ids[0, :prompt]
+    return Rollouts(
+        input_ids=ids.ravel().astype(np.int32),
+        offsets=np.arange(count + 1) * length,
+        response_mask=np.tile(np.arange(length) >= prompt, count),
+        returns=np.zeros(count * length, np.float32),
+        values=None,
+        group=np.zeros(count, np.int64),
+        row=np.arange(count),
+    )
+
+
+class Device:
+    """A device of so many GiB, on which a pass holds `fixed` bytes and some for each position.
+
+    `most` is the largest micro-batch that a pass survives, whatever was measured.
+    """
+
+    def __init__(self, monkeypatch, total, fixed, per_token, most=10**9):
+        self.kind, self.passes = "none", []
+        self.fixed, self.per_token, self.most = fixed, per_token, most
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(total), int(total)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(automatic, "release_memory", lambda device: None)
+        monkeypatch.setattr(automatic, "_peak", self.peak)
+
+    def peak(self, critic, compute, rollouts, *, forest, training):
+        positions = len(build_tree_layout(rollouts, prefix_order(rollouts)))
+        positions = min(positions, compute.max_tokens)
+        self.passes.append((positions, training))
+        if positions > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return positions, int(self.fixed + self.per_token[self.kind] * positions)
+
+    def set_checkpointing(self, kind):
+        self.kind = kind
+
+
+def choose(device, compute, largest, **changes):
+    asked = {"optimizer": "adamw", "kinds": automatic.CHECKPOINTING, "max_tokens": None} | changes
+    return choose_memory(
+        tiny_critic(), compute, forest=True, largest=largest, set_checkpointing=device.set_checkpointing, **asked
+    )
+
+
+def test_the_fastest_kind_of_checkpointing_is_taken_that_holds_the_largest_prompt(monkeypatch):
+    per_token = {"none": 4e6, "selective": 1.2e6, "layer": 2.5e5}
+    # 80 GiB but for 8 % of them and 10 fixed: 17,000 tokens, 57,000 or (capped) 65,536.
+    for prompt, expected in (((1000, 100, 8), "none"), ((4000, 3000, 8), "selective"), ((4000, 8000, 8), "layer")):
+        device = Device(monkeypatch, 80 * GIB, 10 * GIB, per_token)
+        compute = compute_of()
+        kind, choices = choose(device, compute, group_of(*prompt))
+        assert kind == expected == device.kind
+        room = 80 * GIB * (1 - automatic.RESERVED_SHARE) - 10 * GIB
+        trained = sum(p.numel() for p in tiny_critic().parameters())
+        fits = int((room - 8 * trained) / per_token[expected])
+        assert compute.max_tokens == pytest.approx(min(fits, 65_536), rel=1e-3)
+        assert [choice.name for choice in choices] == ["activation_checkpointing", "max_tokens"]
+        assert f"--max-tokens {compute.max_tokens}: a token takes" in choices[1].sentence()
+
+
+def test_what_is_given_is_not_chosen(monkeypatch):
+    device = Device(monkeypatch, 80 * GIB, 10 * GIB, {"none": 4e6, "selective": 1e6, "layer": 2.5e5})
+    compute = compute_of()
+    kind, choices = choose(device, compute, group_of(100, 10, 4), kinds=("layer",))
+    assert (kind, [c.name for c in choices], compute.max_tokens) == ("layer", ["max_tokens"], 65_536)
+    compute = compute_of()
+    kind, choices = choose(device, compute, group_of(100, 10, 4), max_tokens=50_000)
+    assert (kind, [c.name for c in choices], compute.max_tokens) == ("selective", ["activation_checkpointing"], 50_000)
+
+
+def test_moments_that_wait_on_the_host_leave_their_room_to_tokens(monkeypatch):
+    per_token = dict.fromkeys(automatic.CHECKPOINTING, 1e5)
+    trained = sum(p.numel() for p in tiny_critic().parameters())
+    budgets = {}
+    for offload, kind in (("none", "adamw"), ("none", "adamw-8bit"), ("optimizer", "adamw")):
+        device = Device(monkeypatch, 8 * trained + 3e9, 1e9, per_token)
+        compute = compute_of(offload=offload)
+        choose(device, compute, group_of(10, 10, 2), optimizer=kind)
+        budgets[offload, kind] = compute.max_tokens
+    assert budgets["none", "adamw"] < budgets["none", "adamw-8bit"] < budgets["optimizer", "adamw"]
+
+
+def test_the_rank_with_the_least_memory_decides(monkeypatch):
+    class Two(SingleProcess):
+        size, rank = 2, 0
+
+        def all_reduce_sum(self, numbers):
+            return numbers + torch.tensor([0.0, 700.0], dtype=torch.float64)
+
+    device = Device(monkeypatch, 80 * GIB, 0, dict.fromkeys(automatic.CHECKPOINTING, 1e6))
+    compute = compute_of(ranks=Two())
+    choose(device, compute, group_of(100, 10, 2))
+    assert compute.max_tokens == 700
+
+
+def test_a_prediction_is_measured_without_a_backward_pass_and_a_cpu_not_at_all(monkeypatch):
+    device = Device(monkeypatch, 10 * GIB, GIB, {"none": 1e6})
+    compute = compute_of()
+    choose_tokens(tiny_critic(), compute, forest=True, largest=group_of(100, 10, 2))
+    assert compute.max_tokens == int((10 * GIB * (1 - automatic.RESERVED_SHARE) - GIB) / 1e6)
+    assert {training for _, training in device.passes} == {False}
+    cpu = compute_of(device=torch.device("cpu"), precision="fp32")
+    device.passes.clear()
+    choose_tokens(tiny_critic(), cpu, forest=True, largest=group_of(100, 10, 2))
+    assert (cpu.max_tokens, device.passes) == (4096, [])
+
+
+def test_a_micro_batch_that_does_not_fit_lowers_the_budget_until_it_does(monkeypatch):
+    device = Device(monkeypatch, 80 * GIB, 0, {"none": 1.0}, most=3000)
+    compute, critic = compute_of(max_tokens=5000), tiny_critic()
+    sentence = try_largest(critic, compute, group_of(1000, 500, 20), forest=True, training=True)
+    assert [positions for positions, _ in device.passes] == [5000, 3750, 2812]
+    assert compute.max_tokens == 2812
+    assert sentence == "--max-tokens 2812: the largest prompt did not fit at 5,000 tokens at once"
+    assert try_largest(critic, compute, group_of(1000, 500, 20), forest=True, training=True) == ""
+
+
+def test_two_peaks_give_what_a_token_and_the_rest_hold(monkeypatch):
+    device = Device(monkeypatch, 80 * GIB, 123_456, {"none": 789.0})
+    use = automatic.measure_memory(tiny_critic(), compute_of(max_tokens=10**6), forest=True, training=True)
+    assert (use.per_token, use.fixed) == (789.0, 123_456)
+    assert [positions for positions, _ in device.passes] == [1024, 1024, 3072]
+    assert use.tokens(123_456 + 789 * 50) == 50
+    assert MemoryUse(fixed=100, per_token=1.0).tokens(50) == 0
+
+
+def test_moments_are_offloaded_where_the_device_does_not_hold_them():
+    critic = tiny_critic()
+    total = sum(p.numel() for p in critic.parameters())
+    needed = (4 + 4 + 8 + 2) * total  # weights, gradients, moments, and weights cast to bf16
+    roomy, tight = (int(needed / (1 - 2 * automatic.RESERVED_SHARE) * factor) for factor in (1.01, 0.99))
+    assert choose_offload(critic, compute_of(), "adamw", roomy) is None
+    choice = choose_offload(critic, compute_of(), "adamw", tight)
+    assert (choice.name, choice.value) == ("offload", "optimizer")
+    assert choose_offload(critic, replace(compute_of(), precision="fp32"), "adamw", tight) is None
+    critic.trunk.requires_grad_(False)
+    assert choose_offload(critic, compute_of(), "adamw", tight) is None
