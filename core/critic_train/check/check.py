@@ -16,7 +16,7 @@ from critic_train.data.scanning import full_reader, read_through
 from critic_train.data.shards import find_shards, fingerprint
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.rollouts import Rollouts
-from critic_train.settings import CheckSettings, ComputeSettings, LossSettings
+from critic_train.settings import CPU_MAX_TOKENS, CheckSettings, LossSettings
 from critic_train.stopping import Stopped, StopRequest
 
 GAMMAS = (1.0, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.5, 0.0)
@@ -151,7 +151,7 @@ def advice(result: dict[str, Any], settings_data: list[str], columns: list[str])
         advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
     advised += _old_values(result)
     longest = result["tokens_of_the_longest"]
-    if longest > ComputeSettings.max_tokens:
+    if longest > CPU_MAX_TOKENS:
         advised.append((["--max-tokens", str(longest)], "the longest rollout goes through the model at once"))
     return advised
 
