@@ -8,6 +8,7 @@ to know the architecture, and a third one of the largest micro-batch confirms it
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
+from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.oom import is_out_of_memory, release_memory
 from critic_train.model.tensor_file import part_here
 from critic_train.rollouts import Rollouts, offsets_from_lengths
-from critic_train.settings import ActivationCheckpointing, OptimizerKind
+from critic_train.settings import ActivationCheckpointing, OptimizerKind, TrainComputeSettings
 from critic_train.text import format_bytes
 
 MEASURED_TOKENS = (1024, 3072)
@@ -101,6 +103,46 @@ def choose_offload(critic: Critic, compute: Compute, kind: OptimizerKind, device
         reason=f"weights, gradients and moments take {format_bytes(total)} of the device's "
         f"{format_bytes(device_bytes)}: the moments, {format_bytes(moments / compute.ranks.size)}, wait in host memory",
     )
+
+
+def set_memory(
+    critic: Critic,
+    compute: Compute,
+    settings: TrainComputeSettings,
+    kind: OptimizerKind,
+    largest: Rollouts,
+    *,
+    forest: bool,
+) -> tuple[ActivationCheckpointing, list[Choice]]:
+    """Set activation checkpointing and the token budget of a run: as given, or as they choose themselves.
+
+    Args:
+        critic: on its device, in training mode, its packing chosen.
+        compute: of the run; its `max_tokens` is set.
+        settings: what was given.
+        kind: --optimizer.
+        largest: the rollouts of the largest prompt.
+        forest: how rollouts are laid out.
+
+    Returns:
+        (the kind of checkpointing that is set, what was chosen).
+    """
+    set_checkpointing = partial(checkpoint_activations, critic)
+    given = settings.activation_checkpointing
+    if compute.device.type == "cuda" and (given == "auto" or settings.max_tokens is None):
+        return choose_memory(
+            critic,
+            compute,
+            forest=forest,
+            optimizer=kind,
+            kinds=(given,) if given != "auto" else COMPILED_CHECKPOINTING if settings.compile else CHECKPOINTING,
+            max_tokens=settings.max_tokens,
+            set_checkpointing=set_checkpointing,
+            largest=largest,
+        )
+    resolved = "none" if given == "auto" else given
+    set_checkpointing(resolved)
+    return resolved, []
 
 
 def choose_tokens(critic: Critic, compute: Compute, *, forest: bool, largest: Rollouts) -> None:

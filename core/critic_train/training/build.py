@@ -12,21 +12,14 @@ import torch
 from critic_train.data.addresses import UidLookup
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Notice
-from critic_train.model.automatic import (
-    CHECKPOINTING,
-    COMPILED_CHECKPOINTING,
-    Choice,
-    choose_memory,
-    choose_offload,
-    try_largest,
-)
+from critic_train.model.automatic import Choice, choose_offload, set_memory, try_largest
 from critic_train.model.compute import Compute
 from critic_train.model.config import LEARNING_RATES, preset_config
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
 from critic_train.model.loading import ModelSource, build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
-from critic_train.model.memory import checkpoint_activations, compile_layers
+from critic_train.model.memory import compile_layers
 from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
 from critic_train.model.sharded_loading import load_critic_on_ranks
@@ -34,7 +27,6 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
 from critic_train.run.run_directory import RunDirectory
 from critic_train.settings import (
-    ActivationCheckpointing,
     FitSettings,
     ModelSettings,
     OptimizerKind,
@@ -157,7 +149,7 @@ def prepare_critic(
     critic, compute = to_device_or_shard(critic, compute)
     packing, sentences = select_packing(critic, sample, settings, compute)
     notices = [Notice(message=sentence, level="warning") for sentence in sentences]
-    checkpointing, more = _choose_memory(critic, compute, settings, kind, largest, forest=packing.forest)
+    checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=packing.forest)
     if compute.device.type == "cuda":
         notices += [Notice(message=choice.sentence()) for choice in [*choices, *more]]
     if settings.compile:
@@ -183,34 +175,6 @@ def prepare_critic(
         },
         notices=notices,
     )
-
-
-def _choose_memory(
-    critic: Critic,
-    compute: Compute,
-    settings: TrainComputeSettings,
-    kind: OptimizerKind,
-    largest: Rollouts,
-    *,
-    forest: bool,
-) -> tuple[ActivationCheckpointing, list[Choice]]:
-    """Set activation checkpointing and the token budget: as given, or as they choose themselves."""
-    set_checkpointing = partial(checkpoint_activations, critic)
-    given = settings.activation_checkpointing
-    if compute.device.type == "cuda" and (given == "auto" or settings.max_tokens is None):
-        return choose_memory(
-            critic,
-            compute,
-            forest=forest,
-            optimizer=kind,
-            kinds=(given,) if given != "auto" else COMPILED_CHECKPOINTING if settings.compile else CHECKPOINTING,
-            max_tokens=settings.max_tokens,
-            set_checkpointing=set_checkpointing,
-            largest=largest,
-        )
-    resolved = "none" if given == "auto" else given
-    set_checkpointing(resolved)
-    return resolved, []
 
 
 def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:
@@ -266,12 +230,6 @@ def build_run_optimizer(
         offload=prepared.compute.offload,
         return_scale=return_scale,
     )
-
-
-def largest_group(train: RolloutSet) -> Rollouts:
-    """The rollouts of the prompt with the most tokens, to which memory is fitted."""
-    tokens = np.bincount(np.unique(train.groups, return_inverse=True)[1], train.cache.lengths[train.index])
-    return train.read(np.flatnonzero(train.groups == np.unique(train.groups)[int(tokens.argmax())]))
 
 
 def selfcheck_sample(train: RolloutSet, plan: TrainingPlan) -> Rollouts:

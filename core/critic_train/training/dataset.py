@@ -55,6 +55,12 @@ class RolloutSet:
         """int64 [n], a key of the prompt of each."""
         return self.cache.prompts[self.index]
 
+    def largest_group(self) -> Rollouts:
+        """The rollouts of the prompt with the most tokens."""
+        keys, group = np.unique(self.groups, return_inverse=True)
+        tokens = np.bincount(group, self.cache.lengths[self.index])
+        return self.read(np.flatnonzero(self.groups == keys[tokens.argmax()]))
+
     @property
     def response_tokens(self) -> int:
         """Masked tokens of all of them."""

@@ -24,7 +24,6 @@ from critic_train.training.build import (
     build_trainer,
     data_notices,
     export_notice,
-    largest_group,
     prepare_critic,
     rope_notice,
     selfcheck_sample,
@@ -134,7 +133,7 @@ def _build(
         settings.model.train,
         settings.optimizer.optimizer,
         selfcheck_sample(data.train, plan),
-        largest_group(data.train),
+        data.train.largest_group(),
     )
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)

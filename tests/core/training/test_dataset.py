@@ -53,6 +53,17 @@ def test_a_share_of_the_prompt_groups_is_held_out(folder):
     assert data.shape.max_length == int(data.train.cache.lengths.max())
 
 
+def test_the_largest_group_is_that_with_the_most_tokens(folder):
+    data, _ = opened(folder, val_fraction=0.3)
+    tokens = {
+        group: int(data.train.cache.lengths[data.train.index][data.train.groups == group].sum())
+        for group in set(data.train.groups.tolist())
+    }
+    largest = data.train.largest_group()
+    assert set(largest.group.tolist()) == {max(tokens, key=tokens.__getitem__)}
+    assert len(largest.input_ids) == max(tokens.values())
+
+
 def test_the_address_of_a_rollout_names_its_file_and_row(folder):
     data, _ = opened(folder, val_fraction=0.0)
     rollouts = data.train.read(np.asarray([5]))

@@ -172,3 +172,19 @@ def test_a_flag_that_came_later_had_its_default(folder, tmp_path):
     assert run(settings_for(folder, tmp_path / "run"))[-1].status == "already finished"
     with pytest.raises(ConfigError, match="--optimizer was adamw, is now adamw-8bit"):
         run(settings_for(folder, tmp_path / "run", optimizer="adamw-8bit"))
+
+
+def test_what_chose_itself_stands_in_run_json_and_a_run_goes_on_with_it(folder, tmp_path):
+    out = tmp_path / "run"
+    run(settings_for(folder, out, max_steps=2))
+    record = json.loads((out / "run.json").read_text())
+    chosen = {"precision": "fp32", "max_tokens": 4096, "activation_checkpointing": "none", "offload": "none"}
+    assert record["chosen"] == chosen
+    # As if it had chosen otherwise: the longer run takes what the record says, and does not choose anew.
+    record["chosen"]["max_tokens"] = 64
+    (out / "run.json").write_text(json.dumps(record))
+    events = run(settings_for(folder, out, max_steps=3))
+    assert json.loads((out / "run.json").read_text())["chosen"] == chosen | {"max_tokens": 64}
+    assert not [message for message in notices(events) if "--max-tokens" in message]
+    events = run(settings_for(folder, out, max_steps=4, max_tokens=128))
+    assert any(message.startswith("--max-tokens was 64, is now 128") for message in notices(events))
