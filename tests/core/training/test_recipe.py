@@ -47,7 +47,9 @@ def test_a_run_begun_without_a_recipe_goes_on_as_it_was(source, head_init, tmp_p
     settings = FitSettings(data=["none"], model="m", train="head")
     with RunDirectory(tmp_path / "run") as run:
         (run.path / "run.json").write_text(json.dumps({"settings": {}}))
-        choosing = recipe_of_run(settings, source, Targets.of(settings.returns, settings.loss), run, resumed="step-00000004")
+        choosing = recipe_of_run(
+            settings, source, Targets.of(settings.returns, settings.loss), run, resumed="step-00000004"
+        )
         with pytest.raises(StopIteration) as ended:
             next(choosing)
     recipe = ended.value.value
@@ -60,7 +62,9 @@ def test_a_resumed_run_keeps_what_it_chose(tmp_path):
     recorded = {"head_init": {"value": "exact", "reason": "..."}, "epochs": {"value": 0, "reason": "..."}}
     with RunDirectory(tmp_path / "run") as run:
         (run.path / "run.json").write_text(json.dumps({"recipe": recorded}))
-        choosing = recipe_of_run(settings, HEAD, Targets.of(settings.returns, settings.loss), run, resumed="step-00000004")
+        choosing = recipe_of_run(
+            settings, HEAD, Targets.of(settings.returns, settings.loss), run, resumed="step-00000004"
+        )
         with pytest.raises(StopIteration) as ended:
             next(choosing)
     assert ended.value.value == recorded
