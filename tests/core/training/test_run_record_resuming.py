@@ -121,7 +121,7 @@ def test_where_none_is_whole_nothing_is_touched(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
 
 
-@pytest.mark.parametrize(("free", "what"), [(0, "the cache of"), (60_000, "3 checkpoints of")])
+@pytest.mark.parametrize(("free", "what"), [(0, "the cache of"), (60_000, "4 checkpoints of")])
 def test_too_little_room_is_said_before_the_first_step(free, what, folder, tmp_path, monkeypatch):
     """Scenario 6."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free})())
