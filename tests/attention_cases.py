@@ -1,11 +1,13 @@
 """Random queries, keys and values over small tree layouts, and plain attention to compare with."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from support import branching_rollouts, rollouts_of
 
-from critic_train.layers.attention_kernel import Queries, all_queries, queries_at
+from critic_train.layers.attention_kernel import PLAIN, Queries, Scoring, all_queries, queries_at
 from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 
 CPU = torch.device("cpu")
@@ -38,17 +40,25 @@ def drawn(layout: TreeLayout, queries: int) -> tuple[torch.Tensor, ...]:
 
 
 def plain(
-    layout: TreeLayout, positions: np.ndarray, window: int | None, tensors: tuple[torch.Tensor, ...]
+    layout: TreeLayout, positions: np.ndarray, scoring: Scoring, tensors: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """Attention over all pairs under the mask: [1, Q, heads, head_dim]."""
+    """Attention over all pairs under the mask: [1, Q, heads, value_dim]."""
     seen = attention_mask(layout)
-    if window is not None:
-        seen &= layout.depth[:, None] - layout.depth[None, :] < window
+    depth = layout.depth[:, None], layout.depth[None, :]
+    if scoring.window is not None:
+        seen &= depth[0] - depth[1] < scoring.window
+    if scoring.chunk is not None:
+        seen &= depth[0] // scoring.chunk == depth[1] // scoring.chunk
     query, key, value = tensors
     key, value = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (key, value))
-    scores = query @ key.transpose(2, 3) / WIDTH**0.5
-    scores = scores.masked_fill(~torch.from_numpy(seen[positions]), -torch.inf)
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    shares = scores.masked_fill(~torch.from_numpy(seen[positions]), -torch.inf).exp()
+    total = shares.sum(-1, keepdim=True)
+    if scoring.sinks is not None:
+        total = total + scoring.sinks.exp()[None, :, None, None]
+    return (shares / total @ value).transpose(1, 2)
 
 
 def queries_of(layout: TreeLayout, seed: int, asking: str) -> tuple[Queries, np.ndarray]:
@@ -58,15 +68,22 @@ def queries_of(layout: TreeLayout, seed: int, asking: str) -> tuple[Queries, np.
     return queries_at(layout, positions), positions
 
 
-def check(kernel, layout, positions, window):
-    tensors = drawn(layout, len(positions))
-    expected = plain(layout, positions, window, tensors)
+def with_sinks(scoring: Scoring) -> Scoring:
+    return replace(scoring, sinks=torch.tensor([-1.0, 0.0, 1.0, 3.0], requires_grad=True))
+
+
+def check(kernel, layout, positions, scoring=PLAIN, value_width=WIDTH):
+    query, key, value = drawn(layout, len(positions))
+    value = torch.randn(*value.shape[:-1], value_width, requires_grad=True)
+    tensors = (query, key, value)
+    expected = plain(layout, positions, scoring, tensors)
     slope = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, tensors, slope)
-    actual = kernel(*tensors, window, None)
+    learnt = tensors if scoring.sinks is None else (*tensors, scoring.sinks)
+    wanted = torch.autograd.grad(expected, learnt, slope)
+    actual = kernel(*tensors, scoring)
     assert actual.shape == expected.shape
     assert float((actual - expected).detach().abs().max()) <= 2e-6
-    for one, other in zip(torch.autograd.grad(actual, tensors, slope), wanted, strict=True):
+    for one, other in zip(torch.autograd.grad(actual, learnt, slope), wanted, strict=True):
         assert float((one - other).abs().max()) <= 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Attention on a prefix-tree layout: the table of kernels, the choice among them, and the function transformers calls.
+"""Attention on a prefix-tree layout: the table of kernels, and the function that transformers calls.
 
 transformers looks attention functions up by name and passes keyword arguments that it does not know through. So a
 trunk whose attention is set to TREE_ATTENTION, and which is called with `tree_plan=...`, computes on a tree layout
@@ -8,27 +8,35 @@ Shapes: S positions of the layout, Q <= S of them that are queries.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface
 
-from critic_train.errors import ConfigError, MachineError, first_line
 from critic_train.layers import cuda_kernels, sdpa_kernels
-from critic_train.layers.attention_kernel import Kernel, Queries, all_queries, fill_short_gaps, queries_at
+from critic_train.layers.attention_kernel import (
+    AttentionCall,
+    Kernel,
+    Queries,
+    Scoring,
+    all_queries,
+    fill_short_gaps,
+    queries_at,
+)
 from critic_train.layers.prefix_tree import TreeLayout
 from critic_train.settings import Attention, Precision
 
 TREE_ATTENTION = "critic_train_forest"
 """The name under which transformers finds `tree_attention`."""
 
-UNSUPPORTED = ("softcap", "s_aux")
-"""Arguments by which architectures change the arithmetic of attention, and which no kernel here takes."""
+
+BuildKernel = Callable[[Queries, torch.device, bool], Kernel]
+"""(queries, device, whether it will be called with soft caps) -> kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +44,18 @@ class KernelEntry:
     """One value of `--attention`.
 
     Attributes:
-        build: (queries, device, whether it will be called with a window) -> kernel.
+        build: makes the kernel.
         supports: (device, precision) -> whether it can be used there.
         needs: what it can be used with, for the message that it cannot.
     """
 
-    build: Callable[[Queries, torch.device, bool], Kernel]
+    build: BuildKernel
     supports: Callable[[torch.device, Precision], bool] = lambda device, precision: True
     needs: str = ""
 
 
-def _sdpa(queries: Queries, device: torch.device, windowed: bool) -> Kernel:
-    if sdpa_kernels.cpu_flash_available(device) and not windowed:
+def _sdpa(queries: Queries, device: torch.device, softcapped: bool) -> Kernel:
+    if sdpa_kernels.cpu_flash_available(device) and not softcapped:
         return sdpa_kernels.CpuFlashKernel(queries)
     return sdpa_kernels.SdpaKernel(queries, device)
 
@@ -57,12 +65,12 @@ def _sdpa(queries: Queries, device: torch.device, windowed: bool) -> Kernel:
 # kernels reach more of the device's peak than FlexAttention's, at the price of a copy of the keys of each path.
 KERNELS: dict[Attention, KernelEntry] = {
     "varlen": KernelEntry(
-        build=lambda queries, device, windowed: cuda_kernels.VarlenKernel(queries, device),
+        build=lambda queries, device, softcapped: cuda_kernels.VarlenKernel(queries, device),
         supports=lambda device, precision: precision == "bf16" and cuda_kernels.varlen_available(device),
         needs="--precision bf16 and a CUDA device of compute capability 8.0 or more",
     ),
     "flex": KernelEntry(
-        build=lambda queries, device, windowed: cuda_kernels.FlexKernel(queries, device),
+        build=lambda queries, device, softcapped: cuda_kernels.FlexKernel(queries, device),
         supports=lambda device, precision: device.type == "cuda",
         needs="a CUDA device (FlexAttention cannot be differentiated on a CPU)",
     ),
@@ -70,112 +78,44 @@ KERNELS: dict[Attention, KernelEntry] = {
 }
 
 
-def kernels_to_try(wanted: Attention, device: torch.device, precision: Precision) -> list[Attention]:
-    """The kernels that `--attention` allows on a device, best first.
-
-    Raises:
-        ConfigError: the kernel that is asked for does not support the device or the precision.
-    """
-    if wanted == "auto":
-        return [name for name, entry in KERNELS.items() if entry.supports(device, precision)]
-    entry = KERNELS[wanted]
-    if not entry.supports(device, precision):
-        raise ConfigError(
-            f"--attention {wanted} needs {entry.needs}, not {precision} on {device}",
-            hint="--attention auto takes what the device has",
-        )
-    return [wanted]
-
-
-def choose_attention(
-    wanted: Attention, layout: TreeLayout, device: torch.device, precision: Precision
-) -> tuple[Attention, list[str]]:
-    """The kernel to use, after a comparison with scaled-dot-product attention on a layout of the data at hand.
-
-    Args:
-        wanted: `--attention`.
-        layout: a small layout with branches.
-        device: where the trunk is.
-        precision: what the trunk computes in.
-
-    Returns:
-        (the name of the kernel, not auto; why better ones are not used, in sentences).
-
-    Raises:
-        ConfigError: see `kernels_to_try`.
-        MachineError: the kernel that is asked for computes something else or fails here.
-    """
-    notices: list[str] = []
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for name in kernels_to_try(wanted, device, precision):
-        build = partial(TreeAttention, device=device, name=name)
-        error = "" if name == "sdpa" else kernel_error(build, layout, device, dtype)
-        if not error:
-            return name, notices
-        notices.append(f"--attention {name} is not used: {error}")
-    raise MachineError(notices[-1], hint="--attention auto takes what is right on this device")
-
-
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest norm of a difference allowed in `kernel_error`, relative to the norm of what is right."""
-
-
-def kernel_error(
-    build: Callable[[Queries], Kernel], layout: TreeLayout, device: torch.device, dtype: torch.dtype
-) -> str:
-    """What is wrong with the output or the gradients of a kernel on random tensors; empty if they are SdpaKernel's.
-
-    Args:
-        build: makes the kernel for some queries.
-        layout: all its positions are queries.
-        device: where the kernel runs.
-        dtype: of query, key and value.
-    """
-    queries = all_queries(layout)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, len(layout), HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
-    drawn = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    *inputs, grad_output = drawn
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-
-    def output_and_gradients(kernel: Kernel) -> list[Tensor]:
-        output = kernel(inputs[0], inputs[1], inputs[2], None, None)
-        return [output, *torch.autograd.grad(output, inputs, grad_output.transpose(1, 2))]
-
-    expected = output_and_gradients(sdpa_kernels.SdpaKernel(queries, device))
-    try:
-        actual = output_and_gradients(build(queries))
-    except Exception as error:  # a kernel that does not run here raises anything
-        return f"it fails on {device}: {first_line(error)}"
-    errors = [float((a.float() - e.float()).norm() / e.float().norm()) for a, e in zip(actual, expected, strict=True)]
-    if max(errors) <= TOLERANCE[dtype]:
-        return ""
-    return f"it differs from scaled-dot-product attention by {max(errors):.1e} on {device}"
-
-
 class TreeAttention(Kernel):
-    """The kernel that `--attention` names, built once for all layers; layers with a window may have one of their own.
+    """A kernel for all layers of a trunk, and for values of another size than keys (latent attention).
 
     Args:
         queries: whose attention is computed.
         device: where the trunk is.
-        name: the kernel, resolved (not auto).
+        build: makes the kernel; called once, and once more if some layers have soft caps.
     """
 
-    def __init__(self, queries: Queries, device: torch.device, name: Attention) -> None:
+    def __init__(self, queries: Queries, device: torch.device, build: BuildKernel) -> None:
         self._queries = queries
         self._device = device
-        self._build = KERNELS[name].build
+        self._build = build
         self._longest = int(queries.layout.depth.max()) + 1  # tokens of the longest rollout
         self._kernels: dict[bool, Kernel] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-        # A window as long as the longest rollout cuts nothing.
-        windowed = window is not None and window < self._longest
-        if windowed not in self._kernels:
-            self._kernels[windowed] = self._build(self._queries, self._device, windowed)
-        return self._kernels[windowed](query, key, value, window if windowed else None, scale)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        value_size = value.shape[-1]
+        # A window or a chunk as long as the longest rollout cuts nothing.
+        scoring = replace(
+            scoring,
+            scale=query.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale,
+            window=self._if_it_cuts(scoring.window),
+            chunk=self._if_it_cuts(scoring.chunk),
+        )
+        # The fused kernels need heads of one size. Zeros at the end change neither scores nor what values add up to.
+        missing = key.shape[-1] - value_size
+        if missing > 0:
+            value = F.pad(value, (0, missing))
+        elif missing < 0:
+            query, key = F.pad(query, (0, -missing)), F.pad(key, (0, -missing))
+        softcapped = scoring.softcap is not None
+        if softcapped not in self._kernels:
+            self._kernels[softcapped] = self._build(self._queries, self._device, softcapped)
+        return self._kernels[softcapped](query, key, value, scoring)[..., :value_size]
+
+    def _if_it_cuts(self, tokens: int | None) -> int | None:
+        return tokens if tokens is not None and tokens < self._longest else None
 
 
 class TreeAttentionPlan:
@@ -192,23 +132,46 @@ class TreeAttentionPlan:
         attend_needed: attention of the positions that the last layer has to compute; None where it computes all.
         needed_positions: int64 numpy [Q], ascending: the positions that the last layer has to compute.
         needed: the same on the device; None where they are all positions.
+        depth: int64 [S] on the device, the position id of every position.
+        calls: what attention was called with, where it is to be noted down; else None.
+        capture: whether attention raises KeysAndValues in place of being computed.
+        keys_and_values: of all positions, which attention takes where the layer computes some positions only.
+        narrowed: whether a layer has computed some positions only.
     """
 
     def __init__(
         self, layout: TreeLayout, read: NDArray[np.int64], device: torch.device, kernel: Attention = "sdpa"
     ) -> None:
-        self.attend = TreeAttention(all_queries(layout), device, kernel)
+        build = KERNELS[kernel].build
+        self.attend = TreeAttention(all_queries(layout), device, build)
         self.attend_needed: TreeAttention | None = None
         self.needed: Tensor | None = None
+        self.depth = torch.from_numpy(layout.depth).to(device, non_blocking=True)
+        self.calls: set[AttentionCall] | None = None
+        self.capture = False
+        self.keys_and_values: tuple[Tensor, Tensor] | None = None
+        self.narrowed = False
         # A rank without work reads nothing, and computes its one position.
         self.needed_positions = fill_short_gaps(layout, read) if len(read) else np.arange(len(layout))
         if 0 < len(self.needed_positions) < len(layout):
-            self.attend_needed = TreeAttention(queries_at(layout, self.needed_positions), device, kernel)
+            self.attend_needed = TreeAttention(queries_at(layout, self.needed_positions), device, build)
             self.needed = torch.from_numpy(self.needed_positions).to(device, non_blocking=True)
 
 
 class TreeUnsupportedError(Exception):
     """The architecture asks of attention what no kernel here computes."""
+
+
+class KeysAndValues(Exception):  # noqa: N818 - no error: the way out of a layer of which only these are wanted
+    """Carries the keys and values that a layer calls attention with."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+
+
+# What layers pass to attention that changes nothing in what it computes.
+INERT = {"position_ids", "position_embeddings", "cache_position", "output_attentions", "output_router_logits"}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -223,6 +186,8 @@ def tree_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Attention of every position to its ancestors and itself, as transformers calls it.
@@ -231,29 +196,72 @@ def tree_attention(
         module: the calling attention layer.
         query: [1, heads, Q, head_dim]; Q is S, or the number of positions that the last layer has to compute.
         key: [1, kv_heads, S, head_dim].
-        value: [1, kv_heads, S, head_dim].
+        value: [1, kv_heads, S, value_dim].
         attention_mask: must be None: the plan is the mask.
         tree_plan: of the layout.
         scaling: factor on the scores; None means 1/sqrt(head_dim).
         dropout: must be 0.
         sliding_window: a query attends to at most so many tokens of its rollout, itself included.
-        other: what else the layer passes; of UNSUPPORTED all must be None.
+        softcap: see `Scoring`.
+        s_aux: the sinks of `Scoring`.
+        other: what else the layer passes; a tensor among it that is not INERT is refused.
 
     Returns:
-        ([1, Q, heads, head_dim], None), as transformers expects.
+        ([1, Q, heads, value_dim], None), as transformers expects.
 
     Raises:
-        TreeUnsupportedError: the layer asks for more than plain or windowed causal attention.
+        TreeUnsupportedError: the layer asks for more than `Scoring` holds.
+        KeysAndValues: the plan asks for them.
     """
-    unsupported = [name for name in UNSUPPORTED if other.get(name) is not None]
-    if unsupported or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise TreeUnsupportedError(", ".join(unsupported) or "attention that is not plain causal")
-    attend = tree_plan.attend
-    if query.shape[2] != key.shape[2]:
+    unknown = [name for name, given in other.items() if isinstance(given, Tensor) and name not in INERT]
+    if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise TreeUnsupportedError(", ".join(unknown) or "dropout" if dropout else "a mask that is not plain causal")
+    if tree_plan.capture:
+        raise KeysAndValues(key, value)
+    scoring = Scoring(scale=scaling, window=sliding_window, chunk=_chunk_of(module), softcap=softcap, sinks=s_aux)
+    attend, depth = tree_plan.attend, tree_plan.depth
+    if tree_plan.keys_and_values is not None:
         assert tree_plan.attend_needed is not None
-        attend = tree_plan.attend_needed
+        key, value = tree_plan.keys_and_values
+        attend, depth = tree_plan.attend_needed, depth[tree_plan.needed]
+    if tree_plan.calls is not None:
+        tree_plan.calls.add(_call_of(query, key, value, scoring))
+    query = query * _tuned_for_depth(module, depth) if _tunes_by_place(module) else query
     # Rotary embeddings may promote queries and keys; the fused kernels need one dtype for all three.
-    return attend(query.to(value.dtype), key.to(value.dtype), value, sliding_window, scaling), None
+    return attend(query.to(value.dtype), key.to(value.dtype), value, scoring), None
+
+
+def _chunk_of(module: Any) -> int | None:
+    """The chunk of Llama-4's layers with chunks, which transformers tells the mask alone."""
+    kinds, number = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is None or number is None or kinds[number] != "chunked_attention":
+        return None
+    return int(module.config.attention_chunk_size)
+
+
+def _tunes_by_place(module: Any) -> bool:
+    """Whether a layer has scaled its queries by their place in the row, as Llama-4's layers without rotation do."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
+
+
+def _tuned_for_depth(module: Any, depth: Tensor) -> Tensor:
+    """[Q, 1]: the factor from the temperature of a query's place in the row to that of its depth in the rollout."""
+
+    def temperature(places: Tensor) -> Tensor:  # Nakanishi 2025 (arXiv 2501.19399), as in transformers
+        return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    return (temperature(depth) / temperature(torch.arange(len(depth), device=depth.device)))[:, None]
+
+
+def _call_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> AttentionCall:
+    return AttentionCall(
+        heads=query.shape[1],
+        kv_heads=key.shape[1],
+        key_size=key.shape[-1],
+        value_size=value.shape[-1],
+        scoring=replace(scoring, sinks=None),
+        has_sinks=scoring.sinks is not None,
+    )
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -7,16 +7,16 @@ Shapes: see `attention_kernel.Kernel`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from critic_train.layers.attention_kernel import Kernel, Queries
+from critic_train.layers.attention_kernel import Kernel, KernelLacksError, Queries, QuerySpan, Scoring, within_reach
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
 
@@ -27,42 +27,60 @@ class VarlenKernel(Kernel):
     is the end of its path, so that is the mask it needs, and a window counts tokens of the rollout. The price is one
     copy of the keys and values of every path.
 
+    With chunks, a span is cut where one ends, and its keys are those of its own.
+
     Args:
         queries: whose attention is computed.
         device: where the trunk is.
         attend: called as `torch.nn.attention.varlen.varlen_attn` is, and by default that.
+    """
+
+    def __init__(self, queries: Queries, device: torch.device, attend: Callable[..., Any] | None = None) -> None:
+        self._queries = queries
+        self._device = device
+        self._sequences: dict[int | None, _Sequences] = {}
+        self._attend = attend or _varlen_attn()
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        if scoring.softcap is not None or scoring.sinks is not None:
+            raise KernelLacksError("it computes neither soft caps nor sinks")
+        if scoring.chunk not in self._sequences:
+            spans = within_reach(self._queries, chunk=scoring.chunk)
+            self._sequences[scoring.chunk] = _Sequences(spans, self._device)
+        sequences = self._sequences[scoring.chunk]
+        output: Tensor = self._attend(
+            query[0].transpose(0, 1).contiguous(),  # [Q, heads, head_dim]
+            key[0].transpose(0, 1).index_select(0, sequences.paths),  # [K, kv_heads, head_dim]
+            value[0].transpose(0, 1).index_select(0, sequences.paths),
+            sequences.query_offsets,
+            sequences.key_offsets,
+            *sequences.longest,
+            scale=scoring.scale,
+            # (keys before, keys after) a query's own
+            window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[None]
+
+
+class _Sequences:
+    """Spans of queries and the keys of each, as variable-length attention takes them.
 
     Attributes:
         paths: int64 [K] on the device, the positions of all paths, span after span.
         query_offsets: int32 [spans + 1], the first query of each span.
         key_offsets: int32 [spans + 1], the first entry of `paths` of each span.
+        longest: (most queries of a span, most keys).
     """
 
-    def __init__(self, queries: Queries, device: torch.device, attend: Callable[..., Any] | None = None) -> None:
-        bounds = np.asarray([bound for span in queries.spans for bound in span.path], dtype=np.int64)
-        num_queries = np.asarray([span.queries[1] - span.queries[0] for span in queries.spans], dtype=np.int64)
-        num_keys = np.asarray(
-            [sum(stop - start for start, stop in span.path) for span in queries.spans], dtype=np.int64
-        )
+    def __init__(self, spans: Sequence[QuerySpan], device: torch.device) -> None:
+        bounds = np.asarray([bound for span in spans for bound in span.path], dtype=np.int64)
+        num_queries = np.asarray([span.queries[1] - span.queries[0] for span in spans], dtype=np.int64)
+        num_keys = np.asarray([sum(stop - start for start, stop in span.path) for span in spans], dtype=np.int64)
         self.paths = torch.from_numpy(repeat_by_length(bounds[:, 0], bounds[:, 1] - bounds[:, 0])).to(device)
         self.query_offsets = torch.from_numpy(offsets_from_lengths(num_queries).astype(np.int32)).to(device)
         self.key_offsets = torch.from_numpy(offsets_from_lengths(num_keys).astype(np.int32)).to(device)
-        self._longest = int(num_queries.max()), int(num_keys.max())
-        self._attend = attend or _varlen_attn()
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-        output: Tensor = self._attend(
-            query[0].transpose(0, 1).contiguous(),  # [Q, heads, head_dim]
-            key[0].transpose(0, 1).index_select(0, self.paths),  # [K, kv_heads, head_dim]
-            value[0].transpose(0, 1).index_select(0, self.paths),
-            self.query_offsets,
-            self.key_offsets,
-            *self._longest,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),  # (keys before, keys after) a query's own
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output[None]
+        self.longest = int(num_queries.max()), int(num_keys.max())
 
 
 def varlen_available(device: torch.device) -> bool:
@@ -99,7 +117,8 @@ class FlexKernel(Kernel):
     A block of queries visits a block of keys iff the first key is not after the last query and the largest `end` of the
     keys is beyond the first query. It attends to the full block iff the last key is not after the first query and the
     smallest `end` is beyond the last query. Two reductions a block decide both; no S x S mask is evaluated. Windows
-    are differences of depth, which counts tokens of the rollout.
+    are differences of depth, which counts tokens of the rollout; chunks are quotients of it. Sinks are put in by the
+    log-sum-exp of the scores.
 
     On CUDA it is compiled; on a CPU it runs eagerly, without a backward pass.
 
@@ -114,42 +133,59 @@ class FlexKernel(Kernel):
         self._depth = torch.from_numpy(layout.depth).to(device)  # [S]
         every = torch.arange(len(layout), device=device)
         self._positions = every if queries.positions is None else torch.from_numpy(queries.positions).to(device)  # [Q]
-        self._masks: dict[int | None, BlockMask] = {}
+        self._masks: dict[tuple[int | None, int | None], BlockMask] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         attend: Any = _compiled() if query.is_cuda else flex_attention
-        grouped = query.shape[1] != key.shape[1]
-        output: Tensor = attend(query, key, value, block_mask=self.block_mask(window), scale=scale, enable_gqa=grouped)
-        return output.transpose(1, 2)
+        result = attend(
+            query,
+            key,
+            value,
+            score_mod=None if scoring.softcap is None else _soft_cap(scoring.softcap),
+            block_mask=self.block_mask(scoring.window, scoring.chunk),
+            scale=scoring.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=None if scoring.sinks is None else AuxRequest(lse=True),
+        )
+        if scoring.sinks is None:
+            return result.transpose(1, 2)  # type: ignore[no-any-return]
+        output, auxiliary = result
+        # One more key, of value 0: what is left to the others is exp(lse) / (exp(lse) + exp(sink)).
+        left = torch.sigmoid(auxiliary.lse - scoring.sinks.to(auxiliary.lse.dtype)[None, :, None])
+        return (output * left[..., None].to(output.dtype)).transpose(1, 2)  # type: ignore[no-any-return]
 
-    def block_mask(self, window: int | None) -> BlockMask:
+    def block_mask(self, window: int | None, chunk: int | None = None) -> BlockMask:
         """The blocks that are visited, those of them without a mask, and the mask of the others."""
-        if window not in self._masks:
-            visited, full = self._blocks(window)
+        if (window, chunk) not in self._masks:
+            visited, full = self._blocks(window, chunk)
             partial_counts, partial_blocks = _block_lists(visited & ~full)
             full_counts, full_blocks = _block_lists(full)
-            self._masks[window] = BlockMask.from_kv_blocks(
+            self._masks[window, chunk] = BlockMask.from_kv_blocks(
                 partial_counts,
                 partial_blocks,
                 full_counts,
                 full_blocks,
                 BLOCK_SIZE=BLOCK,
-                mask_mod=self._mask_mod(window),
+                mask_mod=self._mask_mod(window, chunk),
                 seq_lengths=(len(self._positions), len(self._end)),
             )
-        return self._masks[window]
+        return self._masks[window, chunk]
 
-    def _mask_mod(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def _mask_mod(self, window: int | None, chunk: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         end, depth, positions = self._end, self._depth, self._positions
 
         def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             position = positions[query]
-            in_subtree = (key <= position) & (position < end[key])
-            return in_subtree if window is None else in_subtree & (depth[position] - depth[key] < window)
+            seen = (key <= position) & (position < end[key])
+            if window is not None:
+                seen = seen & (depth[position] - depth[key] < window)
+            if chunk is not None:
+                seen = seen & (depth[position] // chunk == depth[key] // chunk)
+            return seen
 
         return attends
 
-    def _blocks(self, window: int | None) -> tuple[Tensor, Tensor]:
+    def _blocks(self, window: int | None, chunk: int | None) -> tuple[Tensor, Tensor]:
         """(visited, full), each bool [blocks of queries, blocks of keys]; see the class."""
         keys = torch.arange(len(self._end), device=self._end.device)
         first_query, last_query = _block_extremes(self._positions)
@@ -157,17 +193,31 @@ class FlexKernel(Kernel):
         smallest_end, largest_end = _block_extremes(self._end)
         visited = (first_key <= last_query[:, None]) & (largest_end > first_query[:, None])
         full = (last_key <= first_query[:, None]) & (smallest_end > last_query[:, None])
+        shallow_query, deep_query = _block_extremes(self._depth[self._positions])
+        shallow_key, deep_key = _block_extremes(self._depth)
         if window is not None:
-            shallow_query, deep_query = _block_extremes(self._depth[self._positions])
-            shallow_key, deep_key = _block_extremes(self._depth)
             visited &= shallow_query[:, None] - deep_key < window
             full &= deep_query[:, None] - shallow_key < window
+        if chunk is not None:
+            visited &= (shallow_query[:, None] // chunk <= deep_key // chunk) & (
+                deep_query[:, None] // chunk >= shallow_key // chunk
+            )
+            full &= (shallow_query[:, None] // chunk == deep_key // chunk) & (
+                deep_query[:, None] // chunk == shallow_key // chunk
+            )
         # A last block of fewer than BLOCK positions is never full: what is beyond the end must be masked.
         if len(self._positions) % BLOCK:
             full[-1] = False
         if len(keys) % BLOCK:
             full[:, -1] = False
         return visited, full
+
+
+def _soft_cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 def _block_extremes(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,13 @@
 """Attention kernels that need nothing but torch's scaled-dot-product attention (`--attention sdpa`).
 
-SdpaKernel      calls the public function once for every span of queries, on any device, with windows
-CpuFlashKernel  calls the flash-attention operator of the CPU once for every tile of pairs, without windows
+SdpaKernel      calls the public function once for every span of queries, on any device; what that function does not
+                compute (soft caps, sinks) is written out
+CpuFlashKernel  calls the flash-attention operator of the CPU once for every tile of pairs; no soft caps
 
 Shapes: see `attention_kernel.Kernel`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,12 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from critic_train.layers.attention_kernel import Kernel, Queries
+from critic_train.layers.attention_kernel import Kernel, KernelLacksError, Queries, QuerySpan, Scoring, within_reach
 from critic_train.layers.prefix_tree import Span
 
 CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 CPU_FLASH_BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
+"""Queries that are computed together under a window: about as many as it is long, for fewer are many calls and more
+see keys in vain. Where scores are written out, the largest bounds the memory that they take."""
 
 
 class SdpaKernel(Kernel):
@@ -34,45 +41,46 @@ class SdpaKernel(Kernel):
     """
 
     def __init__(self, queries: Queries, device: torch.device) -> None:
-        # Keys and values are split once, at every point where any path is cut; the keys of a path are the pieces on
-        # it, concatenated. So the backward pass has no scatter-add into the full tensor.
-        cuts = {0, len(queries.layout)}
-        for span in queries.spans:
-            for start, stop in span.path:
-                cuts.update((start, stop))
-        bounds = sorted(cuts)
-        piece_at = {start: piece for piece, start in enumerate(bounds)}
-        self._piece_sizes = [stop - start for start, stop in pairwise(bounds)]
-        self._query_sizes = [span.queries[1] - span.queries[0] for span in queries.spans]
-        self._paths = [
-            [piece for start, stop in span.path for piece in range(piece_at[start], piece_at[stop])]
-            for span in queries.spans
-        ]
-        self._path_lengths = [sum(stop - start for start, stop in span.path) for span in queries.spans]
+        self._queries = queries
         self._device = device
+        self._paths: dict[tuple[int | None, int | None, int | None], _Paths] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-        keys = key.split(self._piece_sizes, dim=2)
-        values = value.split(self._piece_sizes, dim=2)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        written_out = scoring.softcap is not None or scoring.sinks is not None
+        paths = self._reach(scoring, written_out=written_out)
+        keys = key.split(paths.piece_sizes, dim=2)
+        values = value.split(paths.piece_sizes, dim=2)
         outputs = []
-        for own, path, length in zip(
-            query.split(self._query_sizes, dim=2), self._paths, self._path_lengths, strict=True
-        ):
-            width = length if window is None else min(window, length)
+        for own, path, length in zip(query.split(paths.query_sizes, dim=2), paths.pieces, paths.lengths, strict=True):
+            width = length if scoring.window is None else min(scoring.window, length)
             # A path without ancestors and without a window that cuts is plain causal attention.
-            plain = own.shape[2] == length and width == length
-            outputs.append(
-                F.scaled_dot_product_attention(
+            plain = own.shape[2] == length and width == length and not written_out
+            mask = None if plain else self.mask(own.shape[2], length, width)
+            own_keys, own_values = _concatenate(keys, path), _concatenate(values, path)
+            if written_out:
+                # The scores are computed again in the backward pass: kept, they would fill the memory.
+                attended: Tensor = checkpoint(  # type: ignore[no-untyped-call]
+                    _written_out,
                     own,
-                    _concatenate(keys, path),
-                    _concatenate(values, path),
-                    attn_mask=None if plain else self.mask(own.shape[2], length, width),
+                    own_keys,
+                    own_values,
+                    mask,
+                    scoring,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                attended = F.scaled_dot_product_attention(
+                    own,
+                    own_keys,
+                    own_values,
+                    attn_mask=mask,
                     is_causal=plain,
-                    scale=scale,
+                    scale=scoring.scale,
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
-            )
+            outputs.append(attended)
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
     def mask(self, queries: int, keys: int, window: int) -> Tensor:
@@ -82,6 +90,58 @@ class SdpaKernel(Kernel):
             ones = torch.ones(queries, keys, dtype=torch.bool, device=self._device)
             self._masks[size] = ones.tril_(keys - queries).triu_(keys - queries - window + 1)
         return self._masks[size]
+
+    def _reach(self, scoring: Scoring, *, written_out: bool) -> "_Paths":
+        block = LARGEST_BLOCK if written_out else None
+        if scoring.window is not None:
+            block = block_size(scoring.window)
+        reach = (scoring.window, scoring.chunk, block)
+        if reach not in self._paths:
+            spans = within_reach(self._queries, window=scoring.window, chunk=scoring.chunk, block=block)
+            self._paths[reach] = _Paths(spans, len(self._queries.layout))
+        return self._paths[reach]
+
+
+class _Paths:
+    """Spans of queries and their paths, as pieces into which keys and values are split once.
+
+    The keys of a path are the pieces on it, concatenated. So the backward pass has no scatter-add into the full tensor.
+    """
+
+    def __init__(self, spans: Sequence[QuerySpan], positions: int) -> None:
+        cuts = {0, positions}
+        for span in spans:
+            for start, stop in span.path:
+                cuts.update((start, stop))
+        bounds = sorted(cuts)
+        piece_at = {start: piece for piece, start in enumerate(bounds)}
+        self.piece_sizes = [stop - start for start, stop in pairwise(bounds)]
+        self.query_sizes = [span.queries[1] - span.queries[0] for span in spans]
+        self.pieces = [
+            [piece for start, stop in span.path for piece in range(piece_at[start], piece_at[stop])] for span in spans
+        ]
+        self.lengths = [sum(stop - start for start, stop in span.path) for span in spans]
+
+
+def block_size(window: int) -> int:
+    """How many queries are computed together under a window."""
+    return min(max(window, SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+    """[1, heads, queries, head_dim]: attention of a span, its scores in float32 as transformers' own code has them."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scale = query.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    shares = scores.softmax(-1)[..., : key.shape[2]]
+    return shares.to(value.dtype) @ value
 
 
 def _concatenate(pieces: tuple[Tensor, ...], path: list[int]) -> Tensor:
@@ -95,37 +155,91 @@ def cpu_flash_available(device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A rectangle of (query, key) pairs of the attention matrix.
+    """Queries and keys whose pairs are computed in one call.
 
     Attributes:
         queries: indices among the Q queries.
         keys: positions. Each query attends to all of them, or if causal up to itself.
         causal: whether queries and keys are the same positions, under a causal mask.
+        window: tokens that a query attends to, of keys that end with the queries' own; None for a tile without mask.
     """
 
     queries: Span
-    keys: Span
+    keys: tuple[Span, ...]
     causal: bool
+    window: int | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether no tile of these queries comes before this one."""
+        return self.causal or self.window is not None
 
 
 class CpuFlashKernel(Kernel):
-    """Attention on the CPU tile by tile: exactly the pairs that attend, without masks and without copies of keys.
+    """Attention on the CPU tile by tile.
 
-    Every span of queries is a causal tile. Every stretch of positions that other rollouts branch off from is one tile
-    with all queries below it, which are adjacent in the layout. The results of a query's tiles are merged by their
-    log-sum-exp, as ring attention does (Liu et al. 2023, arXiv 2310.01889).
+    Without a window: exactly the pairs that attend, without masks and without copies of keys. Every span of queries is
+    a causal tile. Every stretch of positions that other rollouts branch off from is one tile with all queries below
+    it, which are adjacent in the layout. The results of a query's tiles are merged by their log-sum-exp, as ring
+    attention does (Liu et al. 2023, arXiv 2310.01889). With a window or chunks: every block of queries is one tile
+    with the keys in its reach, under a mask.
 
     Args:
         queries: whose attention is computed.
     """
 
     def __init__(self, queries: Queries) -> None:
-        self.tiles = tiles_of(queries)
+        self._queries = queries
+        self._tilings: dict[tuple[int | None, int | None], _Tiling] = {}
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-        assert window is None, "CpuFlashKernel has no windows; SdpaKernel has"
-        output: Tensor = _TiledAttention.apply(query, key, value, self.tiles, scale)  # type: ignore[no-untyped-call]
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        if scoring.softcap is not None:
+            raise KernelLacksError("it computes no soft caps")
+        tiling = self.tiling(scoring.window, scoring.chunk)
+        output: Tensor = _TiledAttention.apply(query, key, value, scoring.sinks, tiling, scoring.scale)  # type: ignore[no-untyped-call]
         return output.transpose(1, 2)
+
+    def tiling(self, window: int | None, chunk: int | None) -> "_Tiling":
+        """The tiles of a layer with a window or chunks."""
+        reach = (window, chunk)
+        if reach not in self._tilings:
+            plain = window is None and chunk is None
+            self._tilings[reach] = _Tiling(
+                tiles_of(self._queries) if plain else tiles_in_reach(self._queries, window, chunk)
+            )
+        return self._tilings[reach]
+
+
+class _Tiling:
+    """Tiles, and the masks that they share."""
+
+    def __init__(self, tiles: list[Tile]) -> None:
+        self.tiles = tiles
+        self._masks: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    def mask(self, tile: Tile, dtype: torch.dtype) -> Tensor | None:
+        """[queries, keys], 0 or -inf, in the dtype of the queries, as the operator wants it."""
+        if tile.window is None:
+            return None
+        queries, keys = tile.queries[1] - tile.queries[0], sum(stop - start for start, stop in tile.keys)
+        size = (queries, keys, min(tile.window, keys), dtype)
+        if size not in self._masks:
+            seen = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
+            seen.triu_(keys - queries - size[2] + 1)
+            self._masks[size] = torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return self._masks[size]
+
+
+def tiles_in_reach(queries: Queries, window: int | None, chunk: int | None) -> list[Tile]:
+    """One tile for every block of queries, with all keys that one of its queries attends to."""
+    tiles = []
+    block = None if window is None else block_size(window)
+    for span in within_reach(queries, window=window, chunk=chunk, block=block):
+        keys = sum(stop - start for start, stop in span.path)
+        # Where the path is the queries' own positions and no window cuts, the operator's own causal mask is enough.
+        causal = span.path == (span.own,) and (window is None or window >= keys)
+        tiles.append(Tile(span.queries, span.path, causal, None if causal else keys if window is None else window))
+    return tiles
 
 
 def tiles_of(queries: Queries) -> list[Tile]:
@@ -134,10 +248,10 @@ def tiles_of(queries: Queries) -> list[Tile]:
     causal: list[Tile] = []
     full: list[Tile] = []
     for span in queries.spans:
-        causal.append(Tile(span.queries, span.own, True))
+        causal.append(Tile(span.queries, (span.own,), True))
         start = int(starts[np.searchsorted(starts, span.own[0], side="right") - 1])
         if start < span.own[0]:  # positions of the same segment before the span
-            full.append(Tile(span.queries, (start, span.own[0]), False))
+            full.append(Tile(span.queries, ((start, span.own[0]),), False))
     # Cut the segments into stretches of positions whose subtrees end together. The rollouts that branch off from a
     # stretch are adjacent: they begin where its segment ends, and end where its subtrees end.
     segment = np.repeat(np.arange(len(starts) - 1), np.diff(starts))  # [S]
@@ -148,7 +262,7 @@ def tiles_of(queries: Queries) -> list[Tile]:
     if queries.positions is not None:  # from positions to indices among the queries
         below = np.searchsorted(queries.positions, below)
     full += [
-        Tile((int(below[i, 0]), int(below[i, 1])), (int(first[i]), int(stop[i])), False)
+        Tile((int(below[i, 0]), int(below[i, 1])), ((int(first[i]), int(stop[i])),), False)
         for i in np.flatnonzero(below[:, 0] < below[:, 1])
     ]
     return causal + full
@@ -158,53 +272,87 @@ class _TiledAttention(torch.autograd.Function):
     """A Function of our own, because torch's backward of the operator ignores the gradient of the log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: list[Tile], scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, tiling: _Tiling, scale: float | None
+    ) -> Tensor:
         attend = getattr(torch.ops.aten, CPU_FLASH)
         batch, heads, num_queries, head_dim = query.shape
         # In memory [1, Q, heads, head_dim], as the operator lays out its own output.
         output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
         lse_dtype = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_empty(batch, num_queries, heads, dtype=lse_dtype).transpose(1, 2)  # log-sum-exp of the scores
-        for tile in tiles:
-            rows, columns = slice(*tile.queries), slice(*tile.keys)
+        for tile in tiling.tiles:
+            rows, mask = slice(*tile.queries), tiling.mask(tile, query.dtype)
+            keys, values = _at(key, tile.keys), _at(value, tile.keys)
             tile_output, tile_lse = attend(
-                query[:, :, rows], key[:, :, columns], value[:, :, columns], 0.0, tile.causal, scale=scale
+                query[:, :, rows], keys, values, 0.0, tile.causal, attn_mask=mask, scale=scale
             )
-            if tile.causal:  # the first tile of these queries
+            if tile.first:
                 output[:, :, rows], lse[:, :, rows] = tile_output, tile_lse
-                continue
-            # output = exp(old - new) * output + exp(tile - new) * tile_output, where new = log(exp(old) + exp(tile))
-            old_lse = lse[:, :, rows]
-            new_lse = torch.logaddexp(old_lse, tile_lse)
-            old_share, tile_share = (
-                (part - new_lse).exp()[..., None].to(tile_output.dtype) for part in (old_lse, tile_lse)
-            )
-            output[:, :, rows].mul_(old_share).addcmul_(tile_output, tile_share)
-            lse[:, :, rows] = new_lse
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.tiles, ctx.scale = tiles, scale
+            else:
+                _merge(output[:, :, rows], lse[:, :, rows], tile_output, tile_lse)
+        if sinks is not None:
+            # One more key, of value 0.
+            every = torch.logaddexp(lse, sinks.to(lse_dtype)[None, :, None])
+            output.mul_((lse - every).exp()[..., None].to(output.dtype))
+            lse = every
+        ctx.save_for_backward(query, key, value, sinks, output, lse)
+        ctx.tiling, ctx.scale = tiling, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         attend_backward = getattr(torch.ops.aten, CPU_FLASH_BACKWARD)
-        query, key, value, output, lse = ctx.saved_tensors
+        query, key, value, sinks, output, lse = ctx.saved_tensors
         gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-        for tile in ctx.tiles:
-            rows, columns = slice(*tile.queries), slice(*tile.keys)
+        for tile in ctx.tiling.tiles:
+            rows = slice(*tile.queries)
             # With the merged output and log-sum-exp, the probabilities of a tile are those of the full attention, so
-            # the gradients of the tiles add up.
-            tile_gradients = attend_backward(
+            # the gradients of the tiles add up. A sink's share is in them, too.
+            query_part, key_part, value_part = attend_backward(
                 grad_output[:, :, rows],
                 query[:, :, rows],
-                key[:, :, columns],
-                value[:, :, columns],
+                _at(key, tile.keys),
+                _at(value, tile.keys),
                 output[:, :, rows],
                 lse[:, :, rows],
                 0.0,
                 tile.causal,
+                attn_mask=ctx.tiling.mask(tile, query.dtype),
                 scale=ctx.scale,
             )
-            for total, part, where in zip(gradients, tile_gradients, (rows, columns, columns), strict=True):
-                total[:, :, where] += part
-        return *gradients, None, None
+            gradients[0][:, :, rows] += query_part
+            for total, part in ((gradients[1], key_part), (gradients[2], value_part)):
+                index = 0
+                for start, stop in tile.keys:
+                    total[:, :, start:stop] += part[:, :, index : index + stop - start]
+                    index += stop - start
+        return *gradients, _sink_gradient(grad_output, output, lse, sinks), None, None
+
+
+def _at(tensor: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """Keys or values at the positions of some spans: a view where there is one span."""
+    parts = [tensor[:, :, start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _merge(output: Tensor, lse: Tensor, tile_output: Tensor, tile_lse: Tensor) -> None:
+    """Merge one more tile into what the tiles before it gave, in place."""
+    # output = exp(old - new) * output + exp(tile - new) * tile_output, where new = log(exp(old) + exp(tile))
+    new_lse = torch.logaddexp(lse, tile_lse)
+    old_share, tile_share = ((part - new_lse).exp()[..., None].to(tile_output.dtype) for part in (lse, tile_lse))
+    output.mul_(old_share).addcmul_(tile_output, tile_share)
+    lse.copy_(new_lse)
+
+
+def _sink_gradient(grad_output: Tensor, output: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor | None:
+    """The gradient of the sinks, [heads].
+
+    A score s_j with share p_j and value v_j has the gradient p_j (g v_j - g o), for the output's gradient g and the
+    output o; the value of a sink is 0.
+    """
+    if sinks is None:
+        return None
+    shares = (sinks.to(lse.dtype)[None, :, None] - lse).exp()  # [1, heads, Q]
+    along = (grad_output.to(lse.dtype) * output).sum(-1)
+    return -(shares * along).sum((0, 2)).to(sinks.dtype)

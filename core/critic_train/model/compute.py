@@ -6,7 +6,7 @@ import torch
 
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks, on_cuda
 from critic_train.errors import ConfigError, MachineError
-from critic_train.layers.attention import kernels_to_try
+from critic_train.layers.kernel_choice import kernels_to_try
 from critic_train.model.model_input import StateSource
 from critic_train.settings import (
     CPU_MAX_TOKENS,
@@ -31,6 +31,8 @@ class Compute:
         pair_cost: the work of one (query, key) pair of attention beside a position's, for sharing work out over ranks.
         states: hidden states of a frozen trunk that are given in place of tokens; None where the trunk computes.
         attention: the kernel that computes attention on a forest, resolved: not auto.
+        frequency_limit: rollouts up to so many tokens and longer ones are never computed together; None where they may.
+        one_row: padded rows go through the model one at a time, and are not padded.
         offload: what waits in host memory while it is not needed on the device.
     """
 
@@ -42,6 +44,8 @@ class Compute:
     pair_cost: float = 0.0
     states: StateSource | None = None
     attention: Attention = "sdpa"
+    frequency_limit: int | None = None
+    one_row: bool = False
     offload: Offload = "none"
     _announced: int | None = field(default=None, repr=False, compare=False)
 

@@ -16,24 +16,9 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
+from critic_train.model.randomness import is_random
 from critic_train.settings import Preset
 
-# The only list of dropout names. A new architecture's goes here.
-DROPOUTS = (
-    "activation_dropout",
-    "attention_dropout",
-    "attn_pdrop",
-    "classifier_dropout",
-    "classifier_dropout_prob",
-    "dropout",
-    "embd_pdrop",
-    "embedding_dropout",
-    "hidden_dropout",
-    "layerdrop",
-    "resid_dropout",
-    "resid_pdrop",
-    "summary_dropout_prob",
-)
 CLASSIFIER_DROPOUTS = ("classifier_dropout", "hidden_dropout", "summary_dropout_prob")
 """These are set even where a configuration lacks them: transformers' classification classes have defaults above 0."""
 
@@ -47,11 +32,11 @@ MOST_COPIED_BYTES = 2**28
 
 
 def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set what a critic needs: one label, no dropout, no tied embeddings. Changes and returns `config`."""
+    """Set what a critic needs: one label, no dropout or noise, no tied embeddings. Changes and returns `config`."""
     config.num_labels = 1
-    for name in DROPOUTS:
-        if name in CLASSIFIER_DROPOUTS or hasattr(config, name):
-            setattr(config, name, 0.0)
+    random = [name for name, value in vars(config).items() if is_random(name, value)]
+    for name in (*CLASSIFIER_DROPOUTS, *random):
+        setattr(config, name, 0.0)
     config.tie_word_embeddings = False
     config.use_cache = False
     return config

@@ -1,104 +1,121 @@
 """Let the last layer compute only the positions that are read.
 
 Keys and values of the last layer are needed everywhere, but its queries, its MLP and the final norm only at positions
-whose hidden state becomes a value: not in prompts, not in observations. The layer is transformers' own; its forward is
-replaced where it is built as Llama's is, and the self-check decides whether the replacement computes the same.
+whose hidden state becomes a value: not in prompts, not in observations. The layer is transformers' own, whatever it is
+made of. It runs twice: on all positions as far as its attention, for keys and values; and on the positions that are
+needed, with those keys and values. The self-check decides whether that computes the same.
 
 Shapes: S positions of the layout, Q <= S of them that the last layer computes.
 """
 
-import sys
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from critic_train.layers.attention import TREE_ATTENTION, TreeAttentionPlan, tree_attention
+from critic_train.layers.attention import TREE_ATTENTION, KeysAndValues, TreeAttentionPlan
 
-# The submodules of a decoder layer that is built as Llama's is, and of its attention; Qwen3 has the head norms.
-LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-HEAD_NORMS = {"q_norm", "k_norm"}
+# Parts of an attention layer whose product is not used in the first and in the second run. That they are left out saves
+# time; a layer that names its parts otherwise is right as well.
+FOR_QUERIES = ("q_proj", "q_b_proj")
+FOR_KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_b_proj")
 
 
-def skip_unread_positions(trunk: nn.Module) -> bool:
-    """Replace the last layer's forward by one that computes only the positions that its plan asks for.
+def skip_unread_positions(trunk: PreTrainedModel) -> bool:
+    """Have the last layer compute only the positions that its plan asks for.
 
     Returns:
-        Whether it is replaced: only a layer that is built as Llama's is.
+        Whether the trunk has a list of layers, so that there is a last one.
     """
     layer = _last_layer(trunk)
-    if layer is None or "forward" in vars(layer):
-        return layer is not None
-    attention = getattr(layer, "self_attn", None)
-    supported = (
-        _children(layer) == LAYER
-        and isinstance(attention, nn.Module)
-        and _children(attention) in (ATTENTION, ATTENTION | HEAD_NORMS)
-        and hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb")
-        and hasattr(attention, "head_dim")
-    )
-    if supported:
+    if layer is not None and "forward" not in vars(layer):
         layer.forward = partial(_forward, layer, layer.forward)
-    return supported
+    return layer is not None
 
 
-def restore_last_layer(trunk: nn.Module) -> None:
+def restore_last_layer(trunk: PreTrainedModel) -> None:
     """Undo `skip_unread_positions`."""
     layer = _last_layer(trunk)
     if layer is not None:
         vars(layer).pop("forward", None)
 
 
-def _last_layer(trunk: nn.Module) -> Any:
-    layers = getattr(trunk, "layers", None)
-    return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+def _last_layer(trunk: PreTrainedModel) -> Any:
+    count = getattr(trunk.config, "num_hidden_layers", None)
+    lists = (module for module in trunk.modules() if isinstance(module, nn.ModuleList))
+    return next((layers[-1] for layers in lists if len(layers) and len(layers) == count), None)
 
 
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
-
-
-def _forward(layer: Any, full_forward: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """[1, S, hidden_size] -> [1, Q, hidden_size], or the layer's own forward where all positions are needed."""
+def _forward(layer: nn.Module, full_forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own output, [1, Q, hidden_size] in place of [1, S, hidden_size] where not all are needed."""
     plan: TreeAttentionPlan | None = kwargs.get("tree_plan")
-    if plan is None or plan.needed is None or layer.self_attn.config._attn_implementation != TREE_ATTENTION:
-        return full_forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-    residual = hidden_states[:, plan.needed]
-    attended = _attention(layer.self_attn, layer.input_layernorm(hidden_states), plan, kwargs["position_embeddings"])
-    residual = residual + attended
-    return residual + layer.mlp(layer.post_attention_layernorm(residual))  # type: ignore[no-any-return]
+    if plan is None or plan.needed is None or TREE_ATTENTION not in _implementations(layer):
+        return full_forward(*args, **kwargs)
+    given = _keys_and_values(layer, full_forward, plan, args, kwargs)
+    if given is None:  # it does not call attention
+        return full_forward(*args, **kwargs)
+    narrow = partial(_at_needed, needed=plan.needed, positions=len(plan.depth))
+    plan.keys_and_values = given
+    try:
+        with _without(layer, FOR_KEYS_AND_VALUES):
+            output = full_forward(*map(narrow, args), **{name: narrow(argument) for name, argument in kwargs.items()})
+    finally:
+        plan.keys_and_values = None
+    plan.narrowed = True
+    return output
 
 
-def _attention(attention: Any, states: Tensor, plan: TreeAttentionPlan, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """The layer's attention, states [1, S, hidden_size] -> [1, Q, hidden_size]: all keys, the needed queries."""
-    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # Mistral's layers read the window from the configuration.
-    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    cos, sin = rotary  # [1, S, head_dim]
-    query = _split_heads(attention.q_proj(states[:, plan.needed]), attention, "q_norm")
-    key = _split_heads(attention.k_proj(states), attention, "k_norm")
-    value = _split_heads(attention.v_proj(states), attention, None)
-    # apply_rotary_pos_emb rotates queries and keys at the same positions. Here they are at different ones, so each
-    # is rotated by a call of its own, in which the other side has 0 heads.
-    query, _ = rotate(query, query[:, :0], cos[:, plan.needed], sin[:, plan.needed])
-    _, key = rotate(key[:, :0], key, cos, sin)
-    output, _ = tree_attention(
-        attention,
-        query,
-        key,
-        value,
-        None,
-        tree_plan=plan,
-        scaling=attention.scaling,
-        sliding_window=window,
-    )
-    return attention.o_proj(output.flatten(2))  # type: ignore[no-any-return]
+def _implementations(layer: nn.Module) -> set[str]:
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    return {getattr(config, "_attn_implementation", "") for config in configs}
 
 
-def _split_heads(projected: Tensor, attention: Any, norm: str | None) -> Tensor:
-    """[1, Q, heads * head_dim] -> [1, heads, Q, head_dim], through the norm of that name where there is one."""
-    heads: Tensor = projected.unflatten(-1, (-1, attention.head_dim))
-    if norm is not None and hasattr(attention, norm):
-        heads = getattr(attention, norm)(heads)
-    return heads.transpose(1, 2)
+def _keys_and_values(
+    layer: nn.Module, full_forward: Any, plan: TreeAttentionPlan, args: Any, kwargs: Any
+) -> tuple[Tensor, Tensor] | None:
+    """What the layer calls attention with at all positions; None where it does not call it."""
+    plan.capture = True
+    try:
+        with _without(layer, FOR_QUERIES):
+            full_forward(*args, **kwargs)
+    except KeysAndValues as captured:
+        return captured.key, captured.value
+    finally:
+        plan.capture = False
+    return None
+
+
+@contextlib.contextmanager
+def _without(layer: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the linear layers of those names give zeros."""
+    replaced = [module for path, module in layer.named_modules() if path.rpartition(".")[2] in names]
+    replaced = [module for module in replaced if hasattr(module, "out_features") and "forward" not in vars(module)]
+    for module in replaced:
+        module.forward = partial(_zeros, int(module.out_features))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module in replaced:
+            vars(module).pop("forward", None)
+
+
+def _zeros(width: int, states: Tensor) -> Tensor:
+    return states.new_zeros(()).expand(*states.shape[:-1], width)
+
+
+def _at_needed(argument: Any, *, needed: Tensor, positions: int) -> Any:
+    """An argument of the layer at the needed positions: the last but one dimension of a tensor, or the last."""
+    narrow = partial(_at_needed, needed=needed, positions=positions)
+    if isinstance(argument, Tensor):
+        for dim in (-2, -1):
+            if argument.dim() >= -dim and argument.shape[dim] == positions:
+                return argument.index_select(dim, needed)
+        return argument
+    if isinstance(argument, dict):
+        return {name: narrow(part) for name, part in argument.items()}
+    if type(argument) in (tuple, list):
+        return type(argument)(map(narrow, argument))
+    return argument

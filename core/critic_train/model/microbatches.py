@@ -5,10 +5,12 @@ Values of whole rollouts, without gradients: for evaluation and for fresh old va
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedConfig
 
 from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
 from critic_train.model.compute import Compute
@@ -55,13 +57,49 @@ def _layouts(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[
             elif forest:
                 yield tree_input(rollouts, part, compute.device, compute.attention)
             else:
-                yield padded_input(rollouts, part.index, compute.device)
-    elif forest:
-        for order in forest_micro_batches(rollouts, compute.max_tokens):
-            yield tree_input(rollouts, order, compute.device, compute.attention)
-    else:
-        for index in row_micro_batches(rollouts, compute.max_tokens):
-            yield padded_input(rollouts, index, compute.device)
+                yield padded_input(rollouts, part.index, compute.device, masked=not compute.one_row)
+        return
+    for members in same_frequencies(rollouts.lengths, compute.frequency_limit):
+        if forest:
+            for order in forest_micro_batches(rollouts, compute.max_tokens, members):
+                yield tree_input(rollouts, order, compute.device, compute.attention)
+        else:
+            for index in row_micro_batches(rollouts, 1 if compute.one_row else compute.max_tokens, members):
+                yield padded_input(rollouts, index, compute.device, masked=not compute.one_row)
+
+
+def frequency_limit(config: PreTrainedConfig) -> int | None:
+    """The length beyond which a rollout has other rotary frequencies; None where all have the same.
+
+    With rope_type "longrope" (Phi-3.5, Phi-4-mini) transformers takes one of two lists for all rows of a batch, by the
+    longest of them.
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_kind = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    limits = [
+        part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for part in by_kind
+        if part.get("rope_type") == "longrope"
+    ]
+    return min((int(limit) for limit in limits if limit), default=None)
+
+
+def same_frequencies(lengths: NDArray[np.int64], limit: int | None) -> list[NDArray[np.int64]]:
+    """The numbers of the rollouts that may be computed together: those up to a limit, and those beyond it.
+
+    Args:
+        lengths: int64 [n], of all rollouts.
+        limit: see `frequency_limit`.
+    """
+    if limit is None or not (lengths > limit).any():
+        return [np.arange(len(lengths))]
+    parts = [np.flatnonzero(lengths <= limit), np.flatnonzero(lengths > limit)]
+    return [part for part in parts if len(part)]
+
+
+def part_of(order: PrefixOrder, members: NDArray[np.int64]) -> PrefixOrder:
+    """The order of the rollouts with those numbers."""
+    return order if len(members) == len(order) else order.part(np.flatnonzero(np.isin(order.index, members)))
 
 
 def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> list[PrefixOrder]:
@@ -70,11 +108,16 @@ def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) 
     Rows are shared out as trees of one rollout; padding them fills a micro-batch beyond its tokens, so the budget of
     a row is that of the longest.
     """
-    order = prefix_order(rollouts) if forest else _alone(rollouts)
-    lengths = rollouts.lengths if forest else np.full(len(rollouts), rollouts.lengths.max(initial=1))
-    pieces = Pieces(order, lengths, Cost(pair=compute.pair_cost))
-    every = shares(pieces, compute.ranks.size, compute.max_tokens)
-    return [order.part(positions) for positions in every[compute.ranks.rank]]
+    everything = prefix_order(rollouts) if forest else _alone(rollouts)
+    max_tokens = 1 if compute.one_row and not forest else compute.max_tokens
+    mine: list[PrefixOrder] = []
+    for members in same_frequencies(rollouts.lengths, compute.frequency_limit):
+        longest = rollouts.lengths[members].max(initial=1)
+        lengths = rollouts.lengths if forest else np.full(len(rollouts), longest)
+        order = part_of(everything, members)
+        every = shares(Pieces(order, lengths, Cost(pair=compute.pair_cost)), compute.ranks.size, max_tokens)
+        mine += [order.part(positions) for positions in every[compute.ranks.rank]]
+    return mine
 
 
 def _alone(rollouts: Rollouts) -> PrefixOrder:
@@ -83,7 +126,9 @@ def _alone(rollouts: Rollouts) -> PrefixOrder:
     return PrefixOrder(index=by_length, shared=np.zeros(len(by_length), dtype=np.int64))
 
 
-def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrder]:
+def forest_micro_batches(
+    rollouts: Rollouts, max_tokens: int, members: NDArray[np.int64] | None = None
+) -> list[PrefixOrder]:
     """Pack the prefix trees of a mini-batch, best-fit decreasing.
 
     Trees stay whole where they fit. One that is larger than the budget is cut between rollouts, at the cost of
@@ -92,11 +137,14 @@ def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrde
     Args:
         rollouts: the mini-batch.
         max_tokens: forest positions a micro-batch may hold.
+        members: int64, numbers of the rollouts that are packed; None for all.
 
     Returns:
         The micro-batches; together they hold every rollout once.
     """
     order = prefix_order(rollouts)
+    if members is not None:
+        order = part_of(order, members)
     lengths = rollouts.lengths[order.index]
     own = lengths - order.shared
     trees: list[tuple[int, int, int]] = []  # size, first and last+1 position in `order`
@@ -112,14 +160,23 @@ def forest_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[PrefixOrde
     return [order.part(np.concatenate([np.arange(*trees[t][1:]) for t in sorted(members)])) for members in bins]
 
 
-def row_micro_batches(rollouts: Rollouts, max_tokens: int) -> list[NDArray[np.int64]]:
+def row_micro_batches(
+    rollouts: Rollouts, max_tokens: int, members: NDArray[np.int64] | None = None
+) -> list[NDArray[np.int64]]:
     """Group rollouts of similar length into padded rows of at most `max_tokens` computed tokens, padding included.
+
+    Args:
+        rollouts: the mini-batch.
+        max_tokens: of a micro-batch; a single rollout longer than that goes alone.
+        members: int64, ascending numbers of the rollouts that are grouped; None for all.
 
     Returns:
         int64 [k] indices of rollouts for each micro-batch, the longest first; together they hold every rollout once.
     """
     lengths = rollouts.lengths
     by_length = np.argsort(-lengths, kind="stable")
+    if members is not None:
+        by_length = by_length[np.isin(by_length, members)]
     batches: list[NDArray[np.int64]] = []
     start = 0
     while start < len(by_length):

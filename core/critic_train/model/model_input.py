@@ -91,13 +91,16 @@ def tree_input(
     )
 
 
-def padded_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.device) -> ModelInput:
+def padded_input(
+    rollouts: Rollouts, index: NDArray[np.int64], device: torch.device, *, masked: bool = True
+) -> ModelInput:
     """Lay out a part of a mini-batch as rows padded on the right, for trunks that cannot take prefix trees.
 
     Args:
         rollouts: the mini-batch.
         index: int64 [n], the rollouts of this micro-batch.
         device: where the trunk is.
+        masked: give the trunk a mask; without one, `index` must be a single rollout.
     """
     index = np.sort(index)
     lengths = rollouts.lengths[index]
@@ -113,7 +116,7 @@ def padded_input(rollouts: Rollouts, index: NDArray[np.int64], device: torch.dev
     return ModelInput(
         trunk_arguments={
             "input_ids": _to(device, ids).view(len(index), width),  # [rows, width]
-            "attention_mask": _to(device, mask).view(len(index), width),  # [rows, width]
+            **({"attention_mask": _to(device, mask).view(len(index), width)} if masked else {}),  # [rows, width]
         },
         read_positions=_to(device, reading.positions),
         read_in_last_layer=None,

@@ -1,38 +1,39 @@
-"""The self-check: on the data at hand, prefix trees must give each rollout the hidden states that it has alone.
+"""The self-check: on the data at hand, a packing must give each rollout the hidden states that it has alone.
 
 With transformers' own attention, shared prefixes go wrong silently (differences of 4 where 1e-6 is right were
-measured), and some architectures cannot share at all: recurrent state, other arithmetic of attention. So before a
-trunk is used with prefix trees, a few rollouts go through it both ways.
-
-Shapes: T tokens of all sampled rollouts.
+measured), and some architectures cannot share at all, or not even stand beside each other in padded rows. So before a
+trunk is used, a few rollouts go through it in each way.
 """
 
-import contextlib
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from critic_train.errors import MachineError, ModelError
-from critic_train.layers.attention import TREE_ATTENTION, TreeUnsupportedError, choose_attention
+from critic_train.distributed.rank_errors import looks_lost
+from critic_train.errors import CriticTrainError, MachineError, ModelError, first_line
+from critic_train.layers.attention import TREE_ATTENTION, TreeUnsupportedError
+from critic_train.layers.attention_kernel import AttentionCall
+from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, full_precision_params, reset_after_error
 from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
-from critic_train.model.model_input import tree_input
-from critic_train.model.oom import Attempt, release_memory
+from critic_train.model.microbatches import frequency_limit
+from critic_train.model.oom import Attempt, is_out_of_memory, release_memory
+from critic_train.model.randomness import silence
+from critic_train.model.trial import Outcome, Trial, cut, states_alone, use_stock_attention, with_branch
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
-
-STOCK_ATTENTION = ("sdpa", "eager")
-"""transformers' own, the preferred one first."""
-TOLERANCE = 1e-3
-"""Largest difference of a hidden state allowed, relative to the largest hidden state. Rounding gives about 1e-6."""
+from critic_train.stopping import Stopped
 
 SAMPLED_ROLLOUTS = 4
 """Rollouts in a row of a sample, so that some share a prompt."""
+
+KERNEL_TOKENS = 512
+"""Tokens of each rollout on which the kernels of attention are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +45,23 @@ class PackingChoice:
         difference: the largest difference of a hidden state between prefix trees and rollouts alone, relative to the
             largest hidden state; None if not measured.
         reason: why the trunk gets padded rows though they were not asked for, or an empty string.
+        one_row: why rows go through the trunk one at a time, or an empty string.
+        narrowed: whether the last layer of a forest computes only the positions that are read.
+        silenced: names of what drew at random in training mode and was set to 0.
+        calls: what the layers call attention with, on a forest.
     """
 
     forest: bool
     difference: float | None = None
     reason: str = ""
+    one_row: str = ""
+    narrowed: bool = False
+    silenced: tuple[str, ...] = ()
+    calls: frozenset[AttentionCall] = frozenset()
 
 
 def select_packing(
-    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute
+    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute, *, tokens: int | None = None
 ) -> tuple[PackingChoice, list[str]]:
     """Choose packing and attention for a critic, by trying them, and set the trunk's and `compute`'s attention.
 
@@ -60,7 +69,8 @@ def select_packing(
         critic: on its device.
         rollouts: see `choose_packing`.
         settings: what the user asked for.
-        compute: of the job; its `attention` is set.
+        compute: of the job; `attention`, `frequency_limit` and `one_row` are set.
+        tokens: the most that are computed in one pass; None where that is not known.
 
     Returns:
         (the choice, what to tell the user, in sentences).
@@ -70,15 +80,21 @@ def select_packing(
         MachineError: see `choose_attention`; or there is not memory enough for a single rollout.
     """
     messages: list[str] = []
-    if compute.checked_rollouts is not None:
-        rollouts = _shortest(rollouts, compute.checked_rollouts)
+    positions = compute.max_tokens if tokens is None else min(compute.max_tokens, tokens)
+    if compute.checked_rollouts is not None:  # memory ran out on several ranks, in a start before this one
+        rollouts, positions = _shortest(rollouts, compute.checked_rollouts), 0
     while True:
         attempt = Attempt(compute.ranks)
         with attempt:
-            choice = _try_packing(critic, rollouts, settings, compute, messages)
+            choice = _try_packing(critic, rollouts, settings, compute, positions, messages)
             compute.ranks.all_reduce_sum(torch.zeros(1))  # no rank is through before all are
             return choice
         longest = int(rollouts.lengths.max())
+        if positions > longest and compute.ranks.size == 1 and can_reset_after_error(critic.trunk):
+            positions = 0  # a micro-batch as large as allowed was too large; the pass that needs it will say so
+            reset_after_error((critic.trunk, critic.head))
+            release_memory(compute.device)
+            continue
         rollouts = _fewer_rollouts(critic, rollouts, compute, attempt.error)
         messages = [
             f"memory ran out while the packing was tried on rollouts of up to {longest:,} tokens: "
@@ -106,113 +122,118 @@ def _shortest(rollouts: Rollouts, count: int) -> Rollouts:
 
 
 def _try_packing(
-    critic: Critic, rollouts: Rollouts, settings: ComputeSettings, compute: Compute, messages: list[str]
+    critic: Critic,
+    rollouts: Rollouts,
+    settings: ComputeSettings,
+    compute: Compute,
+    positions: int,
+    messages: list[str],
 ) -> tuple[PackingChoice, list[str]]:
     with full_precision_params((critic.trunk, critic.head)):
-        choice = choose_packing(critic, rollouts, settings.packing)
-    messages = [*messages, choice.reason] if choice.reason else messages
+        choice = choose_packing(critic, rollouts, settings.packing, positions=positions)
+    compute.frequency_limit = frequency_limit(critic.trunk.config)
+    compute.one_row = bool(choice.one_row)
+    if choice.silenced:
+        messages = [*messages, f"training mode draws at random, and is kept from it: {', '.join(choice.silenced)} is 0"]
+    messages = messages + [reason for reason in (choice.reason, choice.one_row) if reason]
     if choice.forest:
-        forest = build_tree_layout(rollouts, prefix_order(rollouts))
-        compute.attention, passed = choose_attention(settings.attention, forest, compute.device, compute.precision)
+        branching = with_branch(cut(rollouts, KERNEL_TOKENS))
+        forest = build_tree_layout(branching, prefix_order(branching))
+        compute.attention, passed = choose_attention(
+            settings.attention, choice.calls, forest, compute.device, compute.precision
+        )
         messages = messages + passed
     return choice, messages
 
 
-def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing) -> PackingChoice:
+def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, positions: int = 0) -> PackingChoice:
     """Decide between prefix trees and padded rows, and set the trunk's attention accordingly.
 
     Args:
         critic: on its device.
         rollouts: a few to try, some that share a prompt and the longest among them.
         packing: `--packing`; "forest" raises where "auto" falls back to padded rows.
+        positions: how many a micro-batch may have; prefix trees and rows are tried with about as many.
 
     Raises:
-        ModelError: the trunk is no causal decoder, or "forest" is asked for and computes something else here.
+        ModelError: the trunk is no causal decoder, draws at random, or gives NaN; or "forest" is asked for and computes
+            something else here.
     """
-    sample = _with_branch(rollouts)
+    kind = critic.trunk.config.model_type
     restore_last_layer(critic.trunk)
     use_stock_attention(critic)
-    expected = _states_alone(critic, sample)
-    _check_causal(critic, sample, expected)
-    if packing == "rows":
-        return PackingChoice(forest=False)
-    difference: float | None = None
-    try:
-        critic.trunk.set_attn_implementation(TREE_ATTENTION)
-        difference = _difference(critic, sample, expected)
-    except TreeUnsupportedError as error:
-        reason = f"this architecture's attention uses {error}"
-    except (TypeError, ValueError):
-        reason = "this architecture takes no attention but its own"
-    else:
-        reason = "" if difference <= TOLERANCE else f"hidden states differ by {difference:.1e} from rollouts run alone"
-    if not reason:
-        if skip_unread_positions(critic.trunk) and _difference(critic, sample, expected) > TOLERANCE:
-            restore_last_layer(critic.trunk)
-        return PackingChoice(forest=True, difference=difference)
-    kind = critic.trunk.config.model_type
+    shortest = rollouts.take(rollouts.lengths.argmin(keepdims=True))
+    silenced = tuple(silence(critic.trunk, lambda: states_alone(critic, shortest)))
+    trial = Trial(critic, rollouts, positions, frequency_limit(critic.trunk.config))
+    outcome, reason = (None, "") if packing == "rows" else _try_forest(critic, trial)
+    if outcome is not None and not reason:
+        return PackingChoice(
+            forest=True,
+            difference=outcome.difference,
+            narrowed=outcome.narrowed,
+            silenced=silenced,
+            calls=outcome.calls,
+        )
     if packing == "forest":
         raise ModelError(
             f"{kind} cannot be laid out as a forest: {reason}",
             hint="--packing auto falls back to padded rows, --packing rows asks for them",
         )
     use_stock_attention(critic)
-    return PackingChoice(forest=False, difference=difference, reason=f"{kind} gets padded rows: {reason}")
-
-
-def use_stock_attention(critic: Critic) -> None:
-    """Set the trunk's attention to transformers' own, for padded rows."""
-    trunk = critic.trunk
-    for name in STOCK_ATTENTION:
-        # An architecture without this implementation raises, or silently keeps the one it had.
-        with contextlib.suppress(ValueError):
-            trunk.set_attn_implementation(name)
-        if trunk.config._attn_implementation == name:
-            return
-    # An architecture with one implementation only still reads this when it builds its mask.
-    trunk.config._attn_implementation = "eager"
-
-
-def _with_branch(sample: Rollouts) -> Rollouts:
-    """The sample and one more rollout, which branches off from the first one halfway."""
-    first, length = sample.input_ids[: sample.offsets[1]], int(sample.offsets[1])
-    branch = first.copy()
-    branch[length // 2 :] = np.roll(first, 1)[length // 2 :]
-    return replace(
-        sample,
-        input_ids=np.concatenate([sample.input_ids, branch]),
-        offsets=np.append(sample.offsets, sample.offsets[-1] + length),
-        response_mask=np.concatenate([sample.response_mask, sample.response_mask[:length]]),
+    return PackingChoice(
+        forest=False,
+        difference=None if outcome is None else outcome.difference,
+        reason=f"{kind} gets padded rows: {reason}" if reason else "",
+        one_row=_try_rows(critic, trial),
+        silenced=silenced,
     )
 
 
-@torch.no_grad()
-def _states_alone(critic: Critic, sample: Rollouts) -> torch.Tensor:
-    """[T, hidden_size]: every rollout through the trunk by itself, with transformers' own attention, in float32."""
-    rows = []
-    for start, stop in pairwise(sample.offsets.tolist()):
-        ids = torch.from_numpy(sample.input_ids[start:stop].astype(np.int64)).to(critic.device)
-        rows.append(critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0])
-    return torch.cat(rows)
-
-
-@torch.no_grad()
-def _difference(critic: Critic, sample: Rollouts, expected: torch.Tensor) -> float:
-    """The largest difference of a state that is read between the sample as prefix trees and `expected`, relative."""
-    batch = tree_input(sample, prefix_order(sample), expected.device)
-    read = expected[torch.from_numpy(batch.response_tokens - 1).to(expected.device)]  # [M, hidden_size]
-    return float((critic.hidden(batch)[batch.value_index] - read).abs().max() / expected.abs().max())
-
-
-def _check_causal(critic: Critic, sample: Rollouts, expected: torch.Tensor) -> None:
-    """Refuse a trunk that gives the first half of a rollout other states when the second half is missing."""
-    length = int(sample.offsets[1])
-    half = max(1, length // 2)
-    ids = torch.from_numpy(sample.input_ids[:half].astype(np.int64)).to(expected.device)
-    with torch.no_grad():
-        states = critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-    if float((states - expected[:half]).abs().max() / expected.abs().max()) > TOLERANCE:
-        raise ModelError(
-            f"{critic.trunk.config.model_type} looks ahead: a state depends on tokens after it",
-            hint="a critic must be a causal decoder",
+def _try_forest(critic: Critic, trial: Trial) -> tuple[Outcome | None, str]:
+    """What prefix trees gave, and why they are not used; set up with the last layer narrowed where that is right."""
+    try:
+        critic.trunk.set_attn_implementation(TREE_ATTENTION)
+    except ValueError:
+        return None, "this architecture takes no attention but its own"
+    if skip_unread_positions(critic.trunk):
+        outcome, _ = _tried(critic, trial.forest)
+        if outcome is not None and outcome.agrees:
+            return outcome, ""
+        restore_last_layer(critic.trunk)
+    outcome, error = _tried(critic, trial.forest)
+    if outcome is None:
+        return None, error
+    if not outcome.calls:
+        return outcome, "its layers do not compute by the attention that they are given"
+    if not outcome.agrees:
+        return outcome, (
+            f"hidden states differ by {outcome.difference:.1e} from rollouts run alone, "
+            f"where rounding gives {trial.alone.rounding():.0e}"
         )
+    return outcome, ""
+
+
+def _try_rows(critic: Critic, trial: Trial) -> str:
+    """Why rows go through the trunk one at a time, or an empty string."""
+    outcome, error = _tried(critic, trial.rows)
+    if outcome is not None and outcome.agrees:
+        return ""
+    difference = error if outcome is None else f"hidden states differ by {outcome.difference:.1e} from those alone"
+    return f"{critic.trunk.config.model_type} computes one rollout at a time: in padded rows, {difference}"
+
+
+def _tried(critic: Critic, attempt: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
+    """What an attempt gave, or why it failed: an architecture's own code raises anything on what it does not expect."""
+    try:
+        return attempt(), ""
+    except TreeUnsupportedError as error:
+        reason = f"this architecture's attention uses {error}"
+    except (CriticTrainError, Stopped):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or looks_lost(error):
+            raise
+        reason = f"this architecture's code fails on it ({type(error).__name__}: {first_line(error)})"
+    if can_reset_after_error(critic.trunk):
+        reset_after_error((critic.trunk, critic.head))
+    return None, reason

@@ -1,5 +1,7 @@
 """The kernels for CUDA, on a CPU: flex attention and its block mask, and how variable-length attention is called."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,11 @@ from attention_cases import (
     plain,
     queries_of,
     varlen_by_hand,
+    with_sinks,
 )
 from support import rollouts_of
 
-from critic_train.layers.attention_kernel import all_queries
+from critic_train.layers.attention_kernel import KernelLacksError, Scoring, all_queries
 from critic_train.layers.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
 from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 
@@ -29,18 +32,38 @@ def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeyp
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
     layout = layout_of(0)
-    check(VarlenKernel(all_queries(layout), CPU), layout, np.arange(len(layout)), None)
+    check(VarlenKernel(all_queries(layout), CPU), layout, np.arange(len(layout)))
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        Scoring(),
+        Scoring(window=5),
+        Scoring(chunk=6),
+        Scoring(softcap=2.0),
+        with_sinks(Scoring()),
+        with_sinks(Scoring(window=7, softcap=3.0)),
+    ],
+    ids=["plain", "window", "chunk", "softcap", "sinks", "all"],
+)
 @pytest.mark.parametrize("asking", ["all", "some"])
-def test_flex_attention_is_plain_attention(asking, window):
+def test_flex_attention_is_plain_attention(asking, scoring):
     """Forward only: FlexAttention has no backward pass on a CPU."""
     layout = layout_of(0)
     queries, positions = queries_of(layout, 0, asking)
+    scoring = replace(scoring, sinks=None if scoring.sinks is None else scoring.sinks.detach())
     tensors = [tensor.detach() for tensor in drawn(layout, len(positions))]
-    expected = plain(layout, positions, window, tensors)
-    assert float((FlexKernel(queries, CPU)(*tensors, window, None) - expected).abs().max()) <= 2e-6
+    expected = plain(layout, positions, scoring, tensors)
+    assert float((FlexKernel(queries, CPU)(*tensors, scoring) - expected).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("scoring", [Scoring(softcap=2.0), with_sinks(Scoring())])
+def test_varlen_says_what_it_does_not_compute(scoring):
+    layout = layout_of(0)
+    kernel = VarlenKernel(all_queries(layout), CPU, attend=varlen_by_hand)
+    with pytest.raises(KernelLacksError, match="neither soft caps nor sinks"):
+        kernel(*drawn(layout, len(layout)), scoring)
 
 
 def large_forest() -> TreeLayout:
@@ -55,22 +78,24 @@ def large_forest() -> TreeLayout:
     return build_tree_layout(rollouts, prefix_order(rollouts))
 
 
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (150, None), (None, 256), (None, 100)])
 @pytest.mark.parametrize("asking", ["all", "some"])
-def test_the_block_mask_is_the_one_that_trying_every_pair_gives(asking, window):
+def test_the_block_mask_is_the_one_that_trying_every_pair_gives(asking, window, chunk):
     from torch.nn.attention.flex_attention import create_block_mask
 
     layout = large_forest()
     queries, positions = queries_of(layout, 0, asking)
-    ours = FlexKernel(queries, CPU).block_mask(window)
+    ours = FlexKernel(queries, CPU).block_mask(window, chunk)
     theirs = create_block_mask(ours.mask_mod, 1, 1, len(positions), len(layout), device="cpu", BLOCK_SIZE=BLOCK)
     seen = attention_mask(layout)[positions]
     if window is not None:
         seen &= (layout.depth[positions][:, None] - layout.depth[None, :]) < window
+    if chunk is not None:
+        seen &= layout.depth[positions][:, None] // chunk == layout.depth[None, :] // chunk
     assert bool((dense(ours, whole=True) <= dense(theirs, whole=True)).all())
     visited, needed = dense(ours, whole=False), dense(theirs, whole=False)
     assert bool((visited >= needed).all())
-    if asking == "all" and window is None:
+    if asking == "all" and window is None and chunk is None:
         assert torch.equal(visited, needed)
         assert torch.equal(dense(ours, whole=True), dense(theirs, whole=True))
         assert 0 < int(dense(ours, whole=True).sum()) < int(visited.sum()) < visited.numel() / 2

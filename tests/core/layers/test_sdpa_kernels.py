@@ -14,9 +14,9 @@ from attention_cases import (
 from support import rollouts_of
 
 from critic_train.layers.attention import TreeAttentionPlan
-from critic_train.layers.attention_kernel import all_queries, fill_short_gaps
+from critic_train.layers.attention_kernel import Scoring, all_queries, fill_short_gaps
 from critic_train.layers.prefix_tree import attention_mask, build_tree_layout, prefix_order
-from critic_train.layers.sdpa_kernels import CpuFlashKernel
+from critic_train.layers.sdpa_kernels import CpuFlashKernel, tiles_of
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])
@@ -24,7 +24,7 @@ from critic_train.layers.sdpa_kernels import CpuFlashKernel
 def test_tiles_are_plain_attention(seed, asking):
     layout = layout_of(seed)
     queries, positions = queries_of(layout, seed, asking)
-    check(CpuFlashKernel(queries), layout, positions, None)
+    check(CpuFlashKernel(queries), layout, positions)
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])
@@ -32,8 +32,8 @@ def test_tiles_hold_every_pair_that_attends_once_and_no_other(asking):
     layout = layout_of(1)
     queries, positions = queries_of(layout, 1, asking)
     pairs = np.zeros((len(positions), len(layout)), dtype=int)
-    for tile in CpuFlashKernel(queries).tiles:
-        block = pairs[slice(*tile.queries), slice(*tile.keys)]
+    for tile in tiles_of(queries):
+        block = pairs[slice(*tile.queries), slice(*tile.keys[0])]
         block += np.tri(*block.shape, dtype=int) if tile.causal else 1
     np.testing.assert_array_equal(pairs, attention_mask(layout)[positions])
 
@@ -41,9 +41,9 @@ def test_tiles_hold_every_pair_that_attends_once_and_no_other(asking):
 def test_tiles_in_bf16_lose_no_more_than_plain_attention_in_bf16():
     layout = layout_of(0)
     tensors = drawn(layout, len(layout))
-    exact = plain(layout, np.arange(len(layout)), None, tensors)
+    exact = plain(layout, np.arange(len(layout)), Scoring(), tensors)
     rounded = tuple(tensor.detach().bfloat16() for tensor in tensors)
-    actual = CpuFlashKernel(all_queries(layout))(*rounded, None, None)
+    actual = CpuFlashKernel(all_queries(layout))(*rounded, Scoring())
     assert actual.dtype == torch.bfloat16
     assert float((actual - exact).abs().max()) <= 0.03
 
@@ -69,5 +69,5 @@ def test_a_plan_takes_tiles_where_no_window_cuts_and_masks_where_one_does():
     assert TreeAttentionPlan(layout, np.zeros(0, dtype=np.int64), CPU).needed is None
     tensors = drawn(layout, len(layout))
     for window in (None, 10_000, 5):
-        expected = plain(layout, np.arange(len(layout)), window, tensors)
-        assert float((plan.attend(*tensors, window, None) - expected).detach().abs().max()) <= 2e-6
+        expected = plain(layout, np.arange(len(layout)), Scoring(window=window), tensors)
+        assert float((plan.attend(*tensors, Scoring(window=window)) - expected).detach().abs().max()) <= 2e-6

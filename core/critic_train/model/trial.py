@@ -1,0 +1,229 @@
+"""A few rollouts through a trunk in every way in which it may be used: alone, as prefix trees, as padded rows.
+
+Alone, with transformers' own attention and no padding, a rollout's hidden states are right. The other ways are held
+against them, on as many positions as a micro-batch has: what depends on a token's place in the row shows only there.
+
+Shapes: T tokens of all tried rollouts.
+"""
+
+import contextlib
+import math
+import sys
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from critic_train.errors import ModelError
+from critic_train.layers.attention import TREE_ATTENTION, TreeAttentionPlan
+from critic_train.layers.attention_kernel import SHORT_GAP, AttentionCall
+from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
+from critic_train.model.critic import Critic
+from critic_train.model.microbatches import part_of, row_micro_batches, same_frequencies
+from critic_train.model.model_input import ModelInput, padded_input, tree_input
+from critic_train.model.rounding import Rounding
+from critic_train.rollouts import Rollouts, offsets_from_lengths, repeat_by_length
+
+STOCK_ATTENTION = ("sdpa", "eager")
+"""transformers' own, the preferred one first."""
+
+MOST_SCORE_BYTES = 2**31
+"""Where transformers writes the scores of attention out, rollouts are tried up to a length at which those of a layer
+take this much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one way of computing gave.
+
+    Attributes:
+        agrees: whether its states are those of rollouts alone, but for rounding.
+        difference: the largest difference of a state, relative to the largest state.
+        narrowed: whether the last layer computed some positions only.
+        calls: what the layers called attention with.
+    """
+
+    agrees: bool
+    difference: float
+    narrowed: bool = False
+    calls: frozenset[AttentionCall] = frozenset()
+
+
+class Trial:
+    """Rollouts, and the states that they have alone.
+
+    Args:
+        critic: on its device, its trunk with transformers' own attention.
+        rollouts: a few, some that share a prompt and the longest among them.
+        positions: how many positions a micro-batch may have.
+        limit: see `critic_train.model.config.frequency_limit`.
+
+    Raises:
+        ModelError: the states are not finite, or depend on what comes after them.
+    """
+
+    def __init__(self, critic: Critic, rollouts: Rollouts, positions: int, limit: int | None) -> None:
+        self._critic, self._positions, self._limit = critic, positions, limit
+        self.rollouts = with_branch(cut(rollouts, _longest_alone(critic)))
+        self.alone = Rounding(critic.trunk, self._alone)
+        if not bool(torch.isfinite(self.alone.expected).all()):
+            raise ModelError(
+                f"{_kind(critic)} gives hidden states that are not finite (NaN or infinite) for a rollout alone",
+                hint="its weights are damaged, or its training diverged",
+            )
+        self._check_causal()
+
+    @torch.no_grad()
+    def forest(self) -> Outcome:
+        """As prefix trees, with the trunk's present attention."""
+        differences, agrees, narrowed = [], [], []
+        calls: set[AttentionCall] = set()
+        for members in self._parts():
+            rollouts, order = with_filler(self.rollouts, members, self._positions)
+            batch = tree_input(rollouts, order, self.alone.expected.device)
+            plan: TreeAttentionPlan = batch.trunk_arguments["tree_plan"]
+            plan.calls = calls
+            states = self._critic.hidden(batch)[batch.value_index]
+            at = torch.from_numpy(batch.response_tokens - 1).to(states.device)
+            differences.append(self.alone.difference(states, at))
+            agrees.append(self.alone.explains(states, at))
+            narrowed.append(plan.narrowed)
+        return Outcome(agrees=all(agrees), difference=max(differences), narrowed=all(narrowed), calls=frozenset(calls))
+
+    @torch.no_grad()
+    def rows(self) -> Outcome:
+        """As rows that are padded to the longest of them."""
+        differences, agrees = [], []
+        for members in self._parts():
+            budget = max(self._positions, 2 * int(self.rollouts.lengths[members].max()))
+            for index in row_micro_batches(self.rollouts, budget, members):
+                batch = padded_input(self.rollouts, index, self.alone.expected.device)
+                states = self._states(batch).flatten(0, 1)[torch.from_numpy(batch.token_positions)]
+                at = torch.from_numpy(batch.all_tokens).to(states.device)
+                differences.append(self.alone.difference(states, at))
+                agrees.append(self.alone.explains(states, at))
+        return Outcome(agrees=all(agrees), difference=max(differences))
+
+    def _alone(self) -> Tensor:
+        """The states alone, whatever attention the trunk has been given meanwhile."""
+        given = self._critic.trunk.config._attn_implementation == TREE_ATTENTION
+        use_stock_attention(self._critic)
+        try:
+            return states_alone(self._critic, self.rollouts)
+        finally:
+            if given:
+                self._critic.trunk.set_attn_implementation(TREE_ATTENTION)
+
+    def _parts(self) -> list[NDArray[np.int64]]:
+        return same_frequencies(self.rollouts.lengths, self._limit)
+
+    def _states(self, batch: ModelInput) -> Tensor:
+        states: Tensor = self._critic.trunk(use_cache=False, **batch.trunk_arguments).last_hidden_state
+        return states
+
+    @torch.no_grad()
+    def _check_causal(self) -> None:
+        """Refuse a trunk that gives the first half of a rollout other states when the second half is missing."""
+        first = self.rollouts.take(np.zeros(1, dtype=np.int64))
+        half = max(1, len(first.input_ids) // 2)
+        if self._limit is not None and half <= self._limit < len(first.input_ids):
+            first = cut(first, self._limit)  # beyond it the model has other frequencies
+        both = Rounding(self._critic.trunk, lambda: states_alone(self._critic, first)[:half])
+        if not both.explains(states_alone(self._critic, cut(first, half))):
+            raise ModelError(
+                f"{_kind(self._critic)} looks ahead: a state depends on tokens after it",
+                hint="a critic must be a causal decoder",
+            )
+
+
+def use_stock_attention(critic: Critic) -> None:
+    """Set the trunk's attention to transformers' own, for padded rows."""
+    trunk = critic.trunk
+    for name in STOCK_ATTENTION:
+        # An architecture without this implementation raises, or silently keeps the one it had.
+        with contextlib.suppress(ValueError):
+            trunk.set_attn_implementation(name)
+        if trunk.config._attn_implementation == name:
+            return
+    # An architecture with one implementation only still reads this when it builds its mask.
+    trunk.config._attn_implementation = "eager"
+
+
+@torch.no_grad()
+def states_alone(critic: Critic, rollouts: Rollouts) -> Tensor:
+    """[T, hidden_size]: every rollout through the trunk by itself."""
+    rows = []
+    for start, stop in pairwise(rollouts.offsets.tolist()):
+        ids = torch.from_numpy(rollouts.input_ids[start:stop].astype(np.int64)).to(critic.device)
+        rows.append(critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0])
+    return torch.cat(rows)
+
+
+def _longest_alone(critic: Critic) -> int:
+    """Tokens of a rollout that are tried, so that its scores of attention do not fill the memory."""
+    config = critic.trunk.config
+    if config._attn_implementation != "eager":
+        return sys.maxsize
+    return max(2, math.isqrt(MOST_SCORE_BYTES // (4 * int(getattr(config, "num_attention_heads", 1)))))
+
+
+def cut(rollouts: Rollouts, tokens: int) -> Rollouts:
+    """The first tokens of each rollout, at most so many. One that is left without a response gets one."""
+    lengths = np.minimum(rollouts.lengths, tokens)
+    kept = repeat_by_length(rollouts.offsets[:-1], lengths)
+    offsets = offsets_from_lengths(lengths)
+    mask = rollouts.response_mask[kept]
+    for start, stop in pairwise(offsets.tolist()):
+        if not mask[start:stop].any():
+            mask[(start + stop + 1) // 2 : stop] = True
+    return replace(rollouts, input_ids=rollouts.input_ids[kept], offsets=offsets, response_mask=mask)
+
+
+def with_branch(rollouts: Rollouts) -> Rollouts:
+    """The rollouts and one more, which branches off from the first one halfway."""
+    first, length = rollouts.input_ids[: rollouts.offsets[1]], int(rollouts.offsets[1])
+    branch = first.copy()
+    branch[length // 2 :] = np.roll(first, 1)[length // 2 :]
+    return _with_more(rollouts, [branch], rollouts.response_mask[:length])
+
+
+def with_filler(rollouts: Rollouts, members: NDArray[np.int64], positions: int) -> tuple[Rollouts, PrefixOrder]:
+    """Put rollouts that nobody reads before others in a layout, so that these stand far from the row's start.
+
+    Args:
+        rollouts: the others are among them.
+        members: int64, their numbers.
+        positions: about how many positions the layout is to have.
+
+    Returns:
+        (all rollouts, the order of the layout).
+    """
+    order = part_of(prefix_order(rollouts), members)
+    longest = members[rollouts.lengths[members].argmax()]
+    tokens = rollouts.input_ids[rollouts.offsets[longest] : rollouts.offsets[longest + 1]]
+    own = int((rollouts.lengths[order.index] - order.shared).sum())
+    # At least so many that the last layer has something to leave out.
+    count = -(-max(positions - own, 2 * SHORT_GAP) // len(tokens))
+    more = len(rollouts) + np.arange(count)
+    unread = np.zeros(len(tokens), dtype=np.bool_)
+    return _with_more(rollouts, [np.roll(tokens, shift) for shift in range(count)], unread), PrefixOrder(
+        index=np.concatenate([more, order.index]), shared=np.concatenate([np.zeros_like(more), order.shared])
+    )
+
+
+def _with_more(rollouts: Rollouts, more: list[NDArray[np.int32]], response_mask: NDArray[np.bool_]) -> Rollouts:
+    """Rollouts, and more of them with one mask."""
+    ends = rollouts.offsets[-1] + np.cumsum([len(tokens) for tokens in more])
+    return replace(
+        rollouts,
+        input_ids=np.concatenate([rollouts.input_ids, *more]),
+        offsets=np.concatenate([rollouts.offsets, ends]),
+        response_mask=np.concatenate([rollouts.response_mask, *[response_mask] * len(more)]),
+    )
+
+
+def _kind(critic: Critic) -> str:
+    return str(critic.trunk.config.model_type)
