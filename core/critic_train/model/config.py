@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
-from critic_train.model.randomness import is_random
+from critic_train.model.randomness import is_dropout
 from critic_train.settings import Preset
 
 CLASSIFIER_DROPOUTS = ("classifier_dropout", "hidden_dropout", "summary_dropout_prob")
@@ -32,10 +32,10 @@ MOST_COPIED_BYTES = 2**28
 
 
 def prepare_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set what a critic needs: one label, no dropout or noise, no tied embeddings. Changes and returns `config`."""
+    """Set what a critic needs: one label, no dropout, no tied embeddings. Changes and returns `config`."""
     config.num_labels = 1
-    random = [name for name, value in vars(config).items() if is_random(name, value)]
-    for name in (*CLASSIFIER_DROPOUTS, *random):
+    dropouts = [name for name, value in vars(config).items() if is_dropout(name, value)]
+    for name in (*CLASSIFIER_DROPOUTS, *dropouts):
         setattr(config, name, 0.0)
     config.tie_word_embeddings = False
     config.use_cache = False

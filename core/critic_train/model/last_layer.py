@@ -54,18 +54,32 @@ def _forward(layer: nn.Module, full_forward: Any, *args: Any, **kwargs: Any) -> 
     plan: TreeAttentionPlan | None = kwargs.get("tree_plan")
     if plan is None or plan.needed is None or TREE_ATTENTION not in _implementations(layer):
         return full_forward(*args, **kwargs)
-    given = _keys_and_values(layer, full_forward, plan, args, kwargs)
-    if given is None:  # it does not call attention
-        return full_forward(*args, **kwargs)
-    narrow = partial(_at_needed, needed=plan.needed, positions=len(plan.depth))
-    plan.keys_and_values = given
-    try:
-        with _without(layer, FOR_KEYS_AND_VALUES):
-            output = full_forward(*map(narrow, args), **{name: narrow(argument) for name, argument in kwargs.items()})
-    finally:
-        plan.keys_and_values = None
+    with _not_checkpointed(layer):
+        given = _keys_and_values(layer, full_forward, plan, args, kwargs)
+        if given is None:  # it does not call attention
+            return full_forward(*args, **kwargs)
+        narrow = partial(_at_needed, needed=plan.needed, positions=len(plan.depth))
+        plan.keys_and_values = given
+        try:
+            with _without(layer, FOR_KEYS_AND_VALUES):
+                output = full_forward(*map(narrow, args), **{name: narrow(given) for name, given in kwargs.items()})
+        finally:
+            plan.keys_and_values = None
     plan.narrowed = True
     return output
+
+
+@contextlib.contextmanager
+def _not_checkpointed(layer: Any) -> Iterator[None]:
+    """Inside, the layer keeps its activations: computed again, it would not find what the plan holds meanwhile."""
+    checkpointing = getattr(layer, "gradient_checkpointing", False)
+    if checkpointing:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        if checkpointing:
+            layer.gradient_checkpointing = True
 
 
 def _implementations(layer: nn.Module) -> set[str]:
@@ -103,7 +117,7 @@ def _without(layer: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 
 def _zeros(width: int, states: Tensor) -> Tensor:
-    return states.new_zeros(()).expand(*states.shape[:-1], width)
+    return states.new_zeros(*states.shape[:-1], width)
 
 
 def _at_needed(argument: Any, *, needed: Tensor, positions: int) -> Any:

@@ -1,4 +1,4 @@
-"""What training mode draws at random in a trunk: found by behaviour, and set to 0.
+"""What training mode draws at random in a trunk: found by behaviour, and turned off.
 
 A critic is trained without dropout, and without noise in the routers of experts: PPO's value loss compares values of
 one state at two times, and a run must not depend on how rollouts are packed. Configurations call these by many names.
@@ -6,72 +6,120 @@ one state at two times, and a run must not depend on how rollouts are packed. Co
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from critic_train.errors import ModelError
 
-RANDOM_NAME = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_prob|jitter|noise")
-"""In the name of a probability or an amplitude, in a configuration or a layer."""
+DROPOUT_NAME = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_prob")
+"""In the name of a probability, in a configuration. Whatever it is, evaluation mode does not read it."""
+
+NOISE_NAME = re.compile(DROPOUT_NAME.pattern + "|jitter|noise")
+"""In the name of a probability or an amplitude, in a layer. PhiMoE's evaluation reads one that is named so."""
 
 PASSES = 3
 SAME = 1e-5
 """Two passes without randomness may differ by so much, relative to the largest state: a GPU adds in any order."""
 
 
-def is_random(name: str, value: Any) -> bool:
-    """Whether a number of that name makes training mode draw at random."""
-    return isinstance(value, float) and value > 0.0 and RANDOM_NAME.search(name) is not None
+def is_dropout(name: str, value: Any) -> bool:
+    """Whether a number of that name in a configuration is the probability of a dropout."""
+    return isinstance(value, float) and value > 0.0 and DROPOUT_NAME.search(name) is not None
 
 
 def silence(trunk: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
-    """Turn off what training mode draws at random, where two passes show that it draws.
+    """Have training mode compute what evaluation mode does, where passes show that it does not.
 
     Args:
         trunk: the model; in evaluation mode nothing is done.
         compute: a pass over a rollout, its states, without gradients.
 
     Returns:
-        The names of what was set to 0, as in "self_attn.attention_dropout".
+        What was done, as in "self_attn.attention_dropout is 0".
 
     Raises:
-        ModelError: it still draws.
+        ModelError: training mode still draws at random.
     """
-    if not trunk.training or _repeats(compute) or not _repeats_in_evaluation(trunk, compute):
+    if not trunk.training:
         return []
-    names = set()
-    for path, module in trunk.named_modules():
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        for name, value in list(vars(module).items()):
-            if is_random(name, value) or (dropout and name == "p" and value > 0.0):
-                setattr(module, name, 0.0)
-                names.add(re.sub(r"(^|\.)\d+(?=\.)", "", f"{path}.{name}").lstrip("."))
-    if _repeats(compute):
-        return sorted(names)
+    trunk.eval()
+    expected, again = compute(), compute()
+    trunk.train()
+    if not _same(again, expected) or _agrees(compute, expected):
+        return []
+    numbers = _noise_of(trunk)
+    for module, name, _ in numbers:
+        setattr(module, name, 0.0)
+    if _agrees(compute, expected):
+        return [f"{name} is 0" for name in sorted({_name_of(trunk, module, name) for module, name, _ in numbers})]
+    for module, name, value in numbers:
+        setattr(module, name, value)
+    if kept := _kept_in_evaluation(trunk, compute, expected):
+        return [f"{name} stays in evaluation mode" for name in kept]
     kind: Any = getattr(trunk, "config", None)
     raise ModelError(
         f"{kind.model_type} draws at random in training mode, in {_first_that_draws(trunk, compute)}, "
-        "and no number that turns it off is known",
+        "and nothing that turns it off is known",
         hint="a critic is trained without dropout: set its probability to 0 in config.json",
     )
 
 
-def _repeats(compute: Callable[[], Tensor]) -> bool:
-    first = compute()
-    return all(_same(compute(), first) for _ in range(PASSES - 1))
+def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
+    return all(_same(compute(), expected) for _ in range(PASSES))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= SAME * other.abs().max())
 
 
-def _repeats_in_evaluation(trunk: nn.Module, compute: Callable[[], Tensor]) -> bool:
-    trunk.eval()
-    try:
-        return _repeats(compute)
-    finally:
+def _noise_of(trunk: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """(module, attribute, number) of every probability and amplitude above 0."""
+    return [
+        (module, name, value)
+        for module in trunk.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and value > 0.0
+        if NOISE_NAME.search(name) or (name == "p" and NOISE_NAME.search(type(module).__name__.lower()))
+    ]
+
+
+def _name_of(trunk: nn.Module, module: nn.Module, name: str) -> str:
+    path = next(path for path, other in trunk.named_modules() if other is module)
+    return re.sub(r"(^|\.)(\d+|layers|h)(?=\.)", "", f"{path}.{name}").lstrip(".")
+
+
+def _kept_in_evaluation(trunk: nn.Module, compute: Callable[[], Tensor], expected: Tensor) -> list[str]:
+    """Keep modules in evaluation mode for good, as few classes as are enough; the names of those, or none.
+
+    Decoder layers are left in training mode: it is there that they read whether to checkpoint their activations.
+    """
+    inner = [m for m in trunk.modules() if m is not trunk and not isinstance(m, GradientCheckpointingLayer)]
+    for module in inner:
+        module.training = False
+    if not _agrees(compute, expected):
         trunk.train()
+        return []
+    for kind in sorted({type(module).__name__ for module in inner}):
+        alike = [module for module in inner if type(module).__name__ == kind]
+        for module in alike:
+            module.training = True
+        if not _agrees(compute, expected):
+            for module in alike:
+                module.training = False
+    kept = [module for module in inner if not module.training]
+    for module in kept:
+        module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
+    return sorted({type(module).__name__ for module in kept})
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    for child in module.children():
+        child.train(mode)
+    module.training = False
+    return module
 
 
 def _first_that_draws(trunk: nn.Module, compute: Callable[[], Tensor]) -> str:

@@ -47,7 +47,7 @@ class PackingChoice:
         reason: why the trunk gets padded rows though they were not asked for, or an empty string.
         one_row: why rows go through the trunk one at a time, or an empty string.
         narrowed: whether the last layer of a forest computes only the positions that are read.
-        silenced: names of what drew at random in training mode and was set to 0.
+        silenced: how training mode is kept from drawing at random.
         calls: what the layers call attention with, on a forest.
     """
 
@@ -134,7 +134,7 @@ def _try_packing(
     compute.frequency_limit = frequency_limit(critic.trunk.config)
     compute.one_row = bool(choice.one_row)
     if choice.silenced:
-        messages = [*messages, f"training mode draws at random, and is kept from it: {', '.join(choice.silenced)} is 0"]
+        messages = [*messages, f"training mode draws at random, and is kept from it: {', '.join(choice.silenced)}"]
     messages = messages + [reason for reason in (choice.reason, choice.one_row) if reason]
     if choice.forest:
         branching = with_branch(cut(rollouts, KERNEL_TOKENS))
@@ -195,22 +195,22 @@ def _try_forest(critic: Critic, trial: Trial) -> tuple[Outcome | None, str]:
         critic.trunk.set_attn_implementation(TREE_ATTENTION)
     except ValueError:
         return None, "this architecture takes no attention but its own"
-    if skip_unread_positions(critic.trunk):
-        outcome, _ = _tried(critic, trial.forest)
-        if outcome is not None and outcome.agrees:
-            return outcome, ""
-        restore_last_layer(critic.trunk)
-    outcome, error = _tried(critic, trial.forest)
-    if outcome is None:
-        return None, error
-    if not outcome.calls:
-        return outcome, "its layers do not compute by the attention that they are given"
-    if not outcome.agrees:
-        return outcome, (
+    outcome, reason = _tried(critic, lambda: trial.forest(few=True))  # what is wrong is mostly wrong here already
+    if outcome is not None and outcome.agrees:
+        if skip_unread_positions(critic.trunk):
+            narrowed, _ = _tried(critic, trial.forest)
+            if narrowed is not None and narrowed.agrees:
+                return narrowed, ""
+            restore_last_layer(critic.trunk)
+        outcome, reason = _tried(critic, trial.forest)
+    if outcome is not None and not outcome.agrees:
+        reason = (
             f"hidden states differ by {outcome.difference:.1e} from rollouts run alone, "
             f"where rounding gives {trial.alone.rounding():.0e}"
+            if outcome.calls
+            else "its layers do not compute by the attention that they are given"
         )
-    return outcome, ""
+    return outcome, reason
 
 
 def _try_rows(critic: Critic, trial: Trial) -> str:

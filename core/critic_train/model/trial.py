@@ -77,12 +77,12 @@ class Trial:
         self._check_causal()
 
     @torch.no_grad()
-    def forest(self) -> Outcome:
-        """As prefix trees, with the trunk's present attention."""
+    def forest(self, *, few: bool = False) -> Outcome:
+        """As prefix trees, with the trunk's present attention; on as many positions as may be, or on a few."""
         differences, agrees, narrowed = [], [], []
         calls: set[AttentionCall] = set()
         for members in self._parts():
-            rollouts, order = with_filler(self.rollouts, members, self._positions)
+            rollouts, order = with_filler(self.rollouts, members, 0 if few else self._positions)
             batch = tree_input(rollouts, order, self.alone.expected.device)
             plan: TreeAttentionPlan = batch.trunk_arguments["tree_plan"]
             plan.calls = calls
@@ -134,7 +134,7 @@ class Trial:
         both = Rounding(self._critic.trunk, lambda: states_alone(self._critic, first)[:half])
         if not both.explains(states_alone(self._critic, cut(first, half))):
             raise ModelError(
-                f"{_kind(self._critic)} looks ahead: a state depends on tokens after it",
+                f"{_kind(self._critic)} looks ahead: a state changes when the tokens after it are missing",
                 hint="a critic must be a causal decoder",
             )
 
@@ -206,7 +206,7 @@ def with_filler(rollouts: Rollouts, members: NDArray[np.int64], positions: int) 
     tokens = rollouts.input_ids[rollouts.offsets[longest] : rollouts.offsets[longest + 1]]
     own = int((rollouts.lengths[order.index] - order.shared).sum())
     # At least so many that the last layer has something to leave out.
-    count = -(-max(positions - own, 2 * SHORT_GAP) // len(tokens))
+    count = -(-max(positions - own, SHORT_GAP) // len(tokens))
     more = len(rollouts) + np.arange(count)
     unread = np.zeros(len(tokens), dtype=np.bool_)
     return _with_more(rollouts, [np.roll(tokens, shift) for shift in range(count)], unread), PrefixOrder(
