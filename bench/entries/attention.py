@@ -14,7 +14,7 @@ import torch
 from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn, ratio
-from critic_train.layers.attention_kernel import Kernel, all_queries
+from critic_train.layers.attention_kernel import PLAIN, Kernel, all_queries
 from critic_train.layers.cuda_kernels import FlexKernel, VarlenKernel, varlen_available
 from critic_train.layers.prefix_tree import PrefixOrder, TreeLayout, build_tree_layout, prefix_order
 from critic_train.layers.sdpa_kernels import CpuFlashKernel, SdpaKernel, cpu_flash_available
@@ -91,7 +91,7 @@ def one_pass(kernel: Kernel, tensors: list[torch.Tensor]) -> Callable[[], list[t
     query, key, value, slope = tensors
 
     def run_once() -> list[torch.Tensor]:
-        output = kernel(query, key, value, None, None)
+        output = kernel(query, key, value, PLAIN)
         return [output, *torch.autograd.grad(output, (query, key, value), slope)]
 
     return run_once

@@ -27,7 +27,8 @@ from bench.drawing import Shape, draw
 from bench.entry import Options, Table
 from bench.measuring import in_turn
 from bench.steps import EPS, GRAD_CLIP, fit_step, padded_step
-from critic_train.layers.attention import choose_attention
+from critic_train.layers.attention_kernel import AttentionCall
+from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import PrefixOrder, build_tree_layout, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -36,7 +37,8 @@ from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.model_input import tree_input
 from critic_train.model.oom import attempts
-from critic_train.model.selfcheck import choose_packing
+from critic_train.model.selfcheck import KERNEL_TOKENS, choose_packing
+from critic_train.model.trial import cut
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ActivationCheckpointing
 from critic_train.training.loss import token_weights, value_loss
@@ -93,8 +95,16 @@ def measure(model: str, length: int, options: Options) -> list[dict[str, Any]]:
     )
     rollouts = draw(Shape("", length // 2, length // 2, length // 2), vocabulary=VOCABULARY)
     compute = Compute(device=options.device, precision="bf16", max_tokens=MAX_TOKENS)
-    forest = build_tree_layout(rollouts, prefix_order(rollouts))
-    compute.attention, passed = choose_attention("auto", forest, options.device, "bf16")
+    few = cut(rollouts, KERNEL_TOKENS)
+    call = AttentionCall(
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        key_size=config.hidden_size // config.num_attention_heads,
+        value_size=config.hidden_size // config.num_attention_heads,
+    )
+    compute.attention, passed = choose_attention(
+        "auto", [call], build_tree_layout(few, prefix_order(few)), options.device, "bf16"
+    )
     rows = []
     for name in ("fit", "flat", "padded"):
         tried = [

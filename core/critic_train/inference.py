@@ -42,7 +42,7 @@ class LoadedCritic:
         self._compute = resolve_compute(settings)
         self._critic = loading.load_critic(source).to(self._compute.device).eval()
         self._forest = False
-        self._longest_tried = 0
+        self._longest_tried = self._tokens_tried = 0
 
     def values(self, token_ids: Sequence[ArrayLike], prompt_lengths: Sequence[int]) -> list[NDArray[np.float32]]:
         """The value of each state in which a response token is chosen.
@@ -78,15 +78,17 @@ class LoadedCritic:
         return np.split(responses, np.cumsum(rollouts.response_counts)[:-1])
 
     def _select_packing(self, rollouts: Rollouts) -> None:
-        """Try on the first rollouts and the longest whether prefixes can be shared; again for a longer one."""
-        longest = int(rollouts.lengths.argmax())
-        if rollouts.lengths[longest] <= self._longest_tried:
+        """Try on the first rollouts and the longest whether prefixes can be shared; again for longer or more."""
+        longest, tokens = int(rollouts.lengths.argmax()), min(len(rollouts.input_ids), self._compute.max_tokens)
+        if rollouts.lengths[longest] <= self._longest_tried and tokens <= self._tokens_tried:
             return
+        tokens *= 2  # so that calls of slowly growing size are not each tried
         sample = rollouts.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(rollouts))), longest))
-        choice, messages = select_packing(self._critic, sample, self._settings, self._compute)
+        choice, messages = select_packing(self._critic, sample, self._settings, self._compute, tokens=tokens)
         for message in messages:
             warnings.warn(message, stacklevel=3)
-        self._forest, self._longest_tried = choice.forest, int(rollouts.lengths[longest])
+        self._forest, self._tokens_tried = choice.forest, tokens
+        self._longest_tried = max(self._longest_tried, int(rollouts.lengths[longest]))
         if self._settings.max_tokens is None:
             choose_tokens(self._critic, self._compute, forest=self._forest, largest=sample)
 

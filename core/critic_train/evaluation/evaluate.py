@@ -6,7 +6,7 @@ metric is named by its keys in `eval --json`, joined by dots: `explained_varianc
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import critic_source, first_pass
+from critic_train.model.first_pass import FirstPass, critic_source, first_pass
 from critic_train.model.fsdp import cost_of
 from critic_train.model.loading import ModelSource
 from critic_train.model.microbatches import predict_values
@@ -92,7 +92,6 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         )
     if not checked.has_values:
         yield Notice(message="the shards store no values: no clipped loss, no stored baseline")
-    assert checked.sample is not None, "the reader raises where no row is good"
     recipe = ReturnRecipe.of(settings.returns)
     uids = UidLookup(shards, column_renames(settings.reading.column), bad_files.by_name)
     judge = Judge(
@@ -105,16 +104,17 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         advantage=AdvantageRecipe.of(recipe),
     )
     examples = Examples(seed=options.seed, uids=uids) if options.report else None
-    critics = yield from _load_critics(sources, checked.sample, settings.compute, compute)
+    critics = yield from _load_critics(sources, checked, settings.compute, compute)
     for read in blocks(reader):
         batch = recipe.with_returns(read, read.values) if recipe.from_rewards else read
-        values = _values(critics, batch, compute, stop)
+        values = _values(critics, batch, stop)
         if compute.ranks.is_main:
             judge.add(batch, values)
             if examples is not None:
                 examples.add(batch, values)
-        if sentence := compute.lowered():
-            yield Notice(message=sentence, level="warning")
+        for loaded in critics.values():
+            if sentence := loaded.compute.lowered():
+                yield Notice(message=sentence, level="warning")
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
     stop.check()
     if not compute.ranks.is_main:
@@ -155,14 +155,15 @@ def _reader(
 
 @dataclass(frozen=True, slots=True)
 class _LoadedCritic:
-    """A critic on its device, and whether its rollouts are laid out as prefix trees."""
+    """A critic on its device, how it computes, and whether its rollouts are laid out as prefix trees."""
 
     critic: Critic
+    compute: Compute
     forest: bool
 
 
 def _load_critics(
-    sources: dict[str, ModelSource], sample: Rollouts, settings: ComputeSettings, compute: Compute
+    sources: dict[str, ModelSource], checked: FirstPass, settings: ComputeSettings, compute: Compute
 ) -> Generator[Event, None, dict[str, _LoadedCritic]]:
     """Load the critics and choose the packing of each, by the self-check on a few rollouts."""
     critics = {
@@ -171,9 +172,11 @@ def _load_critics(
     if compute.ranks.size > 1 and critics:
         compute.pair_cost = cost_of(next(iter(critics.values()))).pair
     loaded = {}
+    assert checked.sample is not None, "the reader raises where no row is good"
     for name, critic in critics.items():
-        choice, warnings = select_packing(critic, sample, settings, compute)
-        loaded[name] = _LoadedCritic(critic, choice.forest)
+        own = replace(compute)  # critics of several architectures may need several kernels
+        choice, warnings = select_packing(critic, checked.sample, settings, own, tokens=checked.tokens)
+        loaded[name] = _LoadedCritic(critic, own, choice.forest)
         for sentence in warnings:
             yield Notice(message=sentence, level="warning")
     if settings.max_tokens is None and compute.device.type == "cuda":
@@ -186,14 +189,14 @@ def _load_critics(
     return loaded
 
 
-def _values(critics: dict[str, _LoadedCritic], batch: Rollouts, compute: Compute, stop: StopRequest) -> dict[str, Any]:
+def _values(critics: dict[str, _LoadedCritic], batch: Rollouts, stop: StopRequest) -> dict[str, Any]:
     """Critic -> its values of a batch, float32 [T]; the stored values where there are no critics."""
     stop.check()
     if not critics:
         return {STORED: batch.values}
     values: dict[str, Any] = {}
     for name, loaded in critics.items():
-        values[name] = predict_values(loaded.critic, batch, compute, forest=loaded.forest, stop=stop)
+        values[name] = predict_values(loaded.critic, batch, loaded.compute, forest=loaded.forest, stop=stop)
         if values[name] is None:
             raise Stopped
     stop.check()

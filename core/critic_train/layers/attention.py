@@ -248,9 +248,12 @@ def _tuned_for_depth(module: Any, depth: Tensor) -> Tensor:
     """[Q, 1]: the factor from the temperature of a query's place in the row to that of its depth in the rollout."""
 
     def temperature(places: Tensor) -> Tensor:  # Nakanishi 2025 (arXiv 2501.19399), as in transformers
-        return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        floors = torch.floor((places.float() + 1.0) / float(module.floor_scale))
+        return torch.log1p(floors) * float(module.attn_scale) + 1.0
 
-    return (temperature(depth) / temperature(torch.arange(len(depth), device=depth.device)))[:, None]
+    place = torch.arange(len(depth), device=depth.device)
+    factor: Tensor = temperature(depth) / temperature(place)
+    return factor[:, None]
 
 
 def _call_of(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> AttentionCall:

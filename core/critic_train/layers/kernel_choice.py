@@ -100,7 +100,8 @@ def kernel_error(
     def output_and_gradients(build: BuildKernel, exactly: torch.dtype) -> list[Tensor]:
         attend = TreeAttention(queries, device, build)
         inputs = [tensor.to(device, dtype).to(exactly).requires_grad_() for tensor in drawn]
-        output = attend(*inputs[:3], replace(scoring, sinks=inputs[3] if call.has_sinks else None))
+        query, key, value, *sinks = inputs
+        output = attend(query, key, value, replace(scoring, sinks=sinks[0] if sinks else None))
         return [output, *torch.autograd.grad(output, inputs, slope.to(device, dtype).to(exactly))]
 
     exact = output_and_gradients(_plain_sdpa, torch.float64)
@@ -111,12 +112,10 @@ def kernel_error(
     except Exception as error:  # a kernel that does not run here raises anything
         return f"it fails on {device}: {first_line(error)}"
     rounding = max(map(_relative, output_and_gradients(_plain_sdpa, dtype), exact))
-    error = max(map(_relative, actual, exact))
-    if error <= ROUNDINGS * rounding + SMALLEST_TOLERANCE:
+    off = max(map(_relative, actual, exact))
+    if off <= ROUNDINGS * rounding + SMALLEST_TOLERANCE:
         return ""
-    return (
-        f"it is off by {error:.1e} on {device}, where scaled-dot-product attention is off by {rounding:.1e} in {dtype}"
-    )
+    return f"it is off by {off:.1e} on {device}, where scaled-dot-product attention is off by {rounding:.1e} in {dtype}"
 
 
 def _plain_sdpa(queries: Queries, device: torch.device, softcapped: bool) -> Kernel:

@@ -60,7 +60,7 @@ class SdpaKernel(Kernel):
             own_keys, own_values = _concatenate(keys, path), _concatenate(values, path)
             if written_out:
                 # The scores are computed again in the backward pass: kept, they would fill the memory.
-                attended: Tensor = checkpoint(  # type: ignore[no-untyped-call]
+                attended: Tensor = checkpoint(
                     _written_out,
                     own,
                     own_keys,

@@ -23,11 +23,13 @@ class FirstPass:
     Attributes:
         has_values: whether the shards store values.
         sample: the batch with the longest rollout, cut down to it and the first few; None where there was none.
+        tokens: of all rows that can be used.
         rollouts: file name -> rows that can be used; files without any are not in it.
     """
 
     has_values: bool = True
     sample: Rollouts | None = None
+    tokens: int = 0
     rollouts: dict[str, int] = field(default_factory=dict)
 
 
@@ -52,6 +54,7 @@ def first_pass(reader: RolloutReader, total: int, stop: StopRequest) -> Generato
         result.has_values = result.has_values and batch.values is not None
         file, _ = reader.files_read[-1]
         result.rollouts[file] = result.rollouts.get(file, 0) + len(batch)
+        result.tokens += len(batch.input_ids)
         longest = int(batch.lengths.argmax())
         if result.sample is None or batch.lengths[longest] > result.sample.lengths.max():
             result.sample = batch.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(batch))), longest))

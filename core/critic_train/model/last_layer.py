@@ -108,7 +108,7 @@ def _without(layer: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     replaced = [module for path, module in layer.named_modules() if path.rpartition(".")[2] in names]
     replaced = [module for module in replaced if hasattr(module, "out_features") and "forward" not in vars(module)]
     for module in replaced:
-        module.forward = partial(_zeros, int(module.out_features))  # type: ignore[arg-type]
+        module.forward = partial(_zeros, int(module.out_features))
     try:
         yield
     finally:

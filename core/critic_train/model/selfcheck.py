@@ -162,7 +162,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, posi
     kind = critic.trunk.config.model_type
     restore_last_layer(critic.trunk)
     use_stock_attention(critic)
-    shortest = rollouts.take(rollouts.lengths.argmin(keepdims=True))
+    shortest = _shortest(rollouts, 1)
     silenced = tuple(silence(critic.trunk, lambda: states_alone(critic, shortest)))
     trial = Trial(critic, rollouts, positions, frequency_limit(critic.trunk.config))
     outcome, reason = (None, "") if packing == "rows" else _try_forest(critic, trial)

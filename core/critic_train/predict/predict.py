@@ -165,7 +165,9 @@ class Job:
         if left:
             assert checked.sample is not None, "the reader raises where no row is good"
             critic = load_critic(self.source).to(self.compute.device).eval()
-            choice, notices = select_packing(critic, checked.sample, self.settings.compute, self.compute)
+            choice, notices = select_packing(
+                critic, checked.sample, self.settings.compute, self.compute, tokens=checked.tokens
+            )
             for sentence in notices:
                 yield Notice(message=sentence, level="warning")
             if self.settings.compute.max_tokens is None:

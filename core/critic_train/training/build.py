@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -125,6 +124,8 @@ def prepare_critic(
     kind: OptimizerKind,
     sample: Rollouts,
     largest: Rollouts,
+    *,
+    tokens: int | None = None,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
 
@@ -136,6 +137,7 @@ def prepare_critic(
         kind: --optimizer.
         sample: rollouts to try packing and attention on.
         largest: those of the largest prompt, to which the token budget is fitted.
+        tokens: about the most that a mini-batch holds; None where that is not known.
 
     Raises:
         ModelError: the architecture cannot be trained so.
@@ -147,7 +149,7 @@ def prepare_critic(
         choices += filter(None, [choose_offload(critic, compute, kind, device_bytes)])
         compute = replace(compute, offload=choices[0].value if choices else "none")
     critic, compute = to_device_or_shard(critic, compute)
-    packing, sentences = select_packing(critic, sample, settings, compute)
+    packing, sentences = select_packing(critic, sample, settings, compute, tokens=tokens)
     notices = [Notice(message=sentence, level="warning") for sentence in sentences]
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=packing.forest)
     if compute.device.type == "cuda":
@@ -354,25 +356,6 @@ def export_notice(critic: Critic) -> Iterator[Notice]:
             message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
             f"are written as {exported_class(critic)} with score.weight and score.bias beside it. "
             "critic-train loads them and AutoModel loads their trunk; verl does not",
-            level="warning",
-        )
-
-
-def rope_notice(critic: Critic, max_length: int) -> Iterator[Notice]:
-    """A warning where transformers chooses rotary frequencies by the longest rollout of a micro-batch.
-
-    Args:
-        critic: of a run.
-        max_length: of the longest rollout, in tokens.
-    """
-    config: Any = critic.trunk.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind in ("longrope", "dynamic") and max_length > original:
-        yield Notice(
-            message=f"rope_type {kind} takes its frequencies from the longest rollout of a micro-batch: rollouts on "
-            f"both sides of {original} tokens influence each other, and --max-tokens then changes the result",
             level="warning",
         )
 

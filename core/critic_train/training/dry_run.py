@@ -105,9 +105,16 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         mean_return=float(timed.returns[timed.response_mask].mean()),
     )
     critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
-    tried = sample.take(np.arange(min(SAMPLED_ROLLOUTS, len(sample))))
+    tried = sample.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(sample))), sample.lengths.argmax()))
     prepared = prepare_critic(
-        critic, compute, settings.compute, settings.model.train, settings.optimizer.optimizer, tried, tried
+        critic,
+        compute,
+        settings.compute,
+        settings.model.train,
+        settings.optimizer.optimizer,
+        tried,
+        tried,
+        tokens=settings.optimizer.batch_size * shape.max_length,
     )
     compute = prepared.compute
     yield from prepared.notices

@@ -25,7 +25,6 @@ from critic_train.training.build import (
     data_notices,
     export_notice,
     prepare_critic,
-    rope_notice,
     selfcheck_sample,
     source_notices,
 )
@@ -134,10 +133,11 @@ def _build(
         settings.optimizer.optimizer,
         selfcheck_sample(data.train, plan),
         data.train.largest_group(),
+        tokens=settings.optimizer.batch_size * shape.max_length,
     )
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
-    yield from [*rope_notice(prepared.critic, shape.max_length), *prepared.notices]
+    yield from prepared.notices
     optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)

@@ -10,11 +10,12 @@ from support import rollouts_of, small_config
 from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model import last_layer
 from critic_train.model.compute import Compute
-from critic_train.model.last_layer import skip_unread_positions
 from critic_train.model.loading import build_critic
+from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import predict_values
 from critic_train.model.model_input import tree_input
 from critic_train.model.selfcheck import choose_packing
+from critic_train.model.trial import Trial
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 PROMPT = 150
@@ -59,26 +60,57 @@ def test_prompts_and_observations_do_not_go_through_the_last_mlp():
     assert batch.computed_tokens == 2 * PROMPT + 4 * 120
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "SmolLM3"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Qwen3", "Mistral", "Olmo2", "GPTNeoX", "Granite", "Cohere", "Phi3", "OPT"]
+)
 def test_values_are_those_of_a_whole_last_layer(family):
-    changes = {"sliding_window": 40} if family == "Mistral" else {"head_dim": 16} if family == "Qwen3" else {}
+    changes = {
+        "Mistral": {"sliding_window": 40},
+        "Qwen3": {"head_dim": 16},
+        "Granite": {"residual_multiplier": 0.3},
+        "OPT": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    }.get(family, {})
     critic = critic_with_a_head(family, **changes)
     rollouts = long_prompts()
-    assert choose_packing(critic, rollouts, "auto").forest
-    assert "forward" in vars(critic.trunk.layers[-1])
+    assert choose_packing(critic, rollouts, "auto").narrowed
     narrow = predict_values(critic, rollouts, CPU, forest=True)
     last_layer.restore_last_layer(critic.trunk)
     whole = predict_values(critic, rollouts, CPU, forest=True)
     assert np.abs(narrow - whole).max() <= 1e-5 * np.abs(whole).max()
 
 
-def test_a_layer_of_another_build_is_left_alone():
-    assert not skip_unread_positions(critic_with_a_head("Olmo2").trunk)
-    assert not skip_unread_positions(critic_with_a_head("GPTNeoX").trunk)
+def test_a_layer_that_takes_its_output_by_the_number_of_all_positions_computes_all_of_them():
+    """GPT-2's trunk gives its output the shape of its input."""
+    critic = critic_with_a_head("GPT2", n_embd=64, n_layer=2, n_head=4)
+    choice = choose_packing(critic, long_prompts(), "auto")
+    assert choice.forest
+    assert not choice.narrowed
+    assert "forward" not in vars(critic.trunk.h[-1])
 
 
-def test_a_layer_that_looks_alike_but_computes_otherwise_is_found_out():
-    """Granite's layers have the parts of Llama's, and scale what they add."""
-    critic = critic_with_a_head("Granite", residual_multiplier=0.3)
-    assert choose_packing(critic, long_prompts(), "auto").forest
-    assert "forward" not in vars(critic.trunk.layers[-1])
+def test_a_layer_whose_queries_need_other_positions_is_found_out(monkeypatch):
+    """What is computed at the needed positions alone is another thing there: the whole layer is kept."""
+    critic = critic_with_a_head()
+    attention = critic.trunk.layers[-1].self_attn
+    forward = attention.q_proj.forward
+    # As a short convolution over the queries does.
+    monkeypatch.setattr(attention.q_proj, "forward", lambda states: forward(states + states.mean(1, keepdim=True)))
+    monkeypatch.setattr(Trial, "_check_causal", lambda _: None)
+    choice = choose_packing(critic, long_prompts(), "auto")
+    assert not choice.narrowed
+
+
+@pytest.mark.parametrize("kind", ["layer", "selective"])
+def test_a_narrowed_layer_whose_activations_are_computed_again_has_the_same_gradient(kind):
+    critic = critic_with_a_head("Qwen3", head_dim=16).train()
+    rollouts = long_prompts()
+    assert choose_packing(critic, rollouts, "auto").narrowed
+
+    def gradient():
+        critic.zero_grad(set_to_none=True)
+        critic(tree_input(rollouts, prefix_order(rollouts), CPU.device)).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in critic.parameters()])
+
+    expected = gradient()
+    checkpoint_activations(critic, kind)
+    assert float((gradient() - expected).norm() / expected.norm()) <= 1e-6

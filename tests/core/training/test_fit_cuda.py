@@ -9,7 +9,8 @@ from support import branching_rollouts, readable_rollouts, small_config, write_s
 
 from critic_train.distributed.init import init_ranks
 from critic_train.events import RunEnded
-from critic_train.layers.attention import choose_attention
+from critic_train.layers.attention_kernel import AttentionCall
+from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.loading import build_critic
@@ -77,7 +78,8 @@ def test_a_run_trains_and_resumes(precision, packing, tmp_path):
 def test_every_kernel_agrees_with_scaled_dot_product_attention(kernel, precision):
     rollouts = branching_rollouts()
     forest = build_tree_layout(rollouts, prefix_order(rollouts))
-    chosen, passed = choose_attention(kernel, forest, torch.device("cuda"), precision)
+    call = AttentionCall(heads=4, kv_heads=2, key_size=64, value_size=64)
+    chosen, passed = choose_attention(kernel, [call], forest, torch.device("cuda"), precision)
     assert (chosen, passed) == (kernel, [])
 
 
