@@ -15,10 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from critic_train.errors import ModelError
 
 DROPOUT_NAME = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_prob")
-"""In the name of a probability, in a configuration. Whatever it is, evaluation mode does not read it."""
-
-NOISE_NAME = re.compile(DROPOUT_NAME.pattern + "|jitter|noise")
-"""In the name of a probability or an amplitude, in a layer. PhiMoE's evaluation reads one that is named so."""
+"""In the name of a probability that evaluation mode does not read. Amplitudes of noise are left as they are: PhiMoE's
+evaluation reads `router_jitter_noise`."""
 
 PASSES = 3
 SAME = 1e-5
@@ -26,7 +24,7 @@ SAME = 1e-5
 
 
 def is_dropout(name: str, value: Any) -> bool:
-    """Whether a number of that name in a configuration is the probability of a dropout."""
+    """Whether a number of that name, in a configuration or a module, is the probability of a dropout above 0."""
     return isinstance(value, float) and value > 0.0 and DROPOUT_NAME.search(name) is not None
 
 
@@ -50,15 +48,14 @@ def silence(trunk: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
     trunk.train()
     if not _same(again, expected) or _agrees(compute, expected):
         return []
-    numbers = _noise_of(trunk)
-    for module, name, _ in numbers:
+    numbers = _dropouts_of(trunk)
+    for module, name in numbers:
         setattr(module, name, 0.0)
+    told = [f"{name} is 0" for name in sorted({_name_of(trunk, module, name) for module, name in numbers})]
     if _agrees(compute, expected):
-        return [f"{name} is 0" for name in sorted({_name_of(trunk, module, name) for module, name, _ in numbers})]
-    for module, name, value in numbers:
-        setattr(module, name, value)
+        return told
     if kept := _kept_in_evaluation(trunk, compute, expected):
-        return [f"{name} stays in evaluation mode" for name in kept]
+        return told + [f"{name} stays in evaluation mode" for name in kept]
     kind: Any = getattr(trunk, "config", None)
     raise ModelError(
         f"{kind.model_type} draws at random in training mode, in {_first_that_draws(trunk, compute)}, "
@@ -75,14 +72,13 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= SAME * other.abs().max())
 
 
-def _noise_of(trunk: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """(module, attribute, number) of every probability and amplitude above 0."""
+def _dropouts_of(trunk: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, attribute) of every probability of a dropout above 0."""
     return [
-        (module, name, value)
+        (module, name)
         for module in trunk.modules()
         for name, value in vars(module).items()
-        if isinstance(value, float) and value > 0.0
-        if NOISE_NAME.search(name) or (name == "p" and NOISE_NAME.search(type(module).__name__.lower()))
+        if is_dropout(name, value) or (name == "p" and is_dropout(type(module).__name__.lower(), value))
     ]
 
 

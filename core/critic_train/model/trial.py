@@ -87,7 +87,9 @@ class Trial:
             plan: TreeAttentionPlan = batch.trunk_arguments["tree_plan"]
             plan.calls = calls
             states = self._critic.hidden(batch)[batch.value_index]
-            at = torch.from_numpy(batch.response_tokens - 1).to(states.device)
+            own = np.flatnonzero(batch.response_tokens < len(self.rollouts.input_ids))  # not the filler's
+            states = states[torch.from_numpy(own).to(states.device)]
+            at = torch.from_numpy(batch.response_tokens[own] - 1).to(states.device)
             differences.append(self.alone.difference(states, at))
             agrees.append(self.alone.explains(states, at))
             narrowed.append(plan.narrowed)
@@ -187,11 +189,13 @@ def with_branch(rollouts: Rollouts) -> Rollouts:
     first, length = rollouts.input_ids[: rollouts.offsets[1]], int(rollouts.offsets[1])
     branch = first.copy()
     branch[length // 2 :] = np.roll(first, 1)[length // 2 :]
-    return _with_more(rollouts, [branch], rollouts.response_mask[:length])
+    return _with_more(rollouts, [branch], rollouts.response_mask[None, :length])
 
 
 def with_filler(rollouts: Rollouts, members: NDArray[np.int64], positions: int) -> tuple[Rollouts, PrefixOrder]:
-    """Put rollouts that nobody reads before others in a layout, so that these stand far from the row's start.
+    """Put other rollouts before some in a layout, so that these stand far from the row's start.
+
+    The first of them are not read, so that the last layer has something to leave out; the others are.
 
     Args:
         rollouts: the others are among them.
@@ -205,23 +209,24 @@ def with_filler(rollouts: Rollouts, members: NDArray[np.int64], positions: int) 
     longest = members[rollouts.lengths[members].argmax()]
     tokens = rollouts.input_ids[rollouts.offsets[longest] : rollouts.offsets[longest + 1]]
     own = int((rollouts.lengths[order.index] - order.shared).sum())
-    # At least so many that the last layer has something to leave out.
-    count = -(-max(positions - own, SHORT_GAP) // len(tokens))
+    unread = -(-SHORT_GAP // len(tokens))
+    count = max(unread, -(-(positions - own) // len(tokens)))
     more = len(rollouts) + np.arange(count)
-    unread = np.zeros(len(tokens), dtype=np.bool_)
-    return _with_more(rollouts, [np.roll(tokens, shift) for shift in range(count)], unread), PrefixOrder(
+    mask = np.zeros((count, len(tokens)), dtype=np.bool_)
+    mask[unread:, 1:] = True
+    return _with_more(rollouts, [np.roll(tokens, shift) for shift in range(count)], mask), PrefixOrder(
         index=np.concatenate([more, order.index]), shared=np.concatenate([np.zeros_like(more), order.shared])
     )
 
 
 def _with_more(rollouts: Rollouts, more: list[NDArray[np.int32]], response_mask: NDArray[np.bool_]) -> Rollouts:
-    """Rollouts, and more of them with one mask."""
+    """Rollouts, and more of them; bool [rollouts, tokens of each] is their mask."""
     ends = rollouts.offsets[-1] + np.cumsum([len(tokens) for tokens in more])
     return replace(
         rollouts,
         input_ids=np.concatenate([rollouts.input_ids, *more]),
         offsets=np.concatenate([rollouts.offsets, ends]),
-        response_mask=np.concatenate([rollouts.response_mask, *[response_mask] * len(more)]),
+        response_mask=np.concatenate([rollouts.response_mask, response_mask.ravel()]),
     )
 
 

@@ -74,7 +74,8 @@ class FakeRanks:
 def test_the_limit_is_that_of_longrope_and_of_nothing_else():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     within = {**rope, "original_max_position_embeddings": 64}
-    assert frequency_limit(small_config("Phi3", rope_parameters=within, num_key_value_heads=4)) == 64
+    config = small_config("Phi3", original_max_position_embeddings=64, rope_parameters=within, num_key_value_heads=4)
+    assert frequency_limit(config) == 64
     beside = small_config("Phi3", rope_parameters=rope, original_max_position_embeddings=32, num_key_value_heads=4)
     assert frequency_limit(beside) == 32
     assert frequency_limit(small_config("Llama")) is None

@@ -21,7 +21,7 @@ MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
         ("SeedOss", {"residual_dropout": 0.1, "attention_dropout": 0.1}, ()),
         ("Starcoder2", {"residual_dropout": 0.1, "embedding_dropout": 0.1}, ()),
         ("BioGpt", {"hidden_dropout_prob": 0.1, "activation_dropout": 0.1, "layerdrop": 0.1}, ()),
-        ("Mixtral", {"router_jitter_noise": 0.3, **MOE}, ("mlp.jitter_noise is 0",)),
+        ("Mixtral", {"router_jitter_noise": 0.3, **MOE}, ("MixtralSparseMoeBlock stays in evaluation mode",)),
         (
             "Phimoe",
             {"router_jitter_noise": 0.01, "input_jitter_noise": 0.01, **MOE},
@@ -70,6 +70,7 @@ class Drawing(nn.Module):
     def forward(self, states):
         if self.kind == "module":
             return self.dropout(states)
+        self.dropout.p = 0.0
         if self.kind == "functional":
             return F.dropout(states, self.amount, self.training)
         return states + torch.randn_like(states) * self.amount  # in evaluation mode, too

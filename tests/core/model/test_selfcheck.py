@@ -126,10 +126,12 @@ def test_a_difference_far_below_a_thousandth_is_seen(monkeypatch):
     assert choice.difference < 1e-3
 
 
-def test_what_depends_on_the_place_in_a_long_row_is_seen_with_as_many_positions_as_a_micro_batch_has(monkeypatch):
+@pytest.mark.parametrize("no_rope_layers", [[0, 1], [1, 0]])  # in the last layer, all but few positions are read
+def test_what_depends_on_the_place_in_a_long_row_is_seen_on_as_many_as_a_micro_batch_has(no_rope_layers, monkeypatch):
     """Llama-4's temperature, were it left at the place in the row: it is the same up to 8192 places there."""
     monkeypatch.setattr(attention, "_tunes_by_place", lambda module: False)
-    critic = build_critic(small_config("Llama4Text", **{**CHUNKED, "floor_scale": 600}), seed=0)
+    config = small_config("Llama4Text", **{**CHUNKED, "floor_scale": 600, "no_rope_layers": no_rope_layers})
+    critic = build_critic(config, seed=0)
     assert choose_packing(critic, branching_rollouts(), "auto", positions=0).forest
     choice = choose_packing(critic, branching_rollouts(), "auto", positions=2000)
     assert not choice.forest
