@@ -112,7 +112,8 @@ class TreeAttention(Kernel):
         softcapped = scoring.softcap is not None
         if softcapped not in self._kernels:
             self._kernels[softcapped] = self._build(self._queries, self._device, softcapped)
-        return self._kernels[softcapped](query, key, value, scoring)[..., :value_size]
+        output = self._kernels[softcapped](query, key, value, scoring)
+        return output[..., :value_size] if missing > 0 else output
 
     def _if_it_cuts(self, tokens: int | None) -> int | None:
         return tokens if tokens is not None and tokens < self._longest else None

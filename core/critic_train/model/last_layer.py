@@ -9,7 +9,7 @@ Shapes: S positions of the layout, Q <= S of them that the last layer computes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from critic_train.layers.attention import TREE_ATTENTION, KeysAndValues, TreeAttentionPlan
 
-# Parts of an attention layer whose product is not used in the first and in the second run. That they are left out saves
-# time; a layer that names its parts otherwise is right as well.
+# Linear parts of an attention layer whose product is used for the queries alone, or for keys and values alone. They are
+# computed once; a layer that names its parts otherwise is right as well, and a little slower.
 FOR_QUERIES = ("q_proj", "q_b_proj")
 FOR_KEYS_AND_VALUES = ("k_proj", "v_proj", "kv_b_proj")
 
@@ -54,15 +54,21 @@ def _forward(layer: nn.Module, full_forward: Any, *args: Any, **kwargs: Any) -> 
     plan: TreeAttentionPlan | None = kwargs.get("tree_plan")
     if plan is None or plan.needed is None or TREE_ATTENTION not in _implementations(layer):
         return full_forward(*args, **kwargs)
+    narrow = partial(_at_needed, needed=plan.needed, positions=len(plan.depth))
+    narrow_args, narrow_kwargs = tuple(map(narrow, args)), {name: narrow(given) for name, given in kwargs.items()}
+    queries: list[Tensor] = []
     with _not_checkpointed(layer):
-        given = _keys_and_values(layer, full_forward, plan, args, kwargs)
-        if given is None:  # it does not call attention
+        # In this run the products for queries are computed at the needed positions only.
+        with _replaced(layer, FOR_QUERIES, lambda own, states: _computed_aside(own, states, narrow, queries)):
+            plan.keys_and_values = _keys_and_values(full_forward, plan, args, kwargs)
+        if plan.keys_and_values is None:  # it does not call attention
             return full_forward(*args, **kwargs)
-        narrow = partial(_at_needed, needed=plan.needed, positions=len(plan.depth))
-        plan.keys_and_values = given
         try:
-            with _without(layer, FOR_KEYS_AND_VALUES):
-                output = full_forward(*map(narrow, args), **{name: narrow(given) for name, given in kwargs.items()})
+            with (
+                _replaced(layer, FOR_QUERIES, lambda own, states: queries.pop(0)),
+                _replaced(layer, FOR_KEYS_AND_VALUES, _zeros),
+            ):
+                output = full_forward(*narrow_args, **narrow_kwargs)
         finally:
             plan.keys_and_values = None
     plan.narrowed = True
@@ -88,13 +94,12 @@ def _implementations(layer: nn.Module) -> set[str]:
 
 
 def _keys_and_values(
-    layer: nn.Module, full_forward: Any, plan: TreeAttentionPlan, args: Any, kwargs: Any
+    full_forward: Any, plan: TreeAttentionPlan, args: Any, kwargs: Any
 ) -> tuple[Tensor, Tensor] | None:
     """What the layer calls attention with at all positions; None where it does not call it."""
     plan.capture = True
     try:
-        with _without(layer, FOR_QUERIES):
-            full_forward(*args, **kwargs)
+        full_forward(*args, **kwargs)
     except KeysAndValues as captured:
         return captured.key, captured.value
     finally:
@@ -103,21 +108,26 @@ def _keys_and_values(
 
 
 @contextlib.contextmanager
-def _without(layer: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
-    """Inside, the linear layers of those names give zeros."""
-    replaced = [module for path, module in layer.named_modules() if path.rpartition(".")[2] in names]
-    replaced = [module for module in replaced if hasattr(module, "out_features") and "forward" not in vars(module)]
-    for module in replaced:
-        module.forward = partial(_zeros, int(module.out_features))
+def _replaced(layer: nn.Module, names: tuple[str, ...], compute: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the linear parts of those names give what `compute` makes of (part, states)."""
+    parts = [module for path, module in layer.named_modules() if path.rpartition(".")[2] in names]
+    parts = [module for module in parts if hasattr(module, "out_features") and "forward" not in vars(module)]
+    for module in parts:
+        module.forward = partial(compute, module)
     try:
         yield
     finally:
-        for module in replaced:
+        for module in parts:
             vars(module).pop("forward", None)
 
 
-def _zeros(width: int, states: Tensor) -> Tensor:
-    return states.new_zeros(*states.shape[:-1], width)
+def _computed_aside(part: Any, states: Tensor, narrow: Callable[[Tensor], Tensor], products: list[Tensor]) -> Tensor:
+    products.append(type(part).forward(part, narrow(states)))
+    return _zeros(part, states)
+
+
+def _zeros(part: Any, states: Tensor) -> Tensor:
+    return states.new_zeros(*states.shape[:-1], int(part.out_features))
 
 
 def _at_needed(argument: Any, *, needed: Tensor, positions: int) -> Any:
