@@ -90,7 +90,7 @@ def test_the_directory_and_the_configuration_are_there(directory, critic):
     assert critic.config.model_type == "qwen2"
 
 
-def test_packing_is_tried_again_for_a_longer_rollout_only(directory, monkeypatch):
+def test_packing_is_tried_again_for_a_longer_rollout_or_many_more_of_them(directory, monkeypatch):
     from critic_train import inference
 
     tried = []
@@ -98,12 +98,15 @@ def test_packing_is_tried_again_for_a_longer_rollout_only(directory, monkeypatch
     monkeypatch.setattr(
         inference,
         "select_packing",
-        lambda critic, sample, *rest: tried.append(len(sample)) or select(critic, sample, *rest),
+        lambda critic, sample, *rest, **more: tried.append(more["tokens"]) or select(critic, sample, *rest, **more),
     )
     critic = load_critic(directory, device="cpu")
     for length in (8, 8, 5, 9):
         critic.values([list(range(1, length + 1))], [2])
-    assert tried == [2, 2]
+    assert tried == [16, 18]
+    critic.values([[1, 2, 3]] * 6, [1] * 6)
+    critic.values([[1, 2, 3]] * 9, [1] * 9)
+    assert tried == [16, 18, 54]
 
 
 @pytest.mark.parametrize(
