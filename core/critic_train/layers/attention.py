@@ -252,8 +252,8 @@ def _tuned_for_depth(module: Any, depth: Tensor) -> Tensor:
         floors = torch.floor((places.float() + 1.0) / float(module.floor_scale))
         return torch.log1p(floors) * float(module.attn_scale) + 1.0
 
-    place = torch.arange(len(depth), device=depth.device)
-    factor: Tensor = temperature(depth) / temperature(place)
+    in_row = torch.arange(len(depth), device=depth.device)
+    factor: Tensor = temperature(depth) / temperature(in_row)
     return factor[:, None]
 
 

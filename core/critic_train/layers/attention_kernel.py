@@ -220,10 +220,10 @@ def _pieces(start: int, stop: int, chunk: int | None, block: int | None) -> list
 
 def _cut(path: Sequence[Span], low: int, high: int) -> tuple[Span, ...]:
     """The spans of a path that hold its positions low to high - 1, counted along the path."""
-    kept, index = [], 0
+    spans, index = [], 0
     for start, stop in path:
         first, last = max(start, start + low - index), min(stop, start + high - index)
         if first < last:
-            kept.append((first, last))
+            spans.append((first, last))
         index += stop - start
-    return tuple(kept)
+    return tuple(spans)

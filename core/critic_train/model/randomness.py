@@ -51,11 +51,11 @@ def silence(trunk: nn.Module, compute: Callable[[], Tensor]) -> list[str]:
     numbers = _dropouts_of(trunk)
     for module, name in numbers:
         setattr(module, name, 0.0)
-    told = [f"{name} is 0" for name in sorted({_name_of(trunk, module, name) for module, name in numbers})]
+    actions = [f"{name} is 0" for name in sorted({_name_of(trunk, module, name) for module, name in numbers})]
     if _agrees(compute, expected):
-        return told
-    if kept := _kept_in_evaluation(trunk, compute, expected):
-        return told + [f"{name} stays in evaluation mode" for name in kept]
+        return actions
+    if classes := _kept_in_evaluation(trunk, compute, expected):
+        return actions + [f"{name} stays in evaluation mode" for name in classes]
     kind: Any = getattr(trunk, "config", None)
     raise ModelError(
         f"{kind.model_type} draws at random in training mode, in {_first_that_draws(trunk, compute)}, "
@@ -105,10 +105,10 @@ def _kept_in_evaluation(trunk: nn.Module, compute: Callable[[], Tensor], expecte
         if not _agrees(compute, expected):
             for module in alike:
                 module.training = False
-    kept = [module for module in inner if not module.training]
-    for module in kept:
+    unread = [module for module in inner if not module.training]
+    for module in unread:
         module.train = partial(_stay_in_evaluation, module)  # type: ignore[method-assign]
-    return sorted({type(module).__name__ for module in kept})
+    return sorted({type(module).__name__ for module in unread})
 
 
 def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -77,11 +77,11 @@ class Rounding:
         differences = self._differences(actual, at)
         if not bool(torch.isfinite(differences).all()):
             return False
-        found = _quantiles(differences)
+        quantiles = _quantiles(differences)
         for repetition in range(REPETITIONS if self.chooses else 1):
             if repetition == self._measured:
                 self._measure_again()
-            within = found <= ROUNDINGS * self._errors.clamp_min(SMALLEST_ROUNDING)
+            within = quantiles <= ROUNDINGS * self._errors.clamp_min(SMALLEST_ROUNDING)
             if bool((within[:-1] if self.chooses else within).all()):
                 return True
         return False

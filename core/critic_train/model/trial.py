@@ -175,13 +175,13 @@ def _longest_alone(critic: Critic) -> int:
 def cut(rollouts: Rollouts, tokens: int) -> Rollouts:
     """The first tokens of each rollout, at most so many. One that is left without a response gets one."""
     lengths = np.minimum(rollouts.lengths, tokens)
-    kept = repeat_by_length(rollouts.offsets[:-1], lengths)
+    tokens_cut = repeat_by_length(rollouts.offsets[:-1], lengths)
     offsets = offsets_from_lengths(lengths)
-    mask = rollouts.response_mask[kept]
+    mask = rollouts.response_mask[tokens_cut]
     for start, stop in pairwise(offsets.tolist()):
         if not mask[start:stop].any():
             mask[(start + stop + 1) // 2 : stop] = True
-    return replace(rollouts, input_ids=rollouts.input_ids[kept], offsets=offsets, response_mask=mask)
+    return replace(rollouts, input_ids=rollouts.input_ids[tokens_cut], offsets=offsets, response_mask=mask)
 
 
 def with_branch(rollouts: Rollouts) -> Rollouts:
