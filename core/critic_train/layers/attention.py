@@ -29,6 +29,7 @@ from critic_train.layers.attention_kernel import (
     queries_at,
 )
 from critic_train.layers.prefix_tree import TreeLayout
+from critic_train.layers.recurrence import TreeStates
 from critic_train.settings import Attention, Precision
 
 TREE_ATTENTION = "critic_train_forest"
@@ -138,6 +139,7 @@ class TreeAttentionPlan:
         capture: whether attention raises KeysAndValues in place of being computed.
         keys_and_values: of all positions, which attention takes where the layer computes some positions only.
         narrowed: whether a layer has computed some positions only.
+        states: for layers with a recurrent state or a short convolution.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class TreeAttentionPlan:
     ) -> None:
         build = KERNELS[kernel].build
         self.attend = TreeAttention(all_queries(layout), device, build)
+        self.states = TreeStates(layout, device)
         self.attend_needed: TreeAttention | None = None
         self.needed: Tensor | None = None
         self.depth = torch.from_numpy(layout.depth).to(device, non_blocking=True)

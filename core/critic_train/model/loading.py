@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
 from critic_train.layers.attention import TREE_ATTENTION
+from critic_train.layers.recurrence import share_states
 from critic_train.model.config import check_config_against_weights, parse_config, prepare_config, read_raw_config
 from critic_train.model.critic import Critic, ValueHead
 
@@ -156,6 +157,7 @@ def use_tree_attention(critic: Critic) -> Critic:
 
     A trunk that supports no attention but its own keeps that, and the self-check gives it padded rows.
     """
+    share_states(critic.trunk)
     with contextlib.suppress(ValueError):
         critic.trunk.set_attn_implementation(TREE_ATTENTION)
     return critic
