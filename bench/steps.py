@@ -20,14 +20,14 @@ EPS = 0.5
 GRAD_CLIP = 1.0
 
 
-def fit_step(critic: Critic, rollouts: Rollouts, compute: Compute) -> Callable[[], object]:
-    """The step of `critic-train fit`."""
+def fit_step(critic: Critic, rollouts: Rollouts, compute: Compute, *, forest: bool = True) -> Callable[[], object]:
+    """The step of `critic-train fit`, in a forest or in padded rows."""
     optimizer = build_optimizer(critic, lr=1e-5, head_lr=1e-4, weight_decay=0.01)
     recipe = LossRecipe(cliprange_value=EPS, mode="token-mean", scale_factor=None)
     stop = StopRequest()
 
     def step() -> None:
-        result = accumulate_gradient(critic, rollouts, recipe, compute, forest=True, stop=stop)
+        result = accumulate_gradient(critic, rollouts, recipe, compute, forest=forest, stop=stop)
         norm = clip_gradient(critic, GRAD_CLIP)
         assert math.isfinite(norm + result.value_loss)
         optimizer.step()

@@ -44,8 +44,9 @@ def test_the_steps_that_are_compared_run(monkeypatch):
     from bench.drawing import Shape
     from bench.entries.step import measure
     from bench.entry import Options
+    from bench.models import MODELS
 
     options = Options(device=torch.device("cpu"), rounds=1, size="quick")
-    row = measure(Shape("tiny", 24, 4, 8, responses=3), 1.0, 64, "fp32", options)
+    row = measure(MODELS["Llama"], Shape("tiny", 24, 4, 8, responses=3), 64, "fp32", options)
     assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in row["seconds"].values())
     assert row["padded/computed"] > 1

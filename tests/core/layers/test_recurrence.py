@@ -43,7 +43,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
-    "GraniteMoeHybrid": {**SCAN, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
+    "GraniteMoeHybrid": {
+        **SCAN,
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+    },
     "NemotronH": {
         "layers_block_type": ["mamba", "mlp", "mamba", "attention"],
         "num_hidden_layers": 4,
@@ -139,7 +144,9 @@ def compare(family: str) -> None:
     rollouts = awkward_rollouts()
     batch = tree_input(rollouts, prefix_order(rollouts), torch.device("cpu"))
     assert batch.computed_tokens < 0.7 * len(rollouts.input_ids)
-    slope = torch.randn(len(batch.value_index), critic.trunk.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    slope = torch.randn(
+        len(batch.value_index), critic.trunk.config.hidden_size, generator=torch.Generator().manual_seed(2)
+    )
     tree = critic.hidden(batch)[batch.value_index]
     on_tree = gradients(critic, tree, slope)
     alone = states_alone(critic, rollouts, batch)

@@ -97,6 +97,9 @@ def test_every_position_stands_after_the_tokens_before_it_in_its_rollout(lists, 
 
 def test_rows_are_padded_with_a_position_that_is_none():
     nodes = Nodes(
-        start=np.asarray([0, 2, 5]), length=np.asarray([2, 3, 1]), parent=np.asarray([-1, 0, 0]), level=np.asarray([0, 1, 1])
+        start=np.asarray([0, 2, 5]),
+        length=np.asarray([2, 3, 1]),
+        parent=np.asarray([-1, 0, 0]),
+        level=np.asarray([0, 1, 1]),
     )
     assert padded_positions(nodes, np.asarray([1, 2])).tolist() == [[2, 3, 4], [5, 6, 6]]
