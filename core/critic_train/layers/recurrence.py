@@ -9,11 +9,11 @@ function of the table computes on a tree layout without any change to its code.
 Shapes: S positions of the layout.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial, wraps
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -273,7 +273,9 @@ def convolve(function: Callable[..., Any], states: TreeStates, inputs: Tensor, *
     return outputs[0].transpose(0, 1).index_select(0, index).transpose(0, 1)[None]
 
 
-def lightning_attention(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def lightning_attention(
+    layer: Any, forward: Callable[..., Any], scan: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """MiniMax's lightning attention (arXiv 2501.08313), which calls no function: its forward, with the state in a call.
 
     Its state decays by one factor a head, S_t = exp(-slope) S_{t-1} + k_t v_t^T, and is read by o_t = q_t S_t: that is
@@ -282,6 +284,7 @@ def lightning_attention(layer: Any, forward: Callable[..., Any], *args: Any, **k
     Args:
         layer: the layer.
         forward: its own forward, for padded rows.
+        scan: Mamba-2's recurrence, on a tree.
         args: of the forward.
         kwargs: of the forward.
     """
@@ -292,19 +295,14 @@ def lightning_attention(layer: Any, forward: Callable[..., Any], *args: Any, **k
     heads = layer.qkv_proj(hidden_states).unflatten(-1, (layer.num_attention_heads, -1))
     query, key, value = layer.act_fn(heads).chunk(3, dim=-1)  # [1, S, heads, head_dim]
     steps = torch.ones_like(value[..., 0])
-    read = _scan()(value, steps, -layer.slope_rate.flatten(), key, query, chunk_size=CHUNK, tree_plan=plan)
+    read = scan(value, steps, -layer.slope_rate.flatten(), key, query, chunk_size=CHUNK, tree_plan=plan)
     read = layer.norm(read.flatten(2).to(hidden_states.dtype))
     return layer.out_proj(layer.output_gate(hidden_states).sigmoid() * read), None
 
 
+MAMBA2 = "transformers.models.mamba2.modeling_mamba2"
 LIGHTNING = {"qkv_proj", "output_gate", "out_proj", "norm", "act_fn"}
 """The submodules of a layer of lightning attention, which besides has a `slope_rate`."""
-
-
-def _scan() -> Callable[..., Any]:
-    """Mamba-2's recurrence in transformers, on a tree."""
-    module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-    return _on_tree("mamba2_chunk_scan", module.mamba2_chunk_scan)
 
 
 def share_states(trunk: nn.Module) -> None:
@@ -320,7 +318,19 @@ def share_states(trunk: nn.Module) -> None:
                 namespace[name] = _on_tree(name, function)
         children = {name for name, _ in layer.named_children()}
         if children == LIGHTNING and hasattr(layer, "slope_rate") and "forward" not in vars(layer):
-            layer.forward = partial(lightning_attention, layer, layer.forward)
+            scan = _on_tree("mamba2_chunk_scan", import_module(MAMBA2).mamba2_chunk_scan)
+            layer.forward = partial(lightning_attention, layer, layer.forward, scan)
+
+
+def unshared_states(trunk: nn.Module) -> list[str]:
+    """The classes of a trunk's layers that carry a recurrent state and call no function of the table."""
+    classes = set()
+    for layer in trunk.modules():
+        code: Any = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+        names = set(code.co_names) if code else set()
+        if any("recurrent_state" in name for name in names) and not names & set(RECURRENCES):
+            classes.add(type(layer).__name__)
+    return sorted(classes)
 
 
 def _on_tree(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

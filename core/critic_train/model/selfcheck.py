@@ -17,6 +17,7 @@ from critic_train.layers.attention import TREE_ATTENTION, TreeUnsupportedError
 from critic_train.layers.attention_kernel import AttentionCall
 from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
+from critic_train.layers.recurrence import unshared_states
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, full_precision_params, reset_after_error
@@ -199,7 +200,7 @@ def _try_forest(critic: Critic, trial: Trial) -> tuple[Outcome | None, str]:
     if outcome is not None and outcome.agrees:
         if skip_unread_positions(critic.trunk):
             narrowed, _ = _tried(critic, trial.forest)
-            if narrowed is not None and narrowed.agrees:
+            if narrowed is not None and narrowed.agrees and narrowed.narrowed:
                 return narrowed, ""
             restore_last_layer(critic.trunk)
         outcome, reason = _tried(critic, trial.forest)
@@ -207,9 +208,11 @@ def _try_forest(critic: Critic, trial: Trial) -> tuple[Outcome | None, str]:
         reason = (
             f"hidden states differ by {outcome.difference:.1e} from rollouts run alone, "
             f"where rounding gives {trial.alone.rounding():.0e}"
-            if outcome.calls
-            else "its layers do not compute by the attention that they are given"
         )
+        if layers := unshared_states(critic.trunk):
+            reason = f"its layers carry a recurrent state that cannot be shared ({', '.join(layers)}): {reason}"
+        elif not outcome.calls:
+            reason = "its layers do not compute by the attention that they are given"
     return outcome, reason
 
 

@@ -1,5 +1,7 @@
 """The nodes of a tree, held against the rollouts' own tokens, one at a time."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def followers(paths: list[list[int]]) -> dict[int, set[int]]:
     """What follows each position in any rollout."""
     after: dict[int, set[int]] = {position: set() for path in paths for position in path}
     for path in paths:
-        for one, following in zip(path, path[1:], strict=False):
+        for one, following in pairwise(path):
             after[one].add(following)
     return after
 
@@ -67,17 +69,17 @@ def test_batches_hold_every_node_once_after_its_parent_and_waste_little(lists, u
     seen: list[int] = []
     above: list[int] = []
     for number, batches in enumerate(levels):
-        kept = []
+        parents = []
         for batch in batches:
             assert (nodes.level[batch.nodes] == number).all()
             units = -(-nodes.length[batch.nodes] // unit)
             assert units.min() >= units.max() * (1 - waste)
             if number:
                 assert [above[row] for row in batch.parents] == nodes.parent[batch.nodes].tolist()
-            kept += batch.nodes[batch.parent_nodes].tolist()
+            parents += batch.nodes[batch.parent_nodes].tolist()
             seen += batch.nodes.tolist()
         assert len(batches) == 1 or waste < 1
-        above = kept
+        above = parents
     assert sorted(seen) == list(range(len(nodes.start)))
     assert not above  # no state of the last level is kept
 

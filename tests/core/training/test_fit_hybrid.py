@@ -146,12 +146,14 @@ def test_values_in_the_forest_are_those_of_rows_and_of_transformers_alone(traine
     assert np.abs(forest - alone).max() <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["layer", "selective"])
 def test_activations_are_computed_again_and_the_run_is_the_same(kind, trained, folder, tmp_path):
     run(settings_for(folder, tmp_path, activation_checkpointing=kind))
     assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["last-1", "last-2"])
 def test_kept_states_give_the_same_run(train, folder, tmp_path, monkeypatch):
     """last-2 begins within the recurrent layers."""
@@ -162,6 +164,7 @@ def test_kept_states_give_the_same_run(train, folder, tmp_path, monkeypatch):
     assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "again"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_are_folded_into_what_transformers_loads(folder, tmp_path):
     pytest.importorskip("peft")
     run(settings_for(folder, tmp_path / "run", train="lora", lora_rank=4))
@@ -171,6 +174,7 @@ def test_adapters_are_folded_into_what_transformers_loads(folder, tmp_path):
     assert np.abs(forest - alone).max() <= 1e-5 * np.abs(alone).max()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_loss_curve_of_one(trained, folder, tmp_path):
     ended = on_ranks(2, ranks.fit_run, settings_for(folder, tmp_path))
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
