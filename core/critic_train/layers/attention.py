@@ -29,7 +29,7 @@ from critic_train.layers.attention_kernel import (
     queries_at,
 )
 from critic_train.layers.prefix_tree import TreeLayout
-from critic_train.layers.recurrence import TreeStates
+from critic_train.layers.tree_states import TreeStates
 from critic_train.settings import Attention, Precision
 
 TREE_ATTENTION = "critic_train_forest"

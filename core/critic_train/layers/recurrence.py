@@ -12,28 +12,15 @@ Shapes: S positions of the layout.
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from critic_train.layers.prefix_tree import TreeLayout
-from critic_train.layers.tree_nodes import NodeBatch, node_batches, padded_positions, tree_nodes, with_context
-from critic_train.rollouts import offsets_from_lengths, repeat_by_length
-
-CHUNK = 32
-"""Positions that a recurrence in torch takes at once. Among 8 to 256 it is the fastest, or nearly, on a CPU."""
-
-LONGEST_NODE = 256
-"""Longer nodes are cut into parts where the recurrence is transformers' own: see `tree_nodes`."""
-
-WASTE = 0.25
-"""The share by which a node may be shorter than the longest one of its call."""
+from critic_train.layers.tree_states import CHUNK, NodeCalls, TreeStates, rearranged, taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,98 +87,6 @@ FUSED = ("mamba2_split_conv1d_scan_combined",)
 """Shortcuts through a full layer, taken in training where mamba-ssm is installed. They return None where it is not."""
 
 
-class TreeStates:
-    """What recurrent layers are given of a layout. Everything is made when a layer first asks for it.
-
-    Args:
-        layout: the layout.
-        device: where the trunk is.
-    """
-
-    def __init__(self, layout: TreeLayout, device: torch.device) -> None:
-        self._layout = layout
-        self._device = device
-        self._contexts: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def with_context(self, context: int) -> tuple[Tensor, Tensor]:
-        """See `tree_nodes.with_context`."""
-        if context not in self._contexts:
-            sequence, index = with_context(self._layout, context)
-            self._contexts[context] = self._on_device(sequence), self._on_device(index)
-        return self._contexts[context]
-
-    @cached_property
-    def padded(self) -> "NodeCalls":
-        """Calls with padded rows: several a level, by length; long nodes are cut."""
-        nodes = tree_nodes(self._layout, LONGEST_NODE)
-        levels = node_batches(nodes, CHUNK, WASTE)
-        positions = [padded_positions(nodes, batch.nodes) for level in levels for batch in level]
-        shapes = iter(tuple(array.shape) for array in positions)
-        calls = [[self._call(batch, next(shapes), None) for batch in level] for level in levels]
-        return self._calls(np.concatenate([array.reshape(-1) for array in positions]), calls)
-
-    @cached_property
-    def packed(self) -> "NodeCalls":
-        """Calls with nodes laid end to end: one a level."""
-        nodes = tree_nodes(self._layout)
-        levels = node_batches(nodes, 1, waste=1.0)
-        positions, calls = [], []
-        for (batch,) in levels:
-            lengths = nodes.length[batch.nodes]
-            bounds = offsets_from_lengths(lengths)
-            positions.append(repeat_by_length(nodes.start[batch.nodes], lengths))
-            calls.append([self._call(batch, (1, int(bounds[-1])), bounds)])
-        return self._calls(np.concatenate(positions), calls)
-
-    def _call(self, batch: NodeBatch, shape: tuple[int, ...], bounds: NDArray[np.int64] | None) -> "NodeCall":
-        return NodeCall(
-            shape=shape,
-            bounds=None if bounds is None else self._on_device(bounds),
-            parents=None if batch.parents is None else self._on_device(batch.parents),
-            parent_nodes=self._on_device(batch.parent_nodes),
-        )
-
-    def _calls(self, positions: NDArray[np.int64], calls: list[list["NodeCall"]]) -> "NodeCalls":
-        index = np.empty(len(self._layout) + 1, dtype=np.int64)
-        index[positions] = np.arange(len(positions))
-        return NodeCalls(positions=self._on_device(positions), index=self._on_device(index[:-1]), levels=calls)
-
-    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeCall:
-    """One call of a recurrence.
-
-    Attributes:
-        shape: (rows, positions) of its sequences.
-        bounds: int64 [nodes + 1], where nodes laid end to end begin and end; None where each has a row.
-        parents: int64 [nodes], which of the states kept from the level above each starts from; None: from 0.
-        parent_nodes: int64 [k], the nodes whose final states are kept, for others start from them.
-    """
-
-    shape: tuple[int, ...]
-    bounds: Tensor | None
-    parents: Tensor | None
-    parent_nodes: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeCalls:
-    """The calls of a recurrence, level by level.
-
-    Attributes:
-        positions: int64 [P], the positions that the calls take, call after call; S where a row is padded.
-        index: int64 [S], where each position stands among them.
-        levels: the calls.
-    """
-
-    positions: Tensor
-    index: Tensor
-    levels: list[list[NodeCall]]
-
-
 def recur(
     recurrence: Recurrence, function: Callable[..., Any], states: TreeStates, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None] | Tensor:
@@ -232,13 +127,13 @@ def recur(
             outputs.append(output.flatten(0, 1))
             final_states.append(final.index_select(0, call.parent_nodes))
         above = torch.cat(final_states)
-    together = torch.cat(outputs).index_select(0, calls.index)[None]
+    together = rearranged(torch.cat(outputs), calls.index, calls.positions)[None]
     return (together, None) if asked or recurrence.always_a_pair else together
 
 
 def _gather(sequence: Tensor, calls: NodeCalls) -> Iterator[Tensor]:
     """[1, S, ...] -> what each call takes, [rows, positions, ...]; 0 where a row is padded."""
-    rows = torch.cat([sequence[0], sequence.new_zeros(1, *sequence.shape[2:])]).index_select(0, calls.positions)
+    rows = rearranged(sequence[0], calls.positions, calls.index)
     shapes = [call.shape for level in calls.levels for call in level]
     parts = rows.split([count * width for count, width in shapes])
     return (part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True))
@@ -266,11 +161,12 @@ def convolve(function: Callable[..., Any], states: TreeStates, inputs: Tensor, *
         [1, channels, S].
     """
     filters: Tensor = args[0] if args else kwargs["weight"]
-    sequence, index = states.with_context(filters.shape[-1] - 1)
+    sequence = states.with_context(filters.shape[-1] - 1)
     rows = inputs[0].transpose(0, 1)  # [S, channels]: what is gathered is contiguous, for it was projected so
-    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, sequence)
+    rows = rearranged(torch.cat([rows, taken(rows, sequence.context)]), sequence.order, sequence.order_inverse)
     outputs: Tensor = function(rows.transpose(0, 1)[None], *args, **kwargs)
-    return outputs[0].transpose(0, 1).index_select(0, index).transpose(0, 1)[None]
+    outputs = rearranged(outputs[0].transpose(0, 1), sequence.index, sequence.index_inverse)
+    return outputs.transpose(0, 1)[None]
 
 
 def lightning_attention(

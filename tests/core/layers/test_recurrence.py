@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from support import VOCABULARY, rollouts_of, small_config
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from critic_train.layers import recurrence
+from critic_train.layers import recurrence, tree_states
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
-from critic_train.layers.recurrence import RECURRENCES, TreeStates, recur, share_states
+from critic_train.layers.recurrence import RECURRENCES, recur, share_states
+from critic_train.layers.tree_nodes import tree_nodes
+from critic_train.layers.tree_states import TreeStates
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic
 from critic_train.model.model_input import ModelInput, tree_input
@@ -171,7 +173,8 @@ def test_states_and_gradients_on_a_tree_are_those_of_the_rollouts_alone(family):
 @pytest.mark.parametrize("family", ["Qwen3_5Text", "Mamba2"])
 def test_long_nodes_are_cut_and_ragged_ones_are_batched(family, monkeypatch):
     monkeypatch.setattr(recurrence, "CHUNK", 4)
-    monkeypatch.setattr(recurrence, "LONGEST_NODE", 8)
+    monkeypatch.setattr(tree_states, "CHUNK", 4)
+    monkeypatch.setattr(tree_states, "LONGEST_NODE", 8)
     compare(family)
 
 
@@ -219,7 +222,7 @@ def test_a_function_that_takes_bounds_is_called_once_a_level():
         assert state is None
         gradient = torch.autograd.grad(output.sum(), [query, key, value])
         results.append([output, *gradient])
-    nodes = recurrence.tree_nodes(layout)
+    nodes = tree_nodes(layout)
     assert calls == np.bincount(nodes.level).tolist()
     for packed, padded in zip(*results, strict=True):
         assert float((packed - padded).detach().abs().max()) <= 1e-5 * float(padded.detach().abs().max())
