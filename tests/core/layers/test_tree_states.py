@@ -1,4 +1,4 @@
-"""The indices of the calls that recurrent layers make: every position once, and states in the order they are passed on."""
+"""The indices of the calls that recurrent layers make: every position once, states in the order of the levels."""
 
 import numpy as np
 import pytest
