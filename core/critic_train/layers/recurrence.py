@@ -249,6 +249,9 @@ def _on_tree(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_graphs(name: str, function: Callable[..., Any], states: TreeStates, *args: Any, **kwargs: Any) -> Any:
+    given = args[0].shape[2 if name == CONVOLUTION else 1]
+    if given != len(states):  # on CUDA, indices beyond the end would end the process
+        raise ValueError(f"a recurrent layer is given {given:,} of {len(states):,} positions")
     if name == CONVOLUTION:
         return convolve(function, states, *args, **kwargs)
     return recur(RECURRENCES[name], function, states, *args, **kwargs)

@@ -39,6 +39,9 @@ class TreeStates:
         self._device = device
         self._contexts: dict[int, ContextSequence] = {}
 
+    def __len__(self) -> int:
+        return len(self._layout)
+
     def with_context(self, context: int) -> "ContextSequence":
         """The sequence of `tree_nodes.with_context`."""
         if context not in self._contexts:

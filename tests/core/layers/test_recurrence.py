@@ -240,3 +240,14 @@ def test_without_a_plan_a_layer_does_what_it_did():
         assert torch.equal(critic.trunk(input_ids=ids, use_cache=False).last_hidden_state, shared)
     finally:
         modeling_qwen3_5.torch_chunk_gated_delta_rule = ours
+
+
+def test_a_layer_that_is_given_some_positions_only_is_refused():
+    """On CUDA the index would end the process; the self-check takes the error for what it is."""
+    critic = critic_of("Qwen3_5Text")
+    rollouts = awkward_rollouts()
+    arguments = tree_input(rollouts, prefix_order(rollouts), torch.device("cpu")).trunk_arguments
+    size = arguments["input_ids"].shape[1]
+    states = torch.randn(1, size - 1, critic.trunk.config.hidden_size)
+    with pytest.raises(ValueError, match=f"given {size - 1} of {size} positions"):
+        critic.trunk.layers[0].linear_attn(states, tree_plan=arguments["tree_plan"])
