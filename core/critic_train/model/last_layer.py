@@ -61,7 +61,8 @@ def _forward(layer: nn.Module, full_forward: Any, *args: Any, **kwargs: Any) -> 
         # In this run the products for queries are computed at the needed positions only.
         with _replaced(layer, FOR_QUERIES, lambda own, states: _computed_aside(own, states, narrow, queries)):
             plan.keys_and_values = _keys_and_values(full_forward, plan, args, kwargs)
-        if plan.keys_and_values is None:  # it does not call attention
+        if plan.keys_and_values is None:  # it does not call attention: it is computed whole, and from now on once
+            vars(layer).pop("forward", None)
             return full_forward(*args, **kwargs)
         try:
             with (

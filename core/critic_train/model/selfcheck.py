@@ -200,7 +200,7 @@ def _try_forest(critic: Critic, trial: Trial) -> tuple[Outcome | None, str]:
     if outcome is not None and outcome.agrees:
         if skip_unread_positions(critic.trunk):
             narrowed, _ = _tried(critic, trial.forest)
-            if narrowed is not None and narrowed.agrees and narrowed.narrowed:
+            if narrowed is not None and narrowed.agrees:
                 return narrowed, ""
             restore_last_layer(critic.trunk)
         outcome, reason = _tried(critic, trial.forest)

@@ -144,8 +144,11 @@ def find_return_scale(
 
 def resumed_settings(settings: FitSettings, run: RunDirectory) -> FitSettings:
     """Settings of a command that resumes a run, in which what chooses itself is what the run chose or was given."""
-    given = as_dict(settings)
-    before = chosen_settings(run.read_json("run.json") or {})
+    given, record = as_dict(settings), run.read_json("run.json") or {}
+    before = chosen_settings(record)
+    # An earlier version may have given padded rows to what gets prefix trees now; the results differ by rounding.
+    if record.get("resolved", {}).get("packing") == "rows":
+        before["packing"] = "rows"
     return settings.replace(**{name: value for name, value in before.items() if given[name] in (None, "auto")})
 
 

@@ -111,7 +111,8 @@ def test_a_run_that_began_with_padded_rows_goes_on_with_them(folder, tmp_path, m
         earlier.setattr(build, "select_packing", rows_only)
         run(settings_for(folder, tmp_path / "whole"))
         run(settings_for(folder, tmp_path / "parts"), StopAfter(looks=20))
-    assert "goes on with padded rows" in notices(run(settings_for(folder, tmp_path / "parts")))
+    run(settings_for(folder, tmp_path / "parts"))
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["resolved"]["packing"] == "rows"
     assert end_of(tmp_path / "parts") == end_of(tmp_path / "whole")
 
 
