@@ -181,11 +181,11 @@ def _load_critics(
             yield Notice(message=sentence, level="warning")
     if settings.max_tokens is None and compute.device.type == "cuda":
         # Of several critics the largest decides: they take turns with the same batches.
-        budgets = []
         for each in loaded.values():
-            choose_tokens(each.critic, compute, forest=each.forest, largest=sample)
-            budgets.append(compute.max_tokens)
-        compute.start_at(min(budgets))
+            choose_tokens(each.critic, each.compute, forest=each.forest, largest=checked.sample)
+        budget = min(each.compute.max_tokens for each in loaded.values())
+        for each in loaded.values():
+            each.compute.start_at(budget)
     return loaded
 
 

@@ -18,6 +18,7 @@ from critic_train.layers.attention_kernel import AttentionCall
 from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.layers.recurrence import unshared_states
+from critic_train.model.automatic import MOST_TOKENS
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, full_precision_params, reset_after_error
@@ -81,7 +82,9 @@ def select_packing(
         MachineError: see `choose_attention`; or there is not memory enough for a single rollout.
     """
     messages: list[str] = []
-    positions = compute.max_tokens if tokens is None else min(compute.max_tokens, tokens)
+    chosen_later = settings.max_tokens is None and compute.device.type == "cuda"
+    positions = MOST_TOKENS if chosen_later else compute.max_tokens
+    positions = positions if tokens is None else min(positions, tokens)
     if compute.checked_rollouts is not None:  # memory ran out on several ranks, in a start before this one
         rollouts, positions = _shortest(rollouts, compute.checked_rollouts), 0
     while True:
@@ -92,7 +95,7 @@ def select_packing(
             return choice
         longest = int(rollouts.lengths.max())
         if positions > longest and compute.ranks.size == 1 and can_reset_after_error(critic.trunk):
-            positions = 0  # a micro-batch as large as allowed was too large; the pass that needs it will say so
+            positions //= 2  # where a micro-batch of this size does not fit, smaller ones are computed
             reset_after_error((critic.trunk, critic.head))
             release_memory(compute.device)
             continue

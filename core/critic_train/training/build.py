@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,6 @@ def prepare_critic(
     kind: OptimizerKind,
     sample: Rollouts,
     largest: Rollouts,
-    *,
     tokens: int | None = None,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
