@@ -126,7 +126,7 @@ def test_a_micro_batch_is_told_from_the_others() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] + 9] = 3e38
-    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3)
     assert suspects.index[0] == 7
     assert suspects.finite.tolist() == [False] + [True] * (len(suspects.index) - 1)
     assert 1 <= len(suspects.index) <= 3
@@ -138,7 +138,7 @@ def test_a_sum_that_is_not_finite_is_told_from_its_parts() -> None:
     critic = build_critic(small_config("Llama"), seed=0)
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(4)], [5] * 4)
-    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3)
     assert suspects.reason == "each of its micro-batches is finite alone, only their sum is not"
     assert suspects.index.tolist() == [0, 1, 2, 3]
     assert suspects.finite.all()
@@ -150,8 +150,8 @@ def test_a_rollout_alone_weighs_what_it_does_in_its_mini_batch() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] : rollouts.offsets[8]] = 5e18
-    assert find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True).finite.all()
-    alone = find_diverged_rollouts(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True)
+    assert find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3).finite.all()
+    alone = find_diverged_rollouts(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True, steps_taken=3)
     assert alone.finite.tolist() == [False]
 
 
@@ -160,8 +160,10 @@ def test_ruined_weights_are_no_rollouts_fault() -> None:
     with torch.no_grad():
         critic.head.bias.fill_(math.nan)
     rollouts = rollouts_of([np.arange(1, 21, dtype=np.int32)], [5])
-    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3)
     assert suspects.reason == "the weights themselves are no longer finite: an earlier step ruined them"
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=0)
+    assert suspects.reason == "the weights themselves are not finite, before any step was taken"
     assert not suspects.finite.any()
 
 

@@ -292,7 +292,7 @@ def test_a_best_that_leads_nowhere_is_no_crash(shards, tmp_path):
 @pytest.mark.parametrize("rate", [1e6, 1e38])
 def test_divergence_ends_a_run_and_leaves_its_last_checkpoint(rate, shards, tmp_path):
     settings = settings_for(shards, tmp_path, lr=rate, head_lr=rate, eval_every=1, grad_clip=0, epochs=20)
-    with pytest.raises(DivergedError, match="training diverged"):
+    with pytest.raises(DivergedError, match=r"training (diverged|cannot begin)"):
         run(settings)
     with pytest.raises(DivergedError):
         run(settings)
