@@ -56,13 +56,13 @@ def add_command(app: typer.Typer, command: Command, every: tuple[Command, ...]) 
         output.as_json |= given["json"]
         output.quiet |= given["quiet"]
         output.debug |= given["debug"]
+        variables = [option.variable for other in every for option in options_of(other.settings)]
+        for message in misspelt_variables(os.environ, variables):
+            output.notice(message, "warning")
         chosen = chosen_settings(command, options, given, every)
         if given["print_config"]:
             print_config(command, options, chosen, output)
             return 0
-        variables = [option.variable for other in every for option in options_of(other.settings)]
-        for message in misspelt_variables(os.environ, variables):
-            output.notice(message, "warning")
         settings = command.settings(**{name: value.value for name, value in chosen.items()})
         return command.work(settings, output)
 

@@ -179,7 +179,7 @@ def did_you_mean(text: str, candidates: list[str] | tuple[str, ...]) -> str:
 
 
 def misspelt_variables(environment: Mapping[str, str], variables: list[str]) -> list[str]:
-    """Warnings about CRITIC_TRAIN_ variables that are no setting but look like one.
+    """Warnings about CRITIC_TRAIN_ variables that are no setting, with the one that was probably meant.
 
     Args:
         environment: the environment variables.
@@ -188,9 +188,10 @@ def misspelt_variables(environment: Mapping[str, str], variables: list[str]) -> 
     # Compared without the prefix, which would make any two similar.
     bare = [name.removeprefix(VARIABLE_PREFIX) for name in (*variables, *OTHER_VARIABLES)]
     given = [name.removeprefix(VARIABLE_PREFIX) for name in sorted(environment) if name.startswith(VARIABLE_PREFIX)]
-    meant = {name: get_close_matches(name, bare, n=1, cutoff=0.8) for name in given if name not in bare}
-    return [
-        f"{VARIABLE_PREFIX}{name} in the environment is no setting; did you mean {VARIABLE_PREFIX}{close[0]}?"
-        for name, close in meant.items()
-        if close
-    ]
+    warnings = []
+    for name in given:
+        if name not in bare:
+            close = get_close_matches(name, bare, n=1)
+            meant = f"; did you mean {VARIABLE_PREFIX}{close[0]}?" if close else ", and changes nothing"
+            warnings.append(f"{VARIABLE_PREFIX}{name} in the environment is no setting{meant}")
+    return warnings

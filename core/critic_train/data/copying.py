@@ -21,7 +21,7 @@ from critic_train.errors import ConfigError, MachineError
 from critic_train.jsonio import read_json_object_or_none
 from critic_train.run.changes import refuse_changes
 from critic_train.run.lock import Lock
-from critic_train.run.storage import make_directory, remove_tree, rename_durably, write_file
+from critic_train.run.storage import first_data_file, make_directory, remove_tree, rename_durably, write_file
 from critic_train.stopping import StopRequest
 
 
@@ -41,6 +41,7 @@ class OutputDirectory:
         work: directory of files that are needed until the output is complete.
 
     Raises:
+        ConfigError: it holds other data.
         MachineError: it cannot be written, or another process writes the same part.
     """
 
@@ -54,6 +55,12 @@ class OutputDirectory:
         self._lock = Lock(self.work / f"{self._name}.lock", "--to")
 
     def __enter__(self) -> "OutputDirectory":
+        strange = None if self._record.exists() else first_data_file(self.path)
+        if strange is not None:
+            raise ConfigError(
+                f"--to {self.path} holds other data: {strange.relative_to(self.path)}",
+                hint="give a folder of its own with --to: a later command that reads it would read both",
+            )
         try:
             make_directory(self.work, exist_ok=True)
             self._lock.__enter__()
@@ -79,14 +86,11 @@ class OutputDirectory:
             Notices about differences that are allowed.
 
         Raises:
-            ConfigError: it was begun differently, or files of another origin are there.
+            ConfigError: it was begun differently.
         """
         before = read_json_object_or_none(self._record)
         if before is not None:
             return refuse_changes(before, record, self.path, "--to")
-        strange = [target for target in self._targets.values() if target.exists()]
-        if strange:
-            raise ConfigError(f"{strange[0]} exists already", hint="give a folder of its own with --to")
         # Under a name of its own first: other parts may begin at the same moment, with the same record.
         temporary = self.work / f"{self._name}.json"
         write_file(temporary, json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")

@@ -175,11 +175,15 @@ class RolloutReader:
         self._check_left_out(any(plan.shard.name not in self.bad_files for plan in plans), good)
 
     def _checked(self, piece: Piece, plan: "_Plan") -> CheckedBatch:
+        columns, rewards = plan.columns, self._needs.rewards
+        made_of_rewards = self._needs.returns == "where there" and columns.returns is None
+        if made_of_rewards and rewards == "where there" and (columns.rewards or columns.reward):
+            rewards = "yes"  # a bad one is then as bad as a bad return
         checked = check_batch(
             piece.rows,
-            plan.columns,
+            columns,
             self._limits,
-            self._needs.rewards,
+            rewards,
             drop_truncated=self._drop_truncated,
             errors=_oversized_rows(piece),
         )

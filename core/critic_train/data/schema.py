@@ -1,13 +1,13 @@
 """Which column of a shard is which: canonical names, their aliases, and the types they must have."""
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal, NoReturn
 
 import pyarrow as pa
 
-from critic_train.data.shards import Shard
+from critic_train.data.shards import Shard, convert_command
 from critic_train.errors import DataError
 
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -50,7 +50,7 @@ MEANING = {
     "input_ids": "the token ids; or prompts and responses, the token ids of each",
     "response_mask": "1 on the tokens the policy chose",
     "returns": "the regression target of every response token",
-    "values": "the values stored at rollout time; --old-values none trains without them",
+    "values": "the values stored at rollout time",
     "rewards": "what each response token earned; or reward, one number a rollout",
     "truncated": "whether each rollout was cut before it ended by itself",
 }
@@ -71,6 +71,8 @@ class Needs:
     values: bool = True
     rewards: Need = "no"
     truncated: bool | Literal["where there"] = False
+    advice: Mapping[str, str] = field(default_factory=dict)
+    """Canonical name -> what the command can do where it is needed and missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +172,7 @@ def resolve_schema(
     }
     missing = [name for name, column in there.items() if not column]
     if missing:
-        finder.fail_for_missing(missing)
+        finder.fail_for_missing(missing, needs.advice)
     for label in labels:
         finder.check_label(label)
     return Columns(
@@ -263,15 +265,17 @@ class _SchemaResolver:
                 hint="--by takes a column with one value a rollout",
             )
 
-    def fail_for_missing(self, missing: list[str]) -> NoReturn:
+    def fail_for_missing(self, missing: list[str], advice: Mapping[str, str]) -> NoReturn:
         """Raise DataError that lists the missing columns and those the shard has."""
         lacking = "\n".join(f"  {name}: {MEANING[name]}" for name in missing)
         there = "\n".join(f"  {field.name}: {field.type}" for field in self.schema)
+        hints = []
+        if "input_ids" in missing and any(_holds_text(kind) for kind in self.schema.types):
+            hints.append(f"{convert_command([self.shard.name])} makes token ids of texts")
         close = difflib.get_close_matches(missing[0], self.schema.names, n=1)
-        raise DataError(
-            f"{self.shard.name} lacks\n{lacking}\nIt has\n{there or '  no columns'}",
-            hint=f"--column {missing[0]}={close[0] if close else 'NAME'} reads it under another name",
-        )
+        hints.append(f"--column {missing[0]}={close[0] if close else 'NAME'} reads it under another name")
+        hints += [advice[name] for name in missing if name in advice]
+        raise DataError(f"{self.shard.name} lacks\n{lacking}\nIt has\n{there or '  no columns'}", hint="; ".join(hints))
 
     def _checked(self, name: str, column: str) -> str:
         self._check_single(column)
@@ -322,6 +326,16 @@ def _is_number(kind: pa.DataType) -> bool:
 def _is_nested(kind: pa.DataType) -> bool:
     """Lists, structs, maps, unions: several values a row."""
     return bool(pa.types.is_nested(kind)) or list_item_type(kind) is not None
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Text, or a list or struct with text in it."""
+    item = list_item_type(kind)
+    if item is not None:
+        return _holds_text(item)
+    if pa.types.is_struct(kind):
+        return any(_holds_text(field.type) for field in kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -4,6 +4,8 @@ import glob
 import hashlib
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,11 @@ from critic_train.data.stores import is_remote, open_file, remote_files
 from critic_train.errors import DataError, first_line
 
 SUFFIXES = (".parquet", ".parq")
+DUMPS = re.compile(r"(?i).*\.(jsonl|ndjson|json|csv|tsv|pt|pth|pkl|pickle|arrow)(\.(gz|zst|zstd|bz2|xz))?")
+"""Names of files that `critic-train convert` reads."""
+CONVERTED = "shards/"
+BESIDE_MODELS = "config.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[\w-]")
 SHOWN = 20
 SAMPLES = 256
 SAMPLE_BYTES = 64 * 2**10
@@ -58,9 +65,15 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
             source and file is listed at once.
     """
     errors: list[str] = []
+    dumps: list[str] = []
     names_by_path: dict[str, str] = {}
     for source in sources:
-        names = list(_remote_names(source, errors) if is_remote(source) else _names(os.path.expanduser(source), errors))
+        local = "" if is_remote(source) else os.path.expanduser(source)
+        names = list(_names(local, errors) if local else _remote_names(source, errors))
+        if _is_dump(local, names):
+            dumps.append(source)
+            errors.append(f"{source}: no Parquet, but files that critic-train convert reads")
+            continue
         for name in names:
             names_by_path.setdefault(name if is_remote(name) else os.path.realpath(name), name)
     shards: list[Shard] = []
@@ -75,16 +88,37 @@ def find_shards(sources: list[str], bad_files: BadFiles | None = None) -> list[S
                 bad_files.add(bad)
     if errors:
         shown = errors[:SHOWN] + ([f"and {len(errors) - SHOWN:,} more"] if len(errors) > SHOWN else [])
-        raise DataError(
-            "some of the data cannot be read:\n" + "\n".join(f"  {line}" for line in shown),
-            hint="--data takes folders, Parquet files and globs; repair, replace or remove what is listed",
-        )
+        hint = "--data takes folders, Parquet files and globs; repair, replace or remove what is listed"
+        if dumps:
+            hint = f"{convert_command(dumps)} makes shards of them; read {CONVERTED} then"
+        raise DataError("some of the data cannot be read:\n" + "\n".join(f"  {line}" for line in shown), hint=hint)
     if bad_files and not any(shard.num_rows for shard in shards):
         raise bad_files.error(all_of_them=True)
     if not any(shard.num_rows for shard in shards):
         listed = ", ".join(shard.name for shard in shards[:SHOWN])
         raise DataError(f"there is not one row in {listed}", hint="point --data at files that hold rollouts")
     return shards
+
+
+def convert_command(sources: list[str]) -> str:
+    """The command that makes shards of some files, as it can be typed; patterns stay patterns."""
+    named = " ".join(source if glob.has_magic(source) else shlex.quote(source) for source in sources[:SHOWN])
+    return f"critic-train convert {named} --to {CONVERTED}"
+
+
+def _is_dump(source: str, names: list[str]) -> bool:
+    """Whether a source on this machine has no Parquet, but files that `critic-train convert` reads.
+
+    Args:
+        source: a path or a glob; empty for an address.
+        names: the files that were found behind it.
+    """
+    if any(name.endswith(SUFFIXES) for name in names):
+        return False
+    if os.path.isdir(source):
+        inside = [name for _, _, files in os.walk(source, followlinks=True) for name in files]
+        return BESIDE_MODELS not in inside and any(map(DUMPS.fullmatch, inside))
+    return any(DUMPS.fullmatch(name) for name in names)
 
 
 def fingerprint(shards: list[Shard]) -> dict[str, Any]:
@@ -117,7 +151,7 @@ def _names(source: str, errors: list[str]) -> Iterator[str]:
     """Files behind one source; errors of the source itself are appended to `errors`."""
     if os.path.isdir(source):
         names = list(_walk(source))
-        if not names:
+        if not names and not _is_dump(source, []):
             errors.append(f"{source}: the folder holds no .parquet file")
         yield from names
     elif os.path.isfile(source):
@@ -127,7 +161,17 @@ def _names(source: str, errors: list[str]) -> Iterator[str]:
     elif glob.has_magic(source):
         yield from _matches(source, errors)
     else:
-        errors.append(f"{source}: there is no such file or folder")
+        errors.append(f"{source}: there is no such file or folder{_hub_advice(source)}")
+
+
+def _hub_advice(source: str) -> str:
+    """How to get a data set of the Hugging Face hub, where a missing path may be the id of one; else empty."""
+    if not HUB_ID.fullmatch(source) or source.endswith(SUFFIXES) or os.path.exists(source.partition("/")[0]):
+        return ""
+    return (
+        f"; if it is a data set of the Hugging Face hub: hf://datasets/{source} reads its Parquet files, and "
+        f"hf download {source} --repo-type dataset --local-dir {source} gets a folder"
+    )
 
 
 def _remote_names(source: str, errors: list[str]) -> Iterator[str]:

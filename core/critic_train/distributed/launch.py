@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 import critic_train
+from critic_train.distributed.ranks import on_cuda
 from critic_train.errors import MachineError
 from critic_train.settings import Settings, as_dict
 
@@ -121,10 +122,28 @@ class Workers:
             stderr.close()
 
 
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_per_rank(size: int) -> int:
     """Threads for each of `size` ranks on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // size)
+    return max(1, cores_here() // size)
+
+
+def refuse_more_ranks(size: int, device: str) -> None:
+    """Refuse more ranks than this machine has GPUs, or on CPUs cores, before one is started.
+
+    Raises:
+        MachineError: there are fewer.
+    """
+    there, what = (torch.cuda.device_count(), "CUDA devices") if on_cuda(device) else (cores_here(), "cores")
+    if size > there:
+        raise MachineError(
+            f"--nproc {size}: this machine has {there} {what}",
+            hint=f"--nproc {there} uses all of them" if there > 1 else "leave --nproc out",
+        )
 
 
 def open_store(rank: int, size: int, workers: Workers | None, timeout: timedelta) -> Store:

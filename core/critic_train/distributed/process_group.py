@@ -31,13 +31,15 @@ class ProcessGroup:
         info: which rank this process is, where the environment says so; otherwise this is rank 0 and starts `workers`.
         workers: the ranks that rank 0 starts; none where the environment names the ranks.
         device: the device setting, for the choice of the backend.
+        stop: checked while `workers` come up.
 
     Raises:
         MachineError: a rank does not come within TIMEOUT.
+        Stopped: asked to stop before all workers were there.
     """
 
-    def __init__(self, info: RankInfo | None, workers: Workers, device: str) -> None:
-        self._workers = workers
+    def __init__(self, info: RankInfo | None, workers: Workers, device: str, stop: StopRequest | None = None) -> None:
+        self._workers, self._stop = workers, stop or StopRequest()
         self._starts_workers = info is None
         self.sharded = True
         info = info or RankInfo(rank=0, size=workers.size, local_rank=0)
@@ -131,7 +133,7 @@ class ProcessGroup:
         """Wait until all ranks are here, and make their process group."""
         self._store.write(f"here/{self.rank}", True)
         self._store.wait_for(
-            lambda rank: self._store.read(f"here/{rank}") is not None,
+            self._is_here,
             hint="start the same command on every machine, and let them reach MASTER_ADDR",
         )
         # NCCL's watchdog may end a group that another rank has left, but not this process, as torchrun asks it to.
@@ -144,6 +146,11 @@ class ProcessGroup:
             world_size=self.size,
             timeout=TIMEOUT,
         )
+
+    def _is_here(self, rank: int) -> bool:
+        if self._starts_workers:  # elsewhere every rank gets the signal, and must not leave the others waiting
+            self._stop.check()
+        return self._store.read(f"here/{rank}") is not None
 
     def _abort(self) -> None:
         """Have NCCL's collectives that wait in the process group fail; gloo has nothing of the kind."""

@@ -44,6 +44,11 @@ BOUNDS = ("low", "high")
 DATA_DEPENDENT = ("by", "monte_carlo", "rows_left_out", "files_left_out")
 """Keys below which the names depend on the rollouts."""
 
+ADVICE = {
+    "returns": "--returns mc makes Monte-Carlo returns of a column `reward` or `rewards`",
+    "values": "--returns mc needs none",
+}
+"""What to do where the shards lack a column."""
 STORED = "stored"
 """The name under which the shards' own values are judged."""
 
@@ -67,12 +72,15 @@ def evaluate(settings: EvalSettings, stop: StopRequest | None = None) -> Iterato
         CriticTrainError: a fault that the user can mend.
     """
     stop = stop or StopRequest()
-    with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device) as ranks:
-        stop = ranks.agreed_stop(stop)
-        try:
-            yield from _evaluate(settings, resolve_compute(settings.compute, ranks), stop)
-        except Stopped:
-            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+    try:
+        with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, stop=stop) as ranks:
+            stop = ranks.agreed_stop(stop)
+            try:
+                yield from _evaluate(settings, resolve_compute(settings.compute, ranks), stop)
+            except Stopped:
+                yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+    except Stopped:  # while ranks were started
+        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
 
 
 def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
@@ -147,6 +155,7 @@ def _reader(
             values=recipe.uses_values,
             rewards="yes" if recipe.from_rewards else "where there",
             truncated=recipe.reads_truncated,
+            advice=ADVICE,
         ),
         drop_truncated=settings.returns.truncated == "drop",
         stop=stop,

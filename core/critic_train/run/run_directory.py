@@ -5,12 +5,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from critic_train.errors import MachineError
+from critic_train.errors import ConfigError, MachineError
 from critic_train.jsonio import read_json_object_or_none
 from critic_train.run.checkpoint import checkpoint_name, hidden
 from critic_train.run.lock import Lock
 from critic_train.run.storage import (
     File,
+    first_data_file,
     link,
     make_directory,
     remove,
@@ -35,6 +36,7 @@ class RunDirectory:
         warnings: what could not be removed, as text; the reader clears the list.
 
     Raises:
+        ConfigError: it holds data or weights, and no run.
         MachineError: it cannot be written, or another process holds it.
     """
 
@@ -48,6 +50,13 @@ class RunDirectory:
         self.warnings: list[str] = []
 
     def __enter__(self) -> "RunDirectory":
+        begun = [name for name in ("run.json", "metrics.jsonl", "checkpoints", "cache") if (self.path / name).exists()]
+        strange = None if begun else first_data_file(self.path)
+        if strange is not None:
+            raise ConfigError(
+                f"--out {self.path} holds other data: {strange.relative_to(self.path)}",
+                hint=f"give the run a folder of its own, as in --out {self.path / 'run'}",
+            )
         try:
             make_directory(self.checkpoints, exist_ok=True)
             self._lock.__enter__()

@@ -346,3 +346,22 @@ def require_room(path: Path, needed: int, what: str, *, hint: str) -> None:
             f"not enough room at {path} for {what}: {format_bytes(needed)} needed, {format_bytes(free)} free",
             hint=hint,
         )
+
+
+DATA_SUFFIXES = frozenset({
+    ".parquet", ".parq", ".arrow", ".jsonl", ".ndjson", ".csv", ".tsv", ".pt", ".pth", ".pkl", ".pickle", ".npz",
+    ".npy", ".safetensors", ".bin", ".gguf",
+})  # fmt: skip
+
+
+def first_data_file(folder: Path) -> Path | None:
+    """A file of data or weights in a folder or below it, None where there is none; logs and notes are neither.
+
+    Names that begin with "." or "_" are passed over, as readers of shards pass over them.
+    """
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        for name in sorted(names):
+            if not name.startswith((".", "_")) and not DATA_SUFFIXES.isdisjoint(Path(name.lower()).suffixes):
+                return Path(parent, name)
+    return None

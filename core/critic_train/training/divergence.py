@@ -39,7 +39,7 @@ class DivergedRollouts:
 
 
 def find_diverged_rollouts(
-    critic: Critic, rollouts: Rollouts, recipe: LossRecipe, compute: Compute, *, forest: bool
+    critic: Critic, rollouts: Rollouts, recipe: LossRecipe, compute: Compute, *, forest: bool, steps_taken: int
 ) -> DivergedRollouts:
     """Take the gradient of every micro-batch again, each by itself; the weights have not moved, so it is the same.
 
@@ -51,13 +51,15 @@ def find_diverged_rollouts(
         recipe: the loss.
         compute: device, precision and token budget.
         forest: the layout of the step.
+        steps_taken: optimizer steps that have moved the weights so far.
     """
     weights = mini_batch_weights(rollouts, recipe)
     parts = _parts(critic, rollouts, weights, recipe, compute, forest)
     bad = [index for index, finite in parts if not finite]
     weights_finite = _weights_are_finite(critic, compute)
     if not weights_finite:
-        reason = "the weights themselves are no longer finite: an earlier step ruined them"
+        by_step = "are no longer finite: an earlier step ruined them"
+        reason = f"the weights themselves {by_step if steps_taken else 'are not finite, before any step was taken'}"
     elif bad:
         reason = f"{len(bad)} of its {len(parts)} micro-batches {'is' if len(bad) == 1 else 'are'} not finite alone"
     else:
@@ -122,12 +124,23 @@ def _write(path: Path, rollouts: Rollouts, suspects: DivergedRollouts, sources: 
         file.write_row_group(table)
 
 
-def diverged(what: str) -> DivergedError:
-    """The error of a run whose loss, gradient or values are not finite."""
+def diverged(what: str, *, steps_taken: int) -> DivergedError:
+    """The error of a run whose loss, gradient or values are not finite.
+
+    Args:
+        what: happened.
+        steps_taken: optimizer steps that have moved the weights so far.
+    """
+    if steps_taken == 0:
+        return DivergedError(
+            f"training cannot begin: {what}",
+            hint="critic-train verify looks through the model's weights, critic-train check through the rollouts; "
+            "--precision fp32 may help, and --on-non-finite skip leaves a step out whose rollouts are the cause",
+        )
     return DivergedError(
         f"training diverged: {what}",
-        hint="the last checkpoint is intact; a lower --lr, more --warmup-steps or --precision fp32 may help, with "
-        "another --out. --on-non-finite skip goes on without such steps",
+        hint="checkpoints that were written are intact; a lower --lr, more --warmup-steps or --precision fp32 may "
+        "help, with another --out. --on-non-finite skip goes on without such steps",
     )
 
 

@@ -33,7 +33,7 @@ from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.recipe import choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
-from critic_train.training.targets import Targets
+from critic_train.training.targets import Targets, choices_without_columns
 
 TIMED_TOKENS = 2
 """Tokens of a timed step, in token budgets: it has about as many micro-batches."""
@@ -92,6 +92,7 @@ class SurveyedData:
 def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     shards = find_run_shards(settings.reading)
     source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
+    settings = settings.replace(**(yield from choices_without_columns(settings, shards.train.shards)))
     targets = Targets.of(settings.returns, settings.loss)
     settings = with_recipe(settings, choose_recipe(settings, source, targets))
     limits = row_limits(settings.reading.max_length, source)

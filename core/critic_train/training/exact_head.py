@@ -112,7 +112,9 @@ class ExactHead:
             moments.append((yield from self._moments(np.flatnonzero(folds == fold), done=int((folds < fold).sum()))))
             yield from runtime.memory_notices()
         if not all(bool(torch.isfinite(fold).all()) for fold in moments):
-            raise diverged("the hidden states or returns from which the value head is solved are not finite")
+            raise diverged(
+                "the hidden states or returns from which the value head is solved are not finite", steps_taken=0
+            )
         answer: dict[str, Any] = {}
         if ranks.is_main:
             head = solve_ridge(moments, runtime.compute.device)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from critic_train.callbacks.callback import Callback, ReportWriter, with_callbacks
 from critic_train.callbacks.trackers import require_packages, trackers
@@ -50,7 +50,7 @@ from critic_train.training.run_shards import (
     uid_lookup,
 )
 from critic_train.training.state_files import begin_with_remembered_budget
-from critic_train.training.targets import Targets
+from critic_train.training.targets import Targets, choices_without_columns
 from critic_train.training.trainer import Trainer
 
 
@@ -69,41 +69,86 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
     """
     stop = stop or StopRequest()
     require_packages(settings.run)
-    sharded, seed = resolve_offload(settings.compute) == "all", settings.optimizer.seed
-    with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, sharded=sharded) as ranks:
-        began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
-        shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
-        source = _read_base_model(settings.model.model, out, ranks)
-        with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
-            # What rank 0 reads and decides is broadcast, so that all ranks go on with the same.
-            try:
-                before = compare_with_before(settings, run, shards, source, ranks.size)
-                finished = yield from _on_rank_0(ranks, stop, before)
-                if finished is not None:
-                    yield from _already_finished(run, finished, ranks)
-                    return
-                targets = Targets.of(settings.returns, settings.loss)
-                limits = row_limits(settings.reading.max_length, source)
-                reading = read_rollouts(settings.reading, targets, shards, limits, run, stop)
-                names = yield from _on_rank_0(ranks, stop, reading)
-                data = yield from open_data(settings.reading, targets, run.cache, names, seed)
-                resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
-                recipe = yield from _on_rank_0(ranks, stop, recipe_of_run(settings, source, targets, run, resumed))
-                scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
-            except Stopped:  # before there is anything to save
-                yield RunEnded(status="interrupted", signal_number=stop.signal_number)
-                return
+    sharded, nproc = resolve_offload(settings.compute) == "all", settings.compute.nproc
+    try:
+        with init_ranks(settings, nproc=nproc, device=settings.compute.device, sharded=sharded, stop=stop) as ranks:
+            yield from _run(settings, ranks, stop)
+    except Stopped:  # while ranks were started
+        yield RunEnded(status="interrupted", signal_number=stop.signal_number)
 
-            # From here on all ranks do the same, each with its share of the work; rank 0 alone writes.
-            stop = ranks.agreed_stop(stop)
-            if resumed:
-                settings = resumed_settings(settings, run)
-                compute = resolve_compute(settings.compute, ranks)
-            checkpoint = run.checkpoints / resumed if resumed else None
-            settings = with_recipe(settings, recipe)
-            trainer = yield from _build(settings, recipe, scale, run, data, shards, source, checkpoint, compute, stop)
-            yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
-            yield from _finish(trainer, stop, time.monotonic() - began, ranks)
+
+class _Beginning(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        settings: as given, and where the shards lack what they need as it can be done.
+        data: the rollouts, read and split.
+        resumed: the name of the checkpoint from which the run goes on, if any.
+        scale: of the returns.
+        recipe: what was chosen for settings that were not given.
+    """
+
+    settings: FitSettings
+    data: RunData
+    resumed: str | None
+    scale: float
+    recipe: Recipe
+
+
+def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
+    """What all ranks do once they have met: rank 0 reads, all train."""
+    began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
+    shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
+    source = _read_base_model(settings.model.model, out, ranks)
+    with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
+        # What rank 0 reads and decides is broadcast, so that all ranks go on with the same.
+        try:
+            before = compare_with_before(settings, run, shards, source, ranks.size)
+            finished = yield from _on_rank_0(ranks, stop, before)
+            if finished is not None:
+                yield from _already_finished(run, finished, ranks)
+                return
+            settings, data, resumed, scale, recipe = yield from _begin(settings, run, shards, source, ranks, stop)
+        except Stopped:  # before there is anything to save
+            yield RunEnded(status="interrupted", signal_number=stop.signal_number)
+            return
+
+        # From here on all ranks do the same, each with its share of the work; rank 0 alone writes.
+        stop = ranks.agreed_stop(stop)
+        if resumed:
+            settings = resumed_settings(settings, run)
+            compute = resolve_compute(settings.compute, ranks)
+        checkpoint = run.checkpoints / resumed if resumed else None
+        settings = with_recipe(settings, recipe)
+        trainer = yield from _build(settings, recipe, scale, run, data, shards, source, checkpoint, compute, stop)
+        yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
+        yield from _finish(trainer, stop, time.monotonic() - began, ranks)
+
+
+def _begin(
+    settings: FitSettings,
+    run: RunDirectory,
+    shards: RunShards,
+    source: ModelSource | None,
+    ranks: Ranks,
+    stop: StopRequest,
+) -> Generator[Event, None, _Beginning]:
+    """Have rank 0 read the rollouts, and choose what depends on them. All ranks call it.
+
+    Raises:
+        Stopped: asked to stop.
+    """
+    chosen = yield from _on_rank_0(ranks, stop, choices_without_columns(settings, shards.train.shards))
+    settings = settings.replace(**chosen)
+    targets = Targets.of(settings.returns, settings.loss)
+    limits = row_limits(settings.reading.max_length, source)
+    reading = read_rollouts(settings.reading, targets, shards, limits, run, stop)
+    names = yield from _on_rank_0(ranks, stop, reading)
+    data = yield from open_data(settings.reading, targets, run.cache, names, settings.optimizer.seed)
+    resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
+    scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
+    recipe = yield from _on_rank_0(ranks, stop, recipe_of_run(settings, source, targets, run, resumed))
+    return _Beginning(settings, data, resumed, scale, recipe)
 
 
 def _build(

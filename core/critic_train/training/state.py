@@ -100,7 +100,7 @@ class TrainingState:
             "last_metrics": self.last_metrics,
             "last_evaluation": self.last_evaluation,
             "best_evaluation": self.best_evaluation,
-            "exact_head": self.exact_head,
+            **({"exact_head": self.exact_head} if self.exact_head else {}),
         }
 
     def restore(self, record: dict[str, Any], total_steps: int) -> None:
@@ -191,7 +191,8 @@ class CriticRuntime:
         if values is None:
             raise Stopped
         if not np.isfinite(values).all():
-            raise diverged(f"the critic predicts NaN or infinite values after step {step}")
+            when = f"after step {step}" if step else "before the first step"
+            raise diverged(f"the critic predicts NaN or infinite values {when}", steps_taken=step)
         return values
 
     def memory_notices(self) -> Iterator[Event]:

@@ -1,12 +1,25 @@
 """How the returns of a run are computed, and when: once on reading, or anew in every epoch."""
 
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from critic_train.data.copying import schema_of
 from critic_train.data.reading import Needs
 from critic_train.data.returns import ReturnRecipe
+from critic_train.data.schema import Columns, resolve_schema
+from critic_train.data.shards import Shard
+from critic_train.errors import CriticTrainError
+from critic_train.events import Event, Notice
 from critic_train.rollouts import Rollouts
-from critic_train.settings import LossSettings, ReturnsSettings
+from critic_train.settings import FitSettings, LossSettings, ReturnsSettings, column_renames
+
+ADVICE = {
+    "returns": "with a column `reward`, one number a rollout, fit makes Monte-Carlo returns of it",
+    "values": "--old-values epoch takes this critic's own at each epoch's start, and --returns mc needs none",
+}
+"""What to do where the shards lack a column."""
+ANY = Needs(returns="where there", values=False, rewards="where there")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +56,7 @@ class Targets:
             values=self.clip_to_stored or (self.recipe.uses_values and not self.moving),
             rewards="yes" if self.recipe.from_rewards else "no",
             truncated=self.recipe.reads_truncated,
+            advice=ADVICE,
         )
 
     @property
@@ -79,3 +93,50 @@ class Targets:
         if self.moving:
             parts.append("from this critic's values at each epoch's start")
         return ", ".join(parts)
+
+
+def choices_without_columns(settings: FitSettings, shards: list[Shard]) -> Generator[Event, None, dict[str, str]]:
+    """What can be done for --returns and --old-values where the shards have no such column. Rank 0 calls it alone.
+
+    Args:
+        settings: as given.
+        shards: to train on; the first whose columns can be read decides.
+
+    Yields:
+        A notice for each choice.
+
+    Returns:
+        Name of a setting -> its value, for those that are chosen.
+    """
+    columns = _columns_of_first(settings, shards)
+    chosen: dict[str, str] = {}
+    if columns is None:
+        return chosen
+    rewards = columns.rewards or columns.reward
+    returns = settings.returns.returns
+    if returns == "column" and columns.returns is None and rewards is not None:
+        chosen["returns"] = returns = "mc"
+        yield Notice(
+            message=f"there are no returns: Monte-Carlo returns are made of `{rewards}` (--returns mc; --gamma is "
+            f"{settings.returns.gamma:g})"
+        )
+    targets = Targets.of(settings.replace(**chosen).returns, settings.loss)
+    if targets.clip_to_stored and not targets.recipe.uses_values and columns.values is None:
+        chosen["old_values"] = "none"
+        yield Notice(
+            message="there are no values of a critic to clip around: the loss is the plain squared error (--old-values "
+            "none); --old-values epoch clips around this critic's own, --column values=NAME reads a column"
+        )
+    return chosen
+
+
+def _columns_of_first(settings: FitSettings, shards: list[Shard]) -> Columns | None:
+    """The columns of the first shard that can be read; reading reports the faults of the others."""
+    renames = column_renames(settings.reading.column)
+    for shard in shards:
+        if shard.num_rows:
+            try:
+                return resolve_schema(schema_of(shard), shard, renames=renames, labels=(), needs=ANY)
+            except CriticTrainError:
+                continue
+    return None

@@ -168,7 +168,10 @@ class Trainer:
         """Save the rollouts of a step that is not finite; then end the run, or go on as --on-non-finite says."""
         runtime, position, max_skips = self.runtime, self.state.position, self.settings.max_skips
         step = position.step + 1
-        suspects = find_diverged_rollouts(runtime.critic, rollouts, self.loss, runtime.compute, forest=runtime.forest)
+        taken = position.step - position.skips
+        suspects = find_diverged_rollouts(
+            runtime.critic, rollouts, self.loss, runtime.compute, forest=runtime.forest, steps_taken=taken
+        )
         message = ""
         if runtime.compute.ranks.is_main:
             sources = self.data.train.addresses(rollouts.row[suspects.index])
@@ -176,9 +179,11 @@ class Trainer:
             message = f"at step {step} {error}; {save_diverged_rollouts(path, rollouts, suspects, sources, step)}"
         message = runtime.compute.ranks.broadcast(message)
         if self.settings.on_non_finite == "stop":
-            raise diverged(message)
+            raise diverged(message, steps_taken=taken)
         if position.skips == max_skips:
-            raise diverged(f"{max_skips} steps were skipped, as many as --max-skips allows; {message}")
+            raise diverged(
+                f"{max_skips} steps were skipped, as many as --max-skips allows; {message}", steps_taken=taken
+            )
         position.skips += 1
         position.step = step
         record = {"rollouts": len(rollouts), "skips": position.skips}

@@ -84,6 +84,17 @@ def test_without_returns_rewards_are_advised(table, tmp_path):
     assert "--returns mc" in told["command"]
 
 
+def test_a_reward_that_is_missing_is_a_bad_row_where_returns_are_made_of_rewards(table, tmp_path):
+    rewards = [1.0] * len(table)
+    rewards[3] = None
+    told = found(copied(table, tmp_path, returns=None, rewards=None, reward=rewards))
+    assert not told["sound"]
+    assert told["bad_rows"]["count"] == 1
+    assert "row 3, column reward" in told["bad_rows"]["first"][0]
+    (tmp_path / "both").mkdir()
+    assert found(copied(table, tmp_path / "both", reward=rewards, rewards=None))["sound"]
+
+
 def test_without_values_nothing_is_clipped(table, tmp_path):
     told = found(copied(table, tmp_path, values=None))
     assert told["values"] is told["stored_values"] is None

@@ -118,9 +118,17 @@ def test_files_of_another_origin_are_not_written_over(tmp_path: Path) -> None:
     target = tmp_path / "out/a.parquet"
     target.parent.mkdir()
     target.write_bytes(b"somebody's")
-    with OutputDirectory(tmp_path / "out", "split", {"a": target}) as output:
-        assert output.is_written("a")
-        with pytest.raises(ConfigError, match="exists already"):
-            output.compare({"settings": {}})
-    assert target.read_bytes() == b"somebody's"
-    assert not (tmp_path / "out/_split.json").exists()
+    with (
+        pytest.raises(ConfigError, match=r"holds other data: a\.parquet"),
+        OutputDirectory(tmp_path / "out", "split", {}),
+    ):
+        pass
+    assert [path.read_bytes() for path in target.parent.iterdir()] == [b"somebody's"]
+
+
+def test_logs_and_notes_beside_an_output_are_no_data(tmp_path: Path) -> None:
+    for name in ("slurm-17.out", "notes.md", ".git/objects/a.parquet", "_old/b.parquet"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("x")
+    with OutputDirectory(tmp_path / "out", "split", {}) as output:
+        assert output.compare({"settings": {}}) == []

@@ -87,6 +87,40 @@ def test_all_that_cannot_be_read_is_named_at_once(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "rollout_5.pt", "batch.pkl", "train.json", "data-00000-of-00001.arrow", "a.jsonl.gz", "b.json.zst"],
+)
+def test_a_dump_names_the_command_that_converts_it(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my dumps"
+    folder.mkdir()
+    (folder / name).write_bytes(b"{}")
+    for source in (folder, folder / name, tmp_path / "my*" / "*"):
+        with pytest.raises(DataError, match="no Parquet, but files that critic-train convert reads") as caught:
+            find_shards([str(source)])
+        named = str(source) if "*" in str(source) else f"'{source}'"
+        assert caught.value.hint == f"critic-train convert {named} --to shards/ makes shards of them; read shards/ then"
+
+
+def test_a_model_is_no_dump(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"the folder holds no \.parquet file"):
+        find_shards([str(tmp_path)])
+
+
+def test_the_id_of_a_data_set_on_the_hub_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"hf://datasets/open-r1/OpenR1-Math reads its .* hf download open-r1/OpenR1-Math"
+    ):
+        find_shards(["open-r1/OpenR1-Math"])
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/rollouts", "x/a.parquet", "deep/er/path"):
+        with pytest.raises(DataError) as caught:
+            find_shards([path])
+        assert "hub" not in caught.value.message
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="neither a file nor a folder"):

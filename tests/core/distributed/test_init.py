@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from rank_work import fail_on_rank
 from ranks import on_ranks
+from support import StopAfter
 
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.errors import ConfigError, MachineError
 from critic_train.settings import FitSettings
+from critic_train.stopping import Stopped
+from critic_train.training.fit import fit
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = FitSettings(data=["none"])
@@ -29,6 +32,27 @@ def test_nproc_and_torchrun_may_not_differ(monkeypatch):
     with pytest.raises(ConfigError, match="--nproc 2, but the environment says that this is one of 4"):  # noqa: SIM117
         with init_ranks(SETTINGS, nproc=2, device="cpu"):
             pass
+
+
+def test_more_ranks_than_cores_are_refused_before_one_is_started(monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)
+    monkeypatch.setattr("critic_train.distributed.launch.cores_here", lambda: 2)
+    with pytest.raises(MachineError, match=r"^--nproc 64: this machine has 2 cores$") as caught:  # noqa: SIM117
+        with init_ranks(SETTINGS, nproc=64, device="cpu"):
+            pass
+    assert caught.value.hint == "--nproc 2 uses all of them"
+
+
+def test_a_signal_while_ranks_start_is_heard(monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr("critic_train.distributed.launch.PATIENCE_SECONDS", 0.6)
+    with pytest.raises(Stopped), init_ranks(SETTINGS, nproc=2, device="cpu", stop=StopAfter(looks=3)):
+        raise AssertionError("the block has begun without rank 1")
+    ended = list(fit(FitSettings(data=["none"], nproc=2, device="cpu"), StopAfter(looks=3)))
+    assert [event.status for event in ended] == ["interrupted"]
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -350,7 +350,7 @@ def test_folders_that_would_be_mixed_up_are_refused(shards, critic, tmp_path):
         predict(shards / "one" / "*.parquet", critic, shards / "one")
     (tmp_path / "to" / "one").mkdir(parents=True)
     (tmp_path / "to" / FILES[0]).write_text("mine")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="holds other data"):
         predict(shards, critic, tmp_path / "to")
 
 

@@ -9,14 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import readable_rollouts, rollouts_of, small_config, write_shard
 
 from critic_train.data import row_checks as checking
-from critic_train.errors import DivergedError
+from critic_train.errors import CriticTrainError, DivergedError
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import Event, Notice, RunEnded, RunStarted, StepEnded
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
+from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
@@ -126,7 +128,7 @@ def test_a_micro_batch_is_told_from_the_others() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] + 9] = 3e38
-    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3)
     assert suspects.index[0] == 7
     assert suspects.finite.tolist() == [False] + [True] * (len(suspects.index) - 1)
     assert 1 <= len(suspects.index) <= 3
@@ -138,7 +140,7 @@ def test_a_sum_that_is_not_finite_is_told_from_its_parts() -> None:
     critic = build_critic(small_config("Llama"), seed=0)
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(4)], [5] * 4)
-    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3)
     assert suspects.reason == "each of its micro-batches is finite alone, only their sum is not"
     assert suspects.index.tolist() == [0, 1, 2, 3]
     assert suspects.finite.all()
@@ -150,9 +152,31 @@ def test_a_rollout_alone_weighs_what_it_does_in_its_mini_batch() -> None:
     draw = np.random.default_rng(0)
     rollouts = rollouts_of([draw.integers(1, 128, 20).astype(np.int32) for _ in range(12)], [5] * 12)
     rollouts.returns[rollouts.offsets[7] : rollouts.offsets[8]] = 5e18
-    assert find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True).finite.all()
-    alone = find_diverged_rollouts(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True)
+    assert find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3).finite.all()
+    alone = find_diverged_rollouts(critic, rollouts.take(np.asarray([7])), RECIPE, CPU, forest=True, steps_taken=3)
     assert alone.finite.tolist() == [False]
+
+
+def test_weights_that_were_never_finite_are_not_blamed_on_a_step(tmp_path: Path) -> None:
+    critic = build_critic(small_config("Llama"), seed=0)
+    (tmp_path / "model").mkdir()
+    save_critic(critic, tmp_path / "model", None)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    write_shard(tmp_path / "data" / "a.parquet", readable_rollouts(8, seed=1))
+    settings = FitSettings(
+        data=[str(tmp_path / "data")],
+        out=str(tmp_path / "out"),
+        model=str(tmp_path / "model"),
+        device="cpu",
+        max_steps=1,
+    )
+    for changes in ({}, {"val_fraction": 0.0}):
+        with pytest.raises(CriticTrainError) as caught:
+            list(fit(settings.replace(**changes), StopRequest()))
+        assert "earlier step" not in caught.value.message
+        assert "last checkpoint" not in caught.value.hint
 
 
 def test_ruined_weights_are_no_rollouts_fault() -> None:
@@ -160,8 +184,10 @@ def test_ruined_weights_are_no_rollouts_fault() -> None:
     with torch.no_grad():
         critic.head.bias.fill_(math.nan)
     rollouts = rollouts_of([np.arange(1, 21, dtype=np.int32)], [5])
-    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True)
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=3)
     assert suspects.reason == "the weights themselves are no longer finite: an earlier step ruined them"
+    suspects = find_diverged_rollouts(critic, rollouts, RECIPE, CPU, forest=True, steps_taken=0)
+    assert suspects.reason == "the weights themselves are not finite, before any step was taken"
     assert not suspects.finite.any()
 
 
