@@ -103,7 +103,7 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(trained, folder, tmp_path):
 def test_a_run_that_began_with_padded_rows_goes_on_with_them(folder, tmp_path, monkeypatch):
     """As one of a version that did not lay out recurrent layers as trees: its rounding is that of rows."""
 
-    def rows_only(critic: Any, *_: Any) -> tuple[PackingChoice, list[str]]:
+    def rows_only(critic: Any, *_: Any, **__: Any) -> tuple[PackingChoice, list[str]]:
         use_stock_attention(critic)
         return PackingChoice(forest=False), []
 
