@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from critic_train.data.bad_input import ROWS_SHOWN, BadFile, BadFiles, BadRow, BadRows, RowErrors
 from critic_train.data.decoding import MOST_TOKENS, Piece, damaged, pieces
 from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
+from critic_train.data.masks import MaskChoice
 from critic_train.data.parquet_footer import FooterError, RowGroup, read_footer
 from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
 from critic_train.data.schema import Columns, Needs, check_canonical, resolve_schema
@@ -153,9 +154,11 @@ class RolloutReader:
             if not self._is_readable(plan):
                 continue
             self.files_read.append((plan.shard.name, plan.shard.num_rows))
+            masks = MaskChoice(file=plan.shard.name, masks=plan.columns.masks)
             try:
                 for piece in plan.pieces():
                     checked = self._checked(piece, plan)
+                    masks.add(checked.narrowest)
                     usable = self._usable(checked)
                     rollouts = _rollouts(piece.rows, plan.columns, checked, usable, row, shared, text_labels)
                     row += piece.rows.num_rows
@@ -164,6 +167,7 @@ class RolloutReader:
                         if not self._read_once:
                             self._copies.add(rollouts)
                         yield rollouts
+                self._notices.update(dict.fromkeys(masks.sentences()))
             except DataError as error:
                 self._add_bad_file(plan.shard, error)
                 # With "skip" the file was read to its end before: it has changed since, and rows of it are in use.
@@ -285,12 +289,7 @@ class RolloutReader:
         return frozenset(name for name, files in without.items() if not files)
 
     def _record(self, shard: Shard, row_group: int, first_row: int, checked: CheckedBatch) -> None:
-        if checked.carried:
-            self._notices.setdefault(
-                "rewards stand on observation tokens: each is given to the response token before it, which earned it"
-            )
-        for name in sorted(checked.response_aligned):
-            self._notices.setdefault(f"`{name}` is as long as the response: it is aligned to it")
+        self._notices.update(dict.fromkeys(checked.notes))
         for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
             self.bad_rows.add(
                 reason,

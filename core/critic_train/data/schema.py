@@ -16,23 +16,32 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "responses": ("response_ids", "response_token_ids", "completion_ids"),
     "response_mask": (
         "mask",
+        "masks",
         "loss_mask",
         "loss_masks",
         "action_mask",
+        "action_masks",
         "response_masks",
         "token_loss_mask",
         "completion_mask",
+        "completion_masks",
+        "assistant_mask",
         "assistant_masks",
+        "info_mask",
+        "labels",
     ),
     "values": ("old_values", "value", "vpreds", "critic_values", "v_old"),
     "returns": ("return", "value_targets", "targets", "returns_to_go"),
     "rewards": ("token_level_rewards", "reward_tokens"),
     "reward": ("rewards", "score", "reward_score"),
     "truncated": ("is_truncated",),
-    "uid": ("group_id", "prompt_id", "group_index", "request_id"),
+    "uid": ("group_id", "prompt_id", "group_index"),
     "attention_mask": (),
 }
 """Canonical name -> names that mean the same elsewhere, most specific first."""
+
+MAY_BE_TOKEN_IDS = frozenset({"targets"})
+"""Aliases that language models give to token ids as well: read as numbers only where they are floats."""
 
 INTEGERS, NUMBERS, SINGLE = "a list of integers", "a list of numbers or booleans", "one value a rollout"
 NUMBER, TRUTH = "one number a rollout", "one boolean a rollout"
@@ -54,6 +63,9 @@ MEANING = {
     "rewards": "what each response token earned; or reward, one number a rollout",
     "truncated": "whether each rollout was cut before it ended by itself",
 }
+
+OVERRULED = {"prompts": ("input_ids",), "responses": ("input_ids",), "reward": ("rewards",)}
+"""Canonical name -> those that are read in its place where they are there."""
 
 Need = Literal["no", "where there", "yes"]
 """Whether a column is read: never, where a shard has it, or always."""
@@ -79,7 +91,8 @@ class Needs:
 class Columns:
     """The columns of one shard: canonical name -> the shard's name, None where it has none.
 
-    Either `input_ids` is set, or `prompts` and `responses` are.
+    Either `input_ids` is set, or `prompts` and `responses` are. `narrowing` are further masks: a token is the policy's
+    where all masks have a 1.
     """
 
     input_ids: str | None
@@ -94,6 +107,12 @@ class Columns:
     truncated: str | None
     uid: str | None
     labels: tuple[str, ...]
+    narrowing: tuple[str, ...] = ()
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """All masks of the response, the one that the shard names most plainly first."""
+        return () if self.response_mask is None else (self.response_mask, *self.narrowing)
 
     def names(self) -> list[str]:
         """The shard's columns that are read, each once."""
@@ -110,11 +129,13 @@ class Columns:
             self.truncated,
             self.uid,
         )
-        return list(dict.fromkeys([name for name in columns if name is not None] + list(self.labels)))
+        named = [name for name in columns if name is not None]
+        return list(dict.fromkeys([*named, *self.narrowing, *self.labels]))
 
     def as_dict(self) -> dict[str, str]:
         """Canonical name -> the shard's column, for those it has; labels left out."""
-        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels"}
+        several = ("labels", "narrowing")
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in several}
         return {name: column for name, column in named.items() if column is not None}
 
     def notices(self) -> list[str]:
@@ -122,7 +143,7 @@ class Columns:
         sentences = [
             f"`{getattr(self, name)}` is read as {name}"
             for name in ("input_ids", "response_mask", "values", "returns", "rewards", "reward", "truncated", "uid")
-            if getattr(self, name) not in (None, name)
+            if getattr(self, name) not in (None, name) and not (name == "response_mask" and self.narrowing)
         ]
         if self.input_ids is None:
             sentences.append(f"`{self.prompts}` and `{self.responses}` together are read as input_ids")
@@ -147,7 +168,8 @@ def resolve_schema(
         needs: what must be there.
 
     Raises:
-        DataError: a required column is missing, ambiguous, there twice or of the wrong type.
+        DataError: a required column is missing, ambiguous, there twice or of the wrong type; or a rename would have no
+            effect.
     """
     check_canonical(renames)
     finder = _SchemaResolver(schema=schema, shard=shard, renames=renames)
@@ -158,7 +180,7 @@ def resolve_schema(
     if input_ids is None:
         prompts, responses = finder.find("prompts"), finder.find("responses")
     pair = prompts is not None and responses is not None
-    response_mask, values = finder.find("response_mask"), finder.find("values")
+    (response_mask, *narrowing), values = finder.find_masks() or [None], finder.find("values")
     returns = finder.find("returns") if needs.returns else None
     rewards, reward = finder.find_rewards(needs.rewards)
     truncated = finder.find("truncated") if needs.truncated else None
@@ -188,6 +210,7 @@ def resolve_schema(
         truncated=truncated,
         uid=finder.find("uid"),
         labels=labels,
+        narrowing=tuple(name for name in narrowing if name is not None),
     )
 
 
@@ -215,7 +238,7 @@ class _SchemaResolver:
         names = self.schema.names
         if name in self.renames:
             return self._checked(name, self.renames[name])
-        fitting = [a for a in ALIASES[name] if a in names and self._fits(name, a)]
+        fitting = self._fitting(name)
         # Texts are allowed under these names, and one number a rollout under `rewards`.
         may_be_else = name in ("prompts", "responses", "rewards")
         if name in names and (self._fits(name, name) or not (fitting or may_be_else)):
@@ -226,6 +249,22 @@ class _SchemaResolver:
                 hint=f"say which: --column {name}={fitting[0]}",
             )
         return self._checked(name, fitting[0]) if fitting else None
+
+    def find_masks(self) -> list[str]:
+        """The columns that are masks of the response; one alone where it is renamed."""
+        if "response_mask" in self.renames:
+            return [self._checked("response_mask", self.renames["response_mask"])]
+        fitting = self._fitting("response_mask")
+        if "response_mask" in self.schema.names and (self._fits("response_mask", "response_mask") or not fitting):
+            fitting.insert(0, self._checked("response_mask", "response_mask"))
+        for name in fitting:
+            self._check_single(name)
+        return fitting
+
+    def _fitting(self, name: str) -> list[str]:
+        """The aliases of a canonical name that the shard has, of a type that fits."""
+        taken = self.renames.values()
+        return [a for a in ALIASES[name] if a in self.schema.names and a not in taken and self._fits(name, a)]
 
     def find_rewards(self, need: Need) -> tuple[str | None, str | None]:
         """The columns for `rewards` and `reward`, of which one is used: that of tokens where there are both."""
@@ -241,7 +280,15 @@ class _SchemaResolver:
             return None, None
 
     def check_renames(self) -> None:
-        """Raise where a rename names no column of the shard."""
+        """Raise where a rename names no column of the shard, or another rename overrules it."""
+        for name, others in OVERRULED.items():
+            over = [other for other in others if other in self.renames and name in self.renames]
+            if over:
+                raise DataError(
+                    f"--column {name}={self.renames[name]} has no effect beside --column {over[0]}="
+                    f"{self.renames[over[0]]}: a shard has one of the two",
+                    hint="leave one of them out",
+                )
         names = self.schema.names
         for name, column in self.renames.items():
             if column not in names:
@@ -307,6 +354,8 @@ class _SchemaResolver:
             return False
         if expected is INTEGERS:
             return bool(pa.types.is_integer(item))
+        if column in MAY_BE_TOKEN_IDS and column not in self.renames.values():
+            return bool(pa.types.is_floating(item))
         return _is_number(item)
 
 
