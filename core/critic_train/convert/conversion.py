@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from critic_train.convert.chat import Retokenizer
 from critic_train.convert.converted_folder import ConvertedFolder, SourceShards
 from critic_train.convert.dump_files import Source, find_sources
 from critic_train.convert.formats import Opened, Options, open_source
 from critic_train.convert.raw_records import Records
-from critic_train.convert.text_records import Retokenizer
 from critic_train.data.bad_input import BadFile, BadFiles, BadRow, BadRows
 from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
 from critic_train.data.schema import ALIASES, Columns, Needs, resolve_schema
@@ -111,8 +111,9 @@ class _Work:
         self, source: Source, opened: Opened, stop: StopRequest
     ) -> Generator[Event, None, dict[str, Any] | None]:
         """Write the shards of one source; what is recorded of it, None where it has no shards."""
-        renames = {} if opened.renamed else self.options.renames
-        canonicaliser = Canonicaliser(name=source.name, renames=renames, unit=opened.row_unit)
+        canonicaliser = Canonicaliser(
+            name=source.name, renames=opened.renames, unit=opened.row_unit, understood=dict(opened.understood)
+        )
         count_before = _retokenized(self.options.retokenizer)
         with SourceShards(self.folder.path, self.folder.number_of(source.name)) as shards:
             tables: list[pa.Table] = []
@@ -263,6 +264,7 @@ class Canonicaliser:
     name: str
     renames: dict[str, str]
     unit: str = "row"
+    understood: dict[str, str] = field(default_factory=dict)
     bad_rows: BadRows = field(default_factory=BadRows)
     notes: dict[str, None] = field(default_factory=dict)
     _columns: dict[str, Columns] = field(default_factory=dict)

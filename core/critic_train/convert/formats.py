@@ -4,8 +4,9 @@ A format of pickled objects or of JSON Lines is declared in its own module and l
 JSON Lines or Parquet are read here, whatever wrote them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,12 +14,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from critic_train.convert import nemo_rl, openrlhf, slime, text_records, verl
-from critic_train.convert.dump_files import Source, first_record, line_chunks
+from critic_train.convert.chat import Retokenizer
+from critic_train.convert.dump_files import Source
 from critic_train.convert.dump_tensors import RefusedError
+from critic_train.convert.field_values import (
+    PAIR,
+    Fields,
+    carriers_of,
+    flat,
+    is_scored_pair,
+    of_whole_record,
+    samples_of,
+)
+from critic_train.convert.fields import Reading, UnclearError, read_fields
+from critic_train.convert.json_records import FIRST_RECORDS, first_records, record_chunks
 from critic_train.convert.raw_records import Line, LineFormat, ObjectFormat, Records, Rows
+from critic_train.convert.rewards import reward_fields, trl_reward, verl_reward
 from critic_train.convert.unpickle import load_dump
 from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
-from critic_train.data.schema import ALIASES, list_item_type
+from critic_train.data.schema import ALIASES
 from critic_train.data.shards import Shard, find_shards
 from critic_train.errors import ConfigError, DataError
 
@@ -29,8 +43,11 @@ TOKENS = "token ids"
 FORMAT_NAMES = tuple(dict.fromkeys((*(one.name for one in FORMATS), *text_records.KINDS, "tokens")))
 """The values of --from."""
 TITLES = ", ".join((*(one.title for one in FORMATS), text_records.TITLE))
-ID_COLUMNS = ("input_ids", "responses")
 SHOWN_FIELDS = 12
+SAMPLES_SEEN = 256
+"""From so many samples, at most, it is concluded which field is which."""
+ARROW_ROWS = 1024
+"""Rows of an Arrow file that are read at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +59,14 @@ class Options:
         renames: canonical name -> the source's column, from --column.
         retokenizer: makes token ids of text, None without --tokenizer.
         allow_retokenize: whether text may be read.
+        apply_chat_template: whether prompts of text go through the chat template.
     """
 
     format: str | None
     renames: dict[str, str] = field(default_factory=dict)
-    retokenizer: text_records.Retokenizer | None = None
+    retokenizer: Retokenizer | None = None
     allow_retokenize: bool = False
+    apply_chat_template: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +79,8 @@ class Opened:
         total, unit: of what `records` counts.
         in_memory: whether all of it is in memory at once, so that prompt groups can be put together.
         row_unit: what a record's number counts.
-        renamed: whether --column was applied, so that the columns have their canonical names.
+        renames: canonical name -> the column of `records` that is it, where that has another name.
+        understood: prompt, response, reward, ... -> what is read as that, in words, where the columns do not tell.
     """
 
     format: str
@@ -69,7 +89,8 @@ class Opened:
     unit: str
     in_memory: bool = False
     row_unit: str = "row"
-    renamed: bool = False
+    renames: dict[str, str] = field(default_factory=dict)
+    understood: dict[str, str] = field(default_factory=dict)
 
 
 def open_source(source: Source, options: Options) -> Opened:
@@ -83,11 +104,11 @@ def open_source(source: Source, options: Options) -> Opened:
         head = file.read(4)
     if not head:
         raise DataError(f"{source.name}: the file is empty (0 bytes)")
-    if head == b"PAR1":
-        return _open_parquet(source, options)
+    if head == b"PAR1" or source.path.suffix == ".arrow":
+        return _open_table(source, options)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(source, options)
-    return _open_lines(source, options)
+    return _open_text_file(source, options)
 
 
 def _open_pickle(source: Source, options: Options) -> Opened:
@@ -98,7 +119,22 @@ def _open_pickle(source: Source, options: Options) -> Opened:
     kind, one = recognised
     size = source.path.stat().st_size
     records = ((records, size) for records in _with_name(one.read(content), source))
-    return Opened(format=kind, records=records, total=size, unit="bytes", in_memory=True, row_unit="sample")
+    text_names = [name for name in ("messages", "prompt", "response") if name in options.renames]
+    if text_names:
+        name = text_names[0]
+        raise DataError(
+            f"{source.name}: --column {name}={options.renames[name]} has no effect: {kind} holds token ids",
+            hint=f"canonical columns: {', '.join(ALIASES)}",
+        )
+    return Opened(
+        format=kind,
+        records=records,
+        total=size,
+        unit="bytes",
+        in_memory=True,
+        row_unit="sample",
+        renames=options.renames,
+    )
 
 
 def _recognise(content: Any, of: type[Format], options: Options) -> tuple[str, Format] | None:
@@ -121,54 +157,237 @@ def _with_name(records: Iterator[Records], source: Source) -> Iterator[Records]:
         raise DataError(f"{source.name}: {error.message}", hint=error.hint) from None
 
 
-def _open_lines(source: Source, options: Options) -> Opened:
-    first = first_record(source.path)
-    if first is None:
+def _open_text_file(source: Source, options: Options) -> Opened:
+    first = first_records(source.path)
+    if not first:
         raise _unknown(source, options, "it begins with no JSON object")
-    recognised = _recognise(first, LineFormat, options)
-    if recognised is not None:
-        kind, one = recognised
-        return _lines(source, kind, lambda lines: one.read(lines, source.path.name))
-    lists = {name for name, value in first.items() if isinstance(value, list) and value and isinstance(value[0], int)}
-    if options.format in (None, "tokens") and _has_ids(lists, options):
-        return _lines(source, TOKENS, _as_columns)
-    return replace(_lines(source, *_text(source, options, list(first))), renamed=True)
+    kind, read, renames = _reader(first, source, options)
 
-
-def _lines(source: Source, kind: str, read: Callable[[list[Line]], Records]) -> Opened:
     def records() -> Iterator[tuple[Records, int]]:
-        for good, bad, done in line_chunks(source.path):
+        for good, bad, done in record_chunks(source.path):
             chunk = read(good)
             all_bad = tuple(sorted((*chunk.bad, *bad), key=lambda record: record.row))
             yield replace(chunk, bad=all_bad), done
 
-    return Opened(format=kind, records=records(), total=source.path.stat().st_size, unit="bytes", row_unit="record")
+    total = source.path.stat().st_size
+    return Opened(
+        format=kind, records=records(), total=total, unit="bytes", row_unit="record", renames=renames.columns,
+        understood=renames.understood,
+    )  # fmt: skip
 
 
-def _open_parquet(source: Source, options: Options) -> Opened:
-    (shard,) = find_shards([str(source.path)])
-    shard = Shard(**{name: getattr(shard, name) for name in shard.__slots__} | {"name": source.name})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Understood:
+    """Canonical name -> column of the records that are read, and what was understood, in words."""
+
+    columns: dict[str, str]
+    understood: dict[str, str] = field(default_factory=dict)
+
+
+def _reader(
+    first: list[Fields], source: Source, options: Options
+) -> tuple[str, Callable[[list[Line]], Records], _Understood]:
+    """How the records of a file are read: (kind, reader, what was understood).
+
+    Raises:
+        DataError: they cannot be, or in two ways.
+        ConfigError: they are text, and that was not allowed.
+    """
+    recognised = _recognise(first[0], LineFormat, options)
+    if recognised is not None:
+        kind, one = recognised
+        retokenizer = _retokenizer(source, kind, options) if one.is_text else None
+        return kind, lambda lines: one.read(lines, source.path.name, retokenizer), _Understood(columns=options.renames)
+    kind = text_records.kind_of(name for record in first for name in record)
     try:
-        schema = pq.read_schema(source.path)
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(shard, error) from error
-    lists = {one.name for one in schema if _holds_integers(one.type)}
-    if options.format in (None, "tokens") and _has_ids(lists, options):
-        kind, records, renamed = TOKENS, _rows(shard, schema.names, None), False
+        carriers, reading = choose_reading(first, options.renames, kind)
+    except DataError as error:
+        raise DataError(f"{source.name}: {error.message}", hint=error.hint) from None
+    _hold_to_format(source, options, TOKENS if reading.is_tokens else kind, first)
+    if reading.is_tokens and _stands_in_columns(reading, carriers):
+        columns = {name: column for name, column in reading.parts.items() if column not in _names_of(name)}
+        if reading.reward is not None and reading.reward.names[0] not in _names_of("reward", "rewards"):
+            columns["reward"] = reading.reward.names[0]
+        return TOKENS, _as_columns, _Understood(columns=columns | options.renames)
+    record_reader = text_records.RecordReader(
+        reading=reading,
+        carriers=carriers,
+        renames=options.renames,
+        kind=kind,
+        retokenizer=None if reading.is_tokens else _retokenizer(source, kind, options),
+        apply_chat_template=options.apply_chat_template,
+    )
+    kind = TOKENS if reading.is_tokens else kind
+    return kind, record_reader, _Understood(columns={}, understood=_in_words(reading, carriers, record_reader, first))
+
+
+def _in_words(
+    reading: Reading, carriers: tuple[str, ...], reader: text_records.RecordReader, first: list[Fields]
+) -> dict[str, str]:
+    """What was understood, with how several samples stand in a record, and whether texts go through a template."""
+    words = dict(reading.understood)
+    if carriers:
+        words["samples"] = f"several a record, in `{carriers[-1]}`"
+    retokenizer = reader.retokenizer
+    if (
+        retokenizer is not None
+        and retokenizer.has_template
+        and "prompt" in reading.parts
+        and not reader.apply_chat_template
+    ):
+        prompts = [flat.get(reading.parts["prompt"]) for record in first for flat in samples_of(record, carriers)]
+        if not any(
+            isinstance(text, list) or (isinstance(text, str) and retokenizer.is_templated(text)) for text in prompts
+        ):
+            words["template"] = "none: prompt and response are joined as they are (--apply-chat-template uses it)"
+    return words
+
+
+def _stands_in_columns(reading: Reading, carriers: tuple[str, ...]) -> bool:
+    """Whether token ids and rewards are read as they are, each in a column of its own."""
+    names = [*reading.parts.values(), *(reading.reward.names if reading.reward else ())]
+    is_plain = reading.reward is None or (len(reading.reward.names) == 1 and not reading.reward.is_text)
+    return (
+        not carriers and is_plain and "response_length" not in reading.parts and not any("." in name for name in names)
+    )
+
+
+def _names_of(*canonical: str) -> set[str]:
+    return {name for one in canonical for name in (one, *ALIASES[one])}
+
+
+def choose_reading(first: list[Fields], renames: dict[str, str], kind: str) -> tuple[tuple[str, ...], Reading]:
+    """The fields that hold several samples, and which field is what.
+
+    A record is a sample, or it holds several in one of its fields, or in a field of these. A reading is possible where
+    all that a rollout needs is in it, the response in what was taken apart.
+
+    Raises:
+        UnclearError: no reading is possible, or several are.
+    """
+    possible: list[tuple[tuple[str, ...], Reading]] = []
+    refusals: list[DataError] = []
+    for carriers, samples in _taken_apart(first):
+        try:
+            reading = _read(samples, renames, kind, of_whole_record(first, carriers))
+        except DataError as error:
+            refusals.append(error)
+            continue
+        if carriers and carriers != PAIR and not f"{reading.response}.".startswith(f"{carriers[-1]}."):
+            continue
+        try:
+            text_records.check_renames(samples, reading, renames)
+            _check_reward(first, carriers, reading)
+        except DataError as error:
+            refusals.append(error)
+            continue
+        possible.append((carriers, reading))
+    if not possible:
+        raise refusals[0] if refusals else UnclearError("no field holds rollouts")
+    tokens = [one for one in possible if one[1].is_tokens] or possible
+    if len(tokens) > 1:
+        names = [reading.response for _, reading in tokens]
+        raise UnclearError(
+            f"{' and '.join(f'`{name}`' for name in names)} could each be what the policy wrote",
+            hint=f"say which: --column response={names[0]}",
+        )
+    return tokens[0]
+
+
+def _read(samples: list[Fields], renames: dict[str, str], kind: str, shared: frozenset[str]) -> Reading:
+    find_reward = {text_records.TRL: trl_reward, text_records.VERL: verl_reward}.get(kind, reward_fields)
+    return read_fields(samples, renames, find_reward, shared)
+
+
+def _taken_apart(first: list[Fields], depth: int = 2) -> Iterator[tuple[tuple[str, ...], list[Fields]]]:
+    """The records as they are, and taken apart by each field that may hold several samples, the samples too."""
+    waiting: list[tuple[str, ...]] = [(), *([PAIR] if is_scored_pair([flat(record) for record in first]) else [])]
+    while waiting:
+        carriers = waiting.pop(0)
+        try:
+            samples = [sample for record in first for sample in samples_of(record, carriers)][:SAMPLES_SEEN]
+        except ValueError:
+            continue
+        if not samples:
+            continue
+        yield carriers, samples
+        if len(carriers) < depth and carriers != PAIR:
+            waiting += [
+                (*carriers, name) for name in carriers_of(samples) if not carriers or name.startswith(carriers[-1])
+            ]
+
+
+def _check_reward(first: list[Fields], carriers: tuple[str, ...], reading: Reading) -> None:
+    """Raise where several samples of one record share a reward that stands once."""
+    is_apart = carriers and carriers != PAIR and reading.reward is not None
+    for name in reading.reward.names if is_apart else ():
+        for outer in (sample for record in first for sample in samples_of(record, carriers[:-1])):
+            if len(outer[carriers[-1]] or ()) > 1 and isinstance(outer.get(name), str | bool | int | float):
+                raise UnclearError(
+                    f"`{name}` has one number for all {len(outer[carriers[-1]])} samples in `{carriers[-1]}`",
+                    hint="--column reward=NAME takes a field with one number for each sample",
+                )
+
+
+def _open_table(source: Source, options: Options) -> Opened:
+    """A Parquet or Arrow file."""
+    tables = _arrow_batches(source) if source.path.suffix == ".arrow" else None
+    if tables is None:
+        (shard,) = find_shards([str(source.path)])
+        shard = Shard(**{name: getattr(shard, name) for name in shard.__slots__} | {"name": source.name})
+        try:
+            schema = pq.read_schema(source.path)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(shard, error) from error
+        total, batches = shard.num_rows, _parquet_batches(shard, schema.names)
     else:
-        kind, read = _text(source, options, schema.names)
-        records, renamed = _rows(shard, schema.names, read), True
-    return Opened(format=kind, records=records, total=shard.num_rows, unit="rollouts", renamed=renamed)
+        total, batches = tables
+    first_batch = next(batches, None)
+    if first_batch is None:
+        return Opened(format="no rows", records=iter(()), total=0, unit="rollouts")
+    first = first_batch.slice(0, FIRST_RECORDS).to_pylist()
+    kind, read, understood = _reader(first, source, options)
+    records = _rows(chain([first_batch], batches), None if read is _as_columns else read)
+    return Opened(
+        format=kind, records=records, total=total, unit="rollouts", renames=understood.columns,
+        understood=understood.understood,
+    )  # fmt: skip
+
+
+def _parquet_batches(shard: Shard, names: list[str]) -> Iterator[pa.RecordBatch]:
+    for piece in pieces(shard, names):
+        refuse_oversized_rows(shard, piece)
+        yield piece.rows
+
+
+def _arrow_batches(source: Source) -> tuple[int, Iterator[pa.RecordBatch]]:
+    """The rows of a file of Arrow's own, as datasets' `save_to_disk` writes it."""
+
+    def batches(reader: Any) -> Iterator[pa.RecordBatch]:
+        try:
+            every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+            for batch in every:
+                batch.validate(full=True)
+                yield from (batch.slice(start, ARROW_ROWS) for start in range(0, batch.num_rows, ARROW_ROWS))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{source.name}: the file is damaged ({str(error)[:120]})") from error
+
+    mapped = pa.memory_map(str(source.path))
+    is_file = mapped.read(6) == b"ARROW1"
+    mapped.seek(0)
+    try:
+        reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{source.name}: the file is damaged ({str(error)[:120]})") from error
+    return 0, batches(reader)
 
 
 def _rows(
-    shard: Shard, names: list[str], read: Callable[[list[Line]], Records] | None
+    batches: Iterable[pa.RecordBatch], read: Callable[[list[Line]], Records] | None
 ) -> Iterator[tuple[Records, int]]:
-    """A Parquet file's rows, as they are or through a reader of single records; numbered over the file."""
+    """Rows as they are or through a reader of single records; numbered over the file."""
     done = 0
-    for piece in pieces(shard, names):
-        refuse_oversized_rows(shard, piece)
-        batch = piece.rows
+    for batch in batches:
         rows = np.arange(done, done + batch.num_rows)
         done += batch.num_rows
         if read is None:
@@ -177,22 +396,26 @@ def _rows(
             yield read(list(zip(rows.tolist(), batch.to_pylist(), strict=True))), done
 
 
-def _text(source: Source, options: Options, names: list[str]) -> tuple[str, Callable[[list[Line]], Records]]:
-    """The kind of text, and its reader."""
-    kind = text_records.kind_of(names)
-    if kind is None and set(options.renames) & {"messages", "prompt", "response"}:
-        kind = text_records.TEXT
-    # --from text takes text of any kind.
-    is_wanted = options.format in (None, "text") or text_records.KINDS.get(options.format) == kind
-    if kind is None or not is_wanted:
-        raise _unknown(source, options, f"its fields are {', '.join(names[:SHOWN_FIELDS])}")
+def _retokenizer(source: Source, kind: str, options: Options) -> Retokenizer:
+    """What makes token ids of a source of text.
+
+    Raises:
+        ConfigError: that was not allowed.
+    """
     if options.retokenizer is None or not options.allow_retokenize:
         raise ConfigError(
             f"{source.name} is {kind}: it holds no token ids, and tokenized again they may differ from the policy's",
             hint="--tokenizer DIR (the policy's) with --allow-retokenize tokenizes it all the same",
         )
-    retokenizer = options.retokenizer
-    return kind, lambda lines: text_records.records(lines, kind, retokenizer, options.renames)
+    return options.retokenizer
+
+
+def _hold_to_format(source: Source, options: Options, kind: str, first: list[Fields]) -> None:
+    """Raise where a file is not in the format of --from; text takes text of any kind."""
+    is_text = options.format == "text" and kind != TOKENS
+    is_wanted = kind == TOKENS if options.format == "tokens" else text_records.KINDS.get(options.format or "") == kind
+    if options.format is not None and not is_text and not is_wanted:
+        raise _unknown(source, options, f"its fields are {', '.join(list(first[0])[:SHOWN_FIELDS])}")
 
 
 def _as_columns(lines: list[Line]) -> Records:
@@ -200,18 +423,6 @@ def _as_columns(lines: list[Line]) -> Records:
     for row, line in lines:
         rows.add(row, line)
     return rows.records()
-
-
-def _has_ids(lists: set[str], options: Options) -> bool:
-    """Whether one of the columns is token ids by its name."""
-    names = {name for canonical in ID_COLUMNS for name in (canonical, *ALIASES[canonical])}
-    names |= {options.renames[name] for name in ID_COLUMNS if name in options.renames}
-    return bool(lists & names)
-
-
-def _holds_integers(kind: pa.DataType) -> bool:
-    item = list_item_type(kind)
-    return item is not None and bool(pa.types.is_integer(item))
 
 
 def _shape_of(content: Any) -> str:

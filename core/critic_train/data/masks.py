@@ -11,6 +11,7 @@ from critic_train.data.bad_input import RowErrors
 from critic_train.data.schema import Columns
 from critic_train.errors import DataError
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
+
 SHORTEST_PADDING, NARROWEST_COLUMN = 2, 8
 """Equal tokens at an end that may be padding (one alone may be the token that ends every response), and the width of
 columns that are looked at: nobody pads to less."""
@@ -83,7 +84,8 @@ def response_mask(aligner: Aligner, columns: Columns, tokens: Tokens) -> Respons
     if prompts is not None:
         base = repeat_by_length(np.zeros_like(aligner.lengths), aligner.lengths) >= np.repeat(prompts, aligner.lengths)
     if not columns.masks:
-        assert base is not None and prompts is not None, "without a mask the schema has prompts and responses"
+        assert base is not None, "without a mask the schema has prompts and responses"
+        assert prompts is not None
         return ResponseMask(ones=base, starts=prompts, narrowest=frozenset())
     masks, starts = _aligned_masks(aligner, columns, tokens)
     ones = np.logical_and.reduce([*masks.values(), *([] if base is None else [base])])
