@@ -1,29 +1,20 @@
 """`critic-train convert`, from top to bottom: find files, recognise formats, read, make canonical, write."""
 
-import hashlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 
+from critic_train.convert.canonical import Canonicaliser, groups_together
 from critic_train.convert.chat import Retokenizer
 from critic_train.convert.converted_folder import ConvertedFolder, SourceShards
 from critic_train.convert.dump_files import Source, find_sources
 from critic_train.convert.formats import Opened, Options, open_source
-from critic_train.convert.raw_records import Records
-from critic_train.data.bad_input import BadFile, BadFiles, BadRow, BadRows
-from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
-from critic_train.data.schema import ALIASES, Columns, Needs, resolve_schema
-from critic_train.data.shards import Shard
-from critic_train.data.writing import rollout_table
+from critic_train.data.bad_input import BadFile, BadFiles, BadRows
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.rollouts import offsets_from_lengths, ragged_take
 from critic_train.settings import ConvertSettings, column_renames
 from critic_train.stopping import StopRequest
 
@@ -127,6 +118,7 @@ class _Work:
                     return None
             if tables:
                 shards.write(groups_together(_joined(tables)))
+            canonicaliser.finish()
             self._add_bad_rows(canonicaliser.bad_rows)
             yield from self._notices(canonicaliser, opened)
             if canonicaliser.bad_rows.count and self.on_bad_rows == "fail":
@@ -143,11 +135,13 @@ class _Work:
             "response_tokens": shards.response_tokens,
             "columns": shards.columns,
             "bad_rows": canonicaliser.bad_rows.summary(),
+            "read_as": canonicaliser.understood,
             "retokenized": {key: count[key] - count_before[key] for key in count},
         }
 
     def _notices(self, canonicaliser: "Canonicaliser", opened: Opened) -> Iterator[Event]:
-        for sentence in (f"{canonicaliser.name} is read as {opened.format}", *canonicaliser.notes):
+        read_as = f"{canonicaliser.name} is read as {opened.format}"
+        for sentence in (read_as, canonicaliser.sentence(), *canonicaliser.notes):
             key = sentence.removeprefix(canonicaliser.name)
             if key not in self.notices:
                 self.notices[key] = None
@@ -205,7 +199,9 @@ class _Work:
             "shards": len(shards),
             "bytes": sum((self.folder.path / shard).stat().st_size for shard in shards),
             "columns": everywhere,
-            "sources": [{key: entry[key] for key in ("name", "format", "rollouts")} for entry in self.entries],
+            "sources": [
+                {key: entry.get(key) for key in ("name", "format", "rollouts", "read_as")} for entry in self.entries
+            ],
             "retokenized": {
                 key: sum(entry["retokenized"][key] for entry in self.entries) for key in ("rollouts", "tokens")
             },
@@ -245,130 +241,3 @@ def _relevant_settings(settings: ConvertSettings) -> dict[str, Any]:
         "--tokenizer": settings.reading.tokenizer,
         "--allow-retokenize": settings.reading.allow_retokenize,
     }
-
-
-@dataclass(slots=True)
-class Canonicaliser:
-    """Makes canonical tables of one source's records: checked by the code that reads shards, padding removed.
-
-    Args:
-        name: the source, for messages.
-        renames: canonical name -> the source's column, from --column.
-        unit: what a record's number counts in the source: "row", "line", ...
-
-    Attributes:
-        bad_rows: records that were left out.
-        notes: sentences on columns that were left out or taken under another name.
-    """
-
-    name: str
-    renames: dict[str, str]
-    unit: str = "row"
-    understood: dict[str, str] = field(default_factory=dict)
-    bad_rows: BadRows = field(default_factory=BadRows)
-    notes: dict[str, None] = field(default_factory=dict)
-    _columns: dict[str, Columns] = field(default_factory=dict)
-
-    def table(self, records: Records) -> pa.Table | None:
-        """The good rollouts among some records; None where there is none.
-
-        Raises:
-            DataError: a column is missing or of the wrong type.
-        """
-        self.notes.update(dict.fromkeys(records.notes))
-        for bad in records.bad:
-            self._count(bad.reason, bad.row, bad.column, bad.actual, bad.expected)
-        batch = records.batch
-        if not batch.num_rows:
-            return None
-        columns = self._resolve(batch.schema)
-        has_rewards = columns.rewards or columns.reward
-        checked = check_batch(batch, columns, RowLimits(), "yes" if has_rewards else "no")
-        for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
-            self._count(reason, int(records.rows[row]), column, actual, expected)
-        good = np.flatnonzero(~checked.errors.bad)
-        if not len(good):
-            return None
-        return self._table(batch, columns, checked, good)
-
-    def _resolve(self, schema: pa.Schema) -> Columns:
-        key = schema.to_string()
-        if key not in self._columns:
-            names = set(schema.names) | set(self.renames)
-            shard = Shard(path=self.name, name=self.name, num_rows=1, num_row_groups=1, size_bytes=0, footer_digest="")
-            has = {name: bool(names & {name, *ALIASES[name]}) for name in ("returns", "truncated")}
-            has_rewards = bool(names & {"rewards", "reward", *ALIASES["rewards"], *ALIASES["reward"]})
-            needs = Needs(
-                returns=has["returns"] or not has_rewards,
-                values=False,
-                rewards="where there" if has["returns"] else "yes",
-                truncated=has["truncated"],
-            )
-            columns = resolve_schema(schema, shard, renames=self.renames, labels=(), needs=needs)
-            self.notes.update(dict.fromkeys(columns.notices()))
-            self._columns[key] = columns
-        return self._columns[key]
-
-    def _table(
-        self, batch: pa.RecordBatch, columns: Columns, checked: CheckedBatch, good: NDArray[np.int64]
-    ) -> pa.Table:
-        """The canonical columns of the good rows, and all others with one entry a rollout."""
-        positions, offsets = ragged_take(offsets_from_lengths(checked.lengths), good)
-        tokens = {"input_ids": checked.input_ids[positions], "response_mask": checked.response_mask[positions]}
-        source_names = {"values": columns.values, "returns": columns.returns, "rewards": columns.rewards}
-        for name in TOKEN_NAMES:
-            column = getattr(checked, name)
-            if source_names[name] is not None and column is not None:
-                tokens[name] = column[positions]
-        single: dict[str, pa.Array] = {}
-        if columns.uid is not None:
-            single["uid"] = pc.cast(batch.column(columns.uid), pa.string())
-        single |= self._carried(batch, columns)
-        if columns.reward is not None:
-            single["reward"] = pc.cast(batch.column(columns.reward), pa.float64())
-        if checked.truncated is not None:
-            single["truncated"] = pa.array(checked.truncated)
-        taken = {name: column.take(pa.array(good)) for name, column in single.items()}
-        return rollout_table(offsets, tokens, taken)
-
-    def _carried(self, batch: pa.RecordBatch, columns: Columns) -> dict[str, pa.Array]:
-        """Columns with one entry a rollout that are not canonical, under their own names."""
-        read = {*columns.names(), "attention_mask"}
-        carried: dict[str, pa.Array] = {}
-        for field_, column in zip(batch.schema, batch.columns, strict=True):
-            if field_.name in read or field_.name in ALIASES:
-                continue
-            if pa.types.is_nested(field_.type) or pa.types.is_null(field_.type):
-                if not pa.types.is_null(field_.type):
-                    self.notes.setdefault(f"`{field_.name}` is left out: a critic needs none of it")
-            else:
-                carried[field_.name] = column
-        return carried
-
-    def _count(self, reason: str, row: int, column: str, actual: str, expected: str) -> None:
-        bad = BadRow(file=self.name, unit=self.unit, row=row, column=column, actual=actual, expected=expected)
-        self.bad_rows.add(reason, bad)
-
-
-def groups_together(table: pa.Table) -> pa.Table:
-    """The rollouts of a prompt group next to each other, groups in the order in which they first appear.
-
-    A group is a uid; without that column, a prompt.
-    """
-    keys = table.column("uid") if "uid" in table.column_names else pa.chunked_array([_prompts(table)])
-    # A rollout without a uid is a group of its own.
-    keys = pc.if_else(pc.is_valid(keys), keys, pa.array([f"\0{row}" for row in range(len(keys))]))
-    encoded = keys.combine_chunks().dictionary_encode()
-    order = np.argsort(encoded.indices.to_numpy(), kind="stable")
-    return table if (np.diff(order) == 1).all() else table.take(pa.array(order))
-
-
-def _prompts(table: pa.Table) -> pa.Array:
-    """A text for each prompt: the tokens before the first response token."""
-    ids, mask = table.column("input_ids").combine_chunks(), table.column("response_mask").combine_chunks()
-    flat, marked = ids.flatten().to_numpy(), np.flatnonzero(mask.flatten().to_numpy(zero_copy_only=False))
-    offsets = np.asarray(ids.offsets.to_numpy(), dtype=np.int64)
-    offsets = offsets - offsets[0]
-    ends = marked[np.searchsorted(marked, offsets[:-1])]
-    spans = zip(offsets[:-1].tolist(), ends.tolist(), strict=True)
-    return pa.array([hashlib.blake2b(flat[start:end].tobytes(), digest_size=16).hexdigest() for start, end in spans])

@@ -279,7 +279,7 @@ class _TextFinder:
                 hint=f"say which: --column response={(others or weak)[0]}",
             )
         raise UnclearError(
-            f"no field is what the policy wrote; its fields are {', '.join(list(self.kinds)[:20])}",
+            f"is in no known format: its fields are {', '.join(list(self.kinds)[:20])}; none is what the policy wrote",
             hint="--column response=NAME takes a field of text, --column responses=NAME one of token ids",
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from critic_train.convert import nemo_rl, openrlhf, slime, text_records, verl
+from critic_train.convert import nemo_rl, openrlhf, skyrl, slime, step_labels, text_records, trajectory_values, verl
 from critic_train.convert.chat import Retokenizer
 from critic_train.convert.dump_files import Source
 from critic_train.convert.dump_tensors import RefusedError
@@ -37,7 +37,10 @@ from critic_train.data.shards import Shard, find_shards
 from critic_train.errors import ConfigError, DataError
 
 Format = TypeVar("Format", ObjectFormat, LineFormat)
-FORMATS: tuple[ObjectFormat | LineFormat, ...] = (slime.FORMAT, verl.FORMAT, nemo_rl.FORMAT, openrlhf.FORMAT)
+FORMATS: tuple[ObjectFormat | LineFormat, ...] = (
+    slime.FORMAT, verl.FORMAT, nemo_rl.FORMAT, trajectory_values.FORMAT, openrlhf.FORMAT, skyrl.FORMAT,
+    step_labels.FORMAT,
+)  # fmt: skip
 """Recognised in this order."""
 TOKENS = "token ids"
 FORMAT_NAMES = tuple(dict.fromkeys((*(one.name for one in FORMATS), *text_records.KINDS, "tokens")))
@@ -202,7 +205,8 @@ def _reader(
     try:
         carriers, reading = choose_reading(first, options.renames, kind)
     except DataError as error:
-        raise DataError(f"{source.name}: {error.message}", hint=error.hint) from None
+        between = " " if error.message.startswith("is ") else ": "
+        raise DataError(f"{source.name}{between}{error.message}", hint=error.hint) from None
     _hold_to_format(source, options, TOKENS if reading.is_tokens else kind, first)
     if reading.is_tokens and _stands_in_columns(reading, carriers):
         columns = {name: column for name, column in reading.parts.items() if column not in _names_of(name)}
@@ -227,8 +231,10 @@ def _in_words(
     """What was understood, with how several samples stand in a record, and whether texts go through a template."""
     words = dict(reading.understood)
     if carriers:
-        words["samples"] = f"several a record, in `{carriers[-1]}`"
+        words["samples"] = " and ".join(f"`{name}`" for name in (carriers if carriers == PAIR else carriers[-1:]))
     retokenizer = reader.retokenizer
+    if retokenizer is not None:
+        words["mask"] = "what the policy wrote"
     if (
         retokenizer is not None
         and retokenizer.has_template
@@ -239,7 +245,7 @@ def _in_words(
         if not any(
             isinstance(text, list) or (isinstance(text, str) and retokenizer.is_templated(text)) for text in prompts
         ):
-            words["template"] = "none: prompt and response are joined as they are (--apply-chat-template uses it)"
+            words["chat template"] = "none, prompt and response are joined as they are (--apply-chat-template uses it)"
     return words
 
 

@@ -62,11 +62,16 @@ class MaskChoice:
                 hint=f"say which marks the tokens that the policy chose: --column response_mask={self.masks[0]}",
             )
 
+    @property
+    def chosen(self) -> str | None:
+        """The narrowest so far; None without a mask."""
+        return next((name for name in self.masks if name in self._left), None)
+
     def sentences(self) -> list[str]:
         """A notice on the choice; none where there is one mask."""
         if len(self.masks) < 2:
             return []
-        chosen = next(name for name in self.masks if name in self._left)
+        chosen = self.chosen
         others = " and ".join(f"`{name}`" for name in self.masks if name != chosen)
         how = "marks the same tokens as" if len(self._left) == len(self.masks) else "is narrower than"
         return [f"`{chosen}` is read as response_mask: it {how} {others}"]

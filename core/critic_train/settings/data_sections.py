@@ -8,7 +8,7 @@ from critic_train.settings.base import Section, minimum_errors, name_in_usage, s
 
 OnBadRows = Literal["fail", "skip"]
 OnBadFile = Literal["fail", "skip"]
-DumpFormat = Literal["slime", "verl", "nemo-rl", "openrlhf", "trl", "text", "tokens"]
+DumpFormat = Literal["slime", "verl", "nemo-rl", "openrlhf", "skyrl", "steps", "trl", "text", "tokens"]
 Returns = Literal["column", "mc", "gae"]
 Truncated = Literal["terminal", "bootstrap", "drop"]
 
