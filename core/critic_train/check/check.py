@@ -194,13 +194,15 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     stop = stop or StopRequest()
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
-    reader = full_reader(shards, settings.reading.column, stop, bad_files, MOST_BAD_ROWS)
+    column, group_by = settings.reading.column, settings.reading.group_by
+    reader = full_reader(shards, column, stop, bad_files, MOST_BAD_ROWS, group_by)
     survey, other = Survey(), None
     try:
         yield from read_through(reader, stop, survey.add)
         if settings.reading.against:
             other = Survey()
-            other_reader = full_reader(find_shards(settings.reading.against), settings.reading.column, stop, None)
+            others = find_shards(settings.reading.against)
+            other_reader = full_reader(others, column, stop, None, group_by=group_by)
             yield from read_through(other_reader, stop, other.add, "reading the other rollouts")
         stop.check()
     except Stopped:
@@ -211,7 +213,8 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     yield Progress(stage="matching returns", done=0, total=1, unit="data set")
     result = _described(survey, reader, fingerprint(shards)["digest"])
     result["leak"] = None if other is None else leak(survey, other)
-    advised = advice(result, settings.reading.data, settings.reading.column)
+    advised = advice(result, settings.reading.data, column)
+    advised += [] if group_by is None else [(["--group-by", group_by], "")]
     result |= {
         "advice": [{"flags": flags, "why": why} for flags, why in advised],
         "command": command_line(advised),
@@ -228,6 +231,7 @@ def _described(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, 
         summary |= {"returns": None, "stored_values": None, "group_mean": None}
     match = match_returns(sample) if summary["returns"] else None
     return {
+        "grouped_by": "prompt" if reader.groups.by_prompt or not _has_uid(reader) else "uid",
         "schema": {} if reader.first_columns is None else reader.first_columns.as_dict(),
         "files": len(reader.shards),
         "data_digest": digest,
@@ -237,6 +241,10 @@ def _described(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, 
         "bad_rows": reader.bad_rows.summary(),
         "bad_files": reader.bad_files.summary(),
     }
+
+
+def _has_uid(reader: RolloutReader) -> bool:
+    return reader.first_columns is not None and reader.first_columns.uid is not None
 
 
 def _clip(sample: Rollouts) -> dict[str, float] | None:

@@ -13,6 +13,7 @@ from critic_train.convert.converted_folder import ConvertedFolder, SourceShards
 from critic_train.convert.dump_files import Source, find_sources
 from critic_train.convert.formats import Opened, Options, open_source
 from critic_train.data.bad_input import BadFile, BadFiles, BadRows
+from critic_train.data.groups import grouping_renames
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.settings import ConvertSettings, column_renames
@@ -43,9 +44,11 @@ def convert(settings: ConvertSettings, stop: StopRequest | None = None) -> Itera
     sources = find_sources(settings.reading.source)
     options = Options(
         format=settings.reading.source_format,
-        renames=column_renames(settings.reading.column),
+        renames=grouping_renames(column_renames(settings.reading.column), settings.reading.group_by),
+        group_by=settings.reading.group_by,
         retokenizer=Retokenizer(Path(settings.reading.tokenizer)) if settings.reading.tokenizer else None,
         allow_retokenize=settings.reading.allow_retokenize,
+        apply_chat_template=settings.reading.apply_chat_template,
     )
     assert settings.output.to is not None, "checked by the settings"
     with ConvertedFolder(Path(settings.output.to), _relevant_settings(settings)) as folder:
@@ -103,7 +106,11 @@ class _Work:
     ) -> Generator[Event, None, dict[str, Any] | None]:
         """Write the shards of one source; what is recorded of it, None where it has no shards."""
         canonicaliser = Canonicaliser(
-            name=source.name, renames=opened.renames, unit=opened.row_unit, understood=dict(opened.understood)
+            name=source.name,
+            renames=opened.renames,
+            unit=opened.row_unit,
+            group_by=self.options.group_by,
+            understood=dict(opened.understood),
         )
         count_before = _retokenized(self.options.retokenizer)
         with SourceShards(self.folder.path, self.folder.number_of(source.name)) as shards:
@@ -240,4 +247,6 @@ def _relevant_settings(settings: ConvertSettings) -> dict[str, Any]:
         "--on-bad-rows": settings.reading.on_bad_rows,
         "--tokenizer": settings.reading.tokenizer,
         "--allow-retokenize": settings.reading.allow_retokenize,
+        "--apply-chat-template": settings.reading.apply_chat_template,
+        "--group-by": settings.reading.group_by,
     }

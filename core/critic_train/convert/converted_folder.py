@@ -91,7 +91,8 @@ class ConvertedFolder:
         if recorded.get("made_by") != MADE_BY or recorded.get("version") != VERSION:
             raise ConfigError(f"{self.path / RECORD} is of another version of critic-train", hint="give a new folder")
         before = recorded["settings"]
-        changed = [name for name in self._settings if before.get(name) != self._settings[name]]
+        # What an earlier version did not know had its default.
+        changed = [name for name in self._settings if (before.get(name) or None) != (self._settings[name] or None)]
         if changed and recorded["sources"]:
             lines = [f"  {name} was {before.get(name)}, is now {self._settings[name]}" for name in changed]
             raise ConfigError(

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -139,15 +140,18 @@ def kind_of_value(value: Any) -> str:
 
 
 def kinds_of(samples: Iterable[Fields]) -> dict[str, str]:
-    """Field name -> what it holds in all samples, NOTHING where it is empty in all, OTHER where they differ."""
-    kinds: dict[str, str] = {}
+    """Field name -> what it holds in most samples, NOTHING where it is empty in all, OTHER where they differ."""
+    counts: dict[str, Counter[str]] = {}
     for sample in samples:
         for name, value in sample.items():
-            kind, before = kind_of_value(value), kinds.get(name, NOTHING)
-            if before in (NOTHING, kind) or kind == NOTHING:
-                kinds[name] = kind if before == NOTHING else before
-            else:
-                kinds[name] = NUMBERS if {before, kind} == {IDS, NUMBERS} else OTHER
+            counts.setdefault(name, Counter())[kind_of_value(value)] += 1
+    kinds = {}
+    for name, count in counts.items():
+        del count[NOTHING]
+        if IDS in count and NUMBERS in count:
+            count[NUMBERS] += count.pop(IDS)
+        ((kind, most),) = count.most_common(1) or [(NOTHING, 0)]
+        kinds[name] = kind if 2 * most >= count.total() else OTHER
     return kinds
 
 

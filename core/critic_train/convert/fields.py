@@ -17,6 +17,7 @@ from critic_train.convert.field_values import (
     Fields,
     begins_with_the_policy,
     ends_with_the_policy,
+    is_messages,
     kinds_of,
     word_list,
 )
@@ -224,8 +225,8 @@ class _TextFinder:
     def _conversation(self) -> str | None:
         """A field of conversations that end with the policy's turn; None where there is none."""
         names = self._of_kind(MESSAGES, lambda name: _last(name) not in PROMPTS and name not in self.shared)
-        full = [name for name in names if self._all(name, ends_with_the_policy)]
-        full = [n for n in full if not self._is_response_name(n) or not self._all(n, begins_with_the_policy)]
+        full = [name for name in names if self._most(name, ends_with_the_policy)]
+        full = [n for n in full if not self._is_response_name(n) or not self._most(n, begins_with_the_policy)]
         written = [name for name in full if not set(word_list(name)) & NOT_WRITTEN]
         return self._one_of(full if len(full) == 1 else written, "messages")
 
@@ -292,7 +293,7 @@ class _TextFinder:
         if "prompt" in self.renames:
             return self.renames["prompt"], ()
         conversations = [n for n in self._of_kind(MESSAGES, lambda n: n != response) if not self._is_response_name(n)]
-        conversations = [name for name in conversations if not self._all(name, ends_with_the_policy)]
+        conversations = [name for name in conversations if not self._most(name, ends_with_the_policy)]
         texts = [name for name in self.kinds if self.kinds[name] == TEXT and self._is_prompt_name(name)]
         texts = [name for name in texts if name != response]
         if conversations:
@@ -336,8 +337,9 @@ class _TextFinder:
     def _of_kind(self, kind: str, wanted: Callable[[str], bool]) -> list[str]:
         return [name for name in self.kinds if self.kinds[name] == kind and wanted(name)]
 
-    def _all(self, name: str, holds: Callable[[Any], bool]) -> bool:
-        return all(holds(sample[name]) for sample in self.samples if sample.get(name))
+    def _most(self, name: str, holds: Callable[[Any], bool]) -> bool:
+        held = [holds(sample[name]) for sample in self.samples if is_messages(sample.get(name))]
+        return 2 * sum(held) >= len(held)
 
     def _one_of(self, names: list[str], part: str) -> str | None:
         if len(names) > 1 and not _are_equal(self.samples, names):

@@ -63,6 +63,7 @@ class Options:
         retokenizer: makes token ids of text, None without --tokenizer.
         allow_retokenize: whether text may be read.
         apply_chat_template: whether prompts of text go through the chat template.
+        group_by: --group-by.
     """
 
     format: str | None
@@ -70,6 +71,7 @@ class Options:
     retokenizer: Retokenizer | None = None
     allow_retokenize: bool = False
     apply_chat_template: bool = False
+    group_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,7 +45,10 @@ class RewardFields:
         Raises:
             ValueError: it is no number; the message says what it is.
         """
-        parts = [number_of(sample.get(name)) for name in self.names]
+        names: tuple[str, ...] = self.names
+        if len(names) == 1 and names[0] in EXACT and names[0] not in sample:
+            names = tuple(name for name in EXACT if name in sample)[:1] or names
+        parts = [number_of(sample.get(name)) for name in names]
         if len(parts) == 1:
             return parts[0]
         if any(isinstance(part, list) for part in parts):
@@ -110,7 +113,8 @@ def reward_fields(
         if len(candidates) > 1 and not all(s.get(n) == s.get(candidates[0]) for s in samples for n in candidates):
             raise DataError(
                 f"{' and '.join(f'`{name}`' for name in candidates)} could each be the reward",
-                hint=f"say which: --column reward={candidates[0]}; or their sum: --column reward={'+'.join(candidates)}",
+                hint=f"say which: --column reward={candidates[0]}; or their sum: "
+                f"--column reward={'+'.join(candidates)}",
             )
         if candidates:
             others = [name for name in dict.fromkeys((*exact, *inside, *longer, *truths)) if name not in candidates]

@@ -5,6 +5,7 @@ label pairs with the token behind its step, and with an end-of-text token behind
 mask, and `returns` holds the labels.
 """
 
+import hashlib
 import re
 from typing import Any
 
@@ -41,7 +42,9 @@ def records(lines: list[Line], _: str, retokenizer: Retokenizer) -> Records:
             rows.refuse(row, "", getattr(error, "actual", f"no steps ({error})"), "a prompt, and steps with labels")
             continue
         others = {name: value for name, value in line.items() if isinstance(value, int | float | bool)}
-        rows.add(row, {**others, **entries})
+        # The tokens before the mask hold the first step as well: they do not tell the prompt.
+        uid = hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        rows.add(row, {**others, "uid": uid, **entries})
     rows.notes.setdefault(
         "labels are the returns at the ends of steps: each pairs with the token behind its step, which alone is in the "
         "mask; an end-of-text token is put behind the last step"

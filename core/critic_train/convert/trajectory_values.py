@@ -31,6 +31,7 @@ def records(lines: list[Line], _: str, retokenizer: Retokenizer) -> Records:
             continue
         names = ("trajectory_id", "instance_id", "experiment_id", "pivot_id", "split", "label_source")
         others = {name: line[name] for name in names if isinstance(line.get(name), str)}
+        others |= {"uid": line["instance_id"]} if isinstance(line.get("instance_id"), str) else {}
         rows.add(row, {**others, **entries})
     rows.notes.setdefault(
         "the targets are the returns: each pairs with the first token that the policy writes there, which alone is in "
@@ -132,8 +133,8 @@ def _messages(items: list[Item]) -> tuple[list[Item], list[int]]:
             parts = item.get("content") or item.get("summary") or []
             messages[-1]["reasoning_content"] = "".join(part.get("text", "") for part in parts)
         elif kind == "function_call":
-            call = {"function": {"name": item.get("name"), "arguments": item.get("arguments")}, "id": item.get("call_id")}
-            messages[-1].setdefault("tool_calls", []).append(call)
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            messages[-1].setdefault("tool_calls", []).append({"function": function, "id": item.get("call_id")})
         elif written:
             messages[-1]["content"] += _text(item.get("content"))
         elif kind == "function_call_output":
@@ -154,6 +155,4 @@ def _tool(tool: Item) -> Item:
     return tool if "function" in tool else {"type": "function", "function": function}
 
 
-FORMAT = LineFormat(
-    name="nemo-rl", title="NeMo-RL trajectory values", recognise=kind_of, read=records, is_text=True
-)
+FORMAT = LineFormat(name="nemo-rl", title="NeMo-RL trajectory values", recognise=kind_of, read=records, is_text=True)

@@ -60,6 +60,7 @@ def full_reader(
     stop: StopRequest,
     bad_files: BadFiles | None,
     listed_bad_rows: int = ROWS_SHOWN,
+    group_by: str | None = None,
 ) -> RolloutReader:
     """A reader of whatever the shards have.
 
@@ -69,6 +70,7 @@ def full_reader(
         stop: checked while a file is tried.
         bad_files: takes the files that cannot be used; None makes one an error.
         listed_bad_rows: how many bad rows are listed one by one.
+        group_by: --group-by.
     """
     return RolloutReader(
         shards,
@@ -78,6 +80,7 @@ def full_reader(
         bad_files=bad_files,
         needs=EVERYTHING,
         listed_bad_rows=listed_bad_rows,
+        group_by=group_by,
         stop=stop,
     )
 

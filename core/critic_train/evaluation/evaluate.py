@@ -158,6 +158,7 @@ def _reader(
             advice=ADVICE,
         ),
         drop_truncated=settings.returns.truncated == "drop",
+        group_by=settings.reading.group_by,
         stop=stop,
     )
 
