@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from critic_train.check.example import Example
 from critic_train.check.survey import Survey, leak
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.reading import RolloutReader
@@ -186,7 +187,7 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
 
     Yields:
         Progress and notices; RunEnded last, whose result is `Survey.summary` with "schema", "bad_rows", "bad_files",
-        "returns_match", "clip", "leak", "advice", "command" and "sound" added.
+        "returns_match", "clip", "leak", "example", "advice", "command" and "sound" added.
 
     Raises:
         DataError: there is not one row that can be used.
@@ -197,8 +198,14 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     column, group_by = settings.reading.column, settings.reading.group_by
     reader = full_reader(shards, column, stop, bad_files, MOST_BAD_ROWS, group_by)
     survey, other = Survey(), None
+    example = Example(settings.reading.tokenizer)
+
+    def use(batch: Rollouts) -> None:
+        survey.add(batch)
+        example.add(batch)
+
     try:
-        yield from read_through(reader, stop, survey.add)
+        yield from read_through(reader, stop, use)
         if settings.reading.against:
             other = Survey()
             others = find_shards(settings.reading.against)
@@ -216,6 +223,7 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     advised = advice(result, settings.reading.data, column)
     advised += [] if group_by is None else [(["--group-by", group_by], "")]
     result |= {
+        "example": example.parts(),
         "advice": [{"flags": flags, "why": why} for flags, why in advised],
         "command": command_line(advised),
         "sound": not (result["bad_rows"]["count"] or bad_files or (result["leak"] or {}).get("prompts")),

@@ -1,25 +1,28 @@
 """`critic-train convert`, from top to bottom: find files, recognise formats, read, make canonical, write."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from critic_train.convert.canonical import Canonicaliser, groups_together
 from critic_train.convert.chat import Retokenizer
-from critic_train.convert.converted_folder import ConvertedFolder, SourceShards
-from critic_train.convert.dump_files import Source, find_sources
-from critic_train.convert.formats import Opened, Options, open_source
-from critic_train.data.bad_input import BadFile, BadFiles, BadRows
+from critic_train.convert.converted_folder import STAGED, ConvertedFolder
+from critic_train.convert.dump_files import Source, find_sources, metadata_files
+from critic_train.convert.formats import Options
+from critic_train.convert.source_conversion import (
+    Outcome,
+    SourceProcesses,
+    SourceWork,
+    convert_source,
+    require_processors,
+)
+from critic_train.data.bad_input import BadFiles, BadRows
 from critic_train.data.groups import grouping_renames
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.settings import ConvertSettings, column_renames
 from critic_train.stopping import StopRequest
 
-TOKEN_NAMES = ("values", "returns", "rewards")
 FIRST_BAD_ROWS = 10
 """How many are named."""
 
@@ -51,16 +54,27 @@ def convert(settings: ConvertSettings, stop: StopRequest | None = None) -> Itera
         apply_chat_template=settings.reading.apply_chat_template,
     )
     assert settings.output.to is not None, "checked by the settings"
+    nproc = settings.reading.nproc
+    require_processors(nproc)
     with ConvertedFolder(Path(settings.output.to), _relevant_settings(settings)) as folder:
         work = _Work(folder=folder, options=options, on_bad_rows=settings.reading.on_bad_rows)
-        for source in sources:
-            yield from work.convert(source, stop)
-            if stop.requested:
-                yield RunEnded(status="interrupted", result=work.result(), signal_number=stop.signal_number)
-                return
+        yield from metadata_notice(settings.reading.source)
+        several = work.convert_on_processes(sources, nproc, stop) if min(nproc, len(sources)) > 1 else None
+        yield from work.convert(sources, stop) if several is None else several
+        if stop.requested:
+            yield RunEnded(status="interrupted", result=work.result(), signal_number=stop.signal_number)
+            return
         work.check(settings.reading.on_bad_file)
         yield from work.closing_notices()
         yield RunEnded(status="already finished" if work.all_recorded else "finished", result=work.result())
+
+
+def metadata_notice(names: list[str]) -> Iterator[Notice]:
+    """Name the files of the sources' folders that are not read."""
+    files = metadata_files(names)
+    if files:
+        more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
+        yield Notice(message=f"{files[0]}{more} hold no rollouts, by their names, and are not read")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,88 +90,68 @@ class _Work:
     all_recorded: bool = True
     notices: dict[str, None] = field(default_factory=dict)
 
-    def convert(self, source: Source, stop: StopRequest) -> Generator[Event, None, None]:
-        """Convert one source; a bad file is collected, to be reported at the end."""
-        try:
-            stamp = source.stamp
-            entry = self.folder.recorded(source.name, stamp)
+    def convert(self, sources: list[Source], stop: StopRequest) -> Iterator[Event]:
+        """Convert the sources one after the other; a bad file is collected, to be reported at the end."""
+        for source in sources:
+            entry = self._recorded(source)
             if entry is None:
-                self.all_recorded = False
-                with source.local() as local:
-                    opened = open_source(local, self.options)
-                    entry = yield from self._write(local, opened, stop)
-        except DataError as error:
-            self.bad_files.add(BadFile.of(source.name, error, None))
-            return
-        except OSError as error:
-            if error.filename is None or str(error.filename) != str(source.path):
-                raise
-            reason = DataError(f"{source.name}: {error.strerror or error}")
-            self.bad_files.add(BadFile.of(source.name, reason, None))
-            return
-        if entry is not None:
-            if entry["stamp"] is None:
-                entry = {**entry, "stamp": stamp}
-                self.folder.record(entry)
-            self.entries.append(entry)
+                prefix = self.folder.prefix_of(source.name)
+                outcome = yield from convert_source(
+                    source, self.folder.path, prefix, self.options, self.on_bad_rows, stop
+                )
+                yield from self._take(outcome)
+            else:
+                self.entries.append(entry)
+            if stop.requested:
+                return
 
-    def _write(
-        self, source: Source, opened: Opened, stop: StopRequest
-    ) -> Generator[Event, None, dict[str, Any] | None]:
-        """Write the shards of one source; what is recorded of it, None where it has no shards."""
-        canonicaliser = Canonicaliser(
-            name=source.name,
-            renames=opened.renames,
-            unit=opened.row_unit,
-            group_by=self.options.group_by,
-            understood=dict(opened.understood),
-        )
-        count_before = _retokenized(self.options.retokenizer)
-        with SourceShards(self.folder.path, self.folder.number_of(source.name)) as shards:
-            tables: list[pa.Table] = []
-            for records, done in opened.records:
-                table = canonicaliser.table(records)
-                if table is not None:
-                    (tables.append if opened.in_memory else shards.write)(table)
-                yield Progress(stage=f"converting {source.path.name}", done=done, total=opened.total, unit=opened.unit)
-                if stop.requested:
-                    shards.drop()
-                    return None
-            if tables:
-                shards.write(groups_together(_joined(tables)))
-            canonicaliser.finish()
-            self._add_bad_rows(canonicaliser.bad_rows)
-            yield from self._notices(canonicaliser, opened)
-            if canonicaliser.bad_rows.count and self.on_bad_rows == "fail":
-                shards.drop()
-                return None
-        count = _retokenized(self.options.retokenizer)
-        return {
-            "name": source.name,
-            "stamp": None,
-            "format": opened.format,
-            "shards": [path.name for path in shards.files],
-            "rollouts": shards.rollouts,
-            "tokens": shards.tokens,
-            "response_tokens": shards.response_tokens,
-            "columns": shards.columns,
-            "bad_rows": canonicaliser.bad_rows.summary(),
-            "read_as": canonicaliser.understood,
-            "retokenized": {key: count[key] - count_before[key] for key in count},
-        }
+    def convert_on_processes(self, sources: list[Source], count: int, stop: StopRequest) -> Iterator[Event]:
+        """The same on several processes. What they made is taken in the order of the sources, under the same names."""
+        entries = {source.name: self._recorded(source) for source in sources}
+        work = SourceWork(folder=self.folder.path, options=self.options, on_bad_rows=self.on_bad_rows)
+        with SourceProcesses(min(count, len(sources)), work) as processes:
+            for number, source in enumerate(sources):
+                if entries[source.name] is None:
+                    processes.submit(source, f"{STAGED}{number:04d}")
+            for number, source in enumerate(sources):
+                entry = entries[source.name]
+                outcome = None
+                while entry is None and outcome is None:
+                    if stop.requested:
+                        return
+                    outcome = processes.outcome(source, seconds=0.2)
+                    stage = f"converting on {count} processes"
+                    yield Progress(stage=stage, done=number, total=len(sources), unit="files")
+                if outcome is not None:
+                    yield from self._take(outcome)
+                elif entry is not None:
+                    self.entries.append(entry)
 
-    def _notices(self, canonicaliser: "Canonicaliser", opened: Opened) -> Iterator[Event]:
-        read_as = f"{canonicaliser.name} is read as {opened.format}"
-        for sentence in (read_as, canonicaliser.sentence(), *canonicaliser.notes):
-            key = sentence.removeprefix(canonicaliser.name)
-            if key not in self.notices:
-                self.notices[key] = None
-                yield Notice(message=sentence)
+    def _recorded(self, source: Source) -> dict[str, Any] | None:
+        """What is recorded of a source whose shards stand; None where it is to be converted."""
+        try:
+            entry = self.folder.recorded(source.name, source.stamp)
+        except OSError:
+            return None  # the conversion reports it
+        self.all_recorded &= entry is not None
+        return entry
 
-    def _add_bad_rows(self, more: BadRows) -> None:
+    def _take(self, outcome: Outcome) -> Iterator[Event]:
+        """Record what came of a source."""
+        if outcome.bad_file is not None:
+            self.bad_files.add(outcome.bad_file)
+        more = outcome.bad_rows
         self.bad_rows.count += more.count
         self.bad_rows.reasons.update(more.reasons)
         self.bad_rows.first = [*self.bad_rows.first, *more.first][:FIRST_BAD_ROWS]
+        for sentence in outcome.sentences:
+            # Of files that are read alike, the first is named.
+            key = sentence.partition(" is read as ")[2] or sentence.partition(": ")[2] or sentence
+            if key not in self.notices:
+                self.notices[key] = None
+                yield Notice(message=sentence)
+        if outcome.entry is not None:
+            self.entries.append(self.folder.record(outcome.entry))
 
     def check(self, on_bad_file: str) -> None:
         """Raise where there are bad rows or files that may not be left out, or no rollouts."""
@@ -226,17 +220,6 @@ class _Work:
                 reasons[reason] = reasons.get(reason, 0) + count
         first = [row for summary in summaries for row in summary["first"]][:FIRST_BAD_ROWS]
         return {"count": sum(summary["count"] for summary in summaries), "reasons": reasons, "first": first}
-
-
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    """Tables of one source, of the same columns or with nulls where they differ."""
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-
-def _retokenized(retokenizer: Retokenizer | None) -> dict[str, int]:
-    if retokenizer is None:
-        return {"rollouts": 0, "tokens": 0}
-    return {"rollouts": retokenizer.rollouts, "tokens": retokenizer.tokens}
 
 
 def _relevant_settings(settings: ConvertSettings) -> dict[str, Any]:

@@ -129,6 +129,10 @@ class CheckReadingSettings(SourceSettings):
         metavar="PATH",
     )
 
+    tokenizer: str | None = setting(
+        None, "Show a rollout in the words of this tokenizer, a Hugging Face folder.", panel="Data", metavar="DIR"
+    )
+
     def validate(self) -> list[str]:
         """See Section."""
         return super().validate() + address_errors("--against", self.against)
@@ -199,6 +203,10 @@ class ConvertReadingSettings(Section):
         metavar="uid|prompt|COLUMN",
     )
 
+    nproc: int = setting(
+        1, "Processes on this machine, each with files of its own; the shards are the same.", panel="Compute"
+    )
+
     def validate(self) -> list[str]:
         """See Section."""
         errors = [] if self.source else ["SOURCE is needed: a file, a folder or a glob"]
@@ -206,6 +214,7 @@ class ConvertReadingSettings(Section):
             errors.append("--allow-retokenize needs --tokenizer DIR")
         if self.apply_chat_template and not self.allow_retokenize:
             errors.append("--apply-chat-template needs --tokenizer DIR and --allow-retokenize")
+        errors += minimum_errors(self, 1, "nproc")
         return errors + address_errors("SOURCE", self.source) + column_errors(self.column)
 
 
