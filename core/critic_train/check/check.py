@@ -125,6 +125,8 @@ class _Trial:
         return written if written.matches or written.error <= best.error else best
 
 
+UNREAD_WITH_RETURNS = ("rewards", "reward", "truncated")
+"""Columns that `fit` does not read where the shards have returns."""
 HELD_BACK = 0.2
 """Share of tokens whose return is beyond the clip around their old value, above which --old-values epoch is advised."""
 
@@ -141,7 +143,6 @@ def advice(result: dict[str, Any], settings_data: list[str], columns: list[str])
         (flags, why), the data first.
     """
     advised: list[tuple[list[str], str]] = [([part for path in settings_data for part in ("--data", path)], "")]
-    advised += [(["--column", pair], "") for pair in columns]
     if result["bad_rows"]["count"]:
         advised.append((["--on-bad-rows", "skip"], f"{result['bad_rows']['count']:,} rows cannot be used"))
     if result["returns"] is None and result["rewards"] is not None:
@@ -150,6 +151,10 @@ def advice(result: dict[str, Any], settings_data: list[str], columns: list[str])
     if match and match["found"] and match["lam"] < 1:
         flags = ["--returns", "mc"] + ([] if match["gamma"] == 1 else ["--gamma", f"{match['gamma']:g}"])
         advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
+    # A rename of what `fit` does not read is an error there.
+    unread = ("returns", "truncated") if any("--returns" in flags for flags, _ in advised) else UNREAD_WITH_RETURNS
+    renames = [(["--column", pair], "") for pair in columns if pair.partition("=")[0] not in unread]
+    advised[1:1] = renames
     advised += _old_values(result)
     longest = result["tokens_of_the_longest"]
     if longest > CPU_MAX_TOKENS:

@@ -50,7 +50,12 @@ class Example:
 
 
 def _cut(content: Any, most: int) -> Any:
-    """A text or list, its middle left out where it is longer."""
+    """A text or a list of ids, its middle left out.
+
+    Args:
+        content: what is shown.
+        most: characters or ids of it that are shown.
+    """
     if len(content) <= most:
         return content
     left, right = content[: most // 2], content[-most // 2 :]

@@ -107,16 +107,16 @@ class Canonicaliser:
 
     def _understand(self, columns: Columns) -> None:
         """Remember which column became what."""
-        words = {"prompt": f"`{columns.prompts}`", "response": f"`{columns.responses}`"}
+        parts = {"prompt": f"`{columns.prompts}`", "response": f"`{columns.responses}`"}
         if columns.input_ids is not None:
-            words["prompt"] = f"`{columns.input_ids}` before the response"
-            words["response"] = f"what the mask marks in `{columns.input_ids}`"
+            parts["prompt"] = f"`{columns.input_ids}` before the response"
+            parts["response"] = f"what the mask marks in `{columns.input_ids}`"
         paid = columns.rewards or columns.reward
-        words["reward"] = f"`{paid}`" if paid else "not there"
-        words |= {name: f"`{getattr(columns, name)}`" for name in ("returns", "values") if getattr(columns, name)}
-        words["mask"] = f"`{columns.response_mask}`" if columns.response_mask else f"all of `{columns.responses}`"
-        words["group"] = f"`{columns.uid}`" if columns.uid else "the prompt"
-        self.understood = {**words, **self.understood}
+        parts["reward"] = f"`{paid}`" if paid else "not there"
+        parts |= {name: f"`{getattr(columns, name)}`" for name in ("returns", "values") if getattr(columns, name)}
+        parts["mask"] = f"`{columns.response_mask}`" if columns.response_mask else f"all of `{columns.responses}`"
+        parts["group"] = f"`{columns.uid}`" if columns.uid else "the prompt"
+        self.understood = {**parts, **self.understood}
 
     def _check_shift(self, columns: Columns, checked: CheckedBatch) -> None:
         """Count the rollouts whose mask looks as if it were shifted by one, over the tokens that predict.

@@ -168,11 +168,11 @@ class Retokenizer:
         """A turn of thinking, text and tool calls, as the template joins them."""
         if shown is None:
             raise UnusableError("a chat template that shows a turn in another way than it opens one", "thinking in it")
-        for said in _said(message):
-            in_json = (json.dumps(said, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-            if not any(form in shown for form in (said.strip(), *in_json)):
+        for statement in _statements(message):
+            in_json = (json.dumps(statement, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+            if not any(form in shown for form in (statement.strip(), *in_json)):
                 raise UnusableError(
-                    f"a chat template that leaves out what the assistant said ({said.strip()[:40]!r})",
+                    f"a chat template that leaves out what the assistant said ({statement.strip()[:40]!r})",
                     "one that shows reasoning_content, content and tool_calls",
                 )
         return self._until_end(shown)
@@ -180,8 +180,8 @@ class Retokenizer:
     def _check_others(self, messages: list[dict[str, Any]], text: str) -> None:
         """Raise where the template leaves out what others say."""
         for message in messages:
-            said = message.get("content")
-            if message["role"] != "assistant" and isinstance(said, str) and said.strip() not in text:
+            content = message.get("content")
+            if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in text:
                 raise UnusableError(
                     f"a chat template that leaves out what the {message['role']} said", "one that shows all messages"
                 )
@@ -198,7 +198,7 @@ class Retokenizer:
         return text
 
 
-def _said(message: dict[str, Any]) -> Iterator[str]:
+def _statements(message: dict[str, Any]) -> Iterator[str]:
     """All that an assistant's message says."""
     yield from (message[name] for name in (*REASONING, "content") if isinstance(message.get(name), str))
     for call in message.get("tool_calls") or []:
@@ -243,9 +243,10 @@ def _content(content: Any) -> str | None:
         return content
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not parts or not all(isinstance(text, str) for text in texts):
+    strings = [text for text in texts if isinstance(text, str)]
+    if not parts or len(strings) < len(texts):
         raise UnusableError("a message with parts that are no text", "text alone: a critic of text sees nothing else")
-    return "".join(texts)
+    return "".join(strings)
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:

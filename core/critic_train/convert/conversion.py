@@ -99,7 +99,7 @@ class _Work:
                 outcome = yield from convert_source(
                     source, self.folder.path, prefix, self.options, self.on_bad_rows, stop
                 )
-                yield from self._take(outcome)
+                yield from self._take(source.name, outcome)
             else:
                 self.entries.append(entry)
             if stop.requested:
@@ -123,7 +123,7 @@ class _Work:
                     stage = f"converting on {count} processes"
                     yield Progress(stage=stage, done=number, total=len(sources), unit="files")
                 if outcome is not None:
-                    yield from self._take(outcome)
+                    yield from self._take(source.name, outcome)
                 elif entry is not None:
                     self.entries.append(entry)
 
@@ -136,8 +136,8 @@ class _Work:
         self.all_recorded &= entry is not None
         return entry
 
-    def _take(self, outcome: Outcome) -> Iterator[Event]:
-        """Record what came of a source."""
+    def _take(self, name: str, outcome: Outcome) -> Iterator[Event]:
+        """Record what came of a source, and tell what was understood: of files that are read alike, of the first."""
         if outcome.bad_file is not None:
             self.bad_files.add(outcome.bad_file)
         more = outcome.bad_rows
@@ -145,8 +145,7 @@ class _Work:
         self.bad_rows.reasons.update(more.reasons)
         self.bad_rows.first = [*self.bad_rows.first, *more.first][:FIRST_BAD_ROWS]
         for sentence in outcome.sentences:
-            # Of files that are read alike, the first is named.
-            key = sentence.partition(" is read as ")[2] or sentence.partition(": ")[2] or sentence
+            key = sentence.removeprefix(name)
             if key not in self.notices:
                 self.notices[key] = None
                 yield Notice(message=sentence)

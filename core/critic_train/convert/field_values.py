@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from critic_train.errors import DataError
+
 Fields = dict[str, Any]
 """Field name -> value; a field of a nested object has a dotted name."""
 
@@ -24,6 +26,10 @@ PER_SAMPLE = frozenset({
     "length",
 })  # fmt: skip
 """Words in the names of lists of numbers that have one entry a sample."""
+
+
+class UnclearError(DataError):
+    """Fields that cannot be read as rollouts, or in two ways."""
 
 
 def flat(record: Fields, prefix: str = "") -> Fields:
@@ -187,10 +193,25 @@ def words_of(name: str) -> frozenset[str]:
 def word_list(name: str) -> list[str]:
     """The words of a field's name in order: `generatedSolutions` and `generated_solutions` have the same."""
     spaced = "".join(f"_{letter}" if letter.isupper() else letter for letter in name) if _is_camel(name) else name
-    words = [word for word in spaced.lower().replace(".", "_").replace("-", "_").replace(" ", "_").split("_") if word]
-    words = [word.rstrip("0123456789") or word for word in words]
-    return [word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 2 else word for word in words]
+    parts = [word for word in spaced.lower().replace(".", "_").replace("-", "_").replace(" ", "_").split("_") if word]
+    parts = [word.rstrip("0123456789") or word for word in parts]
+    return [word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 2 else word for word in parts]
 
 
 def _is_camel(name: str) -> bool:
     return any(letter.isupper() for letter in name[1:]) and any(letter.islower() for letter in name)
+
+
+def leaf(name: str) -> str:
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2]
+
+
+def are_equal(samples: Iterable[Fields], names: list[str]) -> bool:
+    """Whether fields hold the same in every sample."""
+    return all(sample.get(name) == sample.get(names[0]) for sample in samples for name in names)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a message lists them."""
+    return " and ".join(f"`{name}`" for name in names)

@@ -4,31 +4,30 @@ Where two readings are possible and nothing decides, the file is refused with th
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from critic_train.convert.field_values import (
-    IDS,
     MESSAGES,
     NUMBER,
-    NUMBERS,
     TEXT,
     Fields,
+    UnclearError,
+    are_equal,
     begins_with_the_policy,
     ends_with_the_policy,
     is_messages,
     kinds_of,
+    leaf,
+    listed,
     word_list,
 )
 from critic_train.convert.rewards import RewardFields, reward_fields
-from critic_train.data.schema import ALIASES
-from critic_train.errors import DataError
+from critic_train.convert.token_fields import PROMPTS, RESPONSES, token_parts
 
 TEXT_PARTS = ("messages", "prompt", "response", "system")
 """Canonical names of a record of text, beside `reward` and `uid`."""
-PROMPTS = frozenset({"prompt", "question", "problem", "instruction", "query", "input", "context"})
-RESPONSES = frozenset({"response", "completion", "generation", "output", "rollout", "reply", "generated", "trajectory"})
 POLICY = frozenset({"model", "llm", "policy", "actor", "assistant", "agent", "student", "bot", "predicted", "sampled"})
 CONTENTS = frozenset({
     "answer", "solution", "text", "output", "message", "content", "reply", "response", "str", "string", "raw",
@@ -42,16 +41,11 @@ NOT_WRITTEN = frozenset({
 })  # fmt: skip
 """Words in the names of texts that the policy did not write."""
 THOUGHTS = frozenset({"reasoning", "thinking", "thought", "cot", "rationale"})
-WHOLE = (*("input_ids",), *ALIASES["input_ids"])
 TEMPLATED = re.compile(r"<\|[^|<>]+\|>|<start_of_turn>|\[INST\]|<\uff5c|</s>|<s>")
 """What a chat template leaves in a text."""
 
 
 FindReward = Callable[[list[Fields], dict[str, str], dict[str, str]], RewardFields | None]
-
-
-class UnclearError(DataError):
-    """Fields that cannot be read as rollouts, or in two ways."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,24 +97,24 @@ def read_fields(
     """
     kinds = kinds_of(samples)
     if not set(renames) & {"messages", "prompt", "response"}:
-        tokens = _token_parts(kinds, samples, renames)
+        tokens = token_parts(kinds, samples, renames)
         if tokens is not None:
             reward = find_reward(samples, kinds, renames)
-            return Reading(parts=tokens, reward=reward, understood=_words(tokens, (), reward))
+            return Reading(parts=tokens, reward=reward, understood=_description(tokens, (), reward))
     finder = _TextFinder(samples=samples, kinds=kinds, renames=renames, shared=shared)
     parts, prompt_parts = finder.parts()
     reward = find_reward(samples, kinds, renames)
     if reward is None:
         raise UnclearError(
-            f"no field is a reward: {_listed(kinds, NUMBER)}",
+            f"no field is a reward: {_numbers_of(kinds, NUMBER)}",
             hint=f"--column reward={_first(kinds, NUMBER) or 'NAME'} takes a field of numbers as the reward",
         )
     return Reading(
-        parts=parts, prompt_parts=prompt_parts, reward=reward, understood=_words(parts, prompt_parts, reward)
+        parts=parts, prompt_parts=prompt_parts, reward=reward, understood=_description(parts, prompt_parts, reward)
     )
 
 
-def _words(parts: dict[str, str], prompt_parts: tuple[str, ...], reward: RewardFields | None) -> dict[str, str]:
+def _description(parts: dict[str, str], prompt_parts: tuple[str, ...], reward: RewardFields | None) -> dict[str, str]:
     prompt = " and ".join(f"`{name}`" for name in prompt_parts) or f"`{parts.get('prompt', parts.get('prompts', ''))}`"
     response = f"`{parts.get('response', parts.get('responses', ''))}`"
     if "messages" in parts:
@@ -130,67 +124,7 @@ def _words(parts: dict[str, str], prompt_parts: tuple[str, ...], reward: RewardF
         response = f"what the mask marks in `{parts['input_ids']}`"
     if "system" in parts:
         prompt = f"`{parts['system']}` and {prompt}"
-    return {"prompt": prompt, "response": response, **({} if reward is None else {"reward": reward.words})}
-
-
-def _token_parts(kinds: dict[str, str], samples: list[Fields], renames: dict[str, str]) -> dict[str, str] | None:
-    """The parts of token ids; None where there are none, or not all."""
-    given = {name: renames[name] for name in ("input_ids", "prompts", "responses") if name in renames}
-    if given:
-        return given if "input_ids" in given or len(given) == 2 else None
-    ids = [name for name, kind in kinds.items() if kind == IDS and _is_ids_name(name)]
-    wholes = [name for name in ids if name in WHOLE] or [name for name in ids if _role_of_ids(name) == "input_ids"]
-    prompts, responses = ([name for name in ids if _role_of_ids(name) == role] for role in ("prompts", "responses"))
-    has_mask = any(is_mask(name) and kind in (IDS, NUMBERS) for name, kind in kinds.items())
-    length = _length_field(kinds)
-    for role, names in (("input_ids", wholes), ("prompts", prompts), ("responses", responses)):
-        canonical = [name for name in names if name == role or name in ALIASES[role]]
-        if len(names) > 1 and len(canonical) != 1 and not _are_equal(samples, names):
-            raise UnclearError(f"{_and(names)} could each be {role}", hint=f"say which: --column {role}={names[0]}")
-        if len(names) > 1:
-            names[:] = canonical[:1] or names[:1]
-    if wholes and (has_mask or (length is not None and not (prompts and responses))):
-        return {"input_ids": wholes[0], **({} if has_mask or length is None else {"response_length": length})}
-    if prompts and responses:
-        return {"prompts": prompts[0], "responses": responses[0]}
-    if wholes and responses and not prompts:
-        return (
-            {"prompts": wholes[0], "responses": responses[0]} if not _begin(samples, responses[0], wholes[0]) else None
-        )
-    return None
-
-
-def _is_ids_name(name: str) -> bool:
-    words = word_list(name)
-    return not is_mask(name) and (
-        name in ALIASES["prompts"] + ALIASES["responses"] + WHOLE + ("prompts", "responses")
-        or (bool({"id", "token", "sequence"} & set(words)) and not {"position", "type", "logprob"} & set(words))
-    )
-
-
-def _role_of_ids(name: str) -> str:
-    words = (set(word_list(_leaf(name))) - {"id", "token"}) or set(word_list(name))
-    if name in WHOLE:
-        return "input_ids"
-    if words & RESPONSES or words & {"action", "choice"}:
-        return "responses"
-    return "prompts" if words & (PROMPTS | {"observation", "ob"}) else "input_ids"
-
-
-def is_mask(name: str) -> bool:
-    """Whether a field is a mask of the response by its name."""
-    return name.rpartition(".")[2] in ("response_mask", *ALIASES["response_mask"])
-
-
-def _length_field(kinds: dict[str, str]) -> str | None:
-    names = ("response_length", "response_len", "response_lengths", "completion_length", "output_length")
-    return next((name for name in names if kinds.get(name) == NUMBER), None)
-
-
-def _begin(samples: list[Fields], longer: str, shorter: str) -> bool:
-    """Whether the lists of one field begin with those of the other."""
-    pairs = [(sample.get(longer) or [], sample.get(shorter) or []) for sample in samples]
-    return all(long[: len(short)] == short for long, short in pairs)
+    return {"prompt": prompt, "response": response, **({} if reward is None else {"reward": reward.description})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +158,7 @@ class _TextFinder:
 
     def _conversation(self) -> str | None:
         """A field of conversations that end with the policy's turn; None where there is none."""
-        names = self._of_kind(MESSAGES, lambda name: _last(name) not in PROMPTS and name not in self.shared)
+        names = self._of_kind(MESSAGES, lambda n: n not in self.shared and not set(word_list(leaf(n))[-1:]) & PROMPTS)
         full = [name for name in names if self._most(name, ends_with_the_policy)]
         full = [n for n in full if not self._is_response_name(n) or not self._most(n, begins_with_the_policy)]
         written = [name for name in full if not set(word_list(name)) & NOT_WRITTEN]
@@ -276,7 +210,7 @@ class _TextFinder:
             return weak[0]
         if weak or others:
             raise UnclearError(
-                f"{_and([*weak, *others])} could be what the policy wrote, and none is named as that",
+                f"{listed([*weak, *others])} could be what the policy wrote, and none is named as that",
                 hint=f"say which: --column response={(others or weak)[0]}",
             )
         raise UnclearError(
@@ -304,7 +238,7 @@ class _TextFinder:
         widest = [name for name in texts if all(self._holds(name, other) for other in texts)]
         if texts and not widest:
             raise UnclearError(
-                f"{_and(texts)} could each be the prompt, and none holds the others",
+                f"{listed(texts)} could each be the prompt, and none holds the others",
                 hint=f"say which: --column prompt={texts[0]}",
             )
         if not widest:
@@ -327,7 +261,7 @@ class _TextFinder:
     def _check_thoughts(self, response: str) -> None:
         """Raise where the policy's thinking stands in a field of its own, and --column does not say to leave it out."""
         for name, kind in self.kinds.items():
-            is_thought = kind == TEXT and bool(set(word_list(_leaf(name))) & THOUGHTS) and name != response
+            is_thought = kind == TEXT and bool(set(word_list(leaf(name))) & THOUGHTS) and name != response
             if is_thought and "response" not in self.renames and not self._holds(response, name):
                 raise UnclearError(
                     f"`{name}` holds text that `{response}` lacks: it may be a part of what the policy wrote",
@@ -342,9 +276,9 @@ class _TextFinder:
         return 2 * sum(held) >= len(held)
 
     def _one_of(self, names: list[str], part: str) -> str | None:
-        if len(names) > 1 and not _are_equal(self.samples, names):
+        if len(names) > 1 and not are_equal(self.samples, names):
             raise UnclearError(
-                f"{_and(names)} could each be the {'conversation' if part == 'messages' else part}",
+                f"{listed(names)} could each be the {'conversation' if part == 'messages' else part}",
                 hint=f"say which: --column {part}={names[0]}",
             )
         return names[0] if names else None
@@ -362,43 +296,29 @@ class _TextFinder:
         return any(len(text.split()) > 1 for text in texts) and (len(set(texts)) > 1 or len(texts) == 1)
 
     def _is_response_name(self, name: str) -> bool:
-        words = word_list(_leaf(name))
+        name_words = word_list(leaf(name))
         around = set(word_list(name))
-        if not words or around & NOT_WRITTEN or name in self.shared:
+        if not name_words or around & NOT_WRITTEN or name in self.shared:
             return False
-        return words[-1] in RESPONSES or (words[-1] in CONTENTS and bool(around & (RESPONSES | POLICY | {"choice"})))
+        if name_words[-1] in RESPONSES:
+            return True
+        return name_words[-1] in CONTENTS and bool(around & (RESPONSES | POLICY | {"choice"}))
 
     def _is_prompt_name(self, name: str) -> bool:
-        words = word_list(_leaf(name))
-        if not words or set(words) & (NOT_WRITTEN | {"system"}) or self._is_response_name(name):
+        name_words = word_list(leaf(name))
+        if not name_words or set(name_words) & (NOT_WRITTEN | {"system"}) or self._is_response_name(name):
             return False
-        return words[-1] in PROMPTS or (words[-1] in CONTENTS and bool(set(words) & PROMPTS))
+        return name_words[-1] in PROMPTS or (name_words[-1] in CONTENTS and bool(set(name_words) & PROMPTS))
 
     def _is_system_name(self, name: str) -> bool:
-        words = word_list(_leaf(name))
-        return words[0] == "system" and words[-1] in ("system", "prompt", "message") if words else False
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _last(name: str) -> str:
-    return (word_list(_leaf(name)) or [""])[-1]
-
-
-def _are_equal(samples: Iterable[Fields], names: list[str]) -> bool:
-    return all(sample.get(name) == sample.get(names[0]) for sample in samples for name in names)
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join(f"`{name}`" for name in names)
+        name_words = word_list(leaf(name))
+        return name_words[0] == "system" and name_words[-1] in ("system", "prompt", "message") if name_words else False
 
 
 def _first(kinds: dict[str, str], kind: str) -> str | None:
     return next((name for name, value in kinds.items() if value == kind), None)
 
 
-def _listed(kinds: dict[str, str], kind: str) -> str:
+def _numbers_of(kinds: dict[str, str], kind: str) -> str:
     names = [name for name, value in kinds.items() if value == kind]
     return f"the numbers are {', '.join(f'`{name}`' for name in names[:12])}" if names else "there are no numbers"

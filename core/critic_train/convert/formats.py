@@ -11,29 +11,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from critic_train.convert import nemo_rl, openrlhf, skyrl, slime, step_labels, text_records, trajectory_values, verl
 from critic_train.convert.chat import Retokenizer
 from critic_train.convert.dump_files import Source
 from critic_train.convert.dump_tensors import RefusedError
-from critic_train.convert.field_values import (
-    PAIR,
-    Fields,
-    carriers_of,
-    flat,
-    is_scored_pair,
-    of_whole_record,
-    samples_of,
-)
-from critic_train.convert.fields import Reading, UnclearError, read_fields
+from critic_train.convert.field_values import Fields
+from critic_train.convert.fields import Reading
 from critic_train.convert.json_records import FIRST_RECORDS, first_records, record_chunks
 from critic_train.convert.raw_records import Line, LineFormat, ObjectFormat, Records, Rows
-from critic_train.convert.rewards import reward_fields, trl_reward, verl_reward
+from critic_train.convert.readings import choose_reading, understanding
+from critic_train.convert.table_files import arrow_batches, parquet_batches
 from critic_train.convert.unpickle import load_dump
-from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
 from critic_train.data.schema import ALIASES
-from critic_train.data.shards import Shard, find_shards
 from critic_train.errors import ConfigError, DataError
 
 Format = TypeVar("Format", ObjectFormat, LineFormat)
@@ -47,10 +37,6 @@ FORMAT_NAMES = tuple(dict.fromkeys((*(one.name for one in FORMATS), *text_record
 """The values of --from."""
 TITLES = ", ".join((*(one.title for one in FORMATS), text_records.TITLE))
 SHOWN_FIELDS = 12
-SAMPLES_SEEN = 256
-"""From so many samples, at most, it is concluded which field is which."""
-ARROW_ROWS = 1024
-"""Rows of an Arrow file that are read at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,32 +209,11 @@ def _reader(
         retokenizer=None if reading.is_tokens else _retokenizer(source, kind, options),
         apply_chat_template=options.apply_chat_template,
     )
+    understood = understanding(
+        reading, carriers, first, record_reader.retokenizer, apply_chat_template=options.apply_chat_template
+    )
     kind = TOKENS if reading.is_tokens else kind
-    return kind, record_reader, _Understood(columns={}, understood=_in_words(reading, carriers, record_reader, first))
-
-
-def _in_words(
-    reading: Reading, carriers: tuple[str, ...], reader: text_records.RecordReader, first: list[Fields]
-) -> dict[str, str]:
-    """What was understood, with how several samples stand in a record, and whether texts go through a template."""
-    words = dict(reading.understood)
-    if carriers:
-        words["samples"] = " and ".join(f"`{name}`" for name in (carriers if carriers == PAIR else carriers[-1:]))
-    retokenizer = reader.retokenizer
-    if retokenizer is not None:
-        words["mask"] = "what the policy wrote"
-    if (
-        retokenizer is not None
-        and retokenizer.has_template
-        and "prompt" in reading.parts
-        and not reader.apply_chat_template
-    ):
-        prompts = [flat.get(reading.parts["prompt"]) for record in first for flat in samples_of(record, carriers)]
-        if not any(
-            isinstance(text, list) or (isinstance(text, str) and retokenizer.is_templated(text)) for text in prompts
-        ):
-            words["chat template"] = "none, prompt and response are joined as they are (--apply-chat-template uses it)"
-    return words
+    return kind, record_reader, _Understood(columns={}, understood=understood)
 
 
 def _stands_in_columns(reading: Reading, carriers: tuple[str, ...]) -> bool:
@@ -264,92 +229,9 @@ def _names_of(*canonical: str) -> set[str]:
     return {name for one in canonical for name in (one, *ALIASES[one])}
 
 
-def choose_reading(first: list[Fields], renames: dict[str, str], kind: str) -> tuple[tuple[str, ...], Reading]:
-    """The fields that hold several samples, and which field is what.
-
-    A record is a sample, or it holds several in one of its fields, or in a field of these. A reading is possible where
-    all that a rollout needs is in it, the response in what was taken apart.
-
-    Raises:
-        UnclearError: no reading is possible, or several are.
-    """
-    possible: list[tuple[tuple[str, ...], Reading]] = []
-    refusals: list[DataError] = []
-    for carriers, samples in _taken_apart(first):
-        try:
-            reading = _read(samples, renames, kind, of_whole_record(first, carriers))
-        except DataError as error:
-            refusals.append(error)
-            continue
-        if carriers and carriers != PAIR and not f"{reading.response}.".startswith(f"{carriers[-1]}."):
-            continue
-        try:
-            text_records.check_renames(samples, reading, renames)
-            _check_reward(first, carriers, reading)
-        except DataError as error:
-            refusals.append(error)
-            continue
-        possible.append((carriers, reading))
-    if not possible:
-        raise refusals[0] if refusals else UnclearError("no field holds rollouts")
-    tokens = [one for one in possible if one[1].is_tokens] or possible
-    if len(tokens) > 1:
-        names = [reading.response for _, reading in tokens]
-        raise UnclearError(
-            f"{' and '.join(f'`{name}`' for name in names)} could each be what the policy wrote",
-            hint=f"say which: --column response={names[0]}",
-        )
-    return tokens[0]
-
-
-def _read(samples: list[Fields], renames: dict[str, str], kind: str, shared: frozenset[str]) -> Reading:
-    find_reward = {text_records.TRL: trl_reward, text_records.VERL: verl_reward}.get(kind, reward_fields)
-    return read_fields(samples, renames, find_reward, shared)
-
-
-def _taken_apart(first: list[Fields], depth: int = 2) -> Iterator[tuple[tuple[str, ...], list[Fields]]]:
-    """The records as they are, and taken apart by each field that may hold several samples, the samples too."""
-    waiting: list[tuple[str, ...]] = [(), *([PAIR] if is_scored_pair([flat(record) for record in first]) else [])]
-    while waiting:
-        carriers = waiting.pop(0)
-        try:
-            samples = [sample for record in first for sample in samples_of(record, carriers)][:SAMPLES_SEEN]
-        except ValueError:
-            continue
-        if not samples:
-            continue
-        yield carriers, samples
-        if len(carriers) < depth and carriers != PAIR:
-            waiting += [
-                (*carriers, name) for name in carriers_of(samples) if not carriers or name.startswith(carriers[-1])
-            ]
-
-
-def _check_reward(first: list[Fields], carriers: tuple[str, ...], reading: Reading) -> None:
-    """Raise where several samples of one record share a reward that stands once."""
-    is_apart = carriers and carriers != PAIR and reading.reward is not None
-    for name in reading.reward.names if is_apart else ():
-        for outer in (sample for record in first for sample in samples_of(record, carriers[:-1])):
-            if len(outer[carriers[-1]] or ()) > 1 and isinstance(outer.get(name), str | bool | int | float):
-                raise UnclearError(
-                    f"`{name}` has one number for all {len(outer[carriers[-1]])} samples in `{carriers[-1]}`",
-                    hint="--column reward=NAME takes a field with one number for each sample",
-                )
-
-
 def _open_table(source: Source, options: Options) -> Opened:
     """A Parquet or Arrow file."""
-    tables = _arrow_batches(source) if source.path.suffix == ".arrow" else None
-    if tables is None:
-        (shard,) = find_shards([str(source.path)])
-        shard = Shard(**{name: getattr(shard, name) for name in shard.__slots__} | {"name": source.name})
-        try:
-            schema = pq.read_schema(source.path)
-        except (OSError, pa.ArrowException) as error:
-            raise damaged(shard, error) from error
-        total, batches = shard.num_rows, _parquet_batches(shard, schema.names)
-    else:
-        total, batches = tables
+    total, batches = (arrow_batches if source.path.suffix == ".arrow" else parquet_batches)(source.path, source.name)
     first_batch = next(batches, None)
     if first_batch is None:
         return Opened(format="no rows", records=iter(()), total=0, unit="rollouts")
@@ -360,34 +242,6 @@ def _open_table(source: Source, options: Options) -> Opened:
         format=kind, records=records, total=total, unit="rollouts", renames=understood.columns,
         understood=understood.understood,
     )  # fmt: skip
-
-
-def _parquet_batches(shard: Shard, names: list[str]) -> Iterator[pa.RecordBatch]:
-    for piece in pieces(shard, names):
-        refuse_oversized_rows(shard, piece)
-        yield piece.rows
-
-
-def _arrow_batches(source: Source) -> tuple[int, Iterator[pa.RecordBatch]]:
-    """The rows of a file of Arrow's own, as datasets' `save_to_disk` writes it."""
-
-    def batches(reader: Any) -> Iterator[pa.RecordBatch]:
-        try:
-            every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
-            for batch in every:
-                batch.validate(full=True)
-                yield from (batch.slice(start, ARROW_ROWS) for start in range(0, batch.num_rows, ARROW_ROWS))
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{source.name}: the file is damaged ({str(error)[:120]})") from error
-
-    mapped = pa.memory_map(str(source.path))
-    is_file = mapped.read(6) == b"ARROW1"
-    mapped.seek(0)
-    try:
-        reader = pa.ipc.open_file(mapped) if is_file else pa.ipc.open_stream(mapped)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{source.name}: the file is damaged ({str(error)[:120]})") from error
-    return 0, batches(reader)
 
 
 def _rows(

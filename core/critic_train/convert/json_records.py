@@ -93,14 +93,14 @@ def record_chunks(path: Path) -> Iterator[Chunk]:
 
 def first_records(path: Path, count: int = FIRST_RECORDS) -> list[dict[str, Any]]:
     """The first objects of a text file; none where the first value is no object."""
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for good, bad, _ in record_chunks(path):
-        if not found and bad and (not good or bad[0].row < good[0][0]):
+        if not records and bad and (not good or bad[0].row < good[0][0]):
             return []
-        found += [record for _, record in islice(good, count - len(found))]
-        if len(found) >= count:
+        records += [record for _, record in islice(good, count - len(records))]
+        if len(records) >= count:
             break
-    return found
+    return records
 
 
 Value = tuple[int, dict[str, Any] | str | None, int]

@@ -31,12 +31,12 @@ class RewardFields:
 
     Attributes:
         names: the fields that it is, or of which it is the sum.
-        words: the same in words, with what else could have been it.
+        description: the same in words, with what else could have been it.
         is_text: whether it is no column of numbers.
     """
 
     names: tuple[str, ...]
-    words: str
+    description: str
     is_text: bool = False
 
     def of(self, sample: Fields) -> float | list[float]:
@@ -98,7 +98,7 @@ def reward_fields(
     if given is not None:
         names = (given,) if given in kinds else tuple(given.split("+"))
         is_text = any(kinds.get(name) not in NUMERIC for name in names)
-        return RewardFields(names=names, words=" + ".join(f"`{name}`" for name in names), is_text=is_text)
+        return RewardFields(names=names, description=" + ".join(f"`{name}`" for name in names), is_text=is_text)
     numeric = [name for name, kind in kinds.items() if kind in NUMERIC or _is_numeric_text(samples, name, kind)]
     exact = [name for name in exact_names if name in numeric]
     inside = [name for name in numeric if name.partition(".")[0] in EXACT and "." in name]
@@ -120,7 +120,7 @@ def reward_fields(
             others = [name for name in dict.fromkeys((*exact, *inside, *longer, *truths)) if name not in candidates]
             more = f" (not {' or '.join(f'`{name}`' for name in others[:4])})" if others else ""
             is_text = kinds[candidates[0]] not in NUMERIC
-            return RewardFields(names=(candidates[0],), words=f"`{candidates[0]}`{more}", is_text=is_text)
+            return RewardFields(names=(candidates[0],), description=f"`{candidates[0]}`{more}", is_text=is_text)
     return None
 
 
@@ -152,8 +152,8 @@ def trl_reward(samples: list[Fields], kinds: dict[str, str], renames: dict[str, 
         )
     if not functions:
         return reward_fields(samples, kinds, renames)
-    words = " + ".join(f"`{name}`" for name in functions)
-    return RewardFields(names=tuple(functions), words=words + (", the sum" if len(functions) > 1 else ""))
+    summed = " + ".join(f"`{name}`" for name in functions)
+    return RewardFields(names=tuple(functions), description=summed + (", the sum" if len(functions) > 1 else ""))
 
 
 def _named(samples: list[Fields], name: str) -> str:
@@ -172,12 +172,9 @@ def _is_numeric_text(samples: list[Fields], name: str, kind: str) -> bool:
 
 
 def _is_reward_name(name: str) -> bool:
-    words = word_list(name.rpartition(".")[2])
-    around = set(word_list(name))
-    is_reward = bool(words) and (
-        words[-1] in ("reward", "score") or (words[0] in ("reward", "score") and len(words) <= 2)
-    )
-    return is_reward and not around & NOT_THE_REWARD and words[-1] not in ("model", "id")
+    last, names = word_list(name.rpartition(".")[2]), ("reward", "score")
+    is_reward = bool(last) and (last[-1] in names or (last[0] in names and len(last) <= 2))
+    return is_reward and not set(word_list(name)) & NOT_THE_REWARD and last[-1] not in ("model", "id")
 
 
 def _is_right(name: str) -> bool:

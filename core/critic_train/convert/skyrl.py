@@ -51,8 +51,8 @@ def records(content: TensorBatchState) -> Iterator[Records]:
             columns[name] = pa.array(entries)
     uids = meta.get("uids") if isinstance(meta, dict) else None
     if isinstance(uids, list):
-        found = column_of(uids)
-        columns |= {} if found is None else {"uid": found.cast(pa.string())}
+        uid = column_of(uids)
+        columns |= {} if uid is None else {"uid": uid.cast(pa.string())}
     step = meta.get("global_step") if isinstance(meta, dict) else None
     if isinstance(step, int):
         columns["step"] = pa.array([step] * count)

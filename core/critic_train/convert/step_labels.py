@@ -82,18 +82,22 @@ def _prm800k(record: dict[str, Any]) -> Steps:
 def _trl(record: dict[str, Any]) -> Steps:
     if len(record["completions"]) != len(record["labels"]):
         raise UnusableError(f"{len(record['labels'])} labels beside {len(record['completions'])} steps", "one a step")
-    labels = [number_of(label) for label in record["labels"]]
-    if any(isinstance(label, list) for label in labels):
-        raise UnusableError("a list as a label", "a number or a truth value a step")
-    return record["prompt"], [(text, float(label)) for text, label in zip(record["completions"], labels, strict=True)]  # type: ignore[arg-type]
+    steps: list[tuple[str, float | None]] = []
+    for text, value in zip(record["completions"], record["labels"], strict=True):
+        label = number_of(value)
+        if isinstance(label, list):
+            raise UnusableError("a list as a label", "a number or a truth value a step")
+        steps.append((text, label))
+    return record["prompt"], steps
 
 
 def _shepherd(record: dict[str, Any]) -> Steps:
     texts = record["input"].split(SHEPHERD)
-    prompt, found, first = PROBLEM.split(texts[0], maxsplit=1)[0], "Step 1:" in texts[0], texts[0]
-    if not found:
+    prompt, first = PROBLEM.split(texts[0], maxsplit=1)[0], texts[0]
+    if "Step 1:" not in first:
         raise UnusableError("no `Step 1:`", "a problem, and steps that begin with their number")
-    steps, label = [], record["label"]
+    steps: list[tuple[str, float | None]] = []
+    label = record["label"]
     for number, text in enumerate(texts[:-1]):
         at = label.find(text)
         mark = label[at + len(text) : at + len(text) + 1]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from critic_train.convert.chat import Retokenizer, Tokens, UnusableError, messages_of
-from critic_train.convert.field_values import Fields, samples_of
-from critic_train.convert.fields import Reading, UnclearError
+from critic_train.convert.field_values import Fields, UnclearError, samples_of
+from critic_train.convert.fields import Reading
 from critic_train.convert.raw_records import Line, Records, Rows
 from critic_train.data.schema import ALIASES
 
@@ -93,7 +93,7 @@ class RecordReader:
 
     def _ids(self, sample: Fields) -> dict[str, Any]:
         """Token columns under canonical names; those of a name that is read as one under it."""
-        entries = {}
+        entries: dict[str, Any] = {}
         for name, value in sample.items():
             leaf = name.rpartition(".")[2]
             if isinstance(value, list) and leaf in CANONICAL and not isinstance(value[:1] and value[0], str):

@@ -76,16 +76,16 @@ def _at_places(
         ids += retokenizer.ids(through[len(text) :])
         text = through
         places[len(ids)] = states[state]
-    whole = retokenizer.templated(messages_of(messages), tools, add_generation_prompt=False)
+    complete = retokenizer.templated(messages_of(messages), tools, add_generation_prompt=False)
     is_last = message_of_item[max(states)] == len(messages) - 1
-    if not is_last and whole.startswith(text):
-        ids += retokenizer.ids(whole[len(text) :])
+    if not is_last and complete.startswith(text):
+        ids += retokenizer.ids(complete[len(text) :])
     elif not is_last:
         raise UnusableError("a chat template that rewrites earlier turns", "one that only adds to them")
     ids.append(retokenizer.end or 0)
     mask, returns = [0] * len(ids), [0.0] * len(ids)
-    for place, target in places.items():
-        mask[place], returns[place] = 1, target
+    for position, target in places.items():
+        mask[position], returns[position] = 1, target
     retokenizer.counted(ids, mask)
     return {"input_ids": ids, "response_mask": mask, "returns": returns}
 

@@ -184,30 +184,30 @@ class Aligner:
         else:
             short = ~full & (column.lengths == self.lengths - tokens.prompt_lengths)
         if _are_labels(name, column):
-            mask = self._kept_labels(name, column, tokens.ids, full, short)
+            mask = self._label_targets(name, column, tokens.ids, full, short)
         else:
             mask = self._ones(self._align(name, column, full, short), name)
         return mask, np.where(short, self.lengths - column.lengths, -1)
 
-    def _kept_labels(
+    def _label_targets(
         self, name: str, column: Ragged, ids: NDArray[Any], full: NDArray[np.bool_], short: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
         """Where labels are token ids. Labels that were shifted by one beforehand are shifted back."""
         labels = self._align(name, column, full, short)
-        kept: NDArray[np.bool_] = self._align(name, replace(column, flat=column.flat != IGNORED), full, short)
-        kept = kept if kept.dtype == np.bool_ else kept != 0
-        wrong = kept & (labels != ids)
-        if not wrong.any():
-            return kept
+        targets: NDArray[np.bool_] = self._align(name, replace(column, flat=column.flat != IGNORED), full, short)
+        targets = targets if targets.dtype == np.bool_ else targets != 0
+        differing = targets & (labels != ids)
+        if not differing.any():
+            return targets
         following = np.append(ids[1:], ids[:1])
         last = np.zeros(len(ids), dtype=np.bool_)
         last[offsets_from_lengths(self.lengths)[1:][self.lengths > 0] - 1] = True
         # The label behind a rollout's last token stands for nothing.
-        if not (kept & ~last & (labels != following)).any():
-            return np.append(False, (kept & ~last)[:-1])
-        rows = rows_with(wrong, self.lengths)
+        if not (targets & ~last & (labels != following)).any():
+            return np.append(False, (targets & ~last)[:-1])
+        rows = rows_with(differing, self.lengths)
         self.errors.mark(rows, name, "labels of other tokens", lambda _: "a label", f"the token's id, or {IGNORED}")
-        return kept
+        return targets
 
     def attention_mask(self, name: str) -> NDArray[np.bool_]:
         """bool [T], false on padding. It covers prompt and response; one of the response alone says too little."""

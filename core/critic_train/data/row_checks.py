@@ -120,8 +120,9 @@ def check_batch(
     response = response_mask(aligner, columns, tokens)
     mask, response_start = response.ones, response.starts
     if columns.attention_mask is not None:
-        attended: NDArray[np.bool_] | None = aligner.attention_mask(columns.attention_mask)
-        mask = mask & attended
+        attention = aligner.attention_mask(columns.attention_mask)
+        attended: NDArray[np.bool_] | None = attention
+        mask = mask & attention
     else:
         attended = without_padding(tokens, mask, columns, errors)
     lengths = tokens.lengths if attended is None else counts_of(attended, tokens.lengths)

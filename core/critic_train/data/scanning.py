@@ -51,7 +51,9 @@ def blocks(reader: RolloutReader, most_tokens: int = BLOCK_TOKENS) -> Iterator[R
         yield concat_rollouts(pending)
 
 
-EVERYTHING = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
+EVERYTHING = Needs(
+    returns="where there", values=False, rewards="where there", truncated="where there", every_rename=True
+)
 
 
 def full_reader(

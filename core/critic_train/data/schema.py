@@ -7,6 +7,7 @@ from typing import Literal, NoReturn
 
 import pyarrow as pa
 
+from critic_train.data.column_types import is_nested, is_number, list_item_type
 from critic_train.data.shards import Shard, convert_command
 from critic_train.errors import DataError
 
@@ -85,6 +86,8 @@ class Needs:
     truncated: bool | Literal["where there"] = False
     advice: Mapping[str, str] = field(default_factory=dict)
     """Canonical name -> what the command can do where it is needed and missing."""
+    every_rename: bool = False
+    """Whether a rename of a column that is not read is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,23 +183,18 @@ def resolve_schema(
     if input_ids is None:
         prompts, responses = finder.find("prompts"), finder.find("responses")
     pair = prompts is not None and responses is not None
-    (response_mask, *narrowing), values = finder.find_masks() or [None], finder.find("values")
+    masks, values = finder.find_masks(), finder.find("values")
+    response_mask = masks[0] if masks else None
     returns = finder.find("returns") if needs.returns else None
     rewards, reward = finder.find_rewards(needs.rewards)
     truncated = finder.find("truncated") if needs.truncated else None
-    there = {
-        "input_ids": input_ids or pair,
-        "response_mask": response_mask or pair,
-        "returns": returns or needs.returns is not True,
-        "values": values or not needs.values,
-        "rewards": rewards or reward or needs.rewards != "yes",
-        "truncated": truncated or needs.truncated is not True,
-    }
-    missing = [name for name, column in there.items() if not column]
-    if missing:
-        finder.fail_for_missing(missing, needs.advice)
+    pair_of = {"input_ids": input_ids or (pair and prompts), "response_mask": response_mask or (pair and responses)}
+    others = {"returns": returns, "values": values, "rewards": rewards or reward, "truncated": truncated}
+    finder.require(needs, [name for name, column in (pair_of | others).items() if not column])
     for label in labels:
         finder.check_label(label)
+    if needs.every_rename:
+        finder.check_use({"returns": returns, "rewards": rewards, "reward": reward, "truncated": truncated})
     return Columns(
         input_ids=input_ids,
         prompts=prompts if pair else None,
@@ -210,7 +208,7 @@ def resolve_schema(
         truncated=truncated,
         uid=finder.find("uid"),
         labels=labels,
-        narrowing=tuple(name for name in narrowing if name is not None),
+        narrowing=tuple(masks[1:]),
     )
 
 
@@ -275,7 +273,7 @@ class _SchemaResolver:
             rewards = None if wanted_once else self.find("rewards")
             return rewards, None if rewards else self.find("reward")
         except DataError:
-            if need == "yes":
+            if need == "yes" or "rewards" in self.renames or "reward" in self.renames:
                 raise
             return None, None
 
@@ -297,6 +295,16 @@ class _SchemaResolver:
                     hint=f"its columns are: {', '.join(names)}",
                 )
 
+    def check_use(self, read: dict[str, str | None]) -> None:
+        """Raise where a rename is of a column that is not read."""
+        for name, column in read.items():
+            if name in self.renames and column is None:
+                raise DataError(
+                    f"--column {name}={self.renames[name]} has no effect: {name} is not read with these flags",
+                    hint="leave it out; --returns column reads returns, mc and gae read rewards, and --truncated "
+                    "bootstrap or drop read truncated",
+                )
+
     def check_label(self, label: str) -> None:
         """Raise DataError where a column does not have one value a rollout."""
         names = self.schema.names
@@ -306,11 +314,23 @@ class _SchemaResolver:
                 hint=f"--by takes one of: {', '.join(names)}",
             )
         self._check_single(label)
-        if _is_nested(self.schema.field(label).type):
+        if is_nested(self.schema.field(label).type):
             raise DataError(
                 f"{self.shard.name}, column {label}: found {self.schema.field(label).type}, expected {SINGLE}",
                 hint="--by takes a column with one value a rollout",
             )
+
+    def require(self, needs: Needs, missing: list[str]) -> None:
+        """Raise where one of the missing columns is needed."""
+        wanted = {
+            "returns": needs.returns is True,
+            "values": needs.values,
+            "rewards": needs.rewards == "yes",
+            "truncated": needs.truncated is True,
+        }
+        needed = [name for name in missing if wanted.get(name, True)]
+        if needed:
+            self.fail_for_missing(needed, needs.advice)
 
     def fail_for_missing(self, missing: list[str], advice: Mapping[str, str]) -> NoReturn:
         """Raise DataError that lists the missing columns and those the shard has."""
@@ -344,9 +364,9 @@ class _SchemaResolver:
         kind = self.schema.types[self.schema.names.index(column)]
         expected = EXPECTED.get(name, NUMBERS)
         if expected is SINGLE:
-            return not _is_nested(kind)
+            return not is_nested(kind)
         if expected is NUMBER:
-            return _is_number(kind)
+            return is_number(kind)
         if expected is TRUTH:
             return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
         item = list_item_type(kind)
@@ -356,25 +376,7 @@ class _SchemaResolver:
             return bool(pa.types.is_integer(item))
         if column in MAY_BE_TOKEN_IDS and column not in self.renames.values():
             return bool(pa.types.is_floating(item))
-        return _is_number(item)
-
-
-def list_item_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type of the items of any kind of list; None for other types."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return kind.value_type
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return kind.value_type
-    return None
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _is_nested(kind: pa.DataType) -> bool:
-    """Lists, structs, maps, unions: several values a row."""
-    return bool(pa.types.is_nested(kind)) or list_item_type(kind) is not None
+        return is_number(item)
 
 
 def _holds_text(kind: pa.DataType) -> bool:
