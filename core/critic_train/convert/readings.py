@@ -50,7 +50,9 @@ def choose_reading(first: list[Fields], renames: dict[str, str], kind: str) -> t
             continue
         possible.append((carriers, reading))
     if not possible:
-        raise refusals[0] if refusals else UnclearError("no field holds rollouts")
+        # What is wrong with the records taken apart says more than that they are nothing as they are.
+        plain = [error for error in refusals if not error.message.startswith("is in no known format")]
+        raise (plain or refusals or [UnclearError("no field holds rollouts")])[0]
     tokens = [one for one in possible if one[1].is_tokens] or possible
     if len(tokens) > 1:
         names = [reading.response for _, reading in tokens]
