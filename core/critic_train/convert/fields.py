@@ -96,14 +96,20 @@ def read_fields(
         UnclearError: something is missing, or two readings are possible.
     """
     kinds = kinds_of(samples)
+    # A number of the sample's own comes before one that all samples of its record share.
+    of_sample = {name: kind for name, kind in kinds.items() if name not in shared}
+
+    def reward_of() -> RewardFields | None:
+        return find_reward(samples, of_sample, renames) or find_reward(samples, kinds, renames)
+
     if not set(renames) & {"messages", "prompt", "response"}:
         tokens = token_parts(kinds, samples, renames)
         if tokens is not None:
-            reward = find_reward(samples, kinds, renames)
+            reward = reward_of()
             return Reading(parts=tokens, reward=reward, understood=_description(tokens, (), reward))
     finder = _TextFinder(samples=samples, kinds=kinds, renames=renames, shared=shared)
     parts, prompt_parts = finder.parts()
-    reward = find_reward(samples, kinds, renames)
+    reward = reward_of()
     if reward is None:
         raise UnclearError(
             f"no field is a reward: {_numbers_of(kinds, NUMBER)}",
