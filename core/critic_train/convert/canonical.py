@@ -194,7 +194,7 @@ class Canonicaliser:
                 if not pa.types.is_null(field_.type):
                     self.notes.setdefault(f"`{field_.name}` is left out: a critic needs none of it")
             else:
-                carried[field_.name] = column
+                carried[field_.name] = column.dictionary_decode() if pa.types.is_dictionary(field_.type) else column
         return carried
 
     def _count(self, reason: str, row: int, column: str, actual: str, expected: str) -> None:

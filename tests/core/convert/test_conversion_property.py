@@ -77,7 +77,7 @@ def write(draw: Any, rows: list[dict[str, Any]], path: Path) -> None:
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_the_same_rollouts_whatever_the_files(data: Any) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(ROLLOUTS) - 1), max_size=3)))
