@@ -139,9 +139,13 @@ def kind_of_value(value: Any) -> str:
         return OTHER
     if is_messages(value):
         return MESSAGES
-    if all(isinstance(entry, bool | int | float | None) for entry in value):
-        is_ids = all(type(entry) is int and (entry >= 0 or entry == IGNORED_LABEL) for entry in value)
+    types = set(map(type, value))
+    if types <= {int}:
+        lowest = min(value)
+        is_ids = lowest >= 0 or (lowest == IGNORED_LABEL and not any(IGNORED_LABEL < entry < 0 for entry in value))
         return IDS if is_ids else NUMBERS
+    if types <= {int, bool, float, type(None)}:
+        return NUMBERS
     return SEVERAL
 
 
@@ -163,8 +167,13 @@ def kinds_of(samples: Iterable[Fields]) -> dict[str, str]:
 
 def carriers_of(samples: list[Fields]) -> list[str]:
     """Fields that may hold one entry a sample."""
-    kinds = kinds_of(samples)
-    return [name for name, kind in kinds.items() if kind == SEVERAL]
+    names = {
+        name: None
+        for sample in samples
+        for name, value in sample.items()
+        if isinstance(value, list) and value and not isinstance(value[0], int | float)
+    }
+    return [name for name in names if kinds_of([{name: sample.get(name)} for sample in samples])[name] == SEVERAL]
 
 
 def is_scored_pair(samples: list[Fields]) -> bool:

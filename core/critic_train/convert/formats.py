@@ -18,7 +18,7 @@ from critic_train.convert.dump_files import Source
 from critic_train.convert.dump_tensors import RefusedError
 from critic_train.convert.field_values import Fields
 from critic_train.convert.fields import Reading
-from critic_train.convert.json_records import FIRST_RECORDS, first_records, record_chunks
+from critic_train.convert.json_records import FIRST_RECORDS, record_chunks
 from critic_train.convert.raw_records import Line, LineFormat, ObjectFormat, Records, Rows
 from critic_train.convert.readings import choose_reading, understanding
 from critic_train.convert.table_files import arrow_batches, parquet_batches
@@ -37,6 +37,8 @@ FORMAT_NAMES = tuple(dict.fromkeys((*(one.name for one in FORMATS), *text_record
 """The values of --from."""
 TITLES = ", ".join((*(one.title for one in FORMATS), text_records.TITLE))
 SHOWN_FIELDS = 12
+FIRST_ROWS = 16
+"""Rows of a table from which it is concluded which column is which; a column has one type in all rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,16 +151,16 @@ def _with_name(records: Iterator[Records], source: Source) -> Iterator[Records]:
 
 
 def _open_text_file(source: Source, options: Options) -> Opened:
-    first = first_records(source.path)
-    if not first:
+    chunks = record_chunks(source.path)
+    good, bad, _ = first_chunk = next(chunks)
+    if not good or (bad and bad[0].row < good[0][0]):
         raise _unknown(source, options, "it begins with no JSON object")
-    kind, read, renames = _reader(first, source, options)
+    kind, read, renames = _reader([record for _, record in good[:FIRST_RECORDS]], source, options)
 
     def records() -> Iterator[tuple[Records, int]]:
-        for good, bad, done in record_chunks(source.path):
-            chunk = read(good)
-            all_bad = tuple(sorted((*chunk.bad, *bad), key=lambda record: record.row))
-            yield replace(chunk, bad=all_bad), done
+        for lines, odd, done in chain([first_chunk], chunks):
+            chunk = read(lines)
+            yield replace(chunk, bad=tuple(sorted((*chunk.bad, *odd), key=lambda record: record.row))), done
 
     total = source.path.stat().st_size
     return Opened(
@@ -235,7 +237,7 @@ def _open_table(source: Source, options: Options) -> Opened:
     first_batch = next(batches, None)
     if first_batch is None:
         return Opened(format="no rows", records=iter(()), total=0, unit="rollouts")
-    first = first_batch.slice(0, FIRST_RECORDS).to_pylist()
+    first = first_batch.slice(0, FIRST_ROWS).to_pylist()
     kind, read, understood = _reader(first, source, options)
     records = _rows(chain([first_batch], batches), None if read is _as_columns else read)
     return Opened(

@@ -11,7 +11,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -89,18 +88,6 @@ def record_chunks(path: Path) -> Iterator[Chunk]:
                 yield good, bad, raw.tell()
                 good, bad, at = [], [], 0
         yield good, bad, raw.tell()
-
-
-def first_records(path: Path, count: int = FIRST_RECORDS) -> list[dict[str, Any]]:
-    """The first objects of a text file; none where the first value is no object."""
-    records: list[dict[str, Any]] = []
-    for good, bad, _ in record_chunks(path):
-        if not records and bad and (not good or bad[0].row < good[0][0]):
-            return []
-        records += [record for _, record in islice(good, count - len(records))]
-        if len(records) >= count:
-            break
-    return records
 
 
 Value = tuple[int, dict[str, Any] | str | None, int]

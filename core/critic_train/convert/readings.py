@@ -70,7 +70,8 @@ def _read(samples: list[Fields], renames: dict[str, str], kind: str, shared: fro
 
 def _taken_apart(first: list[Fields], depth: int = 2) -> Iterator[tuple[tuple[str, ...], list[Fields]]]:
     """The records as they are, and taken apart by each field that may hold several samples, the samples too."""
-    waiting: list[tuple[str, ...]] = [(), *([PAIR] if is_scored_pair([flat(record) for record in first]) else [])]
+    is_pair = all(name in first[0] for name in PAIR) and is_scored_pair([flat(record) for record in first])
+    waiting: list[tuple[str, ...]] = [(), *([PAIR] if is_pair else [])]
     while waiting:
         carriers = waiting.pop(0)
         try:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from critic_train.convert import json_records
-from critic_train.convert.json_records import compression_of, first_records, record_chunks
+from critic_train.convert.json_records import compression_of, record_chunks
 from critic_train.errors import DataError
 
 RECORDS = [{"a": i, "b": "x" * i, "c": [{"d": "]}"}]} for i in range(40)]
@@ -31,7 +31,6 @@ def test_values_are_those_of_the_whole(tmp_path, monkeypatch, chunk, indent, joi
     assert [record for _, record in good] == RECORDS
     assert [row for row, _ in good] == list(range(40))
     assert not bad
-    assert first_records(tmp_path / "a.json", 5) == RECORDS[:5]
 
 
 def test_lines_are_numbered_with_empty_ones_and_odd_ones_are_told(tmp_path):
