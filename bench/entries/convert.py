@@ -4,8 +4,8 @@
     copy        pyarrow reads those shards and writes them again, zstd: the same bytes out, nothing understood
 
 MB/s of a conversion is of the dump; of a copy, of the shards. The peaks are the most resident memory of the command as
-a process of its own, for a few files and for ten times as many. "2 processes" is how many times as fast `--nproc 2` is on
-PROCESS_FILES files, by wall time: only a machine with two idle cores shows it.
+a process of its own, for a few files and for ten times as many. "2 processes" is how many times as fast `--nproc 2` is,
+on PROCESS_FILES files and by wall time: only a machine with two idle cores shows it.
 """
 
 import shutil

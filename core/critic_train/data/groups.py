@@ -44,11 +44,11 @@ class PromptGroups:
         self._prompts: list[NDArray[np.int64]] = []
         self._set_apart = 0
 
-    def survey(self, files: Iterable[Iterator[pa.Array] | None]) -> None:
+    def survey(self, files: Iterable[Iterator[pa.Array]]) -> None:
         """Look at the uids of all files, before any rollout is given its group.
 
         Args:
-            files: the uid columns of each, in pieces; None where a file has none.
+            files: the uid column of each, in pieces; none where a file has no such column.
         """
         if self._is_given:
             return
@@ -56,7 +56,7 @@ class PromptGroups:
         rows = with_uid = 0
         for pieces in files:
             keys = [np.zeros(0, dtype=np.int64)]
-            for column in pieces or ():
+            for column in pieces:
                 piece, has_uid = uid_keys(column)
                 keys.append(piece[has_uid])
                 rows += len(piece)

@@ -325,15 +325,11 @@ class _Plan:
     label_kinds: dict[str, str]
     nullable_labels: frozenset[str]
 
-    def uids(self) -> Iterator[pa.Array] | None:
-        """The uid column alone; None where there is none. It ends early where the file is damaged."""
+    def uids(self) -> Iterator[pa.Array]:
+        """The uid column alone, where there is one; it ends early where the file is damaged, which reading will tell."""
         name = self.columns.uid
-        return None if name is None else self._column(name)
-
-    def _column(self, name: str) -> Iterator[pa.Array]:
-        # Damage is reported when the rows are read.
         with suppress(DataError):
-            for piece in pieces(self.shard, [name], [], [name] if self.text_uid else []):
+            for piece in pieces(self.shard, [name], [], [name] if self.text_uid else []) if name else ():
                 yield piece.rows.column(0)
 
     def pieces(self) -> Iterator[Piece]:
