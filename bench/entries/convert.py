@@ -4,13 +4,15 @@
     copy        pyarrow reads those shards and writes them again, zstd: the same bytes out, nothing understood
 
 MB/s of a conversion is of the dump; of a copy, of the shards. The peaks are the most resident memory of the command as
-a process of its own, for a few files and for ten times as many.
+a process of its own, for a few files and for ten times as many. "2 processes" is how many times as fast `--nproc 2` is,
+on PROCESS_FILES files and by wall time: only a machine with two idle cores shows it.
 """
 
 import shutil
 import statistics
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ TITLE = "convert beside a plain copy of the same bytes, rollouts of 100 + 300 to
 DEVICES = ("cpu",)
 
 FILES, A_FILE = 4, {"quick": 80, "usual": 504, "full": 504}
+PROCESS_FILES = 16
 MANY = {"quick": (), "usual": (2, 20), "full": (5, 50)}
 """Files for which the peaks are taken."""
 
@@ -37,11 +40,12 @@ MANY = {"quick": (), "usual": (2, 20), "full": (5, 50)}
 def run(options: Options) -> Table:
     """Measure every format."""
     columns = {"format": "", "dump MB": ".1f", "convert/s": ",.0f", "MB/s": ".1f", "copy/s": ",.0f", "copy MB/s": ".1f"}
-    columns |= {"times the copy": ".1f", "peak MB": ".0f", "ten times": ".0f"}
+    columns |= {"times the copy": ".1f", "peak MB": ".0f", "ten times": ".0f", "2 processes": ".2f"}
     table = Table(columns=columns)
     for name in WRITERS:
         with tempfile.TemporaryDirectory() as temporary:
-            table.rows.append(_speed(name, Path(temporary), options) | _peaks(name, options))
+            row = _speed(name, Path(temporary), options) | _peaks(name, options)
+            table.rows.append(row | _processes(name, Path(temporary), options))
     return table
 
 
@@ -76,16 +80,28 @@ def _peaks(name: str, options: Options) -> dict[str, float]:
     return found
 
 
+def _processes(name: str, folder: Path, options: Options) -> dict[str, float]:
+    """Wall time on one process, by that on two."""
+    _write(name, folder / "many", PROCESS_FILES, A_FILE[options.size])
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options.rounds):
+        for count, taken in seconds.items():
+            began = time.perf_counter()
+            _convert(folder / "many", folder / "shards", count)
+            taken.append(time.perf_counter() - began)
+    return {"2 processes": ratio(seconds[1], seconds[2])}
+
+
 def _write(name: str, folder: Path, files: int, rollouts: int) -> None:
     folder.mkdir()
     for place in range(files):
         WRITERS[name](drawn(rollouts, place), folder, place)
 
 
-def _convert(source: Path, to: Path) -> None:
+def _convert(source: Path, to: Path, nproc: int = 1) -> None:
     """Convert into a folder, whatever stood there."""
     shutil.rmtree(to, ignore_errors=True)
-    for _ in convert(ConvertSettings(source=[str(source)], to=str(to)), StopRequest()):
+    for _ in convert(ConvertSettings(source=[str(source)], to=str(to), nproc=nproc), StopRequest()):
         pass
 
 

@@ -42,12 +42,23 @@ def draw_check(console: "Console", result: dict[str, Any], shown: int) -> None:
         console.print(f"- {sentence}")
     for line in bad_lines(result, shown):
         console.print(line)
+    for line, is_policy in example_lines(result["example"]):
+        console.print(line, style="bold" if is_policy else "dim", markup=False, highlight=False)
     console.print("\nSuggested", style="bold")
     for item in result["advice"]:
         if item["why"]:
             console.print(f"  {' '.join(item['flags'])}: {item['why']}")
     # Unwrapped, so that it can be copied.
     console.print(f"  {result['command']}", soft_wrap=True)
+
+
+def example_lines(parts: list[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    """One rollout, part by part: a line, and whether the policy wrote it."""
+    if parts:
+        yield "\nThe first rollout, what the policy wrote between >> and <<:", True
+    for part in parts:
+        content = part["text"] if "text" in part else " ".join(map(str, part["ids"]))
+        yield f">>{content}<<" if part["policy"] else content, part["policy"]
 
 
 def headline(result: dict[str, Any]) -> str:

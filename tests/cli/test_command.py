@@ -12,7 +12,7 @@ def words(text: str) -> list[str]:
 
 OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --max-length --val-data --val-fraction
+--data --column --on-bad-rows --on-bad-file --max-length --group-by --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model --preset --train --head-init --lora-rank --lora-alpha
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
@@ -23,7 +23,7 @@ FIT_FLAGS = words("""
 --log-to --log-project
 """)
 EVAL_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --max-length
+--data --column --on-bad-rows --on-bad-file --max-length --group-by
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --attention --max-tokens --nproc
@@ -38,10 +38,11 @@ PREDICT_FLAGS = words("""
 --to --write --whiten-advantages --part
 """)
 REPORT_FLAGS = words("runs --tokenizer --to")
-SPLIT_FLAGS = words("data --column --on-bad-rows --on-bad-file --max-length --val-fraction --seed --to")
-CHECK_FLAGS = words("data --column --against --show")
+SPLIT_FLAGS = words("data --column --on-bad-rows --on-bad-file --max-length --group-by --val-fraction --seed --to")
+CHECK_FLAGS = words("data --column --group-by --against --tokenizer --show")
 CONVERT_FLAGS = words("""
-source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokenize
+source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokenize --apply-chat-template --group-by
+--nproc
 --to
 """)
 COMMANDS = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from critic_train.check.example import Example
 from critic_train.check.survey import Survey, leak
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.reading import RolloutReader
@@ -124,6 +125,8 @@ class _Trial:
         return written if written.matches or written.error <= best.error else best
 
 
+UNREAD_WITH_RETURNS = ("rewards", "reward", "truncated")
+"""Columns that `fit` does not read where the shards have returns."""
 HELD_BACK = 0.2
 """Share of tokens whose return is beyond the clip around their old value, above which --old-values epoch is advised."""
 
@@ -140,7 +143,6 @@ def advice(result: dict[str, Any], settings_data: list[str], columns: list[str])
         (flags, why), the data first.
     """
     advised: list[tuple[list[str], str]] = [([part for path in settings_data for part in ("--data", path)], "")]
-    advised += [(["--column", pair], "") for pair in columns]
     if result["bad_rows"]["count"]:
         advised.append((["--on-bad-rows", "skip"], f"{result['bad_rows']['count']:,} rows cannot be used"))
     if result["returns"] is None and result["rewards"] is not None:
@@ -149,6 +151,10 @@ def advice(result: dict[str, Any], settings_data: list[str], columns: list[str])
     if match and match["found"] and match["lam"] < 1:
         flags = ["--returns", "mc"] + ([] if match["gamma"] == 1 else ["--gamma", f"{match['gamma']:g}"])
         advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
+    # A rename of what `fit` does not read is an error there.
+    unread = ("returns", "truncated") if any("--returns" in flags for flags, _ in advised) else UNREAD_WITH_RETURNS
+    renames = [(["--column", pair], "") for pair in columns if pair.partition("=")[0] not in unread]
+    advised[1:1] = renames
     advised += _old_values(result)
     longest = result["tokens_of_the_longest"]
     if longest > CPU_MAX_TOKENS:
@@ -186,7 +192,7 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
 
     Yields:
         Progress and notices; RunEnded last, whose result is `Survey.summary` with "schema", "bad_rows", "bad_files",
-        "returns_match", "clip", "leak", "advice", "command" and "sound" added.
+        "returns_match", "clip", "leak", "example", "advice", "command" and "sound" added.
 
     Raises:
         DataError: there is not one row that can be used.
@@ -194,13 +200,21 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     stop = stop or StopRequest()
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
-    reader = full_reader(shards, settings.reading.column, stop, bad_files, MOST_BAD_ROWS)
+    column, group_by = settings.reading.column, settings.reading.group_by
+    reader = full_reader(shards, column, stop, bad_files, MOST_BAD_ROWS, group_by)
     survey, other = Survey(), None
+    example = Example(settings.reading.tokenizer)
+
+    def use(batch: Rollouts) -> None:
+        survey.add(batch)
+        example.add(batch)
+
     try:
-        yield from read_through(reader, stop, survey.add)
+        yield from read_through(reader, stop, use)
         if settings.reading.against:
             other = Survey()
-            other_reader = full_reader(find_shards(settings.reading.against), settings.reading.column, stop, None)
+            others = find_shards(settings.reading.against)
+            other_reader = full_reader(others, column, stop, None, group_by=group_by)
             yield from read_through(other_reader, stop, other.add, "reading the other rollouts")
         stop.check()
     except Stopped:
@@ -211,8 +225,10 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     yield Progress(stage="matching returns", done=0, total=1, unit="data set")
     result = _described(survey, reader, fingerprint(shards)["digest"])
     result["leak"] = None if other is None else leak(survey, other)
-    advised = advice(result, settings.reading.data, settings.reading.column)
+    advised = advice(result, settings.reading.data, column)
+    advised += [] if group_by is None else [(["--group-by", group_by], "")]
     result |= {
+        "example": example.parts(),
         "advice": [{"flags": flags, "why": why} for flags, why in advised],
         "command": command_line(advised),
         "sound": not (result["bad_rows"]["count"] or bad_files or (result["leak"] or {}).get("prompts")),
@@ -228,6 +244,7 @@ def _described(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, 
         summary |= {"returns": None, "stored_values": None, "group_mean": None}
     match = match_returns(sample) if summary["returns"] else None
     return {
+        "grouped_by": "prompt" if reader.groups.by_prompt or not _has_uid(reader) else "uid",
         "schema": {} if reader.first_columns is None else reader.first_columns.as_dict(),
         "files": len(reader.shards),
         "data_digest": digest,
@@ -237,6 +254,10 @@ def _described(survey: Survey, reader: RolloutReader, digest: str) -> dict[str, 
         "bad_rows": reader.bad_rows.summary(),
         "bad_files": reader.bad_files.summary(),
     }
+
+
+def _has_uid(reader: RolloutReader) -> bool:
+    return reader.first_columns is not None and reader.first_columns.uid is not None
 
 
 def _clip(sample: Rollouts) -> dict[str, float] | None:

@@ -1,33 +1,28 @@
 """`critic-train convert`, from top to bottom: find files, recognise formats, read, make canonical, write."""
 
-import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
-
-from critic_train.convert.converted_folder import ConvertedFolder, SourceShards
-from critic_train.convert.dump_files import Source, find_sources
-from critic_train.convert.formats import Opened, Options, open_source
-from critic_train.convert.raw_records import Records
-from critic_train.convert.text_records import Retokenizer
-from critic_train.data.bad_input import BadFile, BadFiles, BadRow, BadRows
-from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
-from critic_train.data.schema import ALIASES, Columns, Needs, resolve_schema
-from critic_train.data.shards import Shard
-from critic_train.data.writing import rollout_table
+from critic_train.convert.chat import Retokenizer
+from critic_train.convert.converted_folder import STAGED, ConvertedFolder
+from critic_train.convert.dump_files import Source, find_sources, metadata_files
+from critic_train.convert.formats import Options
+from critic_train.convert.source_conversion import (
+    Outcome,
+    SourceProcesses,
+    SourceWork,
+    convert_source,
+    require_processors,
+)
+from critic_train.data.bad_input import BadFiles, BadRows
+from critic_train.data.groups import grouping_renames
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.rollouts import offsets_from_lengths, ragged_take
 from critic_train.settings import ConvertSettings, column_renames
 from critic_train.stopping import StopRequest
 
-TOKEN_NAMES = ("values", "returns", "rewards")
 FIRST_BAD_ROWS = 10
 """How many are named."""
 
@@ -52,21 +47,34 @@ def convert(settings: ConvertSettings, stop: StopRequest | None = None) -> Itera
     sources = find_sources(settings.reading.source)
     options = Options(
         format=settings.reading.source_format,
-        renames=column_renames(settings.reading.column),
+        renames=grouping_renames(column_renames(settings.reading.column), settings.reading.group_by),
+        group_by=settings.reading.group_by,
         retokenizer=Retokenizer(Path(settings.reading.tokenizer)) if settings.reading.tokenizer else None,
         allow_retokenize=settings.reading.allow_retokenize,
+        apply_chat_template=settings.reading.apply_chat_template,
     )
     assert settings.output.to is not None, "checked by the settings"
+    nproc = settings.reading.nproc
+    require_processors(nproc)
     with ConvertedFolder(Path(settings.output.to), _relevant_settings(settings)) as folder:
         work = _Work(folder=folder, options=options, on_bad_rows=settings.reading.on_bad_rows)
-        for source in sources:
-            yield from work.convert(source, stop)
-            if stop.requested:
-                yield RunEnded(status="interrupted", result=work.result(), signal_number=stop.signal_number)
-                return
+        yield from metadata_notice(settings.reading.source)
+        several = work.convert_on_processes(sources, nproc, stop) if min(nproc, len(sources)) > 1 else None
+        yield from work.convert(sources, stop) if several is None else several
+        if stop.requested:
+            yield RunEnded(status="interrupted", result=work.result(), signal_number=stop.signal_number)
+            return
         work.check(settings.reading.on_bad_file)
         yield from work.closing_notices()
         yield RunEnded(status="already finished" if work.all_recorded else "finished", result=work.result())
+
+
+def metadata_notice(names: list[str]) -> Iterator[Notice]:
+    """Name the files of the sources' folders that are not read."""
+    files = metadata_files(names)
+    if files:
+        more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
+        yield Notice(message=f"{files[0]}{more} hold no rollouts, by their names, and are not read")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,80 +90,67 @@ class _Work:
     all_recorded: bool = True
     notices: dict[str, None] = field(default_factory=dict)
 
-    def convert(self, source: Source, stop: StopRequest) -> Generator[Event, None, None]:
-        """Convert one source; a bad file is collected, to be reported at the end."""
-        try:
-            stamp = source.stamp
-            entry = self.folder.recorded(source.name, stamp)
+    def convert(self, sources: list[Source], stop: StopRequest) -> Iterator[Event]:
+        """Convert the sources one after the other; a bad file is collected, to be reported at the end."""
+        for source in sources:
+            entry = self._recorded(source)
             if entry is None:
-                self.all_recorded = False
-                with source.local() as local:
-                    opened = open_source(local, self.options)
-                    entry = yield from self._write(local, opened, stop)
-        except DataError as error:
-            self.bad_files.add(BadFile.of(source.name, error, None))
-            return
-        except OSError as error:
-            if error.filename is None or str(error.filename) != str(source.path):
-                raise
-            reason = DataError(f"{source.name}: {error.strerror or error}")
-            self.bad_files.add(BadFile.of(source.name, reason, None))
-            return
-        if entry is not None:
-            if entry["stamp"] is None:
-                entry = {**entry, "stamp": stamp}
-                self.folder.record(entry)
-            self.entries.append(entry)
+                prefix = self.folder.prefix_of(source.name)
+                outcome = yield from convert_source(
+                    source, self.folder.path, prefix, self.options, self.on_bad_rows, stop
+                )
+                yield from self._take(source.name, outcome)
+            else:
+                self.entries.append(entry)
+            if stop.requested:
+                return
 
-    def _write(
-        self, source: Source, opened: Opened, stop: StopRequest
-    ) -> Generator[Event, None, dict[str, Any] | None]:
-        """Write the shards of one source; what is recorded of it, None where it has no shards."""
-        renames = {} if opened.renamed else self.options.renames
-        canonicaliser = Canonicaliser(name=source.name, renames=renames, unit=opened.row_unit)
-        count_before = _retokenized(self.options.retokenizer)
-        with SourceShards(self.folder.path, self.folder.number_of(source.name)) as shards:
-            tables: list[pa.Table] = []
-            for records, done in opened.records:
-                table = canonicaliser.table(records)
-                if table is not None:
-                    (tables.append if opened.in_memory else shards.write)(table)
-                yield Progress(stage=f"converting {source.path.name}", done=done, total=opened.total, unit=opened.unit)
-                if stop.requested:
-                    shards.drop()
-                    return None
-            if tables:
-                shards.write(groups_together(_joined(tables)))
-            self._add_bad_rows(canonicaliser.bad_rows)
-            yield from self._notices(canonicaliser, opened)
-            if canonicaliser.bad_rows.count and self.on_bad_rows == "fail":
-                shards.drop()
-                return None
-        count = _retokenized(self.options.retokenizer)
-        return {
-            "name": source.name,
-            "stamp": None,
-            "format": opened.format,
-            "shards": [path.name for path in shards.files],
-            "rollouts": shards.rollouts,
-            "tokens": shards.tokens,
-            "response_tokens": shards.response_tokens,
-            "columns": shards.columns,
-            "bad_rows": canonicaliser.bad_rows.summary(),
-            "retokenized": {key: count[key] - count_before[key] for key in count},
-        }
+    def convert_on_processes(self, sources: list[Source], count: int, stop: StopRequest) -> Iterator[Event]:
+        """The same on several processes. What they made is taken in the order of the sources, under the same names."""
+        entries = {source.name: self._recorded(source) for source in sources}
+        work = SourceWork(folder=self.folder.path, options=self.options, on_bad_rows=self.on_bad_rows)
+        with SourceProcesses(min(count, len(sources)), work) as processes:
+            for number, source in enumerate(sources):
+                if entries[source.name] is None:
+                    processes.submit(source, f"{STAGED}{number:04d}")
+            for number, source in enumerate(sources):
+                entry = entries[source.name]
+                outcome = None
+                while entry is None and outcome is None:
+                    if stop.requested:
+                        return
+                    outcome = processes.outcome(source, seconds=0.2)
+                    stage = f"converting on {count} processes"
+                    yield Progress(stage=stage, done=number, total=len(sources), unit="files")
+                if outcome is not None:
+                    yield from self._take(source.name, outcome)
+                elif entry is not None:
+                    self.entries.append(entry)
 
-    def _notices(self, canonicaliser: "Canonicaliser", opened: Opened) -> Iterator[Event]:
-        for sentence in (f"{canonicaliser.name} is read as {opened.format}", *canonicaliser.notes):
-            key = sentence.removeprefix(canonicaliser.name)
-            if key not in self.notices:
-                self.notices[key] = None
-                yield Notice(message=sentence)
+    def _recorded(self, source: Source) -> dict[str, Any] | None:
+        """What is recorded of a source whose shards stand; None where it is to be converted."""
+        try:
+            entry = self.folder.recorded(source.name, source.stamp)
+        except OSError:
+            return None  # the conversion reports it
+        self.all_recorded &= entry is not None
+        return entry
 
-    def _add_bad_rows(self, more: BadRows) -> None:
+    def _take(self, name: str, outcome: Outcome) -> Iterator[Event]:
+        """Record what came of a source, and tell what was understood: of files that are read alike, of the first."""
+        if outcome.bad_file is not None:
+            self.bad_files.add(outcome.bad_file)
+        more = outcome.bad_rows
         self.bad_rows.count += more.count
         self.bad_rows.reasons.update(more.reasons)
         self.bad_rows.first = [*self.bad_rows.first, *more.first][:FIRST_BAD_ROWS]
+        for sentence in outcome.sentences:
+            key = sentence.removeprefix(name)
+            if key not in self.notices:
+                self.notices[key] = None
+                yield Notice(message=sentence)
+        if outcome.entry is not None:
+            self.entries.append(self.folder.record(outcome.entry))
 
     def check(self, on_bad_file: str) -> None:
         """Raise where there are bad rows or files that may not be left out, or no rollouts."""
@@ -204,7 +199,9 @@ class _Work:
             "shards": len(shards),
             "bytes": sum((self.folder.path / shard).stat().st_size for shard in shards),
             "columns": everywhere,
-            "sources": [{key: entry[key] for key in ("name", "format", "rollouts")} for entry in self.entries],
+            "sources": [
+                {key: entry.get(key) for key in ("name", "format", "rollouts", "read_as")} for entry in self.entries
+            ],
             "retokenized": {
                 key: sum(entry["retokenized"][key] for entry in self.entries) for key in ("rollouts", "tokens")
             },
@@ -224,17 +221,6 @@ class _Work:
         return {"count": sum(summary["count"] for summary in summaries), "reasons": reasons, "first": first}
 
 
-def _joined(tables: list[pa.Table]) -> pa.Table:
-    """Tables of one source, of the same columns or with nulls where they differ."""
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-
-def _retokenized(retokenizer: Retokenizer | None) -> dict[str, int]:
-    if retokenizer is None:
-        return {"rollouts": 0, "tokens": 0}
-    return {"rollouts": retokenizer.rollouts, "tokens": retokenizer.tokens}
-
-
 def _relevant_settings(settings: ConvertSettings) -> dict[str, Any]:
     """Settings that change the shards; --on-bad-file changes none of those that are written."""
     return {
@@ -243,130 +229,6 @@ def _relevant_settings(settings: ConvertSettings) -> dict[str, Any]:
         "--on-bad-rows": settings.reading.on_bad_rows,
         "--tokenizer": settings.reading.tokenizer,
         "--allow-retokenize": settings.reading.allow_retokenize,
+        "--apply-chat-template": settings.reading.apply_chat_template,
+        "--group-by": settings.reading.group_by,
     }
-
-
-@dataclass(slots=True)
-class Canonicaliser:
-    """Makes canonical tables of one source's records: checked by the code that reads shards, padding removed.
-
-    Args:
-        name: the source, for messages.
-        renames: canonical name -> the source's column, from --column.
-        unit: what a record's number counts in the source: "row", "line", ...
-
-    Attributes:
-        bad_rows: records that were left out.
-        notes: sentences on columns that were left out or taken under another name.
-    """
-
-    name: str
-    renames: dict[str, str]
-    unit: str = "row"
-    bad_rows: BadRows = field(default_factory=BadRows)
-    notes: dict[str, None] = field(default_factory=dict)
-    _columns: dict[str, Columns] = field(default_factory=dict)
-
-    def table(self, records: Records) -> pa.Table | None:
-        """The good rollouts among some records; None where there is none.
-
-        Raises:
-            DataError: a column is missing or of the wrong type.
-        """
-        self.notes.update(dict.fromkeys(records.notes))
-        for bad in records.bad:
-            self._count(bad.reason, bad.row, bad.column, bad.actual, bad.expected)
-        batch = records.batch
-        if not batch.num_rows:
-            return None
-        columns = self._resolve(batch.schema)
-        has_rewards = columns.rewards or columns.reward
-        checked = check_batch(batch, columns, RowLimits(), "yes" if has_rewards else "no")
-        for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
-            self._count(reason, int(records.rows[row]), column, actual, expected)
-        good = np.flatnonzero(~checked.errors.bad)
-        if not len(good):
-            return None
-        return self._table(batch, columns, checked, good)
-
-    def _resolve(self, schema: pa.Schema) -> Columns:
-        key = schema.to_string()
-        if key not in self._columns:
-            names = set(schema.names) | set(self.renames)
-            shard = Shard(path=self.name, name=self.name, num_rows=1, num_row_groups=1, size_bytes=0, footer_digest="")
-            has = {name: bool(names & {name, *ALIASES[name]}) for name in ("returns", "truncated")}
-            has_rewards = bool(names & {"rewards", "reward", *ALIASES["rewards"], *ALIASES["reward"]})
-            needs = Needs(
-                returns=has["returns"] or not has_rewards,
-                values=False,
-                rewards="where there" if has["returns"] else "yes",
-                truncated=has["truncated"],
-            )
-            columns = resolve_schema(schema, shard, renames=self.renames, labels=(), needs=needs)
-            self.notes.update(dict.fromkeys(columns.notices()))
-            self._columns[key] = columns
-        return self._columns[key]
-
-    def _table(
-        self, batch: pa.RecordBatch, columns: Columns, checked: CheckedBatch, good: NDArray[np.int64]
-    ) -> pa.Table:
-        """The canonical columns of the good rows, and all others with one entry a rollout."""
-        positions, offsets = ragged_take(offsets_from_lengths(checked.lengths), good)
-        tokens = {"input_ids": checked.input_ids[positions], "response_mask": checked.response_mask[positions]}
-        source_names = {"values": columns.values, "returns": columns.returns, "rewards": columns.rewards}
-        for name in TOKEN_NAMES:
-            column = getattr(checked, name)
-            if source_names[name] is not None and column is not None:
-                tokens[name] = column[positions]
-        single: dict[str, pa.Array] = {}
-        if columns.uid is not None:
-            single["uid"] = pc.cast(batch.column(columns.uid), pa.string())
-        single |= self._carried(batch, columns)
-        if columns.reward is not None:
-            single["reward"] = pc.cast(batch.column(columns.reward), pa.float64())
-        if checked.truncated is not None:
-            single["truncated"] = pa.array(checked.truncated)
-        taken = {name: column.take(pa.array(good)) for name, column in single.items()}
-        return rollout_table(offsets, tokens, taken)
-
-    def _carried(self, batch: pa.RecordBatch, columns: Columns) -> dict[str, pa.Array]:
-        """Columns with one entry a rollout that are not canonical, under their own names."""
-        read = {*columns.names(), "attention_mask"}
-        carried: dict[str, pa.Array] = {}
-        for field_, column in zip(batch.schema, batch.columns, strict=True):
-            if field_.name in read or field_.name in ALIASES:
-                continue
-            if pa.types.is_nested(field_.type) or pa.types.is_null(field_.type):
-                if not pa.types.is_null(field_.type):
-                    self.notes.setdefault(f"`{field_.name}` is left out: a critic needs none of it")
-            else:
-                carried[field_.name] = column
-        return carried
-
-    def _count(self, reason: str, row: int, column: str, actual: str, expected: str) -> None:
-        bad = BadRow(file=self.name, unit=self.unit, row=row, column=column, actual=actual, expected=expected)
-        self.bad_rows.add(reason, bad)
-
-
-def groups_together(table: pa.Table) -> pa.Table:
-    """The rollouts of a prompt group next to each other, groups in the order in which they first appear.
-
-    A group is a uid; without that column, a prompt.
-    """
-    keys = table.column("uid") if "uid" in table.column_names else pa.chunked_array([_prompts(table)])
-    # A rollout without a uid is a group of its own.
-    keys = pc.if_else(pc.is_valid(keys), keys, pa.array([f"\0{row}" for row in range(len(keys))]))
-    encoded = keys.combine_chunks().dictionary_encode()
-    order = np.argsort(encoded.indices.to_numpy(), kind="stable")
-    return table if (np.diff(order) == 1).all() else table.take(pa.array(order))
-
-
-def _prompts(table: pa.Table) -> pa.Array:
-    """A text for each prompt: the tokens before the first response token."""
-    ids, mask = table.column("input_ids").combine_chunks(), table.column("response_mask").combine_chunks()
-    flat, marked = ids.flatten().to_numpy(), np.flatnonzero(mask.flatten().to_numpy(zero_copy_only=False))
-    offsets = np.asarray(ids.offsets.to_numpy(), dtype=np.int64)
-    offsets = offsets - offsets[0]
-    ends = marked[np.searchsorted(marked, offsets[:-1])]
-    spans = zip(offsets[:-1].tolist(), ends.tolist(), strict=True)
-    return pa.array([hashlib.blake2b(flat[start:end].tobytes(), digest_size=16).hexdigest() for start, end in spans])

@@ -11,12 +11,14 @@ import pyarrow as pa
 from critic_train.data.writing import ROW_GROUP_BYTES, ShardWriter
 from critic_train.errors import ConfigError
 from critic_train.run.lock import Lock
-from critic_train.run.storage import make_directory, remove, write_json
+from critic_train.run.storage import make_directory, remove, rename_durably, write_json
 
 RECORD = "_convert.json"
 """Begins with an underscore, so that readers of shards skip it."""
 MADE_BY = "critic-train convert"
 VERSION = 1
+STAGED = "part-x"
+"""What shards of another process begin with until they are recorded; behind it, the source's place among all."""
 ORDER = (pa.null(), pa.bool_(), pa.int64(), pa.float64(), pa.string())
 """Types of columns with one entry a rollout, from narrow to wide."""
 
@@ -81,17 +83,30 @@ class ConvertedFolder:
         names = [source["name"] for source in self.sources]
         return names.index(name) if name in names else len(names)
 
-    def record(self, entry: dict[str, Any]) -> None:
-        """Record a source whose shards are written (`name`, `stamp`, `shards`, counts)."""
-        number = self.number_of(entry["name"])
-        self.sources[number : number + 1] = [entry]
+    def prefix_of(self, name: str) -> str:
+        """What the names of a source's shards begin with."""
+        return f"part-{self.number_of(name):05d}"
+
+    def record(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Record a source whose shards are written (`name`, `stamp`, `shards`, counts); the entry as it is recorded.
+
+        Shards that another process wrote under a name of its own are renamed.
+        """
+        number, prefix = self.number_of(entry["name"]), self.prefix_of(entry["name"])
+        shards = [f"{prefix}-{shard.rpartition('-')[2]}" for shard in entry["shards"]]
+        for shard, name in zip(entry["shards"], shards, strict=True):
+            if shard != name:
+                rename_durably(self.path / shard, self.path / name)
+        self.sources[number : number + 1] = [{**entry, "shards": shards}]
         self._write_record()
+        return self.sources[number]
 
     def _resume(self, recorded: dict[str, Any]) -> None:
         if recorded.get("made_by") != MADE_BY or recorded.get("version") != VERSION:
             raise ConfigError(f"{self.path / RECORD} is of another version of critic-train", hint="give a new folder")
         before = recorded["settings"]
-        changed = [name for name in self._settings if before.get(name) != self._settings[name]]
+        # What an earlier version did not know had its default.
+        changed = [name for name in self._settings if (before.get(name) or None) != (self._settings[name] or None)]
         if changed and recorded["sources"]:
             lines = [f"  {name} was {before.get(name)}, is now {self._settings[name]}" for name in changed]
             raise ConfigError(
@@ -126,7 +141,7 @@ class SourceShards:
 
     Args:
         folder: of the conversion.
-        number: of the source, in the shards' names.
+        prefix: what the shards' names begin with.
         row_group_bytes: Arrow bytes of a row group.
 
     Attributes:
@@ -136,7 +151,7 @@ class SourceShards:
     """
 
     folder: Path
-    number: int
+    prefix: str
     row_group_bytes: int = ROW_GROUP_BYTES
     rollouts: int = 0
     tokens: int = 0
@@ -160,7 +175,7 @@ class SourceShards:
                 self.folder,
                 schema,
                 keep_together="uid" if "uid" in schema.names else None,
-                prefix=f"part-{self.number:05d}",
+                prefix=self.prefix,
                 first=len(self.files),
                 row_group_bytes=self.row_group_bytes,
             ).__enter__()

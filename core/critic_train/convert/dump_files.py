@@ -1,7 +1,6 @@
-"""The files that a conversion reads: found in the order of their steps, JSON Lines a few megabytes at a time."""
+"""The files that a conversion reads, in the order of their steps."""
 
 import glob
-import json
 import os
 import re
 import shutil
@@ -12,16 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from critic_train.convert.raw_records import BadRecord, Line
 from critic_train.data.stores import RemoteFile, is_remote, open_file, remote_files
 from critic_train.errors import DataError
 
-SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".jsonl", ".ndjson", ".json", ".parquet", ".parq")
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COMPRESSIONS = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+BINARIES = (".pt", ".pth", ".pkl", ".pickle", ".parquet", ".parq", ".arrow")
+SUFFIXES = (*BINARIES, *TEXTS, *(text + compression for text in TEXTS for compression in COMPRESSIONS))
+METADATA = frozenset({
+    "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "meta.json", "metadata.json",
+    "config.json", "generation_config.json", "trainer_state.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "result.json", "run.json",
+})  # fmt: skip
+"""Files that lie beside rollouts, as datasets' `save_to_disk` and trainers write them; a folder's are not read."""
 SHOWN_FAULTS = 20
-CHUNK_BYTES = 8 * 2**20
-LONGEST_LINE = 2**28
-"""Bytes; no record of one rollout is as long."""
-EXPECTED_LINE = "one JSON object a line"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,8 @@ def find_sources(names: list[str]) -> list[Source]:
             shown.append(f"and {len(missing) - SHOWN_FAULTS:,} more")
         raise DataError(
             "some sources cannot be found:\n" + "\n".join(f"  {line}" for line in shown),
-            hint=f"a source is a file, a glob, or a folder that holds {', '.join(SUFFIXES)} files",
+            hint=f"a source is a file, a glob, or a folder that holds {', '.join((*BINARIES, *TEXTS))} files; "
+            f"texts may be compressed ({', '.join(COMPRESSIONS)})",
         )
     return sorted(sources.values(), key=lambda source: _natural(source.name))
 
@@ -124,15 +128,25 @@ def _walk(folder: str) -> list[str]:
     files_below: list[str] = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        files_below += [
-            os.path.join(parent, name) for name in files if name.endswith(SUFFIXES) and not name.startswith((".", "_"))
-        ]
+        files_below += [os.path.join(parent, name) for name in files if _is_wanted(name)]
     return files_below
+
+
+def metadata_files(names: list[str]) -> list[str]:
+    """The files of local folders that are not read because of their names (METADATA)."""
+    folders = [os.path.expanduser(name) for name in names if not is_remote(name)]
+    walked = [(parent, files) for folder in folders for parent, _, files in os.walk(folder)]
+    return sorted(os.path.join(parent, name) for parent, files in walked for name in files if name in METADATA)
+
+
+def _is_wanted(name: str) -> bool:
+    return name.endswith(SUFFIXES) and not name.startswith((".", "_")) and name not in METADATA
 
 
 def _why_none(name: str) -> str:
     if os.path.isdir(name):
-        return "the folder holds no such file"
+        beside = metadata_files([name])
+        return f"the folder holds no rollouts{f', only {os.path.basename(beside[0])}' if beside else ''}"
     if os.path.exists(name):
         return "neither a file nor a folder"
     return "no file matches" if glob.has_magic(name) else "there is no such file or folder"
@@ -142,68 +156,3 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sorts step_2 before step_10."""
     parts = re.split(r"(\d+)", name)
     return [(1, int(part), "") if part.isdecimal() and len(part) < 20 else (0, 0, part) for part in parts]
-
-
-def line_chunks(path: Path) -> Iterator[tuple[list[Line], list[BadRecord], int]]:
-    """The records of a JSON Lines file, some at a time.
-
-    Records are numbered from 0; an empty line has a number, but is no record.
-
-    Yields:
-        Records, lines that are no JSON objects, and the bytes read so far.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    good: list[Line] = []
-    bad: list[BadRecord] = []
-    with path.open("rb") as file:
-        row, done, chunk = -1, 0, 0
-        while line := file.readline(LONGEST_LINE):
-            row += 1
-            done += len(line)
-            chunk += len(line)
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                bad.append(
-                    BadRecord(row=row, column="", actual=f"more than {LONGEST_LINE:,} bytes", expected=EXPECTED_LINE)
-                )
-                done += _skip_line(file)
-            elif line.strip():
-                value = _parsed(line)
-                if isinstance(value, dict):
-                    good.append((row, value))
-                else:
-                    bad.append(BadRecord(row=row, column="", actual=value, expected=EXPECTED_LINE))
-            if chunk >= CHUNK_BYTES:
-                yield good, bad, done
-                good, bad, chunk = [], [], 0
-        yield good, bad, done
-
-
-def _parsed(line: bytes) -> dict[str, Any] | str:
-    """A line's object, or what it is instead."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"no JSON ({str(error)[:80]})"
-    return value if isinstance(value, dict) else f"a {type(value).__name__}"
-
-
-def first_record(path: Path) -> dict[str, Any] | None:
-    """The first object of a JSON Lines file; None where the first line is none."""
-    with path.open("rb") as file:
-        for _ in range(100):
-            line = file.readline(LONGEST_LINE)
-            if line.strip():
-                value = _parsed(line)
-                return value if isinstance(value, dict) else None
-    return None
-
-
-def _skip_line(file: Any) -> int:
-    skipped = 0
-    while piece := file.readline(CHUNK_BYTES):
-        skipped += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return skipped

@@ -26,6 +26,8 @@ from critic_train.convert.dump_tensors import (
     tensor,
 )
 
+SKYRL_MODULES = ("skyrl.backends.skyrl_train.training_batch", "skyrl_train.training_batch")
+"""Where SkyRL's batches are defined, and where they were before it was one package."""
 PLAIN = (str, int, float, bool, type(None), bytes)
 
 
@@ -96,6 +98,29 @@ class TensorDictState(SavedObject):
 
     def __setstate__(self, state: Any) -> None:
         self.state = _tensors_of(state)
+
+
+class TensorBatchState(SavedObject):
+    """SkyRL's TensorBatch; state is its dictionary of tensors as bytes, with the batch's size and metadata."""
+
+    name = "skyrl TensorBatch"
+    __slots__ = ()
+
+    def __init__(self, *_: Any) -> None:
+        # Some versions are pickled as a call of the class, with a state behind it.
+        self.state = None
+
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not dict:
+            raise RefusedError("a TensorBatch with an unknown state")
+        self.state = state
+
+
+class TensorListState(SavedObject):
+    """SkyRL's TensorList, of images and the like; it is not read."""
+
+    name = "skyrl TensorList"
+    __slots__ = ()
 
 
 class DiskReference(SavedObject):
@@ -204,6 +229,14 @@ def _numpy_buffer(memory: Memory, content: Any, kind: Any, shape: Any, order: An
     return array(content, dtype_of(kind), shape, fortran=order == "F")
 
 
+def _tensor_batch(memory: Memory, kind: Any, state: Any) -> TensorBatchState:
+    if kind is not TensorBatchState:
+        raise RefusedError("a TensorBatch of another class")
+    made = TensorBatchState()
+    made.__setstate__(state)
+    return made
+
+
 def _tensors_of(state: Any) -> dict[str, Any]:
     tensors = state.get("_tensordict") if type(state) is dict else None
     if type(tensors) is not dict:
@@ -235,6 +268,7 @@ def _allowed() -> dict[tuple[str, str], Callable[..., Any] | None]:
             ),
         },
         "tensordict.utils": {"_StringOnlyDict": _empty_dict},
+        **{module: {"_rebuild_tensor_batch": _tensor_batch} for module in SKYRL_MODULES},
     }
     for core in ("numpy.core", "numpy._core"):
         builders[f"{core}.multiarray"] = {"_reconstruct": _unfinished_array, "scalar": _numpy_scalar}
@@ -257,5 +291,7 @@ INSTANCES: dict[tuple[str, str], type[SavedObject]] = {
     ("tensordict._td", "TensorDict"): TensorDictState,
     ("tensordict.tensordict", "TensorDict"): TensorDictState,
     ("slime.utils.tensor_store", "DiskTensorRef"): DiskReference,
+    **{(module, name): TensorBatchState for module in SKYRL_MODULES for name in ("TrainingInputBatch", "TensorBatch")},
+    **{(module, "TensorList"): TensorListState for module in SKYRL_MODULES},
 }
 """(module, name) -> the class of ours whose instances stand for that class's."""

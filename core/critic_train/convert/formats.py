@@ -4,33 +4,41 @@ A format of pickled objects or of JSON Lines is declared in its own module and l
 JSON Lines or Parquet are read here, whatever wrote them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from critic_train.convert import nemo_rl, openrlhf, slime, text_records, verl
-from critic_train.convert.dump_files import Source, first_record, line_chunks
+from critic_train.convert import nemo_rl, openrlhf, skyrl, slime, step_labels, text_records, trajectory_values, verl
+from critic_train.convert.chat import Retokenizer
+from critic_train.convert.dump_files import Source
 from critic_train.convert.dump_tensors import RefusedError
+from critic_train.convert.field_values import Fields
+from critic_train.convert.fields import Reading
+from critic_train.convert.json_records import FIRST_RECORDS, record_chunks
 from critic_train.convert.raw_records import Line, LineFormat, ObjectFormat, Records, Rows
+from critic_train.convert.readings import choose_reading, understanding
+from critic_train.convert.table_files import arrow_batches, parquet_batches
 from critic_train.convert.unpickle import load_dump
-from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
-from critic_train.data.schema import ALIASES, list_item_type
-from critic_train.data.shards import Shard, find_shards
+from critic_train.data.schema import ALIASES
 from critic_train.errors import ConfigError, DataError
 
 Format = TypeVar("Format", ObjectFormat, LineFormat)
-FORMATS: tuple[ObjectFormat | LineFormat, ...] = (slime.FORMAT, verl.FORMAT, nemo_rl.FORMAT, openrlhf.FORMAT)
+FORMATS: tuple[ObjectFormat | LineFormat, ...] = (
+    slime.FORMAT, verl.FORMAT, nemo_rl.FORMAT, trajectory_values.FORMAT, openrlhf.FORMAT, skyrl.FORMAT,
+    step_labels.FORMAT,
+)  # fmt: skip
 """Recognised in this order."""
 TOKENS = "token ids"
 FORMAT_NAMES = tuple(dict.fromkeys((*(one.name for one in FORMATS), *text_records.KINDS, "tokens")))
 """The values of --from."""
 TITLES = ", ".join((*(one.title for one in FORMATS), text_records.TITLE))
-ID_COLUMNS = ("input_ids", "responses")
 SHOWN_FIELDS = 12
+FIRST_ROWS = 16
+"""Rows of a table from which it is concluded which column is which; a column has one type in all rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +50,16 @@ class Options:
         renames: canonical name -> the source's column, from --column.
         retokenizer: makes token ids of text, None without --tokenizer.
         allow_retokenize: whether text may be read.
+        apply_chat_template: whether prompts of text go through the chat template.
+        group_by: --group-by.
     """
 
     format: str | None
     renames: dict[str, str] = field(default_factory=dict)
-    retokenizer: text_records.Retokenizer | None = None
+    retokenizer: Retokenizer | None = None
     allow_retokenize: bool = False
+    apply_chat_template: bool = False
+    group_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +72,8 @@ class Opened:
         total, unit: of what `records` counts.
         in_memory: whether all of it is in memory at once, so that prompt groups can be put together.
         row_unit: what a record's number counts.
-        renamed: whether --column was applied, so that the columns have their canonical names.
+        renames: canonical name -> the column of `records` that is it, where that has another name.
+        understood: prompt, response, reward, ... -> what is read as that, in words, where the columns do not tell.
     """
 
     format: str
@@ -69,7 +82,8 @@ class Opened:
     unit: str
     in_memory: bool = False
     row_unit: str = "row"
-    renamed: bool = False
+    renames: dict[str, str] = field(default_factory=dict)
+    understood: dict[str, str] = field(default_factory=dict)
 
 
 def open_source(source: Source, options: Options) -> Opened:
@@ -83,11 +97,11 @@ def open_source(source: Source, options: Options) -> Opened:
         head = file.read(4)
     if not head:
         raise DataError(f"{source.name}: the file is empty (0 bytes)")
-    if head == b"PAR1":
-        return _open_parquet(source, options)
+    if head == b"PAR1" or source.path.suffix == ".arrow":
+        return _open_table(source, options)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _open_pickle(source, options)
-    return _open_lines(source, options)
+    return _open_text_file(source, options)
 
 
 def _open_pickle(source: Source, options: Options) -> Opened:
@@ -98,7 +112,22 @@ def _open_pickle(source: Source, options: Options) -> Opened:
     kind, one = recognised
     size = source.path.stat().st_size
     records = ((records, size) for records in _with_name(one.read(content), source))
-    return Opened(format=kind, records=records, total=size, unit="bytes", in_memory=True, row_unit="sample")
+    text_names = [name for name in ("messages", "prompt", "response") if name in options.renames]
+    if text_names:
+        name = text_names[0]
+        raise DataError(
+            f"{source.name}: --column {name}={options.renames[name]} has no effect: {kind} holds token ids",
+            hint=f"canonical columns: {', '.join(ALIASES)}",
+        )
+    return Opened(
+        format=kind,
+        records=records,
+        total=size,
+        unit="bytes",
+        in_memory=True,
+        row_unit="sample",
+        renames=options.renames,
+    )
 
 
 def _recognise(content: Any, of: type[Format], options: Options) -> tuple[str, Format] | None:
@@ -121,54 +150,108 @@ def _with_name(records: Iterator[Records], source: Source) -> Iterator[Records]:
         raise DataError(f"{source.name}: {error.message}", hint=error.hint) from None
 
 
-def _open_lines(source: Source, options: Options) -> Opened:
-    first = first_record(source.path)
-    if first is None:
+def _open_text_file(source: Source, options: Options) -> Opened:
+    chunks = record_chunks(source.path)
+    good, bad, _ = first_chunk = next(chunks)
+    if not good or (bad and bad[0].row < good[0][0]):
         raise _unknown(source, options, "it begins with no JSON object")
-    recognised = _recognise(first, LineFormat, options)
+    kind, read, renames = _reader([record for _, record in good[:FIRST_RECORDS]], source, options)
+
+    def records() -> Iterator[tuple[Records, int]]:
+        for lines, odd, done in chain([first_chunk], chunks):
+            chunk = read(lines)
+            yield replace(chunk, bad=tuple(sorted((*chunk.bad, *odd), key=lambda record: record.row))), done
+
+    total = source.path.stat().st_size
+    return Opened(
+        format=kind, records=records(), total=total, unit="bytes", row_unit="record", renames=renames.columns,
+        understood=renames.understood,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Understood:
+    """Canonical name -> column of the records that are read, and what was understood, in words."""
+
+    columns: dict[str, str]
+    understood: dict[str, str] = field(default_factory=dict)
+
+
+def _reader(
+    first: list[Fields], source: Source, options: Options
+) -> tuple[str, Callable[[list[Line]], Records], _Understood]:
+    """How the records of a file are read: (kind, reader, what was understood).
+
+    Raises:
+        DataError: they cannot be, or in two ways.
+        ConfigError: they are text, and that was not allowed.
+    """
+    recognised = _recognise(first[0], LineFormat, options)
     if recognised is not None:
         kind, one = recognised
-        return _lines(source, kind, lambda lines: one.read(lines, source.path.name))
-    lists = {name for name, value in first.items() if isinstance(value, list) and value and isinstance(value[0], int)}
-    if options.format in (None, "tokens") and _has_ids(lists, options):
-        return _lines(source, TOKENS, _as_columns)
-    return replace(_lines(source, *_text(source, options, list(first))), renamed=True)
-
-
-def _lines(source: Source, kind: str, read: Callable[[list[Line]], Records]) -> Opened:
-    def records() -> Iterator[tuple[Records, int]]:
-        for good, bad, done in line_chunks(source.path):
-            chunk = read(good)
-            all_bad = tuple(sorted((*chunk.bad, *bad), key=lambda record: record.row))
-            yield replace(chunk, bad=all_bad), done
-
-    return Opened(format=kind, records=records(), total=source.path.stat().st_size, unit="bytes", row_unit="record")
-
-
-def _open_parquet(source: Source, options: Options) -> Opened:
-    (shard,) = find_shards([str(source.path)])
-    shard = Shard(**{name: getattr(shard, name) for name in shard.__slots__} | {"name": source.name})
+        retokenizer = _retokenizer(source, kind, options) if one.is_text else None
+        return kind, lambda lines: one.read(lines, source.path.name, retokenizer), _Understood(columns=options.renames)
+    kind = text_records.kind_of(name for record in first for name in record)
     try:
-        schema = pq.read_schema(source.path)
-    except (OSError, pa.ArrowException) as error:
-        raise damaged(shard, error) from error
-    lists = {one.name for one in schema if _holds_integers(one.type)}
-    if options.format in (None, "tokens") and _has_ids(lists, options):
-        kind, records, renamed = TOKENS, _rows(shard, schema.names, None), False
-    else:
-        kind, read = _text(source, options, schema.names)
-        records, renamed = _rows(shard, schema.names, read), True
-    return Opened(format=kind, records=records, total=shard.num_rows, unit="rollouts", renamed=renamed)
+        carriers, reading = choose_reading(first, options.renames, kind)
+    except DataError as error:
+        between = " " if error.message.startswith("is ") else ": "
+        raise DataError(f"{source.name}{between}{error.message}", hint=error.hint) from None
+    _hold_to_format(source, options, TOKENS if reading.is_tokens else kind, first)
+    if reading.is_tokens and _stands_in_columns(reading, carriers):
+        columns = {name: column for name, column in reading.parts.items() if column not in _names_of(name)}
+        if reading.reward is not None and reading.reward.names[0] not in _names_of("reward", "rewards"):
+            columns["reward"] = reading.reward.names[0]
+        return TOKENS, _as_columns, _Understood(columns=columns | options.renames)
+    record_reader = text_records.RecordReader(
+        reading=reading,
+        carriers=carriers,
+        renames=options.renames,
+        kind=kind,
+        retokenizer=None if reading.is_tokens else _retokenizer(source, kind, options),
+        apply_chat_template=options.apply_chat_template,
+    )
+    understood = understanding(
+        reading, carriers, first, record_reader.retokenizer, apply_chat_template=options.apply_chat_template
+    )
+    kind = TOKENS if reading.is_tokens else kind
+    return kind, record_reader, _Understood(columns={}, understood=understood)
+
+
+def _stands_in_columns(reading: Reading, carriers: tuple[str, ...]) -> bool:
+    """Whether token ids and rewards are read as they are, each in a column of its own."""
+    names = [*reading.parts.values(), *(reading.reward.names if reading.reward else ())]
+    is_plain = reading.reward is None or (len(reading.reward.names) == 1 and not reading.reward.is_text)
+    return (
+        not carriers and is_plain and "response_length" not in reading.parts and not any("." in name for name in names)
+    )
+
+
+def _names_of(*canonical: str) -> set[str]:
+    return {name for one in canonical for name in (one, *ALIASES[one])}
+
+
+def _open_table(source: Source, options: Options) -> Opened:
+    """A Parquet or Arrow file."""
+    total, batches = (arrow_batches if source.path.suffix == ".arrow" else parquet_batches)(source.path, source.name)
+    first_batch = next(batches, None)
+    if first_batch is None:
+        return Opened(format="no rows", records=iter(()), total=0, unit="rollouts")
+    first = first_batch.slice(0, FIRST_ROWS).to_pylist()
+    kind, read, understood = _reader(first, source, options)
+    records = _rows(chain([first_batch], batches), None if read is _as_columns else read)
+    return Opened(
+        format=kind, records=records, total=total, unit="rollouts", renames=understood.columns,
+        understood=understood.understood,
+    )  # fmt: skip
 
 
 def _rows(
-    shard: Shard, names: list[str], read: Callable[[list[Line]], Records] | None
+    batches: Iterable[pa.RecordBatch], read: Callable[[list[Line]], Records] | None
 ) -> Iterator[tuple[Records, int]]:
-    """A Parquet file's rows, as they are or through a reader of single records; numbered over the file."""
+    """Rows as they are or through a reader of single records; numbered over the file."""
     done = 0
-    for piece in pieces(shard, names):
-        refuse_oversized_rows(shard, piece)
-        batch = piece.rows
+    for batch in batches:
         rows = np.arange(done, done + batch.num_rows)
         done += batch.num_rows
         if read is None:
@@ -177,22 +260,26 @@ def _rows(
             yield read(list(zip(rows.tolist(), batch.to_pylist(), strict=True))), done
 
 
-def _text(source: Source, options: Options, names: list[str]) -> tuple[str, Callable[[list[Line]], Records]]:
-    """The kind of text, and its reader."""
-    kind = text_records.kind_of(names)
-    if kind is None and set(options.renames) & {"messages", "prompt", "response"}:
-        kind = text_records.TEXT
-    # --from text takes text of any kind.
-    is_wanted = options.format in (None, "text") or text_records.KINDS.get(options.format) == kind
-    if kind is None or not is_wanted:
-        raise _unknown(source, options, f"its fields are {', '.join(names[:SHOWN_FIELDS])}")
+def _retokenizer(source: Source, kind: str, options: Options) -> Retokenizer:
+    """What makes token ids of a source of text.
+
+    Raises:
+        ConfigError: that was not allowed.
+    """
     if options.retokenizer is None or not options.allow_retokenize:
         raise ConfigError(
             f"{source.name} is {kind}: it holds no token ids, and tokenized again they may differ from the policy's",
             hint="--tokenizer DIR (the policy's) with --allow-retokenize tokenizes it all the same",
         )
-    retokenizer = options.retokenizer
-    return kind, lambda lines: text_records.records(lines, kind, retokenizer, options.renames)
+    return options.retokenizer
+
+
+def _hold_to_format(source: Source, options: Options, kind: str, first: list[Fields]) -> None:
+    """Raise where a file is not in the format of --from; text takes text of any kind."""
+    is_text = options.format == "text" and kind != TOKENS
+    is_wanted = kind == TOKENS if options.format == "tokens" else text_records.KINDS.get(options.format or "") == kind
+    if options.format is not None and not is_text and not is_wanted:
+        raise _unknown(source, options, f"its fields are {', '.join(list(first[0])[:SHOWN_FIELDS])}")
 
 
 def _as_columns(lines: list[Line]) -> Records:
@@ -200,18 +287,6 @@ def _as_columns(lines: list[Line]) -> Records:
     for row, line in lines:
         rows.add(row, line)
     return rows.records()
-
-
-def _has_ids(lists: set[str], options: Options) -> bool:
-    """Whether one of the columns is token ids by its name."""
-    names = {name for canonical in ID_COLUMNS for name in (canonical, *ALIASES[canonical])}
-    names |= {options.renames[name] for name in ID_COLUMNS if name in options.renames}
-    return bool(lists & names)
-
-
-def _holds_integers(kind: pa.DataType) -> bool:
-    item = list_item_type(kind)
-    return item is not None and bool(pa.types.is_integer(item))
 
 
 def _shape_of(content: Any) -> str:

@@ -21,7 +21,7 @@ def kind_of(record: dict[str, Any]) -> str | None:
     return KIND if {"token_ids", "token_loss_mask", "input_lengths"} <= set(record) else None
 
 
-def records(lines: list[Line], file_name: str) -> Records:
+def records(lines: list[Line], file_name: str, _: Any = None) -> Records:
     """The rollouts of some lines; the step is in the file's name."""
     step = re.fullmatch(r"train_data_step(\d+)\.jsonl", file_name)
     rows = Rows()

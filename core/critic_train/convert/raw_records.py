@@ -72,19 +72,21 @@ class ObjectFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineFormat:
-    """A dump format of JSON Lines with token ids.
+    """A dump format of records, as of JSON Lines.
 
     Attributes:
         name: the value of --from.
         title: what it reads, as error messages list it.
         recognise: the first object of a file -> the kind of dump, for messages; None where it is not of this format.
-        read: some lines and the file's name -> their records.
+        read: some lines, the file's name, and what makes ids of text where the format holds text -> their records.
+        is_text: whether the format holds text in place of token ids.
     """
 
     name: str
     title: str
     recognise: Callable[[dict[str, Any]], str | None]
-    read: Callable[[list[Line], str], Records]
+    read: Callable[[list[Line], str, Any], Records]
+    is_text: bool = False
 
 
 @dataclass(slots=True)

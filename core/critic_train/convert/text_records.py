@@ -1,221 +1,236 @@
-"""Records of text: prompt and response, or chat messages, with a score; tokenized again.
+"""Records of text, tokenized again, and of token ids that do not stand in columns of their own.
 
-The policy's own token ids are not in such a dump. What the tokenizer makes of the text can differ from them where texts
-were joined, and special tokens that were left out of the text (verl skips them) do not come back.
+The policy's own token ids are not in a dump of text. What the tokenizer makes of the text can differ from them where
+texts were joined, and special tokens that were left out of the text (verl skips them) do not come back.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from critic_train.convert.chat import Retokenizer, Tokens, UnusableError, messages_of
+from critic_train.convert.field_values import Fields, UnclearError, samples_of
+from critic_train.convert.fields import Reading
 from critic_train.convert.raw_records import Line, Records, Rows
-from critic_train.errors import ModelError
+from critic_train.data.schema import ALIASES
 
 VERL, TRL, TEXT = "verl rollout data (text)", "TRL completions (text)", "text"
 KINDS = {"verl": VERL, "trl": TRL, "text": TEXT}
 """The value of --from -> the kind of text dump, for messages."""
-TITLE = "TRL Parquet, and JSONL or Parquet of token ids, of messages, or of prompt, response and score"
+TITLE = (
+    "TRL Parquet, and JSON, JSONL, CSV, Parquet or Arrow files of token ids, of messages, or of prompt, response and "
+    "score"
+)
 """What is read without a format of its own, as error messages list it."""
-NAMES = {
-    "messages": ("messages", "conversation", "conversations", "chat"),
-    "prompt": ("prompt", "input", "question", "instruction", "query"),
-    "response": ("response", "completion", "output", "answer"),
-    "reward": ("reward", "score", "rewards"),
-}
-"""Part of a record -> the field names it may have; the first that is there is read."""
-
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-"""ShareGPT's roles -> those of chat templates."""
-NOT_REWARDS = frozenset({"step", "prompt", "completion", "advantage", "mode"})
-"""Columns of a TRL table that are not of reward functions."""
-EXPECTED_MESSAGES = "a list of {role, content} with an answer of the assistant's at its end"
+CANONICAL = {name: canonical for canonical, aliases in ALIASES.items() for name in (canonical, *aliases)}
+SINGLE = ("uid", "truncated")
+"""Canonical columns with one entry a rollout, which text may have as well."""
 
 
-def kind_of(names: Iterable[str]) -> str | None:
-    """Which kind of text dump has these fields; None where no kind has."""
+def kind_of(names: Iterable[str]) -> str:
+    """Which kind of text dump has these fields."""
     fields = set(names)
     if {"input", "output", "score", "step"} <= fields:
         return VERL
-    if {"step", "prompt", "completion"} <= fields:
-        return TRL
-    if fields & set(NAMES["messages"]) or (fields & set(NAMES["prompt"]) and fields & set(NAMES["response"])):
-        return TEXT
-    return None
+    return TRL if {"step", "prompt", "completion"} <= fields else TEXT
 
 
-@dataclass(slots=True)
-class Retokenizer:
-    """Makes token ids of text.
+@dataclass(slots=True, kw_only=True)
+class RecordReader:
+    """Makes rollouts of records, one or several of each.
 
     Args:
-        directory: a Hugging Face directory with a tokenizer.
+        reading: which field is what.
+        carriers: fields that hold several samples.
+        renames: from --column.
+        kind: VERL, TRL or TEXT.
+        retokenizer: makes the ids of text; None where token ids are read.
+        apply_chat_template: whether a prompt of text is a user's message for the template.
+    """
 
-    Attributes:
-        rollouts, tokens: how many were made.
+    reading: Reading
+    carriers: tuple[str, ...]
+    renames: dict[str, str]
+    kind: str = TEXT
+    retokenizer: Retokenizer | None = None
+    apply_chat_template: bool = False
+
+    def __call__(self, lines: list[Line]) -> Records:
+        """The rollouts of some records."""
+        rows = Rows()
+        for row, line in lines:
+            try:
+                samples = samples_of(line, self.carriers)
+            except ValueError as error:
+                rows.refuse(row, self.carriers[0], str(error), "a list with one entry a sample")
+                continue
+            for sample in samples:
+                self._add(rows, row, sample, len(samples))
+        return rows.records()
+
+    def _add(self, rows: Rows, row: int, sample: Fields, samples: int) -> None:
+        reward = self.reading.reward
+        paid: float | list[float] | None = None
+        if reward is not None:
+            try:
+                paid = reward.of(sample)
+            except ValueError as error:
+                rows.refuse(row, reward.names[0], str(error), "a number, the reward of the rollout")
+                return
+        if self.carriers and isinstance(paid, list) and not self.reading.is_tokens:
+            several = f"{len(paid)} numbers beside {samples} samples"
+            rows.refuse(row, reward.names[0] if reward else "", several, "one number for each sample")
+            return
+        try:
+            entries = self._ids(sample) if self.reading.is_tokens else self._text(sample, paid)
+        except UnusableError as refusal:
+            rows.refuse(row, self.reading.response, refusal.actual, refusal.expected)
+            return
+        if paid is not None and "rewards" not in entries:
+            entries["rewards" if isinstance(paid, list) else "reward"] = paid
+        rows.add(row, {**self._others(sample), **entries})
+
+    def _ids(self, sample: Fields) -> dict[str, Any]:
+        """Token columns under canonical names; those of a name that is read as one under it."""
+        entries: dict[str, Any] = {}
+        for name, value in sample.items():
+            leaf = name.rpartition(".")[2]
+            if isinstance(value, list) and leaf in CANONICAL and not isinstance(value[:1] and value[0], str):
+                entries[leaf] = value
+        for canonical, name in {**self.reading.parts, **self.renames}.items():
+            if canonical == "response_length":
+                length = sample.get(name)
+                if not isinstance(length, int) or length < 0:
+                    raise UnusableError(f"{length!r} as the length of the response", "a number of tokens")
+                entries["response_mask"] = [1] * length
+            elif canonical not in ("reward", "rewards", *SINGLE):
+                entries.pop(name.rpartition(".")[2], None)
+                entries[canonical] = sample.get(name)
+        for name in self.reading.reward.names if self.reading.reward else ():
+            entries.pop(name.rpartition(".")[2], None)
+        return entries
+
+    def _text(self, sample: Fields, paid: float | list[float] | None) -> dict[str, Any]:
+        assert self.retokenizer is not None, "text is not read without a tokenizer"
+        ids, mask = self._tokens(sample, self.retokenizer)
+        entries: dict[str, Any] = {"input_ids": ids, "response_mask": mask}
+        if isinstance(paid, list):
+            entries["rewards"] = _over_turns(paid, mask)
+        return entries
+
+    def _tokens(self, sample: Fields, retokenizer: Retokenizer) -> Tokens:
+        """(ids, mask) of a sample.
+
+        Raises:
+            UnusableError: it cannot be used.
+        """
+        parts = self.reading.parts
+        prompt, response = sample.get(parts.get("prompt", "")), sample.get(parts.get("response", ""))
+        system = sample.get(parts.get("system", ""))
+        if self.reading.prompt_parts:
+            texts = [sample.get(name) for name in self.reading.prompt_parts]
+            prompt = "\n".join(text for text in texts if isinstance(text, str) and text)
+        if "messages" not in parts and isinstance(prompt, str) and isinstance(response, str):
+            is_templated = retokenizer.is_templated(prompt)
+            if not self.apply_chat_template or is_templated:
+                if isinstance(system, str) and system.strip() and system.strip() not in prompt:
+                    raise UnusableError(
+                        f"`{parts['system']}` beside a prompt that lacks it",
+                        "--apply-chat-template, which puts both through the chat template",
+                    )
+                return retokenizer.pair(prompt, response)
+        if "messages" in parts:
+            messages, written = [], messages_of(sample.get(parts["messages"]))
+        else:
+            messages, written = _as_messages(prompt, "user"), _as_messages(response, "assistant")
+        first = len(messages)
+        messages = [*messages, *written]
+        if isinstance(system, str) and system.strip() and not any(system.strip() in m["content"] for m in messages):
+            if messages and messages[0]["role"] == "system":
+                raise UnusableError(f"another system message than `{parts['system']}`", "one system message")
+            messages.insert(0, {"role": "system", "content": system})
+            first += 1
+        if not messages or messages[-1]["role"] != "assistant" or messages[0]["role"] == "assistant":
+            raise UnusableError("no conversation that ends with the assistant", "messages that end with its answer")
+        return self._chat(messages, sample.get(parts.get("tools", "")), first, retokenizer)
+
+    def _chat(self, messages: list[dict[str, Any]], tools: Any, first: int, retokenizer: Retokenizer) -> Tokens:
+        if not retokenizer.has_template:
+            raise UnusableError("messages, and a tokenizer without a chat template", "the tokenizer of a chat model")
+        try:
+            return retokenizer.chat(messages, tools if isinstance(tools, list) else None, first)
+        except UnusableError:
+            raise
+        except Exception as error:
+            # A template may raise any exception.
+            actual = f"a chat template that fails ({str(error)[:80]})"
+            raise UnusableError(actual, "one that takes this conversation") from error
+
+    def _others(self, sample: Fields) -> dict[str, Any]:
+        """Other fields with one entry, none under a name that token columns have."""
+        used = {*self.reading.parts.values(), *self.reading.prompt_parts}
+        used |= {n for n in (self.reading.reward.names if self.reading.reward else ()) if n in ("reward", "rewards")}
+        others = {}
+        for name, value in sample.items():
+            canonical = CANONICAL.get(name)
+            if (
+                name not in used
+                and isinstance(value, str | int | float | bool)
+                and canonical in (None, "reward", *SINGLE)
+            ):
+                others[f"{name}_in_dump" if name == "reward" else name] = value
+        others |= {name: sample[self.renames[name]] for name in SINGLE if self.renames.get(name) in sample}
+        return _verl(others) if self.kind == VERL else others
+
+
+def check_renames(samples: list[Fields], reading: Reading, renames: dict[str, str]) -> None:
+    """Raise where a value of --column names no field, or has no effect.
 
     Raises:
-        ModelError: there is no tokenizer that can be loaded.
+        UnclearError: the first such value.
     """
-
-    directory: Path
-    rollouts: int = 0
-    tokens: int = 0
-    _tokenizer: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        from transformers import AutoTokenizer
-
-        if not self.directory.is_dir():
-            raise ModelError(f"--tokenizer {self.directory}: there is no such folder", hint="give the policy's folder")
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(
-                f"--tokenizer {self.directory} holds no tokenizer that can be loaded: {reason}",
-                hint="give the policy's Hugging Face folder (tokenizer.json, tokenizer_config.json)",
-            ) from error
-
-    def pair(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """(ids, mask) of a prompt, with the special tokens that the tokenizer begins with, and a response without."""
-        prompt_ids = self._tokenizer(prompt)["input_ids"]
-        end = self._tokenizer.eos_token_id
-        if prompt_ids and prompt_ids[-1] == end and not prompt.endswith(str(self._tokenizer.eos_token)):
-            prompt_ids = prompt_ids[:-1]
-        response_ids = self._tokenizer(response, add_special_tokens=False)["input_ids"]
-        return self._counted([*prompt_ids, *response_ids], [0] * len(prompt_ids) + [1] * len(response_ids))
-
-    def chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]] | None:
-        """(ids, mask) of a conversation, the mask on each turn of the assistant, through its end-of-turn token.
-
-        Returns:
-            None where the chat template changes earlier turns, so that a turn's tokens are unknown.
-        """
-        ids: list[int] = []
-        mask: list[int] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._templated(messages[:i], add_generation_prompt=True)
-            through = self._templated(messages[: i + 1], add_generation_prompt=False)
-            if before[: len(ids)] != ids or through[: len(before)] != before:
-                return None
-            mask += [0] * (len(before) - len(ids)) + self._until_end(through[len(before) :])
-            ids = through
-        # Drop what the template puts behind the end of the last turn.
-        last = len(mask) - mask[::-1].index(1) if 1 in mask else len(mask)
-        return self._counted(ids[:last], mask[:last])
-
-    def _until_end(self, turn: list[int]) -> list[int]:
-        end = self._tokenizer.eos_token_id
-        length = len(turn) - turn[::-1].index(end) if end in turn else len(turn)
-        return [1] * length + [0] * (len(turn) - length)
-
-    def _templated(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _counted(self, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-        self.rollouts += 1
-        self.tokens += len(ids)
-        return ids, mask
-
-
-def records(lines: list[Line], kind: str, retokenizer: Retokenizer, renames: dict[str, str]) -> Records:
-    """The rollouts of some records of text.
-
-    Args:
-        lines: (record number, fields).
-        kind: VERL, TRL or TEXT.
-        retokenizer: makes the ids.
-        renames: messages, prompt, response or reward -> the field that is it, from --column.
-    """
-    rows = Rows()
-    for row, line in lines:
-        names = {part: _field(line, part, renames) for part in NAMES}
-        reward = _reward(line, names["reward"], kind, rows)
-        if reward is None:
-            rows.refuse(row, names["reward"] or "score", "no number", "a score of the rollout")
-            continue
-        tokens = _tokens(row, line, names, retokenizer, rows)
-        if tokens is not None:
-            others = {
-                k: v for k, v in line.items() if k not in names.values() and isinstance(v, str | int | float | bool)
-            }
-            entries = {"input_ids": tokens[0], "response_mask": tokens[1], "reward": reward}
-            rows.add(row, {**_carried(others, kind), **entries})
-    return rows.records()
-
-
-def _field(line: dict[str, Any], part: str, renames: dict[str, str]) -> str | None:
-    if part in renames:
-        return renames[part]
-    return next((name for name in NAMES[part] if line.get(name) is not None), None)
-
-
-def _reward(line: dict[str, Any], name: str | None, kind: str, rows: Rows) -> float | None:
-    value = line.get(name) if name else None
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if value is None and kind == TRL:
-        rewards = {k: v for k, v in line.items() if k not in NOT_REWARDS and isinstance(v, int | float)}
-        if len(rewards) > 1:
-            rows.notes.setdefault(
-                f"reward is the sum of {', '.join(rewards)}; --column reward=NAME takes one of them alone"
+    there = dict.fromkeys(name for sample in samples for name in sample)
+    for canonical, name in renames.items():
+        missing = [part for part in ([name] if name in there else name.split("+")) if part not in there]
+        if missing:
+            raise UnclearError(
+                f"--column {canonical}={name}: there is no field {missing[0]!r}",
+                hint=f"its fields are: {', '.join(list(there)[:40])}",
             )
-        value = sum(v for v in rewards.values() if v == v) if rewards else None
-    return float(value) if isinstance(value, int | float) else None
+        if not reading.is_tokens and canonical not in ("messages", "prompt", "response", "system", "reward", *SINGLE):
+            raise UnclearError(
+                f"--column {canonical}={name} has no effect: this is read as text, which is tokenized anew",
+                hint="text has messages, or prompt and response; and reward, uid, truncated, system",
+            )
 
 
-def _tokens(
-    row: int, line: dict[str, Any], names: dict[str, str | None], retokenizer: Retokenizer, rows: Rows
-) -> tuple[list[int], list[int]] | None:
-    """(ids, mask) of a record; None where it was refused."""
-    prompt, response = (line.get(names[part] or "") for part in ("prompt", "response"))
-    if isinstance(prompt, str) and isinstance(response, str):
-        return retokenizer.pair(prompt, response)
-    messages = line.get(names["messages"] or "")
-    if messages is None:
-        messages = [*_as_messages(prompt, "user"), *_as_messages(response, "assistant")]
-    turns = [_message(message) for message in messages] if isinstance(messages, list) else []
-    column = names["messages"] or names["response"] or "messages"
-    if not turns or None in turns or turns[-1] is None or turns[-1]["role"] != "assistant":
-        rows.refuse(row, column, "no conversation that ends with the assistant", EXPECTED_MESSAGES)
-        return None
-    try:
-        tokens = retokenizer.chat([message for message in turns if message is not None])
-    except Exception as error:
-        # A template may raise any exception.
-        rows.refuse(row, column, f"a chat template that fails ({str(error)[:80]})", "one that takes this conversation")
-        return None
-    if tokens is None:
-        rows.refuse(row, column, "a chat template that rewrites earlier turns", "one that only adds to them")
-    return tokens
+def _over_turns(paid: list[float], mask: list[int]) -> list[float]:
+    """Rewards over the tokens: one a turn on the last token of each, or a single one on the last token of all.
+
+    Raises:
+        UnusableError: they are neither, so that it is unknown which token earned what.
+    """
+    ends = [at for at, one in enumerate(mask) if one and not (mask[at + 1 : at + 2] or [0])[0]]
+    rewards = [0.0] * len(mask)
+    if len(paid) == len(ends):
+        for at, reward in zip(ends, paid, strict=True):
+            rewards[at] = reward
+    elif ends and sum(1 for reward in paid if reward) <= 1:
+        rewards[ends[-1]] = sum(paid)
+    else:
+        raise UnusableError(f"{len(paid)} rewards beside {len(ends)} turns of the policy", "one number, or one a turn")
+    return rewards
 
 
-def _as_messages(value: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value if isinstance(value, list) else []
+def _as_messages(value: Any, role: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else messages_of(value)
 
 
-def _message(message: Any) -> dict[str, str] | None:
-    if not isinstance(message, dict):
-        return None
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        return None
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def _carried(others: dict[str, Any], kind: str) -> dict[str, Any]:
+def _verl(others: dict[str, Any]) -> dict[str, Any]:
     """Other fields under names that do not take a rollout's own id for that of its prompt group."""
-    if kind == VERL:
-        if "request_id" in others:
-            others["request"] = others.pop("request_id")
-        if isinstance(others.get("uid"), str):
-            others["uid"] = re.sub(r"_\d+_\d+$", "", others["uid"])
+    if "request_id" in others:
+        others["request"] = others.pop("request_id")
+    if isinstance(others.get("uid"), str):
+        others["uid"] = re.sub(r"_\d+_\d+$", "", others["uid"])
     return others

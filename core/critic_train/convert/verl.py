@@ -17,7 +17,8 @@ from critic_train.convert.unpickle import half_of_memory, load_bytes
 from critic_train.errors import DataError
 
 KIND = "verl DataProto"
-TOKENS = ("prompts", "responses", "input_ids", "attention_mask", "response_mask")
+TOKENS = ("prompts", "responses", "input_ids", "attention_mask", "response_mask", "loss_mask", "info_mask")
+"""`loss_mask` (verl 0.4, 0.5) and Search-R1's `info_mask` are as wide as `input_ids`, and 0 on what tools answered."""
 RESPONSE_COLUMNS = {"values": "values", "returns": "returns", "token_level_rewards": "rewards"}
 SCORES = ("token_level_scores", "rm_scores")
 """Read as rewards where there are no `token_level_rewards`, the first that is there."""

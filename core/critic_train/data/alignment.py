@@ -102,6 +102,8 @@ def _signed(column: Ragged) -> Ragged:
     return replace(column, flat=flat)
 
 
+LABELS, IGNORED = "labels", -100
+"""Where language models are trained, and the label there of a token that no loss is taken on."""
 LENGTHS = "lengths that disagree"
 NULLS = "nulls"
 
@@ -150,39 +152,62 @@ class Aligner:
         lengths: int64 [n], tokens of each row.
         errors: of the batch; rows whose columns fit nowhere are marked.
         response_aligned: columns that were as long as the response.
+        turn_aligned: columns that had one entry a turn of the policy's.
     """
 
     batch: pa.RecordBatch
     lengths: NDArray[np.int64]
     errors: RowErrors
     response_aligned: set[str] = field(default_factory=set)
+    turn_aligned: set[str] = field(default_factory=set)
 
-    def response_mask(
-        self, name: str | None, prompt_lengths: NDArray[np.int64] | None
-    ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """The mask over all tokens, and the index in each row where its response starts.
+    def with_errors(self, errors: RowErrors) -> "Aligner":
+        """The same columns, marking bad rows elsewhere."""
+        return replace(self, errors=errors)
 
-        Where the shard has no prompt lengths, a mask shorter than the rollout is a mask of the response, and its length
-        is the response's; under a full mask the response starts at the first 1.
+    def mask(self, name: str, tokens: Tokens) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """One mask over all tokens, and where a mask of the response alone starts.
+
+        Labels, which repeat the token ids and have IGNORED in place of those that no loss is taken on, are a mask too.
 
         Args:
-            name: the mask's column; None (with prompts and responses only) where all of the response counts.
-            prompt_lengths: int64 [n], where the shard has prompts and responses apart.
+            name: the mask's column.
+            tokens: of the batch.
+
+        Returns:
+            (bool [T]; int64 [n], -1 in rows where the mask is as long as the rollout).
         """
-        if name is None:
-            assert prompt_lengths is not None, "without a mask the schema has prompts and responses"
-            positions = repeat_by_length(np.zeros_like(self.lengths), self.lengths)
-            return positions >= np.repeat(prompt_lengths, self.lengths), prompt_lengths
         column = self._read(name)
         full = column.lengths == self.lengths
-        if prompt_lengths is None:
+        if tokens.prompt_lengths is None:
             short = (column.lengths > 0) & (column.lengths < self.lengths)
         else:
-            short = ~full & (column.lengths == self.lengths - prompt_lengths)
-        mask = self._ones(self._align(name, column, full, short), name)
-        if prompt_lengths is not None:
-            return mask, prompt_lengths
-        return mask, np.where(short, self.lengths - column.lengths, first_of(mask, self.lengths))
+            short = ~full & (column.lengths == self.lengths - tokens.prompt_lengths)
+        if _are_labels(name, column):
+            mask = self._label_targets(name, column, tokens.ids, full, short)
+        else:
+            mask = self._ones(self._align(name, column, full, short), name)
+        return mask, np.where(short, self.lengths - column.lengths, -1)
+
+    def _label_targets(
+        self, name: str, column: Ragged, ids: NDArray[Any], full: NDArray[np.bool_], short: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Where labels are token ids. Labels that were shifted by one beforehand are shifted back."""
+        labels = self._align(name, column, full, short)
+        targets: NDArray[np.bool_] = self._align(name, replace(column, flat=column.flat != IGNORED), full, short)
+        targets = targets if targets.dtype == np.bool_ else targets != 0
+        differing = targets & (labels != ids)
+        if not differing.any():
+            return targets
+        following = np.append(ids[1:], ids[:1])
+        last = np.zeros(len(ids), dtype=np.bool_)
+        last[offsets_from_lengths(self.lengths)[1:][self.lengths > 0] - 1] = True
+        # The label behind a rollout's last token stands for nothing.
+        if not (targets & ~last & (labels != following)).any():
+            return np.append(False, (targets & ~last)[:-1])
+        rows = rows_with(differing, self.lengths)
+        self.errors.mark(rows, name, "labels of other tokens", lambda _: "a label", f"the token's id, or {IGNORED}")
+        return targets
 
     def attention_mask(self, name: str) -> NDArray[np.bool_]:
         """bool [T], false on padding. It covers prompt and response; one of the response alone says too little."""
@@ -191,7 +216,11 @@ class Aligner:
         return self._ones(self._align(name, column, full, np.zeros_like(full)), name)
 
     def numbers(
-        self, name: str, response_start: NDArray[np.int64], mask: NDArray[np.bool_] | None = None
+        self,
+        name: str,
+        response_start: NDArray[np.int64],
+        mask: NDArray[np.bool_] | None = None,
+        turns: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     ) -> NDArray[Any]:
         """[T], a column as long as the rollout or its response; 0 where it has no entry.
 
@@ -199,10 +228,17 @@ class Aligner:
             name: the column.
             response_start: int64 [n], the index where each row's response starts.
             mask: bool [T], outside of which nulls are ignored, as NaN is; None where none are allowed.
+            turns: (positions [m], how many each row has [n]) where a column with one entry a turn stands; None where
+                there is no such column.
         """
         column = self._read(name, null_items=mask is not None)
         full = column.lengths == self.lengths
         short = ~full & (column.lengths == self.lengths - response_start)
+        if turns is not None and not (full | short).any() and (column.lengths == turns[1]).all():
+            spread = np.zeros(int(self.lengths.sum()), dtype=column.flat.dtype)
+            spread[turns[0]] = column.flat
+            self.turn_aligned.add(name)
+            return spread
         numbers = self._align(name, column, full, short)
         if mask is not None and column.null_items is not None:
             nulls = self._align(name, replace(column, flat=column.null_items), full, short)
@@ -252,6 +288,14 @@ class Aligner:
             first = offsets[:-1] + first_of(odd, self.lengths)
             self.errors.mark(rows, name, "mask entries other than 0 and 1", lambda row: f"{flat[first[row]]}", "0 or 1")
         return mask
+
+
+def _are_labels(name: str, column: Ragged) -> bool:
+    """Whether a mask's column holds labels: no row of zeros and ones alone, and some token ignored."""
+    if column.flat.dtype.kind not in "iu" or not (name == LABELS or (column.flat == IGNORED).any()):
+        return False
+    plain = ~rows_with((column.flat != 0) & (column.flat != 1), column.lengths) & (column.lengths > 0)
+    return not plain.any()
 
 
 def _read_ids(batch: pa.RecordBatch, name: str, errors: RowErrors) -> Ragged:

@@ -49,6 +49,12 @@ class RowErrors:
                 self.by_row[row] = (reason, column, actual(row), expected)
             self.bad |= fresh
 
+    def take(self, others: "RowErrors") -> None:
+        """Mark the rows that are marked in `others`, of the same batch, for the same reasons."""
+        fresh = others.bad & ~self.bad & ~self._ignored
+        self.by_row.update({row: others.by_row[row] for row in np.flatnonzero(fresh).tolist()})
+        self.bad |= fresh
+
 
 ROWS_SHOWN = 10
 

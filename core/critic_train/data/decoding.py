@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from critic_train.data.column_types import list_item_type
 from critic_train.data.parquet_footer import (
     COPY_AGAIN,
     NO_ROLLOUTS,
@@ -27,7 +28,6 @@ from critic_train.data.parquet_footer import (
     check_pages,
     read_footer,
 )
-from critic_train.data.schema import list_item_type
 from critic_train.data.shards import Shard
 from critic_train.data.stores import open_file, parquet_file
 from critic_train.errors import DataError, first_line

@@ -1,6 +1,7 @@
 """Read rollouts from Parquet shards: a stream of checked batches, in file order, in bounded memory."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 from critic_train.data.bad_input import ROWS_SHOWN, BadFile, BadFiles, BadRow, BadRows, RowErrors
 from critic_train.data.decoding import MOST_TOKENS, Piece, damaged, pieces
-from critic_train.data.labels import label_column, label_kind, prompt_keys, uid_keys
+from critic_train.data.groups import PromptGroups, grouping_renames, require_uid
+from critic_train.data.labels import label_column, label_kind
+from critic_train.data.masks import MaskChoice
 from critic_train.data.parquet_footer import FooterError, RowGroup, read_footer
 from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
 from critic_train.data.schema import Columns, Needs, check_canonical, resolve_schema
@@ -83,6 +86,7 @@ class RolloutReader:
         needs: what is read beside token ids and masks. Columns that are read but not needed are used only if every
             shard has them.
         drop_truncated: leave truncated rollouts out, unchecked.
+        group_by: "uid", "prompt", or a column; None goes by the uid where it is one (`PromptGroups`).
         listed_bad_rows: how many bad rows are listed one by one.
         stop: checked while a file is tried with "skip"; iteration then raises Stopped.
 
@@ -94,6 +98,7 @@ class RolloutReader:
         files_read: name and rows of each file of that iteration, in order; `Rollouts.row` counts over them.
         truncated_left_out: truncated rollouts left out by the iteration under way or just ended.
         notices: how columns were interpreted, in sentences.
+        groups: how rollouts were grouped.
 
     Raises:
         DataError: from iteration: files or rows are bad.
@@ -111,6 +116,7 @@ class RolloutReader:
         labels: list[str] | None = None,
         needs: Needs | None = None,
         drop_truncated: bool = False,
+        group_by: str | None = None,
         listed_bad_rows: int = ROWS_SHOWN,
         stop: StopRequest | None = None,
     ) -> None:
@@ -120,7 +126,8 @@ class RolloutReader:
         self.shared_columns: frozenset[str] = frozenset()
         self.first_columns: Columns | None = None
         self.bad_files = BadFiles() if bad_files is None else bad_files
-        self._renames = renames or {}
+        self._group_by = group_by
+        self._renames = grouping_renames(renames or {}, group_by)
         self._on_bad_rows = on_bad_rows
         self._on_bad_file = on_bad_file
         self._limits = limits or RowLimits()
@@ -129,6 +136,7 @@ class RolloutReader:
         self._drop_truncated = drop_truncated
         self.truncated_left_out = 0
         self._stop = stop or StopRequest()
+        self.groups = PromptGroups(group_by)
         self.files_read: list[tuple[str, int]] = []
         self._tried: set[str] = set()
         self._copies, self._read_once = DuplicateCounter(), False
@@ -148,27 +156,33 @@ class RolloutReader:
         plans = self._plans()
         shared = self.shared_columns = self._shared_columns(plans)
         self.first_columns = plans[0].columns if plans else None
+        groups = self.groups = PromptGroups(self._group_by)
+        groups.survey(plan.uids() for plan in plans)
         text_labels = _text_labels(plans)
         for plan in plans:
             if not self._is_readable(plan):
                 continue
             self.files_read.append((plan.shard.name, plan.shard.num_rows))
+            masks = MaskChoice(file=plan.shard.name, masks=plan.columns.masks)
             try:
                 for piece in plan.pieces():
                     checked = self._checked(piece, plan)
+                    masks.add(checked.narrowest)
                     usable = self._usable(checked)
-                    rollouts = _rollouts(piece.rows, plan.columns, checked, usable, row, shared, text_labels)
+                    rollouts = _rollouts(piece.rows, plan.columns, checked, usable, row, shared, text_labels, groups)
                     row += piece.rows.num_rows
                     if len(rollouts):
                         good += len(rollouts)
                         if not self._read_once:
                             self._copies.add(rollouts)
                         yield rollouts
+                self._notices.update(dict.fromkeys(masks.sentences()))
             except DataError as error:
                 self._add_bad_file(plan.shard, error)
                 # With "skip" the file was read to its end before: it has changed since, and rows of it are in use.
                 if self._on_bad_file == "skip":
                     raise self.bad_files.error() from error
+        self._notices.update(dict.fromkeys(groups.sentences()))
         if not self._read_once:
             self._read_once = True
             self._notices.update(dict.fromkeys(filter(None, [self._copies.sentence()])))
@@ -264,6 +278,7 @@ class RolloutReader:
             raise error.of(shard.name) from error
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise damaged(shard, error) from error
+        require_uid(shard.name, columns.uid, self._group_by)
         self._notices.update(dict.fromkeys(columns.notices()))
         kinds = {name: label_kind(schema.field(name).type) for name in self._labels}
         text_uid = columns.uid is not None and label_kind(schema.field(columns.uid).type) == "text"
@@ -285,12 +300,7 @@ class RolloutReader:
         return frozenset(name for name, files in without.items() if not files)
 
     def _record(self, shard: Shard, row_group: int, first_row: int, checked: CheckedBatch) -> None:
-        if checked.carried:
-            self._notices.setdefault(
-                "rewards stand on observation tokens: each is given to the response token before it, which earned it"
-            )
-        for name in sorted(checked.response_aligned):
-            self._notices.setdefault(f"`{name}` is as long as the response: it is aligned to it")
+        self._notices.update(dict.fromkeys(checked.notes))
         for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
             self.bad_rows.add(
                 reason,
@@ -314,6 +324,13 @@ class _Plan:
     text_uid: bool
     label_kinds: dict[str, str]
     nullable_labels: frozenset[str]
+
+    def uids(self) -> Iterator[pa.Array]:
+        """The uid column alone, where there is one; it ends early where the file is damaged, which reading will tell."""
+        name = self.columns.uid
+        with suppress(DataError):
+            for piece in pieces(self.shard, [name], [], [name] if self.text_uid else []) if name else ():
+                yield piece.rows.column(0)
 
     def pieces(self) -> Iterator[Piece]:
         """The rows, decoded."""
@@ -358,6 +375,7 @@ def _rollouts(
     first_row: int,
     shared_columns: frozenset[str],
     text_labels: frozenset[str],
+    groups: PromptGroups,
 ) -> Rollouts:
     """The rows of a batch that can be used."""
     n = batch.num_rows
@@ -376,9 +394,5 @@ def _rollouts(
     good = np.flatnonzero(usable)
     if len(good) < n:
         rollouts = rollouts.take(good)
-    if columns.uid is None:
-        rollouts.group[:] = prompt_keys(rollouts)
-    else:
-        keys, has_uid = (part[good] for part in uid_keys(batch.column(columns.uid)))
-        rollouts.group[:] = keys if has_uid.all() else np.where(has_uid, keys, prompt_keys(rollouts))
+    groups.assign(rollouts, None if columns.uid is None else batch.column(columns.uid).take(pa.array(good)))
     return rollouts

@@ -23,6 +23,7 @@ from critic_train.data.alignment import (
     rows_with,
 )
 from critic_train.data.bad_input import RowErrors
+from critic_train.data.masks import response_mask, turn_ends, without_padding
 from critic_train.data.schema import Columns, Need
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
@@ -71,9 +72,9 @@ class CheckedBatch:
         values: float32 [T], 0 where the mask is false; None without the column.
         rewards: float32 [T], 0 where the mask is false; None without a column, or where it has bad entries.
         truncated: bool [n]; None without the column.
-        carried: rollouts of which a reward was carried back from an observation token.
         errors: the bad rows.
-        response_aligned: names of columns that were as long as the response.
+        notes: sentences on how columns were aligned.
+        narrowest: of several masks, those that were the narrowest in every row.
     """
 
     input_ids: NDArray[np.int32]
@@ -83,9 +84,9 @@ class CheckedBatch:
     values: NDArray[np.float32] | None
     rewards: NDArray[np.float32] | None
     truncated: NDArray[np.bool_] | None
-    carried: int
     errors: RowErrors
-    response_aligned: set[str]
+    notes: tuple[str, ...]
+    narrowest: frozenset[str]
 
 
 def check_batch(
@@ -116,11 +117,14 @@ def check_batch(
         errors.ignore(truncated)
     tokens = read_tokens(batch, columns, errors)
     aligner = Aligner(batch=batch, lengths=tokens.lengths, errors=errors)
-    mask, response_start = aligner.response_mask(columns.response_mask, tokens.prompt_lengths)
-    attended = None
+    response = response_mask(aligner, columns, tokens)
+    mask, response_start = response.ones, response.starts
     if columns.attention_mask is not None:
-        attended = aligner.attention_mask(columns.attention_mask)
-        mask = mask & attended
+        attention = aligner.attention_mask(columns.attention_mask)
+        attended: NDArray[np.bool_] | None = attention
+        mask = mask & attention
+    else:
+        attended = without_padding(tokens, mask, columns, errors)
     lengths = tokens.lengths if attended is None else counts_of(attended, tokens.lengths)
     _check_ids(tokens, attended, columns, limits, errors)
     _check_lengths(lengths, columns, limits, errors)
@@ -141,10 +145,24 @@ def check_batch(
         values=None if values is None else values[real],
         rewards=None if paid is None else paid[real],
         truncated=truncated,
-        carried=carried,
         errors=errors,
-        response_aligned=aligner.response_aligned,
+        notes=_notes(aligner, carried, cut=attended is not None and columns.attention_mask is None),
+        narrowest=response.narrowest,
     )
+
+
+def _notes(aligner: Aligner, carried: int, *, cut: bool) -> tuple[str, ...]:
+    """What was done to columns that do not have an entry for every token, and to padding, in sentences."""
+    notes = ["rewards stand on observation tokens: each is given to the response token before it, which earned it"]
+    notes = notes if carried else []
+    notes += [f"`{name}` is as long as the response: it is aligned to it" for name in sorted(aligner.response_aligned)]
+    notes += [
+        f"`{name}` has one entry for each turn of the policy: each is given to the last token of its turn"
+        for name in sorted(aligner.turn_aligned)
+    ]
+    if cut:
+        notes.append("there is no attention_mask: the runs of one token behind the responses are padding and are cut")
+    return tuple(notes)
 
 
 def _rewards(
@@ -163,7 +181,8 @@ def _rewards(
     lengths, errors = aligner.lengths, aligner.errors if required else RowErrors(len(aligner.lengths))
     if columns.rewards is not None:
         reading = replace(aligner, errors=errors)
-        assigned = carried_back(reading.numbers(name, response_start), mask, attended, lengths)
+        spread = reading.numbers(name, response_start, turns=turn_ends(mask, lengths))
+        assigned = carried_back(spread, mask, attended, lengths)
         rewards, carried = assigned.rewards, int((assigned.carried & ~errors.bad).sum())
     else:
         rewards, carried = on_last_token(numbers_of(aligner.batch.column(name), name, errors), mask, lengths), 0

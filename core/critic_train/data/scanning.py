@@ -51,7 +51,9 @@ def blocks(reader: RolloutReader, most_tokens: int = BLOCK_TOKENS) -> Iterator[R
         yield concat_rollouts(pending)
 
 
-EVERYTHING = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
+EVERYTHING = Needs(
+    returns="where there", values=False, rewards="where there", truncated="where there", every_rename=True
+)
 
 
 def full_reader(
@@ -60,6 +62,7 @@ def full_reader(
     stop: StopRequest,
     bad_files: BadFiles | None,
     listed_bad_rows: int = ROWS_SHOWN,
+    group_by: str | None = None,
 ) -> RolloutReader:
     """A reader of whatever the shards have.
 
@@ -69,6 +72,7 @@ def full_reader(
         stop: checked while a file is tried.
         bad_files: takes the files that cannot be used; None makes one an error.
         listed_bad_rows: how many bad rows are listed one by one.
+        group_by: --group-by.
     """
     return RolloutReader(
         shards,
@@ -78,6 +82,7 @@ def full_reader(
         bad_files=bad_files,
         needs=EVERYTHING,
         listed_bad_rows=listed_bad_rows,
+        group_by=group_by,
         stop=stop,
     )
 

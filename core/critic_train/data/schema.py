@@ -7,6 +7,7 @@ from typing import Literal, NoReturn
 
 import pyarrow as pa
 
+from critic_train.data.column_types import is_nested, is_number, list_item_type
 from critic_train.data.shards import Shard, convert_command
 from critic_train.errors import DataError
 
@@ -16,23 +17,32 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "responses": ("response_ids", "response_token_ids", "completion_ids"),
     "response_mask": (
         "mask",
+        "masks",
         "loss_mask",
         "loss_masks",
         "action_mask",
+        "action_masks",
         "response_masks",
         "token_loss_mask",
         "completion_mask",
+        "completion_masks",
+        "assistant_mask",
         "assistant_masks",
+        "info_mask",
+        "labels",
     ),
     "values": ("old_values", "value", "vpreds", "critic_values", "v_old"),
     "returns": ("return", "value_targets", "targets", "returns_to_go"),
     "rewards": ("token_level_rewards", "reward_tokens"),
     "reward": ("rewards", "score", "reward_score"),
     "truncated": ("is_truncated",),
-    "uid": ("group_id", "prompt_id", "group_index", "request_id"),
+    "uid": ("group_id", "prompt_id", "group_index"),
     "attention_mask": (),
 }
 """Canonical name -> names that mean the same elsewhere, most specific first."""
+
+MAY_BE_TOKEN_IDS = frozenset({"targets"})
+"""Aliases that language models give to token ids as well: read as numbers only where they are floats."""
 
 INTEGERS, NUMBERS, SINGLE = "a list of integers", "a list of numbers or booleans", "one value a rollout"
 NUMBER, TRUTH = "one number a rollout", "one boolean a rollout"
@@ -55,6 +65,9 @@ MEANING = {
     "truncated": "whether each rollout was cut before it ended by itself",
 }
 
+OVERRULED = {"prompts": ("input_ids",), "responses": ("input_ids",), "reward": ("rewards",)}
+"""Canonical name -> those that are read in its place where they are there."""
+
 Need = Literal["no", "where there", "yes"]
 """Whether a column is read: never, where a shard has it, or always."""
 
@@ -73,13 +86,16 @@ class Needs:
     truncated: bool | Literal["where there"] = False
     advice: Mapping[str, str] = field(default_factory=dict)
     """Canonical name -> what the command can do where it is needed and missing."""
+    every_rename: bool = False
+    """Whether a rename of a column that is not read is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
     """The columns of one shard: canonical name -> the shard's name, None where it has none.
 
-    Either `input_ids` is set, or `prompts` and `responses` are.
+    Either `input_ids` is set, or `prompts` and `responses` are. `narrowing` are further masks: a token is the policy's
+    where all masks have a 1.
     """
 
     input_ids: str | None
@@ -94,6 +110,12 @@ class Columns:
     truncated: str | None
     uid: str | None
     labels: tuple[str, ...]
+    narrowing: tuple[str, ...] = ()
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """All masks of the response, the one that the shard names most plainly first."""
+        return () if self.response_mask is None else (self.response_mask, *self.narrowing)
 
     def names(self) -> list[str]:
         """The shard's columns that are read, each once."""
@@ -110,11 +132,13 @@ class Columns:
             self.truncated,
             self.uid,
         )
-        return list(dict.fromkeys([name for name in columns if name is not None] + list(self.labels)))
+        named = [name for name in columns if name is not None]
+        return list(dict.fromkeys([*named, *self.narrowing, *self.labels]))
 
     def as_dict(self) -> dict[str, str]:
         """Canonical name -> the shard's column, for those it has; labels left out."""
-        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "labels"}
+        several = ("labels", "narrowing")
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in several}
         return {name: column for name, column in named.items() if column is not None}
 
     def notices(self) -> list[str]:
@@ -122,7 +146,7 @@ class Columns:
         sentences = [
             f"`{getattr(self, name)}` is read as {name}"
             for name in ("input_ids", "response_mask", "values", "returns", "rewards", "reward", "truncated", "uid")
-            if getattr(self, name) not in (None, name)
+            if getattr(self, name) not in (None, name) and not (name == "response_mask" and self.narrowing)
         ]
         if self.input_ids is None:
             sentences.append(f"`{self.prompts}` and `{self.responses}` together are read as input_ids")
@@ -147,7 +171,8 @@ def resolve_schema(
         needs: what must be there.
 
     Raises:
-        DataError: a required column is missing, ambiguous, there twice or of the wrong type.
+        DataError: a required column is missing, ambiguous, there twice or of the wrong type; or a rename would have no
+            effect.
     """
     check_canonical(renames)
     finder = _SchemaResolver(schema=schema, shard=shard, renames=renames)
@@ -158,23 +183,18 @@ def resolve_schema(
     if input_ids is None:
         prompts, responses = finder.find("prompts"), finder.find("responses")
     pair = prompts is not None and responses is not None
-    response_mask, values = finder.find("response_mask"), finder.find("values")
+    masks, values = finder.find_masks(), finder.find("values")
+    response_mask = masks[0] if masks else None
     returns = finder.find("returns") if needs.returns else None
     rewards, reward = finder.find_rewards(needs.rewards)
     truncated = finder.find("truncated") if needs.truncated else None
-    there = {
-        "input_ids": input_ids or pair,
-        "response_mask": response_mask or pair,
-        "returns": returns or needs.returns is not True,
-        "values": values or not needs.values,
-        "rewards": rewards or reward or needs.rewards != "yes",
-        "truncated": truncated or needs.truncated is not True,
-    }
-    missing = [name for name, column in there.items() if not column]
-    if missing:
-        finder.fail_for_missing(missing, needs.advice)
+    pair_of = {"input_ids": input_ids or (pair and prompts), "response_mask": response_mask or (pair and responses)}
+    others = {"returns": returns, "values": values, "rewards": rewards or reward, "truncated": truncated}
+    finder.require(needs, [name for name, column in (pair_of | others).items() if not column])
     for label in labels:
         finder.check_label(label)
+    if needs.every_rename:
+        finder.check_use({"returns": returns, "rewards": rewards, "reward": reward, "truncated": truncated})
     return Columns(
         input_ids=input_ids,
         prompts=prompts if pair else None,
@@ -188,6 +208,7 @@ def resolve_schema(
         truncated=truncated,
         uid=finder.find("uid"),
         labels=labels,
+        narrowing=tuple(masks[1:]),
     )
 
 
@@ -215,7 +236,7 @@ class _SchemaResolver:
         names = self.schema.names
         if name in self.renames:
             return self._checked(name, self.renames[name])
-        fitting = [a for a in ALIASES[name] if a in names and self._fits(name, a)]
+        fitting = self._fitting(name)
         # Texts are allowed under these names, and one number a rollout under `rewards`.
         may_be_else = name in ("prompts", "responses", "rewards")
         if name in names and (self._fits(name, name) or not (fitting or may_be_else)):
@@ -227,6 +248,22 @@ class _SchemaResolver:
             )
         return self._checked(name, fitting[0]) if fitting else None
 
+    def find_masks(self) -> list[str]:
+        """The columns that are masks of the response; one alone where it is renamed."""
+        if "response_mask" in self.renames:
+            return [self._checked("response_mask", self.renames["response_mask"])]
+        fitting = self._fitting("response_mask")
+        if "response_mask" in self.schema.names and (self._fits("response_mask", "response_mask") or not fitting):
+            fitting.insert(0, self._checked("response_mask", "response_mask"))
+        for name in fitting:
+            self._check_single(name)
+        return fitting
+
+    def _fitting(self, name: str) -> list[str]:
+        """The aliases of a canonical name that the shard has, of a type that fits."""
+        taken = self.renames.values()
+        return [a for a in ALIASES[name] if a in self.schema.names and a not in taken and self._fits(name, a)]
+
     def find_rewards(self, need: Need) -> tuple[str | None, str | None]:
         """The columns for `rewards` and `reward`, of which one is used: that of tokens where there are both."""
         if need == "no":
@@ -236,18 +273,36 @@ class _SchemaResolver:
             rewards = None if wanted_once else self.find("rewards")
             return rewards, None if rewards else self.find("reward")
         except DataError:
-            if need == "yes":
+            if need == "yes" or "rewards" in self.renames or "reward" in self.renames:
                 raise
             return None, None
 
     def check_renames(self) -> None:
-        """Raise where a rename names no column of the shard."""
+        """Raise where a rename names no column of the shard, or another rename overrules it."""
+        for name, others in OVERRULED.items():
+            over = [other for other in others if other in self.renames and name in self.renames]
+            if over:
+                raise DataError(
+                    f"--column {name}={self.renames[name]} has no effect beside --column {over[0]}="
+                    f"{self.renames[over[0]]}: a shard has one of the two",
+                    hint="leave one of them out",
+                )
         names = self.schema.names
         for name, column in self.renames.items():
             if column not in names:
                 raise DataError(
                     f"--column {name}={column}: {self.shard.name} has no column {column!r}{_near(column, names)}",
                     hint=f"its columns are: {', '.join(names)}",
+                )
+
+    def check_use(self, read: dict[str, str | None]) -> None:
+        """Raise where a rename is of a column that is not read."""
+        for name, column in read.items():
+            if name in self.renames and column is None:
+                raise DataError(
+                    f"--column {name}={self.renames[name]} has no effect: {name} is not read with these flags",
+                    hint="leave it out; --returns column reads returns, mc and gae read rewards, and --truncated "
+                    "bootstrap or drop read truncated",
                 )
 
     def check_label(self, label: str) -> None:
@@ -259,11 +314,23 @@ class _SchemaResolver:
                 hint=f"--by takes one of: {', '.join(names)}",
             )
         self._check_single(label)
-        if _is_nested(self.schema.field(label).type):
+        if is_nested(self.schema.field(label).type):
             raise DataError(
                 f"{self.shard.name}, column {label}: found {self.schema.field(label).type}, expected {SINGLE}",
                 hint="--by takes a column with one value a rollout",
             )
+
+    def require(self, needs: Needs, missing: list[str]) -> None:
+        """Raise where one of the missing columns is needed."""
+        wanted = {
+            "returns": needs.returns is True,
+            "values": needs.values,
+            "rewards": needs.rewards == "yes",
+            "truncated": needs.truncated is True,
+        }
+        needed = [name for name in missing if wanted.get(name, True)]
+        if needed:
+            self.fail_for_missing(needed, needs.advice)
 
     def fail_for_missing(self, missing: list[str], advice: Mapping[str, str]) -> NoReturn:
         """Raise DataError that lists the missing columns and those the shard has."""
@@ -297,9 +364,9 @@ class _SchemaResolver:
         kind = self.schema.types[self.schema.names.index(column)]
         expected = EXPECTED.get(name, NUMBERS)
         if expected is SINGLE:
-            return not _is_nested(kind)
+            return not is_nested(kind)
         if expected is NUMBER:
-            return _is_number(kind)
+            return is_number(kind)
         if expected is TRUTH:
             return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind))
         item = list_item_type(kind)
@@ -307,25 +374,9 @@ class _SchemaResolver:
             return False
         if expected is INTEGERS:
             return bool(pa.types.is_integer(item))
-        return _is_number(item)
-
-
-def list_item_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type of the items of any kind of list; None for other types."""
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return kind.value_type
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return kind.value_type
-    return None
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
-
-
-def _is_nested(kind: pa.DataType) -> bool:
-    """Lists, structs, maps, unions: several values a row."""
-    return bool(pa.types.is_nested(kind)) or list_item_type(kind) is not None
+        if column in MAY_BE_TOKEN_IDS and column not in self.renames.values():
+            return bool(pa.types.is_floating(item))
+        return is_number(item)
 
 
 def _holds_text(kind: pa.DataType) -> bool:

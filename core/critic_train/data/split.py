@@ -46,6 +46,8 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
     sides = {side: target_paths(shards, settings.reading.data, to / side) for side in (TRAIN, VAL)}
     files = {f"{side}/{name}": path for side, targets in sides.items() for name, path in targets.items()}
     recorded = {name: value for name, value in as_dict(settings).items() if name != "to"}
+    if recorded["group_by"] is None:
+        del recorded["group_by"]  # which earlier versions did not record
     with OutputDirectory(to, "split", files) as output:
         output.compare({"settings": recorded, "data": fingerprint(shards)})
         reader = RolloutReader(
@@ -56,6 +58,7 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
             bad_files=bad_files,
             limits=RowLimits().at_most(settings.reading.max_length),
             needs=Needs(returns=False, values=False),
+            group_by=settings.reading.group_by,
             stop=stop,
         )
         try:

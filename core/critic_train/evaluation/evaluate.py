@@ -156,8 +156,10 @@ def _reader(
             rewards="yes" if recipe.from_rewards else "where there",
             truncated=recipe.reads_truncated,
             advice=ADVICE,
+            every_rename=True,
         ),
         drop_truncated=settings.returns.truncated == "drop",
+        group_by=settings.reading.group_by,
         stop=stop,
     )
 

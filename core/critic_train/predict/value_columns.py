@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from critic_train.data.alignment import Aligner, ragged, read_tokens
 from critic_train.data.bad_input import RowErrors
+from critic_train.data.column_types import list_item_type
 from critic_train.data.copying import copy_shard, schema_of
 from critic_train.data.returns import ReturnRecipe
-from critic_train.data.schema import Columns, Needs, list_item_type, resolve_schema
+from critic_train.data.schema import Columns, Needs, resolve_schema
 from critic_train.data.shards import Shard
 from critic_train.rollouts import Rollouts, offsets_from_lengths, ragged_take, repeat_by_length
 from critic_train.settings import Written

@@ -9,6 +9,7 @@ from critic_train.settings.base import Section, Settings, minimum_errors, seed_e
 from critic_train.settings.data_sections import (
     CheckReadingSettings,
     ConvertReadingSettings,
+    GroupedReadingSettings,
     ReadingSettings,
     ReturnsSettings,
     SplitReadingSettings,
@@ -106,7 +107,7 @@ class EvalSettings(Settings):
 
     command: ClassVar[str] = "eval"
 
-    reading: ReadingSettings
+    reading: GroupedReadingSettings
     returns: ReturnsSettings
     compute: EvalComputeSettings
     evaluation: EvaluationSettings

@@ -8,7 +8,7 @@ from critic_train.settings.base import Section, minimum_errors, name_in_usage, s
 
 OnBadRows = Literal["fail", "skip"]
 OnBadFile = Literal["fail", "skip"]
-DumpFormat = Literal["slime", "verl", "nemo-rl", "openrlhf", "trl", "text", "tokens"]
+DumpFormat = Literal["slime", "verl", "nemo-rl", "openrlhf", "skyrl", "steps", "trl", "text", "tokens"]
 Returns = Literal["column", "mc", "gae"]
 Truncated = Literal["terminal", "bootstrap", "drop"]
 
@@ -27,6 +27,17 @@ def _column_setting() -> Any:
         "Read a column under another name, as in returns=my_returns; repeatable.",
         panel="Data",
         metavar="NAME=COLUMN",
+    )
+
+
+def _group_setting() -> Any:
+    """--group-by, for every command that puts rollouts into prompt groups."""
+    return setting(
+        None,
+        "What the rollouts of a prompt group share: uid, prompt, or a column. [default: the uid, unless every rollout "
+        "has one of its own or it starts anew in another file]",
+        panel="Data",
+        metavar="uid|prompt|COLUMN",
     )
 
 
@@ -78,7 +89,14 @@ class ReadingSettings(SourceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainReadingSettings(ReadingSettings):
+class GroupedReadingSettings(ReadingSettings):
+    """Which rollouts are read, and what makes them a prompt group."""
+
+    group_by: str | None = _group_setting()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReadingSettings(GroupedReadingSettings):
     """Which rollouts `fit` trains on, and which it holds out."""
 
     val_data: list[str] = setting(
@@ -103,11 +121,16 @@ class CheckReadingSettings(SourceSettings):
     """Which rollouts `check` reads."""
 
     data: list[str] = _data_argument()
+    group_by: str | None = _group_setting()
     against: list[str] = setting(
         [],
         "Other rollouts, as held-out ones: prompts that stand in both are counted; repeatable.",
         panel="Data",
         metavar="PATH",
+    )
+
+    tokenizer: str | None = setting(
+        None, "Show a rollout in the words of this tokenizer, a Hugging Face folder.", panel="Data", metavar="DIR"
     )
 
     def validate(self) -> list[str]:
@@ -116,7 +139,7 @@ class CheckReadingSettings(SourceSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitReadingSettings(ReadingSettings):
+class SplitReadingSettings(GroupedReadingSettings):
     """Which rollouts `split` reads."""
 
     data: list[str] = _data_argument()
@@ -169,12 +192,29 @@ class ConvertReadingSettings(Section):
     allow_retokenize: bool = setting(
         False, "Make token ids of text; boundaries may differ from the policy's.", panel="Data"
     )
+    apply_chat_template: bool = setting(
+        False, "Put prompts of text through the tokenizer's chat template, as a user's message.", panel="Data"
+    )
+    group_by: str | None = setting(
+        None,
+        "The column that becomes uid; prompt writes none, so that equal prompts are a group. [default: uid, or a name "
+        "that means it]",
+        panel="Data",
+        metavar="uid|prompt|COLUMN",
+    )
+
+    nproc: int = setting(
+        1, "Processes on this machine, each with files of its own; the shards are the same.", panel="Compute"
+    )
 
     def validate(self) -> list[str]:
         """See Section."""
         errors = [] if self.source else ["SOURCE is needed: a file, a folder or a glob"]
         if self.allow_retokenize and not self.tokenizer:
             errors.append("--allow-retokenize needs --tokenizer DIR")
+        if self.apply_chat_template and not self.allow_retokenize:
+            errors.append("--apply-chat-template needs --tokenizer DIR and --allow-retokenize")
+        errors += minimum_errors(self, 1, "nproc")
         return errors + address_errors("SOURCE", self.source) + column_errors(self.column)
 
 

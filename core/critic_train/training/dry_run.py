@@ -162,6 +162,7 @@ def _survey(
         on_bad_file=settings.on_bad_file,
         limits=limits,
         needs=targets.needs,
+        group_by=settings.group_by,
         stop=stop,
     )
     survey, total = Survey(), shard_set.num_rows

@@ -155,6 +155,7 @@ def read_rollouts(
             limits=limits,
             needs=targets.needs,
             drop_truncated=targets.drops_truncated,
+            group_by=settings.group_by,
             stop=stop,
         )
         yield from _fill_cache(reader, targets, directory, shard_set, stop)
@@ -202,6 +203,7 @@ def _read_as(
         "on_bad_rows": settings.on_bad_rows,
         "on_bad_file": settings.on_bad_file,
         "bad_files": list(shard_set.bad_files.by_name),
+        **({} if settings.group_by is None else {"group_by": settings.group_by}),
     }
 
 

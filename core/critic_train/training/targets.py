@@ -57,6 +57,7 @@ class Targets:
             rewards="yes" if self.recipe.from_rewards else "no",
             truncated=self.recipe.reads_truncated,
             advice=ADVICE,
+            every_rename=True,
         )
 
     @property

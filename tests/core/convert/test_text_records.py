@@ -71,7 +71,7 @@ def test_trl_sums_its_reward_functions_and_takes_chat(tmp_path, converted, token
     assert done.table.column("input_ids")[3].as_py() == expected[0] + expected[1]
     assert done.table.column("response_mask")[3].as_py() == [False] * len(expected[0]) + [True] * len(expected[1])
     assert done.table.column("reward")[3].as_py() == 2 * reward + 1
-    assert "reward is the sum of reward_0, reward_1" in done.said
+    assert "reward = `reward_0` + `reward_1`, the sum" in done.said
     assert done.table.column("reward_1")[3].as_py() == reward + 1
 
 

@@ -41,8 +41,8 @@ def test_the_same_uid_in_files_of_other_types_is_the_same_group(shards: Any, goo
         "d": pa.array([3, 2, 1], pa.uint64()),
     }.items():
         shards.write({**good, "uid": uid}, f"{name}.parquet", row_group_size=2)
-    a, b, c = shards.read().group[:3].tolist()
-    assert shards.read().group.tolist() == [a, b, c, c, b, a, b, c, a, c, b, a]
+    a, b, c = shards.read(group_by="uid").group[:3].tolist()
+    assert shards.read(group_by="uid").group.tolist() == [a, b, c, c, b, a, b, c, a, c, b, a]
 
 
 def test_without_uid_equal_prompts_are_a_group(shards: Any, good: dict[str, Any]) -> None:
