@@ -94,10 +94,17 @@ class LossSettings(Section):
     loss_scale_factor: float | None = setting(
         None, "Divisor of seq-mean-token-sum-norm; that mode needs it.", panel="Loss"
     )
+    lm_loss_weight: float | None = setting(
+        None,
+        "Weight of a next-token loss on the responses, beside the value loss; its head is no part of the critic. "
+        "[default: 0]",
+        panel="Loss",
+    )
 
     def validate(self) -> list[str]:
         """See Section."""
         errors = cliprange_errors(self.cliprange_value, "; --no-clip turns the clip off")
+        errors += minimum_errors(self, 0, "lm_loss_weight")
         norm = self.loss_agg_mode == "seq-mean-token-sum-norm"
         factor = self.loss_scale_factor
         if norm and (factor is None or not 0 < factor < float("inf")):

@@ -211,7 +211,7 @@ def _result(
         "steps": plan.total_steps,
         "epochs": epochs,
         "evaluations": evaluations,
-        "parameters": sum(p.numel() for p in critic.parameters()),
+        "parameters": critic.num_parameters,
         "trained_parameters": _trained(critic),
         "packing": "forest" if prepared.forest else "rows",
         "device": str(compute.device),

@@ -19,6 +19,7 @@ from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import (
+    add_run_head,
     build_run_critic,
     build_run_optimizer,
     build_trainer,
@@ -183,6 +184,7 @@ def _build(
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices
+    yield from add_run_head(settings, prepared, data.train, source, checkpoint)
     optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)

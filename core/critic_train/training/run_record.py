@@ -169,7 +169,7 @@ def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
         "returns": targets.describe() if targets.recipe.from_rewards else None,
         "model": settings.model.model or f"{settings.model.preset} (from scratch)",
         "architecture": exported_class(critic),
-        "parameters": sum(p.numel() for p in critic.parameters()),
+        "parameters": critic.num_parameters,
         "packing": "forest" if forest else "rows",
         "attention": compute.attention if forest else "as transformers has it",
         "device": str(compute.device),
