@@ -170,8 +170,7 @@ def gradient_pass(
             _column(weights[tokens], compute),
             recipe.cliprange_value,
         )
-        loss = part.loss / recipe.return_scale**2 + recipe.lm_loss_weight * lm_loss
-        loss.backward()
+        (loss := part.loss / recipe.return_scale**2 + recipe.lm_loss_weight * lm_loss).backward()
         figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum(), lm_loss.detach())
         totals += torch.stack([figure.double() for figure in figures]).cpu()
         computed_tokens += batch.computed_tokens
