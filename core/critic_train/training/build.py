@@ -106,6 +106,7 @@ def build_run_critic(
     if checkpoint is not None and model.train != "lora":
         critic = load_critic_on_ranks(read_model(checkpoint), compute)
     elif source is None:
+        assert model.preset is not None, "the recipe has chosen one"
         config = preset_config(model.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
         critic = build_critic(config, seed)
         critic.head.set_constant(shape.mean_return)
@@ -203,6 +204,7 @@ def resolve_learning_rates(
     """(peak learning rate of the trunk, of the value head): as given, or the defaults for what is trained."""
     lr = settings.lr
     if lr is None and source is None:
+        assert model.preset is not None, "the recipe has chosen one"
         lr = LEARNING_RATES[model.preset]
     elif lr is None:
         lr = LR_ADAPTERS if model.train == "lora" else LR_FINE_TUNING

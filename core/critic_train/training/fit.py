@@ -148,7 +148,8 @@ def _begin(
     data = yield from open_data(settings.reading, targets, run.cache, names, settings.optimizer.seed)
     resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
     scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
-    recipe = yield from _on_rank_0(ranks, stop, recipe_of_run(settings, source, targets, run, resumed))
+    choosing = recipe_of_run(settings, source, targets, data.train, run, resumed)
+    recipe = yield from _on_rank_0(ranks, stop, choosing)
     return _Beginning(settings, data, resumed, scale, recipe)
 
 

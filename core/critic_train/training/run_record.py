@@ -82,6 +82,9 @@ def compare_with_before(
         )
     # A flag that did not exist when the run began had its default.
     before = {**before, "settings": defaults_of(FitSettings) | before.get("settings", {})}
+    chose = before.get("recipe") or {}
+    if settings.model.preset is None and "preset" not in chose and before["settings"]["preset"] == "small":
+        before["settings"]["preset"] = None  # the default, before it was chosen by the rollouts
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     if is_longer(before, record):
