@@ -15,8 +15,9 @@ FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length --group-by --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model --preset --train --head-init --lora-rank --lora-alpha
---old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor
---epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps --lr-schedule --grad-clip
+--old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor --lm-loss-weight
+--recipe --epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps
+--lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
 --device --precision --packing --attention --max-tokens --activation-checkpointing --offload --compile --nproc
 --out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report

@@ -24,6 +24,7 @@ STEP_NAMES = {
     "clipfrac": "critic/vf_clipfrac",
     "saturation": "critic/vf_saturation",
     "vpred_mean": "critic/vpred_mean",
+    "lm_loss": "critic/lm_loss",
     "grad_norm": "critic/grad_norm",
     "lr": "critic/lr",
     "response_tokens": "critic/response_tokens",

@@ -99,7 +99,7 @@ class Survey:
 
     Attributes:
         sample: entire prompt groups.
-        tokens: of all rollouts.
+        tokens, response_tokens: of all rollouts.
         max_token_id: the largest id, -1 where there are none.
         longest: tokens of the longest rollout.
         has_rewards, has_truncated: whether every batch had them.
@@ -114,7 +114,7 @@ class Survey:
         self._prompts: list[NDArray[np.int64]] = []
         self._contents: list[NDArray[np.int64]] = []
         self._reward_sums: list[NDArray[np.float64]] = []
-        self._truncated = self._response_span = self._response_tokens = self.tokens = 0
+        self._truncated = self._response_span = self.response_tokens = self.tokens = 0
         self.has_rewards = self.has_truncated = True
         self.max_token_id = -1
         self.longest = 0
@@ -129,7 +129,7 @@ class Survey:
         self._prompts.append(prompt_keys(rollouts))
         self._contents.append(_content_keys(rollouts))
         self.tokens += len(rollouts.input_ids)
-        self._response_tokens += int(counts.sum())
+        self.response_tokens += int(counts.sum())
         self._response_span += int((rollouts.lengths - prompt_lengths).sum())
         self.max_token_id = max(self.max_token_id, int(rollouts.input_ids.max(initial=-1)))
         self.longest = max(self.longest, int(rollouts.lengths.max(initial=0)))
@@ -170,8 +170,8 @@ class Survey:
             "prompts": len(np.unique(prompts)),
             "group_size": lengths_of(np.unique(groups, return_counts=True)[1]),
             "tokens": self.tokens,
-            "response_tokens": self._response_tokens,
-            "mask_share": self._response_tokens / self._response_span if self._response_span else None,
+            "response_tokens": self.response_tokens,
+            "mask_share": self.response_tokens / self._response_span if self._response_span else None,
             "prompt_length": lengths_of(lengths[0]),
             "response_length": lengths_of(lengths[1]),
             "returns": verdict["returns"] | self._distribution(sample, "returns"),

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from critic_train.errors import ModelError
 from critic_train.model.model_input import ModelInput
+from critic_train.model.next_token_head import NextTokenHead
 from critic_train.model.tensor_file import part_here
 
 
@@ -58,12 +59,16 @@ class Critic(nn.Module):
     Args:
         trunk: a decoder without a language-model head, as `transformers.AutoModel` gives it.
         head: the value head.
+
+    Attributes:
+        next_token_head: trained beside the value head with --lm-loss-weight; no part of what is exported.
     """
 
     def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self.next_token_head: NextTokenHead | None = None
         # In a list, so that the layers it shares with the trunk are not registered twice.
         self._last_layers: list[LastLayers] = []
 
@@ -72,6 +77,16 @@ class Critic(nn.Module):
         """The device that computes; with `--offload all` the weights are in host memory between uses."""
         mesh = getattr(self.head.weight, "device_mesh", None)
         return self.head.weight.device if mesh is None else torch.device(mesh.device_type)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is sharded as a root of its own."""
+        return [self.trunk, self.head, *([] if self.next_token_head is None else [self.next_token_head])]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the critic as it is exported."""
+        return sum(p.numel() for part in (self.trunk, self.head) for p in part.parameters())
 
     @property
     def last_layers(self) -> "LastLayers | None":

@@ -40,12 +40,9 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     """
     if isinstance(critic.trunk, FSDPModule):
         return critic
-    mesh = init_device_mesh(compute.device.type, (compute.ranks.size,))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    both: dict[str, Any] = {"mesh": mesh}
-    if compute.offload == "all":
-        both["offload_policy"] = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
+    both = _mesh_and_offload(compute)
     inner = {"mp_policy": rounded if compute.precision == "bf16" else exact, **both}
     for layer in _find_layers(critic.trunk):
         fully_shard(layer, **inner)
@@ -53,12 +50,30 @@ def shard(critic: Critic, compute: Compute) -> Critic:
     # unit of their own, for with cached states no tokens are embedded, and they may be most of the model.
     for part in (critic.head, critic.trunk.get_input_embeddings(), critic.trunk):
         fully_shard(part, mp_policy=exact, **both, reshard_after_forward=False)
-    for module in critic.modules():
+    _sum_gradients(critic)
+    return critic
+
+
+def shard_alone(module: nn.Module, compute: Compute) -> None:
+    """Shard a module that a critic has beside trunk and head, as these are. All ranks call it; it may be on "meta"."""
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(module, mp_policy=exact, **_mesh_and_offload(compute), reshard_after_forward=False)
+    _sum_gradients(module)
+
+
+def _mesh_and_offload(compute: Compute) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"mesh": init_device_mesh(compute.device.type, (compute.ranks.size,))}
+    if compute.offload == "all":
+        arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
+    return arguments
+
+
+def _sum_gradients(root: nn.Module) -> None:
+    """The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged."""
+    for module in root.modules():
         if isinstance(module, FSDPModule):
-            # The loss is weighed over the whole mini-batch: gradients are summed over ranks, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return critic
 
 
 @contextmanager

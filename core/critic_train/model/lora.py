@@ -185,7 +185,9 @@ def load_adapters(critic: Critic, directory: Path) -> None:
 
 def trained_parameters(critic: Critic) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that are trained."""
-    return {name: p for name, p in critic.named_parameters() if p.requires_grad}
+    parts = {"trunk": critic.trunk, "head": critic.head}
+    named = ((f"{part}.{name}", p) for part, module in parts.items() for name, p in module.named_parameters())
+    return {name: p for name, p in named if p.requires_grad}
 
 
 def _adapted_layers(module: nn.Module) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def attempts(critic: Critic, rollouts: Rollouts, compute: Compute) -> Iterator[A
         yield attempt
         lowered = _lowered(rollouts, compute, critic, attempt.error)
         critic.zero_grad(set_to_none=True)  # of weights that are gathered, too
-        reset_after_error((critic.trunk, critic.head))
+        reset_after_error(critic.parts)
         critic.zero_grad(set_to_none=True)
         release_memory(compute.device)
         compute.max_tokens = lowered

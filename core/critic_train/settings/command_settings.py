@@ -49,6 +49,8 @@ class FitSettings(Settings):
         errors = []
         if self.run.patience is not None and not self.reading.val_data and self.reading.val_fraction == 0:
             errors.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
+        if self.loss.lm_loss_weight and self.model.train == "head":
+            errors.append("--lm-loss-weight teaches the transformer, which --train head leaves as it is")
         if self.optimizer.optimizer != "adamw" and self.compute.offload not in ("auto", "none"):
             errors.append(f"--optimizer {self.optimizer.optimizer} cannot be combined with --offload")
         return errors

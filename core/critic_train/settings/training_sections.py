@@ -7,6 +7,7 @@ from typing import Any, Literal
 from critic_train.settings.base import Section, minimum_errors, seed_errors, setting
 
 Preset = Literal["tiny", "small", "base"]
+RecipeKind = Literal["auto", "verl"]
 HeadInit = Literal["exact", "mean"]
 OldValues = Literal["column", "epoch", "none"]
 LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
@@ -38,7 +39,12 @@ class ModelSettings(Section):
         panel="Model",
         metavar="DIR",
     )
-    preset: Preset = setting("small", "Size of the transformer trained from scratch without --model.", panel="Model")
+    preset: Preset | None = setting(
+        None,
+        "Size of the transformer trained from scratch without --model. "
+        "[default: tiny below a million response tokens, else small]",
+        panel="Model",
+    )
     train: str = setting(
         "full",
         "What is trained: all of it, the value head, the head and the last K layers, or LoRA adapters and the head. "
@@ -94,10 +100,17 @@ class LossSettings(Section):
     loss_scale_factor: float | None = setting(
         None, "Divisor of seq-mean-token-sum-norm; that mode needs it.", panel="Loss"
     )
+    lm_loss_weight: float | None = setting(
+        None,
+        "Weight of a next-token loss on the responses, beside the value loss; its head is no part of the critic. "
+        "[default: 1 for a new transformer where the responses have 200 tokens for each id that occurs, else 0]",
+        panel="Loss",
+    )
 
     def validate(self) -> list[str]:
         """See Section."""
         errors = cliprange_errors(self.cliprange_value, "; --no-clip turns the clip off")
+        errors += minimum_errors(self, 0, "lm_loss_weight")
         norm = self.loss_agg_mode == "seq-mean-token-sum-norm"
         factor = self.loss_scale_factor
         if norm and (factor is None or not 0 < factor < float("inf")):
@@ -121,10 +134,17 @@ def cliprange_errors(cliprange_value: float, advice: str = "") -> list[str]:
 class OptimizerSettings(Section):
     """How long and how fast to train."""
 
+    recipe: RecipeKind = setting(
+        "auto",
+        "How what is not given is chosen: by the model and the rollouts, each choice told with its reason, or as verl "
+        "trains (head at the mean return, no next-token loss, small, 3 epochs).",
+        panel="Training",
+    )
     epochs: int | None = setting(
         None,
         "Passes over the rollouts; 0 ends with the exact value head. "
-        "[default: 3, or as many as --max-steps needs; 0 with --train head and no --lr or --head-lr]",
+        "[default: 3, or as many as --max-steps needs; 6 for a new transformer and less than a million response "
+        "tokens; 0 with --train head and no --lr or --head-lr]",
         panel="Training",
     )
     max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")

@@ -40,6 +40,11 @@ from critic_train.training.dataset import DataShape, RolloutSet, RunData
 from critic_train.training.evaluator import Evaluator
 from critic_train.training.exact_head import ExactHead
 from critic_train.training.frozen_cache import no_cached_states_notice, supports_cached_states
+from critic_train.training.next_token_loss import (
+    add_next_token_head,
+    response_id_counts,
+    starts_as_vocabulary_head,
+)
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import MiniBatches, TrainingPlan
@@ -101,6 +106,7 @@ def build_run_critic(
     if checkpoint is not None and model.train != "lora":
         critic = load_critic_on_ranks(read_model(checkpoint), compute)
     elif source is None:
+        assert model.preset is not None, "the recipe has chosen one"
         config = preset_config(model.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
         critic = build_critic(config, seed)
         critic.head.set_constant(shape.mean_return)
@@ -198,6 +204,7 @@ def resolve_learning_rates(
     """(peak learning rate of the trunk, of the value head): as given, or the defaults for what is trained."""
     lr = settings.lr
     if lr is None and source is None:
+        assert model.preset is not None, "the recipe has chosen one"
         lr = LEARNING_RATES[model.preset]
     elif lr is None:
         lr = LR_ADAPTERS if model.train == "lora" else LR_FINE_TUNING
@@ -214,6 +221,21 @@ def starts_new_head(model: ModelSettings, source: ModelSource | None) -> bool:
     return source is None or source.head is None or model.head_init is not None
 
 
+def add_run_head(
+    settings: FitSettings,
+    prepared: PreparedCritic,
+    train: RolloutSet,
+    source: ModelSource | None,
+    checkpoint: Path | None,
+) -> Iterator[Notice]:
+    """Give a run's critic a next-token head, where --lm-loss-weight asks for one. All ranks call it."""
+    if settings.loss.lm_loss_weight:
+        compute = prepared.compute
+        ids = np.flatnonzero(response_id_counts(train, compute.ranks))
+        seed = settings.optimizer.seed
+        yield add_next_token_head(prepared.critic, ids, compute, source=source, checkpoint=checkpoint, seed=seed)
+
+
 def build_run_optimizer(
     prepared: PreparedCritic,
     model: ModelSettings,
@@ -223,10 +245,13 @@ def build_run_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a run; see `build_optimizer` and `resolve_learning_rates`."""
     lr, head_lr = resolve_learning_rates(model, settings, source)
+    critic = prepared.critic
+    knows = critic.next_token_head is None or starts_as_vocabulary_head(critic, source)
     return build_optimizer(
-        prepared.critic,
+        critic,
         lr=lr,
         head_lr=head_lr,
+        next_token_lr=lr if knows else max(lr, LR_NEW_HEAD),
         weight_decay=settings.weight_decay,
         kind=settings.optimizer,
         offload=prepared.compute.offload,

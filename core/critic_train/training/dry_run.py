@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from critic_train.check.survey import Survey, sharing
 from critic_train.data.order import connected_groups, split_groups
@@ -18,7 +19,7 @@ from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
-from critic_train.model.loading import read_model
+from critic_train.model.loading import ModelSource, read_model
 from critic_train.model.saving import checkpoint_bytes
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS
 from critic_train.rollouts import Rollouts
@@ -29,8 +30,9 @@ from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import PreparedCritic, build_run_critic, prepare_critic
 from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
+from critic_train.training.next_token_loss import add_next_token_head
 from critic_train.training.plan import TrainingPlan, make_plan
-from critic_train.training.recipe import choose_recipe, with_recipe
+from critic_train.training.recipe import DataFacts, choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets, choices_without_columns
@@ -71,6 +73,7 @@ class SurveyedData:
     """The rollouts of a run, counted but not kept.
 
     Attributes:
+        settings: with what the run chooses.
         train: all of --data.
         train_tokens: of the rollouts to train on; their number times the mean length of all.
         rollouts: number of rollouts to train on.
@@ -80,6 +83,7 @@ class SurveyedData:
         plan: the steps of the run.
     """
 
+    settings: FitSettings
     train: Survey
     train_tokens: float
     rollouts: int
@@ -94,9 +98,9 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
     settings = settings.replace(**(yield from choices_without_columns(settings, shards.train.shards)))
     targets = Targets.of(settings.returns, settings.loss)
-    settings = with_recipe(settings, choose_recipe(settings, source, targets))
     limits = row_limits(settings.reading.max_length, source)
-    data = yield from _survey_data(settings, shards, limits, targets, stop)
+    data = yield from _survey_data(settings, shards, limits, source, targets, stop)
+    settings = data.settings
     sample = data.train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
     timed = targets.in_epoch(targets.on_reading(_first_tokens(sample, TIMED_TOKENS * compute.max_tokens)))
@@ -119,6 +123,9 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     )
     compute = prepared.compute
     yield from prepared.notices
+    if settings.loss.lm_loss_weight:
+        ids = _response_ids(data.train)
+        add_next_token_head(prepared.critic, ids, prepared.compute, source=source, checkpoint=None, seed=0)
     times = yield from time_steps(
         prepared.critic,
         timed,
@@ -132,16 +139,23 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
 
 
 def _survey_data(
-    settings: FitSettings, shards: RunShards, limits: RowLimits, targets: Targets, stop: StopRequest
+    settings: FitSettings,
+    shards: RunShards,
+    limits: RowLimits,
+    source: ModelSource | None,
+    targets: Targets,
+    stop: StopRequest,
 ) -> Generator[Event, None, SurveyedData]:
     train = yield from _survey(settings.reading, shards.train, limits, targets, stop)
     val = None
     if shards.val is not None:
         val = yield from _survey(settings.reading, shards.val, limits, targets, stop)
+    settings = with_recipe(settings, choose_recipe(settings, source, targets, lambda: _facts(train)))
     groups = train.groups
     together = connected_groups(groups, train.prompts)
     chosen, held = split_groups(together, 0.0 if val else settings.reading.val_fraction, settings.optimizer.seed)
     return SurveyedData(
+        settings=settings,
         train=train,
         train_tokens=train.tokens * len(chosen) / len(groups),
         rollouts=len(chosen),
@@ -150,6 +164,17 @@ def _survey_data(
         tokens=train.tokens + (val.tokens if val else 0),
         plan=make_plan(settings.optimizer, groups[chosen], settings.run.eval_every),
     )
+
+
+def _facts(train: Survey) -> DataFacts:
+    """What a run would find in all of --data; the ids are those of the sample."""
+    return DataFacts(train.response_tokens, len(_response_ids(train)))
+
+
+def _response_ids(train: Survey) -> NDArray[np.int64]:
+    sample = train.sample.rollouts()
+    assert sample is not None, "the reader raises where no row is good"
+    return np.unique(sample.input_ids[sample.response_mask]).astype(np.int64)
 
 
 def _survey(
@@ -212,7 +237,7 @@ def _result(
         "steps": plan.total_steps,
         "epochs": epochs,
         "evaluations": evaluations,
-        "parameters": sum(p.numel() for p in critic.parameters()),
+        "parameters": critic.num_parameters,
         "trained_parameters": _trained(critic),
         "packing": "forest" if prepared.forest else "rows",
         "device": str(compute.device),

@@ -19,6 +19,7 @@ from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import (
+    add_run_head,
     build_run_critic,
     build_run_optimizer,
     build_trainer,
@@ -147,7 +148,8 @@ def _begin(
     data = yield from open_data(settings.reading, targets, run.cache, names, settings.optimizer.seed)
     resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
     scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
-    recipe = yield from _on_rank_0(ranks, stop, recipe_of_run(settings, source, targets, run, resumed))
+    choosing = recipe_of_run(settings, source, targets, data.train, run, resumed)
+    recipe = yield from _on_rank_0(ranks, stop, choosing)
     return _Beginning(settings, data, resumed, scale, recipe)
 
 
@@ -183,6 +185,7 @@ def _build(
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices
+    yield from add_run_head(settings, prepared, data.train, source, checkpoint)
     optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)

@@ -26,17 +26,19 @@ def build_optimizer(
     *,
     lr: float,
     head_lr: float,
+    next_token_lr: float | None = None,
     weight_decay: float,
     kind: OptimizerKind = "adamw",
     offload: Offload = "none",
     return_scale: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """AdamW over trunk and head; matrices of the trunk decay, vectors and the head do not.
+    """AdamW over trunk and head; matrices of trunk and next-token head decay, vectors and the head do not.
 
     Args:
         critic: on its device.
         lr: peak learning rate of the trunk.
         head_lr: peak learning rate of the head.
+        next_token_lr: peak learning rate of the next-token head, where there is one; `lr` by default.
         weight_decay: decoupled decay of the trunk's matrices (Loshchilov & Hutter 2019).
         kind: moments in float32, or in 8 bits a number (Dettmers et al. 2022, arXiv 2110.02861) by bitsandbytes.
         offload: what is kept in host memory; the result is the same.
@@ -51,6 +53,9 @@ def build_optimizer(
         {"params": [p for p in trunk if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
         {"params": list(critic.head.parameters()), "lr": head_lr, "weight_decay": 0.0},
     ]
+    if critic.next_token_head is not None:
+        beside = {"params": [critic.next_token_head.weight], "lr": next_token_lr or lr, "weight_decay": weight_decay}
+        groups.insert(2, beside)
     for group in groups:
         group["peak_lr"], group["lr_scale"] = group["lr"], 1.0
     groups[-1]["lr_scale"] = return_scale

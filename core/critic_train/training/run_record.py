@@ -82,6 +82,9 @@ def compare_with_before(
         )
     # A flag that did not exist when the run began had its default.
     before = {**before, "settings": defaults_of(FitSettings) | before.get("settings", {})}
+    chose = before.get("recipe") or {}
+    if settings.model.preset is None and "preset" not in chose and before["settings"]["preset"] == "small":
+        before["settings"]["preset"] = None  # the default, before it was chosen by the rollouts
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     if is_longer(before, record):
@@ -169,7 +172,7 @@ def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
         "returns": targets.describe() if targets.recipe.from_rewards else None,
         "model": settings.model.model or f"{settings.model.preset} (from scratch)",
         "architecture": exported_class(critic),
-        "parameters": sum(p.numel() for p in critic.parameters()),
+        "parameters": critic.num_parameters,
         "packing": "forest" if forest else "rows",
         "attention": compute.attention if forest else "as transformers has it",
         "device": str(compute.device),

@@ -22,6 +22,7 @@ from critic_train.model.sharded_checkpoint import ShardedCritic
 from critic_train.run.checkpoint import checkpoint_name, newest_checkpoint
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import File, make_directory, remove_tree
+from critic_train.training.next_token_loss import save_next_token_head
 from critic_train.training.optimizer import save_optimizer
 
 BUDGET_FILE = "token_budget.json"
@@ -59,13 +60,23 @@ class StateFiles:
             assert directory is not None
             save_critic(self._critic, directory, self._tokenizer_from)
             save_optimizer(self._optimizer, self._named, directory)
+            save_next_token_head(self._critic, directory)
             return
         try:
             self._sharded.save_to(directory, self._tokenizer_from, gather)
         except OSError:
-            save_optimizer(self._optimizer, self._named, None, gather)  # the other ranks wait for this one there
+            self._save_beside(None, gather)  # the other ranks wait for this one there
             raise
-        save_optimizer(self._optimizer, self._named, directory, gather)
+        self._save_beside(directory, gather)
+
+    def _save_beside(self, directory: Path | None, gather: Gather) -> None:
+        """On several ranks: the files of moments and of the next-token head."""
+        try:
+            save_optimizer(self._optimizer, self._named, directory, gather)
+        except OSError:
+            save_next_token_head(self._critic, None, gather)
+            raise
+        save_next_token_head(self._critic, directory, gather)
 
 
 class LastStepSaver:

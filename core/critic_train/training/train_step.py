@@ -42,12 +42,14 @@ class LossRecipe:
         mode: the aggregation.
         scale_factor: the divisor of seq-mean-token-sum-norm.
         return_scale: of the returns; the gradient is that of the loss in units of its square.
+        lm_loss_weight: of the next-token loss, whose tokens weigh among each other as the value loss's do.
     """
 
     cliprange_value: float | None
     mode: LossAggMode
     scale_factor: float | None
     return_scale: float = 1.0
+    lm_loss_weight: float = 0.0
 
     @classmethod
     def of(cls, settings: LossSettings, return_scale: float = 1.0) -> "LossRecipe":
@@ -58,6 +60,7 @@ class LossRecipe:
             mode=settings.loss_agg_mode,
             scale_factor=settings.loss_scale_factor,
             return_scale=return_scale,
+            lm_loss_weight=settings.lm_loss_weight or 0.0,
         )
 
 
@@ -73,6 +76,7 @@ class StepResult:
         response_tokens: masked tokens.
         rollout_tokens: tokens of all rollouts.
         computed_tokens: positions that went through the model, padding included, over all ranks.
+        lm_loss: its next-token loss, before the weight; None where there is none.
     """
 
     value_loss: float
@@ -82,6 +86,7 @@ class StepResult:
     response_tokens: int
     rollout_tokens: int
     computed_tokens: int
+    lm_loss: float | None = None
 
 
 def accumulate_gradient(
@@ -151,40 +156,53 @@ def gradient_pass(
     Raises:
         Stopped: asked to stop.
     """
-    totals = torch.zeros(4, dtype=torch.float64)
-    computed_tokens = 0
+    totals, computed_tokens = torch.zeros(5, dtype=torch.float64), 0
     for batch, last in mark_last(micro_batches(rollouts, compute, forest=forest)):
         stop.check_on_all_ranks()
-        set_gradient_sync((critic.trunk, critic.head), last=last or after_each is not None)
+        set_gradient_sync(critic.parts, last=last or after_each is not None)
         with compute.autocast():
-            values = critic(batch)
+            values, lm_loss = _forward(critic, batch, rollouts, weights, compute)
+        tokens = batch.response_tokens
         part = value_loss(
             values,
-            _column(rollouts.returns[batch.response_tokens], compute),
-            None if rollouts.values is None else _column(rollouts.values[batch.response_tokens], compute),
-            _column(weights[batch.response_tokens], compute),
+            _column(rollouts.returns[tokens], compute),
+            None if rollouts.values is None else _column(rollouts.values[tokens], compute),
+            _column(weights[tokens], compute),
             recipe.cliprange_value,
         )
-        (part.loss / recipe.return_scale**2).backward()
-        figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum())
+        (loss := part.loss / recipe.return_scale**2 + recipe.lm_loss_weight * lm_loss).backward()
+        figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum(), lm_loss.detach())
         totals += torch.stack([figure.double() for figure in figures]).cpu()
         computed_tokens += batch.computed_tokens
         if after_each is not None:
-            after_each(batch.response_tokens, part.loss.detach())
+            after_each(tokens, loss.detach())
     # Each rank has gone through its share of the mini-batch; the figures are those of all of it.
     response_tokens = int(rollouts.response_mask.sum())
-    loss, clipped, saturated, summed, computed = compute.ranks.all_reduce_sum(
-        torch.cat([totals, torch.tensor([computed_tokens], dtype=torch.float64)])
-    ).tolist()
+    totals = torch.cat([totals, torch.tensor([computed_tokens], dtype=torch.float64)])
+    loss_sum, clipped, saturated, summed, lm_sum, computed = compute.ranks.all_reduce_sum(totals).tolist()
     return StepResult(
-        value_loss=loss,
+        value_loss=loss_sum,
         clipfrac=share_of_tokens(clipped, response_tokens),
         saturation=share_of_tokens(saturated, response_tokens),
         vpred_mean=summed / response_tokens,
         response_tokens=response_tokens,
         rollout_tokens=len(rollouts.input_ids),
         computed_tokens=int(computed),
+        lm_loss=None if critic.next_token_head is None else lm_sum,
     )
+
+
+def _forward(
+    critic: Critic, batch: ModelInput, rollouts: Rollouts, weights: NDArray[np.float32], compute: Compute
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [M], the micro-batch's part of the next-token loss: 0 where the critic has no head for it)."""
+    if critic.next_token_head is None:
+        return critic(batch), torch.zeros((), device=compute.device)
+    states = critic.hidden(batch)
+    labels = critic.next_token_head.labels(rollouts.input_ids[batch.response_tokens]).to(compute.device)
+    of_token = _column(weights[batch.response_tokens], compute)
+    lm_loss = critic.next_token_head(states, batch.value_index, labels, of_token)
+    return critic.head(states)[batch.value_index], lm_loss
 
 
 def mini_batch_weights(rollouts: Rollouts, recipe: LossRecipe) -> NDArray[np.float32]:

@@ -135,7 +135,7 @@ class Trainer:
         yield from runtime.memory_notices()
 
         norm = clip_gradient(runtime.critic, self.settings.grad_clip)
-        if not math.isfinite(norm) or not math.isfinite(result.value_loss):
+        if not math.isfinite(norm) or not math.isfinite(result.value_loss + (result.lm_loss or 0.0)):
             error = f"the loss is {result.value_loss:g} and the gradient norm {norm:g}"
             yield from self._skip_step(error, epoch, rollouts)
             return
@@ -143,7 +143,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.state.position.step += 1
-        metrics = asdict(result) | {"grad_norm": norm, "lr": lr, "rollouts": len(rollouts)}
+        figures = {name: value for name, value in asdict(result).items() if value is not None}
+        metrics = figures | {"grad_norm": norm, "lr": lr, "rollouts": len(rollouts)}
         yield self._log_step(epoch, metrics, self._timing(result, time.monotonic() - began))
         yield from self._saturation_notice(result.saturation)
 

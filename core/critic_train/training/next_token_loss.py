@@ -1,0 +1,149 @@
+"""The next-token head of a run (--lm-loss-weight), over the ids of its training responses; saving and loading it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from critic_train.distributed.ranks import Ranks
+from critic_train.errors import ModelError, first_line
+from critic_train.events import Notice
+from critic_train.model.compute import Compute
+from critic_train.model.critic import Critic
+from critic_train.model.fsdp import shard_alone
+from critic_train.model.gather import Gather
+from critic_train.model.loading import ModelSource, weight_files
+from critic_train.model.lora import name_without_adapter
+from critic_train.model.next_token_head import NextTokenHead
+from critic_train.model.sharded_loading import PREFIXES
+from critic_train.model.tensor_file import part_here, read_rows, rows_here, write_tensors
+from critic_train.run.storage import library_writes
+from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
+
+HEAD_FILE = "next_token_head.safetensors"
+"""In a checkpoint, beside the optimizer's state: `weight` [K, hidden_size] and `ids` [K]."""
+VOCABULARY_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Names of a causal LM's own head."""
+INITIAL_STD = 0.02
+"""Of a head that is drawn, as transformers draws linear layers."""
+
+
+def response_id_counts(train: RolloutSet, ranks: Ranks) -> NDArray[np.int64]:
+    """int64 [largest id + 1]: how often each id is chosen in the responses. All ranks call it, and read a part each."""
+    counts = torch.zeros(train.cache.max_token_id + 1, dtype=torch.int64)
+    for number, start in enumerate(range(0, len(train), ROLLOUTS_PER_PASS)):
+        if number % ranks.size == ranks.rank:
+            rollouts = train.read(np.arange(start, min(start + ROLLOUTS_PER_PASS, len(train))))
+            chosen = rollouts.input_ids[rollouts.response_mask]
+            counts += torch.from_numpy(np.bincount(chosen, minlength=len(counts)))
+    return ranks.all_reduce_sum(counts).numpy()
+
+
+def add_next_token_head(
+    critic: Critic,
+    ids: NDArray[np.int64],
+    compute: Compute,
+    *,
+    source: ModelSource | None,
+    checkpoint: Path | None,
+    seed: int,
+) -> Notice:
+    """Give a critic its next-token head, on its device or sharded as the critic is. All ranks call it.
+
+    Args:
+        critic: from `prepare_critic`.
+        ids: int64 [K], ascending: those of the training responses.
+        compute: of the critic.
+        source: what --model names; its own vocabulary head is taken where it is there.
+        checkpoint: the one to resume from, if any; its head is read.
+        seed: of a head that is drawn.
+
+    Raises:
+        ModelError: the checkpoint's head is not there, or is of other ids.
+    """
+    head = NextTokenHead(ids, int(critic.trunk.config.hidden_size))
+    if compute.ranks.sharded:
+        shard_alone(head, compute)
+    head.to_empty(device="cpu" if compute.offload == "all" else compute.device)
+    critic.next_token_head = head
+    sentence = f"next-token loss over the {len(ids):,} ids of the training responses"
+    if checkpoint is not None:
+        _load(head, checkpoint / HEAD_FILE)
+        return Notice(message=sentence)
+    own = None if source is None else _vocabulary_head(critic, source)
+    if own is None:
+        _fill(head, lambda: torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed)) * INITIAL_STD)
+        return Notice(message=f"{sentence}, by a new head")
+    file, name, scale = own
+    with safe_open(file, framework="pt") as tensors:
+        stored = tensors.get_tensor(name)  # mapped from disk: only the rows that are taken are read
+        _fill(head, lambda: stored[torch.from_numpy(ids)].float() * scale)
+    return Notice(message=f"{sentence}, by a head that starts as {name} of {file.parent}")
+
+
+def starts_as_vocabulary_head(critic: Critic, source: ModelSource | None) -> bool:
+    """Whether a next-token head begins with what --model has learned."""
+    return source is not None and _vocabulary_head(critic, source) is not None
+
+
+def save_next_token_head(critic: Critic, directory: Path | None, gather: Gather | None = None) -> None:
+    """Write the head's weights and ids; with `gather`, all ranks call it, with None but on rank 0."""
+    head = critic.next_token_head
+    if head is None:
+        return
+    tensors = {"weight": head.weight.detach(), "ids": torch.from_numpy(head.ids)}
+    file = None if directory is None else directory / HEAD_FILE
+    if gather is not None:
+        write_tensors(file, tensors, lambda name: gather(tensors[name]))
+        return
+    assert file is not None
+    with library_writes(file):
+        save_file(tensors, file)
+
+
+def _load(head: NextTokenHead, file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            same = np.array_equal(tensors.get_tensor("ids").numpy(), head.ids)
+        if same:
+            read_rows(file, "weight", head.weight)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{file}: the next-token head cannot be read: {first_line(error)}") from error
+    if not same:
+        raise ModelError(f"{file}: its ids are not those of the training responses")
+
+
+def _fill(head: NextTokenHead, full: Callable[[], Tensor]) -> None:
+    """Fill this rank's rows; drawn in full on every rank, so that their number changes nothing."""
+    first, last = rows_here(head.weight) if hasattr(head.weight, "to_local") else (0, len(head.weight))
+    with torch.no_grad():
+        part_here(head.weight).copy_(full()[first:last])
+
+
+def _vocabulary_head(critic: Critic, source: ModelSource) -> tuple[Path, str, float] | None:
+    """(file, name in it, what scores are multiplied by) of a model's own head, or of the embeddings it is tied to.
+
+    A bias and a soft cap of the scores are left out: the head is only where training starts.
+    """
+    names = list(VOCABULARY_HEADS)
+    if source.architecture.endswith(("ForCausalLM", "LMHeadModel")):  # without a head of its own, it is tied
+        embeddings = critic.trunk.get_input_embeddings().weight
+        name = next(name for name, parameter in critic.trunk.named_parameters() if parameter is embeddings)
+        prefixes = (f"{critic.trunk.base_model_prefix}.", *PREFIXES)
+        names += [prefix + name_without_adapter(name) for prefix in prefixes]
+    stored: dict[str, Path] = {}
+    for file in weight_files(source.path):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {
+                name: file
+                for name in set(names) & set(tensors.keys())
+                if tensors.get_slice(name).get_shape()[1:] == [int(source.config.hidden_size)]
+            }
+    name = next((name for name in names if name in stored), "")
+    scale = getattr(source.config, "logit_scale", None) or 1.0 / (getattr(source.config, "logits_scaling", None) or 1.0)
+    return (stored[name], name, float(scale)) if name else None
