@@ -13,22 +13,27 @@ from torch import Tensor
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError, first_line
 from critic_train.events import Notice
+from critic_train.model import placement
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import shard_alone
 from critic_train.model.gather import Gather
-from critic_train.model.loading import ModelSource, weight_files
+from critic_train.model.loading import ModelSource
 from critic_train.model.lora import name_without_adapter
+from critic_train.model.model_directory import weight_files
 from critic_train.model.next_token_head import NextTokenHead
-from critic_train.model.sharded_loading import PREFIXES
 from critic_train.model.tensor_file import part_here, read_rows, rows_here, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 
 HEAD_FILE = "next_token_head.safetensors"
 """In a checkpoint, beside the optimizer's state: `weight` [K, hidden_size] and `ids` [K]."""
-VOCABULARY_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-"""Names of a causal LM's own head."""
+VOCABULARY_HEADS = tuple(
+    f"{prefix}{name}.weight" for name in placement.VOCABULARY_HEADS for prefix in ("", "language_model.")
+)
+"""Names of a causal LM's own head, in a multimodal directory too."""
+TIED_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Classes that have a vocabulary head: where none is stored, it is tied to the embeddings."""
 INITIAL_STD = 0.02
 """Of a head that is drawn, as transformers draws linear layers."""
 
@@ -130,20 +135,17 @@ def _vocabulary_head(critic: Critic, source: ModelSource) -> tuple[Path, str, fl
 
     A bias and a soft cap of the scores are left out: the head is only where training starts.
     """
-    names = list(VOCABULARY_HEADS)
-    if source.architecture.endswith(("ForCausalLM", "LMHeadModel")):  # without a head of its own, it is tied
-        embeddings = critic.trunk.get_input_embeddings().weight
-        name = next(name for name, parameter in critic.trunk.named_parameters() if parameter is embeddings)
-        prefixes = (f"{critic.trunk.base_model_prefix}.", *PREFIXES)
-        names += [prefix + name_without_adapter(name) for prefix in prefixes]
-    stored: dict[str, Path] = {}
+    width = int(source.config.hidden_size)
+    own: tuple[Path, str] | None = None
     for file in weight_files(source.path):
         with safe_open(file, framework="pt") as tensors:
-            stored |= {
-                name: file
-                for name in set(names) & set(tensors.keys())
-                if tensors.get_slice(name).get_shape()[1:] == [int(source.config.hidden_size)]
-            }
-    name = next((name for name in names if name in stored), "")
+            for name in VOCABULARY_HEADS:
+                if own is None and name in tensors.keys() and tensors.get_slice(name).get_shape()[1:] == [width]:  # noqa: SIM118
+                    own = file, name
+    if own is None and source.architecture.endswith(TIED_CLASSES):
+        embeddings = critic.trunk.get_input_embeddings().weight
+        name = next(name for name, parameter in critic.trunk.named_parameters() if parameter is embeddings)
+        stored = source.placement.trunk[name_without_adapter(name)][0]
+        own = stored.file, stored.name
     scale = getattr(source.config, "logit_scale", None) or 1.0 / (getattr(source.config, "logits_scaling", None) or 1.0)
-    return (stored[name], name, float(scale)) if name else None
+    return None if own is None else (*own, float(scale))
