@@ -262,8 +262,8 @@ def run_convert(settings: ConvertSettings, output: Output) -> int:
 CONVERT = Command(
     name="convert",
     settings=ConvertSettings,
-    about="Make shards of the rollouts that slime, verl, NeMo-RL, OpenRLHF or TRL dumped, or of any JSONL or Parquet "
-    "with token ids or text. The format is recognised; nothing that a pickled dump names is ever run. The same command "
+    about="Make shards of the rollouts that slime, verl, NeMo-RL, OpenRLHF, SkyRL or TRL dumped, or of any JSON, Parquet, "
+    "Arrow or CSV file with token ids or text. The format is recognised, and which field is what; nothing that a pickled dump names is ever run. The same command "
     "again goes on where it stopped.",
     examples=(
         "critic-train convert dumps/rollout_*.pt --to rollouts/",

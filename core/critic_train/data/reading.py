@@ -326,7 +326,7 @@ class _Plan:
     nullable_labels: frozenset[str]
 
     def uids(self) -> Iterator[pa.Array]:
-        """The uid column alone, where there is one; it ends early where the file is damaged, as reading tells."""
+        """The uid column alone, where there is one; it ends early where the file is damaged, as reading it tells."""
         name = self.columns.uid
         with suppress(DataError):
             for piece in pieces(self.shard, [name], [], [name] if self.text_uid else []) if name else ():
