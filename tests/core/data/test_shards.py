@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from critic_train.data.shards import find_shards, fingerprint
+from critic_train.convert.dump_files import SUFFIXES as DUMP_SUFFIXES
+from critic_train.data.shards import DUMPS, SUFFIXES, find_shards, fingerprint
 from critic_train.errors import DataError
 
 
@@ -153,3 +154,8 @@ def test_the_fingerprint_changes_with_names_and_numbers(shards: Any, good: dict[
     after = fingerprint(find_shards([str(shards.folder)]))
     assert after["files"][0]["footer"] == before["files"][0]["footer"]
     assert after["digest"] != before["digest"]
+
+
+def test_every_file_that_convert_reads_counts_as_a_dump() -> None:
+    for suffix in set(DUMP_SUFFIXES) - set(SUFFIXES):
+        assert DUMPS.fullmatch(f"a{suffix}"), suffix
