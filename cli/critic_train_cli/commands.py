@@ -42,7 +42,12 @@ def run_fit(settings: FitSettings, output: Output) -> int:
     if settings.run.dry_run:
         return run_dry_run(settings, output)
     output.run_directory = settings.run.out
-    view = choose_view(output, stopping="stopping after this micro-batch; a checkpoint will be written")
+    view = choose_view(
+        output,
+        stopping="stopping after this micro-batch; a checkpoint will be written",
+        before_first_step="stopping: no step has been taken since the start, so there is no checkpoint to write",
+        nproc=settings.compute.nproc,
+    )
     view.log_every = settings.run.log_every
     ended = run_job(lambda stop: critic_train.fit(settings, stop), view, output)
 
@@ -73,7 +78,7 @@ def run_dry_run(settings: FitSettings, output: Output) -> int:
 
         yield from dry_run(settings, run_path(settings), stop)
 
-    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+    ended = run_job(start, choose_view(output, stopping="stopping", before_first_step="stopping"), output)
 
     from critic_train_cli.command_results import draw_estimate
 
@@ -105,7 +110,7 @@ def run_eval(settings: EvalSettings, output: Output) -> int:
         from critic_train.report.report_sources import check_page_path
 
         check_page_path(Path(settings.evaluation.report), "--report")
-    view = choose_view(output, stopping="stopping")
+    view = choose_view(output, stopping="stopping", before_first_step="stopping", nproc=settings.compute.nproc)
     ended = run_job(lambda stop: critic_train.evaluate(settings, stop), view, output)
 
     from critic_train_cli.text_charts import draw_charts

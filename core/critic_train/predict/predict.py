@@ -29,7 +29,7 @@ from critic_train.model.compute import Compute, resolve_device, resolve_precisio
 from critic_train.model.critic import Critic
 from critic_train.model.first_pass import critic_source, first_pass, limits_of
 from critic_train.model.loading import ModelSource, load_critic
-from critic_train.model.microbatches import predict_values
+from critic_train.model.microbatches import predict_with_progress
 from critic_train.model.selfcheck import select_packing
 from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitening, rewrite_with_columns
 from critic_train.rollouts import Rollouts
@@ -212,13 +212,21 @@ class Job:
 
     def _predict(self, critic: Critic, shard: Shard, *, forest: bool) -> Iterator[Event]:
         """Have all values of a file in its log."""
+        stage = f"predicting {shard.name}"
         with ValueLog(self._log(shard)) as log:
             for block in blocks(self._reader([shard])):
                 self.stop.check()
                 if not log.has(int(block.response_mask.sum())):
-                    values = predict_values(critic, block, self.compute, forest=forest, stop=self.stop)
-                    if values is None:
-                        raise Stopped
+                    values = yield from predict_with_progress(
+                        critic,
+                        block,
+                        self.compute,
+                        forest=forest,
+                        stop=self.stop,
+                        stage=stage,
+                        before=int(block.row[0]),
+                        total=shard.num_rows,
+                    )
                     if not np.isfinite(values).all():
                         raise ModelError(
                             f"{self.settings.prediction.model} predicts NaN or infinite values on {shard.name}",
@@ -227,7 +235,7 @@ class Job:
                     log.append(values[block.response_mask])
                     if sentence := self.compute.lowered():
                         yield Notice(message=sentence, level="warning")
-                yield Progress(stage=f"predicting {shard.name}", done=int(block.row[-1]) + 1, total=shard.num_rows)
+                yield Progress(stage=stage, done=int(block.row[-1]) + 1, total=shard.num_rows)
 
     def _log(self, shard: Shard) -> Path:
         """The log of a file's values; removed when the file is written."""

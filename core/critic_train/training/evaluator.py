@@ -107,15 +107,18 @@ class Evaluator:
             advantage=self.advantage,
         )
         examples = Examples(seed=self.seed, uids=self.uids)
-        done = 0
-        yield Progress(stage="evaluating", done=0, total=len(self.held_out))
+        done, total = 0, len(self.held_out)
+        yield Progress(stage="evaluating", done=0, total=total)
         for _, rollouts in self.held_out.by_group(ROLLOUTS_PER_PASS):
-            values = {"critic": self.runtime.values(rollouts, step=step)}
+            predicted = yield from self.runtime.values(
+                rollouts, step=step, stage="evaluating", before=done, total=total
+            )
+            values = {"critic": predicted}
             if ranks.is_main:
                 judge.add(rollouts, values)
                 examples.add(rollouts, values)
             done += len(rollouts)
-            yield Progress(stage="evaluating", done=done, total=len(self.held_out))
+            yield Progress(stage="evaluating", done=done, total=total)
         if not ranks.is_main:
             return ranks.broadcast(None), {}
         verdict = judge.verdict()
