@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StepEnded,
         run_to_end,
     )
+    from critic_train.export.export import export
     from critic_train.inference import LoadedCritic, load_critic
     from critic_train.predict.predict import predict
     from critic_train.report.page import report
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         CheckSettings,
         ConvertSettings,
         EvalSettings,
+        ExportSettings,
         FitSettings,
         PredictSettings,
         ReportSettings,
@@ -63,6 +65,7 @@ __all__ = [
     "EvalSettings",
     "EvaluationEnded",
     "Event",
+    "ExportSettings",
     "FitSettings",
     "LoadedCritic",
     "MachineError",
@@ -82,6 +85,7 @@ __all__ = [
     "check",
     "convert",
     "evaluate",
+    "export",
     "fit",
     "load_critic",
     "predict",
@@ -110,6 +114,7 @@ _NAMES = {
         "StepEnded",
         "run_to_end",
     ],
+    "export.export": ["export"],
     "inference": ["LoadedCritic", "load_critic"],
     "predict.predict": ["predict"],
     "report.page": ["report"],
@@ -118,6 +123,7 @@ _NAMES = {
         "CheckSettings",
         "ConvertSettings",
         "EvalSettings",
+        "ExportSettings",
         "FitSettings",
         "PredictSettings",
         "ReportSettings",
@@ -143,7 +149,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This module's class. Five commands are functions here and folders of the same name.
+    """This module's class. Commands are functions here and folders of the same name.
 
     Python binds a folder as an attribute of this module when it is first imported, which would hide the function.
     """

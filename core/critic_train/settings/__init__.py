@@ -44,6 +44,7 @@ from critic_train.settings.data_sections import (
     Truncated,
     column_renames,
 )
+from critic_train.settings.hand_over_settings import Bias, ExportSettings, ExportTo, ShowSettings
 from critic_train.settings.training_sections import (
     CPU_MAX_TOKENS,
     ActivationCheckpointing,
@@ -73,6 +74,7 @@ __all__ = [
     "EXPECTED",
     "ActivationCheckpointing",
     "Attention",
+    "Bias",
     "CheckSettings",
     "ComputeSettings",
     "ConvertSettings",
@@ -80,6 +82,8 @@ __all__ = [
     "EvalComputeSettings",
     "EvalSettings",
     "EvaluationSettings",
+    "ExportSettings",
+    "ExportTo",
     "FitSettings",
     "LossAggMode",
     "LossSettings",
@@ -104,6 +108,7 @@ __all__ = [
     "Schedule",
     "Section",
     "Settings",
+    "ShowSettings",
     "SourceSettings",
     "SplitSettings",
     "TrainComputeSettings",
