@@ -129,7 +129,7 @@ def _refits(settings: ExportSettings, system: System, critic: Critic) -> bool:
             f"{system.title}'s value head has no bias, and this critic's is {bias:.4g}: without it every value is off "
             "by so much",
             hint="--data ROLLOUTS fits the head without a bias to their states, and says what that changes;\n"
-            f"--bias keep writes it as mean {-bias:.4g} and std 1 into config.json, which {system.source} does not load",
+            f"--bias keep writes mean {-bias:.4g} and std 1 into config.json, which {system.source} does not load",
         )
     return True
 

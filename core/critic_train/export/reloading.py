@@ -85,10 +85,12 @@ def _token_classifier(weights: Path) -> Reloaded:
     if wrong:
         raise ModelError(f"AutoModelForTokenClassification does not load all of it: {'; '.join(wrong)}")
     version = importlib.metadata.version("transformers")
-    return Reloaded(
-        values=lambda ids: model.eval()(input_ids=ids).logits[0, :-1, 0],
-        by=f"AutoModelForTokenClassification of transformers {version}",
-    )
+
+    def values(ids: Tensor) -> Tensor:
+        found: Tensor = model.eval()(input_ids=ids).logits[0, :-1, 0]
+        return found
+
+    return Reloaded(values=values, by=f"AutoModelForTokenClassification of transformers {version}")
 
 
 def _by_names(weights: Path, written: Written) -> Values:
@@ -100,7 +102,7 @@ def _by_names(weights: Path, written: Written) -> Values:
     offset = head[bias].float() if bias else torch.zeros(1)
 
     def values(ids: Tensor) -> Tensor:
-        states = trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        states: Tensor = trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
         return ((states @ head[weight].float().T + offset)[:, 0] - mean) / std
 
     return values
@@ -132,7 +134,7 @@ def _openrlhf(weights: Path) -> Values:
     def values(ids: Tensor) -> Tensor:
         everywhere = torch.ones_like(ids)
         found: Tensor = model(ids, action_mask=everywhere[:, 1:], attention_mask=everywhere)[0]
-        return (found - mean) / std
+        return found.sub(mean).div(std)
 
     return values
 

@@ -4,13 +4,13 @@ What each reads was taken from its source, in the version that `source` names. `
 again, by the system's own code where that is installed.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from critic_train.export.slime_converter import SCRIPT, SCRIPT_NAME
 from critic_train.export.written_form import edit_config, rename_tensors, tensor_names
 from critic_train.jsonio import read_json_object
 from critic_train.model.critic import Critic
@@ -123,7 +123,7 @@ def as_slime(directory: Path, critic: Critic) -> Written:
     """A Hugging Face directory, and a script that has slime's own code make a Megatron checkpoint of it."""
     with_trunk_prefix(directory, critic, {"weight": "score.weight", "bias": "score.bias"})
     edit_config(directory, architectures=[causal_class(critic)], value_head_prefix="score")
-    write_file(directory / SCRIPT_NAME, SCRIPT.encode())
+    write_file(directory / SLIME_SCRIPT_NAME, SLIME_SCRIPT.encode())
     return Written(model_class=causal_class(critic))
 
 
@@ -134,6 +134,54 @@ def as_vllm(directory: Path, critic: Critic) -> Written:
     edit_config(directory, architectures=[name], problem_type="regression", value_head_prefix="score")
     return Written(model_class=name)
 
+
+SLIME_SCRIPT_NAME = "to_torch_dist.py"
+
+# slime loads critics from Megatron checkpoints and draws a new head where `output_layer.weight` or `output_layer.bias`
+# is missing or has another shape; its own converter builds an actor, and reads `lm_head.weight`. The script needs
+# Megatron and a GPU: it was written by slime's source and was not run.
+SLIME_SCRIPT = '''"""Make a Megatron checkpoint of the critic in this directory, with slime's own code, for slime.
+
+Run it where slime runs, with the arguments of slime's tools/convert_hf_to_torch_dist.py:
+
+    PYTHONPATH=$SLIME:$SLIME/tools python to_torch_dist.py ${MODEL_ARGS[@]} \\\\
+        --untie-embeddings-and-output-weights --hf-checkpoint THIS_DIRECTORY --save OUT
+"""
+
+from functools import partial
+
+import torch
+from transformers import AutoConfig
+
+
+def load_critic_weights(args, model, path):
+    """Copy the trunk as slime does, and score.weight and score.bias into output_layer."""
+    from slime.backends.megatron_utils.hf_to_megatron import _LOADERS
+    from slime.backends.megatron_utils.hf_to_megatron import common
+    from slime.backends.megatron_utils.update_weight.common import named_params_and_buffers
+
+    config = AutoConfig.from_pretrained(path)
+    trunk_tensor, reader = _LOADERS[config.model_type], common.SafetensorReader(path)
+    with torch.no_grad():
+        for name, parameter in named_params_and_buffers(args, model):
+            part = common.strip_mcore_wrappers(name)
+            if part in ("output_layer.weight", "output_layer.bias"):
+                tensor = reader.get_tensor("score." + part.removeprefix("output_layer."))
+            else:
+                tensor = common._pad_vocab(args, name, trunk_tensor(name, reader, config))
+                tensor = common.shard_mcore_tensor(name, tensor, parameter)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{name}: {tuple(tensor.shape)} is stored, {tuple(parameter.shape)} is needed")
+            parameter.copy_(tensor.to(device=parameter.device, dtype=parameter.dtype))
+
+
+if __name__ == "__main__":
+    import convert_hf_to_torch_dist as converter
+
+    converter.get_model_provider_func = partial(converter.get_model_provider_func, role="critic")
+    converter.load_hf_weights = load_critic_weights
+    converter.main()
+'''
 
 SLIME_MODEL_TYPES = (
     "deepseek_v3",
@@ -164,13 +212,19 @@ SYSTEMS: dict[ExportTo, System] = {
         adapt=as_written,
         usage=lambda path: [f"AutoModelForTokenClassification.from_pretrained({path!r})"],
     ),
-    "verl": System(title="verl", source="verl 0.9.1", needs_token_classifier=True, adapt=as_written, usage=_verl_usage),
+    "verl": System(
+        title="verl",
+        source="verl 0.9.1",
+        needs_token_classifier=True,
+        adapt=as_written,
+        usage=lambda path: [f"critic.model.path={shlex.quote(path)}"],
+    ),
     "openrlhf": System(
         title="OpenRLHF",
         source="OpenRLHF 0.11.2",
         needs_token_classifier=False,
         adapt=as_openrlhf,
-        usage=lambda path: [f"--critic.model_name_or_path {path} --ds.value_head_prefix score"],
+        usage=lambda path: [f"--critic.model_name_or_path {shlex.quote(path)} --ds.value_head_prefix score"],
         has_bias=False,
     ),
     "trl": System(
@@ -185,7 +239,11 @@ SYSTEMS: dict[ExportTo, System] = {
         source="NeMo-RL 7ea279a and its pull request 3821",
         needs_token_classifier=True,
         adapt=as_nemo_rl,
-        usage=lambda path: [f"ppo.warm_start_value_checkpoint={path} value.model_name={path}/{NEMO_WEIGHTS}"],
+        usage=lambda path: [
+            f"ppo.warm_start_value_checkpoint={shlex.quote(path)}",
+            f"value.model_name={shlex.quote(f'{path}/{NEMO_WEIGHTS}')}",
+            "(a DTensor critic; Megatron's reads its own checkpoints alone)",
+        ],
     ),
     "slime": System(
         title="slime",
@@ -193,7 +251,7 @@ SYSTEMS: dict[ExportTo, System] = {
         needs_token_classifier=False,
         adapt=as_slime,
         usage=lambda path: [
-            f"PYTHONPATH=$SLIME:$SLIME/tools python {path}/{SCRIPT_NAME} ${{MODEL_ARGS[@]}} "
+            f"PYTHONPATH=$SLIME:$SLIME/tools python {path}/{SLIME_SCRIPT_NAME} ${{MODEL_ARGS[@]}} "
             f"--untie-embeddings-and-output-weights --hf-checkpoint {path} --save {path}_torch_dist",
             f"then load: {path}_torch_dist for role critic in --megatron-config-path",
         ],
@@ -204,6 +262,6 @@ SYSTEMS: dict[ExportTo, System] = {
         source="vLLM 0.33.0",
         needs_token_classifier=False,
         adapt=as_vllm,
-        usage=lambda path: [f"vllm serve {path} --runner pooling   (task token_classify)"],
+        usage=lambda path: [f"vllm serve {shlex.quote(path)} --runner pooling   (task token_classify)"],
     ),
 }
