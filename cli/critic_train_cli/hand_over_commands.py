@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import critic_train
-from critic_train.settings import ExportSettings
+from critic_train.settings import ExportSettings, ShowSettings
 from critic_train.text import count, format_bytes, short
 from critic_train_cli.command import Command
 from critic_train_cli.exit_codes import DONE
@@ -81,4 +81,33 @@ EXPORT = Command(
         "critic-train export runs/rollouts critic/ --to openrlhf --bias refit --data rollouts/",
     ),
     work=run_export,
+)
+
+
+def run_show(settings: ShowSettings, output: Output) -> int:
+    """Show rollouts or a text, token by token."""
+    view = choose_view(output, stopping="stopping", before_first_step="stopping")
+    ended = run_job(lambda stop: critic_train.show(settings, stop), view, output)
+    if ended.status != "finished":
+        output.result({"status": ended.status}, lambda console: None)
+        return exit_code_of(ended)
+
+    from critic_train_cli.rollout_view import draw_rollouts
+
+    output.result(ended.result, lambda console: draw_rollouts(console, ended.result["rollouts"]))
+    return DONE
+
+
+SHOW = Command(
+    name="show",
+    settings=ShowSettings,
+    about="Show rollouts in the terminal, tokens shaded by the critic's value, with value, old value and return beside "
+    "each line. One prompt group by its uid, the first rollouts of the data, or any text. Without MODEL the stored "
+    "values are shown.",
+    examples=(
+        "critic-train show runs/rollouts --data held_out/ --uid 17",
+        "critic-train show --data rollouts/ --uid 17      # the stored values",
+        "critic-train show runs/a --prompt 'What is 2 + 2?' --text 'It is 4.' --tokenizer Qwen3-0.6B/",
+    ),
+    work=run_show,
 )

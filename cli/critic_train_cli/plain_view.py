@@ -145,12 +145,12 @@ class View:
     @property
     def leaves_at_once(self) -> bool:
         """Whether the first signal ends the process where it is: nothing that was done so far would be kept."""
-        return self._is_alone and self._before_first_step is not None and not self.state.has_stepped
+        return self._is_alone and self._before_first_step is not None and not self.state.has_learned
 
     @property
     def stopping_message(self) -> str:
         """The message at the first signal, in full."""
-        if self._before_first_step is None or self.state.has_stepped:
+        if self._before_first_step is None or self.state.has_learned:
             return f"{self._stopping} (again to leave at once)"
         return self._before_first_step + ("" if self._is_alone else " (again to leave at once)")
 

@@ -4,12 +4,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Progress, RunStarted, StepEnded
+from critic_train.events import (
+    EVALUATING,
+    SOLVING_HEAD,
+    CheckpointSaved,
+    EvaluationEnded,
+    Event,
+    Progress,
+    RunStarted,
+    StepEnded,
+)
 
 CURVE_POINTS = 512
 STEPS_AVERAGED = 50
-EVALUATING = "evaluating"
-"""The stage of an evaluation during a run, by the name of its progress."""
 
 
 class Curve:
@@ -61,6 +68,7 @@ class RunState:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._created = self._began = clock()
+        self._head_is_solved = False
         self._evaluation_began: float | None = None
         self._evaluations: list[float] = []
         self._steps: list[float] = []
@@ -79,6 +87,7 @@ class RunState:
         if isinstance(event, Progress):
             if event.stage == EVALUATING and event.done == 0:
                 self._evaluation_began = self._clock()
+            self._head_is_solved |= event.stage == SOLVING_HEAD and event.done == event.total
             self.stage = None if 0 < event.total <= event.done else event
             return
         if isinstance(event, StepEnded):
@@ -109,9 +118,9 @@ class RunState:
         return self._clock() - self._created
 
     @property
-    def has_stepped(self) -> bool:
-        """Whether the run has taken a step since it was started or resumed."""
-        return self.run is not None and self.step > self.run.first_step
+    def has_learned(self) -> bool:
+        """Whether there is anything to save: a step since the run was started or resumed, or a value head solved."""
+        return self._head_is_solved or (self.run is not None and self.step > self.run.first_step)
 
     @property
     def elapsed_seconds(self) -> float:

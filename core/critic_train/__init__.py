@@ -45,9 +45,11 @@ if TYPE_CHECKING:
         FitSettings,
         PredictSettings,
         ReportSettings,
+        ShowSettings,
         SplitSettings,
         VerifySettings,
     )
+    from critic_train.show.show import show
     from critic_train.stopping import StopRequest
     from critic_train.training.fit import fit
     from critic_train.verify.verify import verify
@@ -78,6 +80,7 @@ __all__ = [
     "RunEnded",
     "RunStarted",
     "ShardWriter",
+    "ShowSettings",
     "SplitSettings",
     "StepEnded",
     "StopRequest",
@@ -92,6 +95,7 @@ __all__ = [
     "report",
     "rollout_table",
     "run_to_end",
+    "show",
     "split",
     "verify",
 ]
@@ -127,9 +131,11 @@ _NAMES = {
         "FitSettings",
         "PredictSettings",
         "ReportSettings",
+        "ShowSettings",
         "SplitSettings",
         "VerifySettings",
     ],
+    "show.show": ["show"],
     "stopping": ["StopRequest"],
     "training.fit": ["fit"],
     "verify.verify": ["verify"],

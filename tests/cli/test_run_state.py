@@ -91,9 +91,17 @@ def test_time_left_has_the_evaluations_to_come(clock):
 
 def test_a_step_since_the_start_is_told_from_those_before(clock):
     state = started(clock, first_step=50)
-    assert not state.has_stepped
+    assert not state.has_learned
     state.update(step(51))
-    assert state.has_stepped
+    assert state.has_learned
+
+
+def test_a_solved_head_is_worth_saving(clock):
+    state = started(clock)
+    state.update(Progress(stage="solving the value head", done=60, total=64))
+    assert not state.has_learned
+    state.update(Progress(stage="solving the value head", done=64, total=64))
+    assert state.has_learned
 
 
 def test_stage_goes_when_it_is_done_or_something_else_happens(clock):

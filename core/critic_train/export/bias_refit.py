@@ -29,7 +29,7 @@ class StateSums:
     def __init__(self, hidden_size: int, most_kept_bytes: int = 2**30) -> None:
         self._gram = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
         self._sum = torch.zeros(hidden_size, dtype=torch.float64)
-        self._kept: list[Tensor] = []
+        self._states: list[Tensor] = []
         self._room = most_kept_bytes // (4 * hidden_size)
         self.tokens = 0
 
@@ -39,9 +39,9 @@ class StateSums:
         self._gram += exact.T @ exact
         self._sum += exact.sum(0)
         self.tokens += len(exact)
-        kept = min(len(states), self._room)
-        self._room -= kept
-        self._kept.append(states[:kept].float().cpu())
+        rows = min(len(states), self._room)
+        self._room -= rows
+        self._states.append(states[:rows].float().cpu())
 
     def refit(self, critic: Critic) -> "Refit":
         """Replace the critic's head by one without a bias.
@@ -62,7 +62,7 @@ class StateSums:
         with torch.no_grad():
             critic.head.weight += change.to(critic.head.weight)
             critic.head.bias.zero_()
-        errors = torch.cat([states.double() @ change for states in self._kept]) - bias
+        errors = torch.cat([states.double() @ change for states in self._states]) - bias
         return Refit(
             bias=bias,
             tokens=self.tokens,

@@ -71,24 +71,24 @@ def largest_difference(reloaded: Reloaded, sequences: Sequence[Tensor], values: 
     """
     scale = max(1.0, *(float(each.abs().max()) for each in values))
     with torch.no_grad():
-        found = [reloaded.values(ids[None]) for ids in sequences]
-    return max(float((a - b).abs().max()) for a, b in zip(found, values, strict=True)) / scale
+        computed = [reloaded.values(ids[None]) for ids in sequences]
+    return max(float((a - b).abs().max()) for a, b in zip(computed, values, strict=True)) / scale
 
 
 def _token_classifier(weights: Path) -> Reloaded:
     model, report = AutoModelForTokenClassification.from_pretrained(
         weights, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
-    wrong = [
+    problems = [
         f"{kind.partition('_')[0]}: {', '.join(sorted(map(str, names)))}" for kind, names in report.items() if names
     ]
-    if wrong:
-        raise ModelError(f"AutoModelForTokenClassification does not load all of it: {'; '.join(wrong)}")
+    if problems:
+        raise ModelError(f"AutoModelForTokenClassification does not load all of it: {'; '.join(problems)}")
     version = importlib.metadata.version("transformers")
 
     def values(ids: Tensor) -> Tensor:
-        found: Tensor = model.eval()(input_ids=ids).logits[0, :-1, 0]
-        return found
+        computed: Tensor = model.eval()(input_ids=ids).logits[0, :-1, 0]
+        return computed
 
     return Reloaded(values=values, by=f"AutoModelForTokenClassification of transformers {version}")
 
@@ -133,8 +133,8 @@ def _openrlhf(weights: Path) -> Values:
 
     def values(ids: Tensor) -> Tensor:
         everywhere = torch.ones_like(ids)
-        found: Tensor = model(ids, action_mask=everywhere[:, 1:], attention_mask=everywhere)[0]
-        return found.sub(mean).div(std)
+        computed: Tensor = model(ids, action_mask=everywhere[:, 1:], attention_mask=everywhere)[0]
+        return computed.sub(mean).div(std)
 
     return values
 
@@ -151,7 +151,7 @@ def _trl(weights: Path) -> Values:
     model = kind.from_pretrained(str(weights)).float().eval()
 
     def values(ids: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids))[2][0, :-1]
-        return found
+        computed: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids))[2][0, :-1]
+        return computed
 
     return values

@@ -31,9 +31,9 @@ def rename_tensors(directory: Path, new_name: Callable[[str], str | None]) -> No
         if all(name == other for name, other in renamed.items()):
             continue
         tensors = load_file(file)
-        kept = {other: tensors[name] for name, other in renamed.items() if other is not None}
+        remaining = {other: tensors[name] for name, other in renamed.items() if other is not None}
         with library_writes(file):
-            save_file(kept, file, metadata)
+            save_file(remaining, file, metadata)
     if (directory / INDEX).is_file():
         index = read_json_object(directory / INDEX)
         weight_map = {new_name(name): file for name, file in index["weight_map"].items()}

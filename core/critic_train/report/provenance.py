@@ -6,9 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from critic_train.report.report_sources import Record, Source
-from critic_train.settings import EvalSettings, FitSettings, Settings, defaults_of, flag_of, settings_fields
+from critic_train.settings import (
+    EvalSettings,
+    FitSettings,
+    Settings,
+    ShowSettings,
+    defaults_of,
+    flag_of,
+    settings_fields,
+)
 
 Rows = list[tuple[str, str]]
+
+NOT_SHOWN = ("model", "nproc", "max_length")
+"""Settings of a run that the command to look at its rollouts does not take over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +72,26 @@ def command_line(kind: type[Settings], settings: Mapping[str, Any]) -> str:
         value = settings.get(name, usual[name])
         if value == usual[name] or value is None:
             continue
-        flag = declared.metadata.get("flag") or flag_of(name)
+        flag = [] if declared.metadata["positional"] else [declared.metadata.get("flag") or flag_of(name)]
         if isinstance(value, bool):
-            arguments += [flag] if value else []
+            arguments += flag if value else []
             continue
         for one in value if isinstance(value, list) else [value]:
-            arguments += [flag, str(one)]
+            arguments += [*flag, str(one)]
     return shlex.join(arguments)
+
+
+def show_command(source: Source, uid: str) -> str:
+    """The command that shows the rollouts of a prompt group in the terminal; empty where the data was not recorded."""
+    record = source.started if source.is_run else source.evaluation
+    settings = record.part("settings").data
+    data = settings.get("val_data") or settings.get("data")
+    if not data:
+        return ""
+    usual = defaults_of(ShowSettings)
+    given = {name: value for name, value in settings.items() if name in usual and name not in NOT_SHOWN}
+    models = [str(source.path)] if source.is_run else source.evaluation.get("models") or []
+    return command_line(ShowSettings, {**given, "model": models[:1], "data": data, "uid": [uid]})
 
 
 def different_settings(sources: Sequence[Source]) -> list[list[str]]:

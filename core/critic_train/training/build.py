@@ -376,8 +376,11 @@ def source_notices(
     yield Progress(stage="loading the model", done=0, total=0)
 
 
-def export_notice(critic: Critic) -> Iterator[Notice]:
-    """A warning where transformers cannot load the checkpoints of a critic as a token classifier."""
+def export_notice(critic: Critic) -> Iterator[Event]:
+    """A warning where transformers cannot load the checkpoints of a critic as a token classifier.
+
+    What comes next in a run, trying its packing, is told as well.
+    """
     if not loads_for_token_classification(critic):
         yield Notice(
             message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
@@ -385,6 +388,7 @@ def export_notice(critic: Critic) -> Iterator[Notice]:
             "critic-train loads them and AutoModel loads their trunk; verl does not",
             level="warning",
         )
+    yield Progress(stage="trying a few rollouts: packing and attention", done=0, total=0)
 
 
 def data_notices(data: RunData, targets: Targets) -> Iterator[Notice]:
