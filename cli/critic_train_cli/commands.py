@@ -4,7 +4,6 @@ The library's functions are imported when they are called (see `critic_train.__g
 on the screen.
 """
 
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +169,7 @@ def draw_prediction(console: "Console", result: dict[str, Any]) -> None:
     if bad_rows:
         console.print(f"{bad_rows:,} rows could not be used: they have nulls there.")
     # Not wrapped at the terminal's width, so that it can be copied.
-    console.print(f"\nNext: critic-train fit --data {shlex.quote(result['to'])}", soft_wrap=True)
+    console.print(f"\nNext: {result['next']}", soft_wrap=True)
 
 
 PREDICT = Command(
@@ -209,8 +208,7 @@ def draw_split(console: "Console", status: str, result: dict[str, Any]) -> None:
     bad_rows = result["rows_left_out"]["count"]
     if bad_rows:
         console.print(f"{bad_rows:,} rows that could not be used are in neither.")
-    paths = (shlex.quote(f"{to}/{side}") for side in ("train", "val"))
-    console.print("\nNext: critic-train fit --data {} --val-data {}".format(*paths), soft_wrap=True)
+    console.print(f"\nNext: {result['next']}", soft_wrap=True)
 
 
 SPLIT = Command(

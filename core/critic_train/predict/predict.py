@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import OutputDirectory, target_paths
+from critic_train.data.copying import OutputDirectory, needs_of_fit, target_paths
 from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.rollout_cache import bytes_of
@@ -35,7 +35,16 @@ from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitenin
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest, versions
 from critic_train.run.storage import File, make_directory, remove
-from critic_train.settings import CPU_MAX_TOKENS, OnBadRows, PredictSettings, as_dict, column_renames, part_of
+from critic_train.settings import (
+    CPU_MAX_TOKENS,
+    FitSettings,
+    OnBadRows,
+    PredictSettings,
+    as_dict,
+    column_renames,
+    part_of,
+)
+from critic_train.settings.command_lines import COMPUTE, READING, next_command
 from critic_train.stopping import Stopped, StopRequest
 
 WIDTH = 4
@@ -279,7 +288,13 @@ class Job:
             "rows": sum(shard.num_rows for shard in done),
             "rows_left_out": self.rows_left_out,
             "files_left_out": self.bad_files.summary(),
+            "next": self._next(shards),
         }
+
+    def _next(self, shards: list[Shard]) -> str:
+        """The command that trains on what is written."""
+        needs = needs_of_fit(shards, column_renames(self.settings.reading.column), self.settings.written)
+        return next_command(FitSettings, self.settings, READING + COMPUTE, data=[self.settings.prediction.to], **needs)
 
 
 NOT_PART_OF_THE_RESULT = ("to", "part")

@@ -240,7 +240,7 @@ def _reading(critic: PageCritic, number: int, row: Record, decode: Decode | None
         rest=row.get("tokens") - row.get("shown_from") - len(ids),
         svg=_value_chart(f"reading-{critic.number}-{number}", critic.colour, row),
         has_old_values=bool(old),
-        command="" if row.get("uid") is None else show_command(critic.source, str(row.get("uid"))),
+        command="" if row.get("uid") is None else show_command(critic.source, critic.key, str(row.get("uid"))),
     )
 
 

@@ -186,7 +186,7 @@ def groups(critic: PageCritic) -> list[tuple[str, list[list[Any]], list[str]]]:
         rows = critic.metrics.part("groups").rows(key)
         if rows:
             uids = [str(row.get("uid")) for row in rows if row.get("uid") is not None]
-            commands = [command for uid in uids if (command := show_command(critic.source, uid))]
+            commands = [command for uid in uids if (command := show_command(critic.source, critic.key, uid))]
             tables.append((title, table_of([(critic, rows)], columns), commands))
     return tables
 

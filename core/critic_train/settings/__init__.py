@@ -33,6 +33,7 @@ from critic_train.settings.command_settings import (
 )
 from critic_train.settings.data_sections import (
     AUTO,
+    CheckReadingSettings,
     DumpFormat,
     OnBadFile,
     OnBadRows,
@@ -75,6 +76,7 @@ __all__ = [
     "ActivationCheckpointing",
     "Attention",
     "Bias",
+    "CheckReadingSettings",
     "CheckSettings",
     "ComputeSettings",
     "ConvertSettings",
