@@ -166,8 +166,10 @@ def schema_of(shard: Shard) -> pa.Schema:
         raise damaged(shard, error) from error
 
 
-def needs_of_fit(shards: Sequence[Shard], renames: dict[str, str], written: Sequence[str] = ()) -> dict[str, str]:
+def needs_of_fit(shards: Sequence[Shard], renames: dict[str, str], written: Sequence[str] = ()) -> dict[str, Any]:
     """Settings that `fit` needs for copies of some shards, by the columns of the first: name -> value.
+
+    A rename of what `fit` does not read would be an error there, and is left out.
 
     Args:
         shards: the originals.
@@ -176,12 +178,13 @@ def needs_of_fit(shards: Sequence[Shard], renames: dict[str, str], written: Sequ
     """
     needs = Needs(returns="where there", values=False, rewards="where there")
     columns = resolve_schema(schema_of(shards[0]), shards[0], renames=renames, labels=(), needs=needs)
-    settings = {}
+    settings: dict[str, Any] = {}
+    unread: tuple[str, ...] = ("rewards", "reward", "truncated")
     if columns.returns is None and "returns" not in written and (columns.rewards or columns.reward):
-        settings["returns"] = "mc"
+        settings["returns"], unread = "mc", ("returns", "truncated")
     if columns.values is None and "values" not in written:
         settings["old_values"] = "none"
-    return settings
+    return settings | {"column": [f"{name}={column}" for name, column in renames.items() if name not in unread]}
 
 
 def target_paths(shards: list[Shard], sources: list[str], directory: Path) -> dict[str, Path]:

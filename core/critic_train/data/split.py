@@ -90,7 +90,7 @@ def _next(settings: SplitSettings, shards: list[Shard]) -> str:
     to = str(settings.output.to).rstrip("/")
     needs = needs_of_fit(shards, column_renames(settings.reading.column))
     sides = {"data": [f"{to}/{TRAIN}"], "val_data": [f"{to}/{VAL}"]}
-    return next_command(FitSettings, settings, ["column"], **sides, **needs)
+    return next_command(FitSettings, settings, ["group_by"], **sides, **needs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
