@@ -23,7 +23,8 @@ from critic_train.model.first_pass import critic_source
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.saving import checkpoint_bytes, loads_for_token_classification, save_critic
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing, use_stock_attention
+from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.trial import use_stock_attention
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import (
     make_directory,
