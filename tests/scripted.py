@@ -1,7 +1,8 @@
 """critic-train with scripted jobs: `python scripted.py fit --data x`. What they do is told by FAKE_JOB.
 
 finish: a few events and the end. refuse: the same, and one gate of two failed. wait: says "running" and goes on
-until asked to stop. deaf: the same, but never listens. Any other word: the exception of that name is raised.
+until asked to stop. deaf: the same, but never listens. start: the same, before the first step. Any other word: the
+exception of that name is raised.
 """
 
 import errno
@@ -61,10 +62,12 @@ def job(stop: Any) -> Iterator[Event]:
     yield Notice(message="a head was created")
     yield Notice(message="rows were left out", level="warning")
     yield RunStarted(out=out, total_steps=2, steps_per_epoch=[2], first_step=0, summary={"model": "tiny é"})
-    if word in ("wait", "deaf"):
+    if word in ("wait", "deaf", "start"):
+        if word != "start":
+            yield StepEnded(step=1, epoch=0, metrics={"value_loss": 0.1}, timing={})
         print("running", file=sys.stderr, flush=True)
         ends = time.monotonic() + 600
-        while time.monotonic() < ends and (word == "deaf" or not stop.requested):
+        while time.monotonic() < ends and (word != "wait" or not stop.requested):
             time.sleep(0.01)
         yield RunEnded(status="interrupted", result={"steps": 1}, signal_number=stop.signal_number)
         return

@@ -22,6 +22,8 @@ OF_OTHER_PROGRAMS = {
     "--save-debug-train-data",
     "--save-debug-rollout-data",
     "--critic.model_name_or_path",
+    "--reward.normalize_enable",
+    "--runner",
     "--no-deps",
     "--wheel-dir",
     "--strict",

@@ -1,13 +1,13 @@
 """The results of `fit`, `fit --dry-run`, `convert` and `report` in the terminal, each on one screen."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from critic_train.events import RunEnded
 from critic_train.report.verdict_model import shown_name
-from critic_train.settings import FitSettings
+from critic_train.settings import EvalSettings, FitSettings
+from critic_train.settings.command_lines import COMPUTE, READING, RETURNS, next_command
 from critic_train.text import count, duration, format_bytes, number, short, with_interval
 from critic_train_cli.terminal import is_terminal, sparkline
 
@@ -105,14 +105,22 @@ def next_lines(ended: RunEnded, settings: FitSettings) -> list[str]:
     model = result.get("best") or result.get("checkpoint")
     if not isinstance(model, str):
         return []
-    data = settings.reading.val_data or settings.reading.data
-    flags = " ".join(f"--data {shlex.quote(path)}" for path in data)
-    lines = ["", f"Next: critic-train eval --model {shlex.quote(model)} {flags}"]
+    lines = ["", f"Next: {eval_command(model, settings)}"]
     if not settings.reading.val_data:
         lines.append("(it was trained on most of these; rollouts it has not seen say more)")
     if ended.status == "already finished":
         lines.append("Another run: the same command with another --out")
     return lines
+
+
+def eval_command(model: str, settings: FitSettings) -> str:
+    """The command that judges a run's critic on the rollouts that the run held out, as the run itself judged it."""
+    returns = settings.returns
+    given: dict[str, Any] = {"data": settings.reading.val_data or settings.reading.data}
+    if returns.returns == "gae":  # which depend on the critic's own values: a run is judged on Monte-Carlo returns
+        policy = returns.lam_policy or (f"{returns.lam:g}" if returns.lam != 1 else None)
+        given |= {"returns": "mc", "lam": None, "lam_policy": policy}
+    return next_command(EvalSettings, settings, READING + RETURNS + COMPUTE, model=[model], **given)
 
 
 def draw_estimate(console: "Console", estimate: dict[str, Any]) -> None:

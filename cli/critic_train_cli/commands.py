@@ -4,7 +4,6 @@ The library's functions are imported when they are called (see `critic_train.__g
 on the screen.
 """
 
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +41,12 @@ def run_fit(settings: FitSettings, output: Output) -> int:
     if settings.run.dry_run:
         return run_dry_run(settings, output)
     output.run_directory = settings.run.out
-    view = choose_view(output, stopping="stopping after this micro-batch; a checkpoint will be written")
+    view = choose_view(
+        output,
+        stopping="stopping after this micro-batch; a checkpoint will be written",
+        before_first_step="stopping: no step has been taken since the start, so there is no checkpoint to write",
+        nproc=settings.compute.nproc,
+    )
     view.log_every = settings.run.log_every
     ended = run_job(lambda stop: critic_train.fit(settings, stop), view, output)
 
@@ -73,7 +77,7 @@ def run_dry_run(settings: FitSettings, output: Output) -> int:
 
         yield from dry_run(settings, run_path(settings), stop)
 
-    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+    ended = run_job(start, choose_view(output, stopping="stopping", before_first_step="stopping"), output)
 
     from critic_train_cli.command_results import draw_estimate
 
@@ -105,7 +109,7 @@ def run_eval(settings: EvalSettings, output: Output) -> int:
         from critic_train.report.report_sources import check_page_path
 
         check_page_path(Path(settings.evaluation.report), "--report")
-    view = choose_view(output, stopping="stopping")
+    view = choose_view(output, stopping="stopping", before_first_step="stopping", nproc=settings.compute.nproc)
     ended = run_job(lambda stop: critic_train.evaluate(settings, stop), view, output)
 
     from critic_train_cli.text_charts import draw_charts
@@ -165,7 +169,7 @@ def draw_prediction(console: "Console", result: dict[str, Any]) -> None:
     if bad_rows:
         console.print(f"{bad_rows:,} rows could not be used: they have nulls there.")
     # Not wrapped at the terminal's width, so that it can be copied.
-    console.print(f"\nNext: critic-train fit --data {shlex.quote(result['to'])}", soft_wrap=True)
+    console.print(f"\nNext: {result['next']}", soft_wrap=True)
 
 
 PREDICT = Command(
@@ -204,8 +208,7 @@ def draw_split(console: "Console", status: str, result: dict[str, Any]) -> None:
     bad_rows = result["rows_left_out"]["count"]
     if bad_rows:
         console.print(f"{bad_rows:,} rows that could not be used are in neither.")
-    paths = (shlex.quote(f"{to}/{side}") for side in ("train", "val"))
-    console.print("\nNext: critic-train fit --data {} --val-data {}".format(*paths), soft_wrap=True)
+    console.print(f"\nNext: {result['next']}", soft_wrap=True)
 
 
 SPLIT = Command(

@@ -13,7 +13,7 @@ from critic_train.stopping import StopRequest
 from critic_train_cli.exit_codes import DONE, INTERRUPTED, REFUSED
 from critic_train_cli.output import Output
 from critic_train_cli.plain_view import PlainView, View
-from critic_train_cli.signals import stop_on_signals
+from critic_train_cli.signals import StoppedAtOnce, stop_on_signals
 from critic_train_cli.terminal import can_redraw
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 VARIABLE = "CRITIC_TRAIN_PROGRESS"
 
 
-def choose_view(output: Output, *, stopping: str) -> View:
+def choose_view(output: Output, *, stopping: str, before_first_step: str | None = None, nproc: int = 1) -> View:
     """Choose how progress is shown: live on a terminal, in plain lines elsewhere, unless CRITIC_TRAIN_PROGRESS is set.
 
     Args:
         output: where the view writes.
-        stopping: the message at the first signal: what happens now.
+        stopping, before_first_step: see View.
+        nproc: processes that this one starts, itself included.
 
     Raises:
         ConfigError: the variable has another value than live, plain or 0.
@@ -35,13 +36,15 @@ def choose_view(output: Output, *, stopping: str) -> View:
     form = os.environ.get(VARIABLE, "").lower()
     if form not in ("", "0", "plain", "live"):
         raise ConfigError(f"{VARIABLE} must be live, plain or 0, not {form!r}")
+    kind: type[View] = PlainView
     if output.quiet or output.silent or form == "0":
-        return View(output, stopping=stopping)
-    if form == "live" or (not form and can_redraw(sys.stderr)):
+        kind = View
+    elif form == "live" or (not form and can_redraw(sys.stderr)):
         from critic_train_cli.live import LiveView
 
-        return LiveView(output, stopping=stopping)
-    return PlainView(output, stopping=stopping)
+        kind = LiveView
+    is_alone = nproc == 1 and os.environ.get("WORLD_SIZE", "1") == "1"
+    return kind(output, stopping=stopping, before_first_step=before_first_step, is_alone=is_alone)
 
 
 def run_job(start: Callable[[StopRequest], Iterator[Event]], view: View, output: Output) -> RunEnded:
@@ -57,13 +60,17 @@ def run_job(start: Callable[[StopRequest], Iterator[Event]], view: View, output:
     """
     stop = StopRequest()
     ended: RunEnded | None = None
-    with stop_on_signals(stop, view.stopping, view.leaving), view, closing(start(stop)) as events:  # type: ignore[type-var]
-        for event in events:
-            if isinstance(event, RunStarted):
-                output.run_directory = event.out
-            view.show(event)
-            if isinstance(event, RunEnded):
-                ended = event
+    signals = stop_on_signals(stop, view.stopping, view.leaving, lambda: view.leaves_at_once)
+    try:
+        with signals, view, closing(start(stop)) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, RunStarted):
+                    output.run_directory = event.out
+                view.show(event)
+                if isinstance(event, RunEnded):
+                    ended = event
+    except StoppedAtOnce:
+        ended = ended or RunEnded(status="interrupted", signal_number=stop.signal_number)
     if ended is None:
         raise RuntimeError("the job ended without a RunEnded event")
     if ended.status == "interrupted" and ended.signal_number is None:
@@ -89,7 +96,7 @@ def run_inspection(
         draw: draws the result on the console; with --json it is printed as it is.
         output: where the result goes.
     """
-    ended = run_job(start, choose_view(output, stopping="stopping"), output)
+    ended = run_job(start, choose_view(output, stopping="stopping", before_first_step="stopping"), output)
     if ended.status != "finished":
         output.result({"status": ended.status}, lambda console: None)
         return exit_code_of(ended)

@@ -30,12 +30,20 @@ class LiveView(PlainView):
     """Redraws the newest state; evaluations, notices and the run's start stay above it as plain lines.
 
     Args:
-        output, stopping: see View.
+        output, stopping, before_first_step, is_alone: see View.
         console: where to draw; by default stderr.
     """
 
-    def __init__(self, output: Output, *, stopping: str, console: "Console | None" = None) -> None:
-        super().__init__(output, stopping=stopping)
+    def __init__(
+        self,
+        output: Output,
+        *,
+        stopping: str,
+        before_first_step: str | None = None,
+        is_alone: bool = True,
+        console: "Console | None" = None,
+    ) -> None:
+        super().__init__(output, stopping=stopping, before_first_step=before_first_step, is_alone=is_alone)
         from rich.live import Live
 
         self.unicode = is_unicode(sys.stderr)

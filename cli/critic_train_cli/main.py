@@ -12,6 +12,7 @@ from critic_train.settings import defaults_of
 from critic_train_cli.command import add_command
 from critic_train_cli.commands import CHECK, CONVERT, EVAL, FIT, PREDICT, REPORT, SPLIT, VERIFY
 from critic_train_cli.exit_codes import DONE, USAGE
+from critic_train_cli.hand_over_commands import EXPORT, SHOW
 from critic_train_cli.help_page import program_page
 from critic_train_cli.options import VARIABLE_PREFIX
 from critic_train_cli.output import Output
@@ -19,7 +20,7 @@ from critic_train_cli.signals import exit_on_closed_pipe
 from critic_train_cli.terminal import escape_unencodable_output, open_closed_descriptors
 
 ABOUT = "Train and judge PPO critics offline, from Parquet rollouts."
-COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, SPLIT, CONVERT, VERIFY)
+COMMANDS = (FIT, EVAL, PREDICT, REPORT, CHECK, SPLIT, CONVERT, VERIFY, EXPORT, SHOW)
 OUTPUT_FLAGS = {"--json", "--quiet", "-q", "--debug"}
 """Flags that are no settings."""
 COMPLETION = (

@@ -13,6 +13,8 @@ from critic_train_cli.run_state import RunState
 from critic_train_cli.terminal import width_of
 
 SECONDS_BETWEEN_STAGE_LINES = 10.0
+SECONDS_BEFORE_NEW_STAGE_LINE = 2.0
+"""After so long without a line, a stage that begins gets one: it may be what takes long."""
 
 
 def started_lines(event: RunStarted) -> list[str]:
@@ -107,18 +109,24 @@ class View:
     Args:
         output: where lines go.
         stopping: the message at the first signal: what happens now.
+        before_first_step: the same while nothing that was done would be kept: before a run's first step since its
+            start, and always in a job without steps. The process then ends at once, if it is alone. None for jobs that
+            keep what they did.
+        is_alone: whether this process is the only one of the job.
 
     Attributes:
         state: of the run, from the events so far.
         log_every: steps between plain lines.
-        stopping_message: the message at the first signal, in full.
     """
 
-    def __init__(self, output: Output, *, stopping: str) -> None:
+    def __init__(
+        self, output: Output, *, stopping: str, before_first_step: str | None = None, is_alone: bool = True
+    ) -> None:
         self.output = output
         self.state = RunState()
         self.log_every = 10
-        self.stopping_message = f"{stopping} (again to leave at once)"
+        self._is_alone = is_alone
+        self._stopping, self._before_first_step = stopping, before_first_step
 
     def __enter__(self) -> Self:
         return self
@@ -134,6 +142,18 @@ class View:
         if isinstance(event, Notice):
             self.output.notice(event.message, event.level)
 
+    @property
+    def leaves_at_once(self) -> bool:
+        """Whether the first signal ends the process where it is: nothing that was done so far would be kept."""
+        return self._is_alone and self._before_first_step is not None and not self.state.has_learned
+
+    @property
+    def stopping_message(self) -> str:
+        """The message at the first signal, in full."""
+        if self._before_first_step is None or self.state.has_learned:
+            return f"{self._stopping} (again to leave at once)"
+        return self._before_first_step + ("" if self._is_alone else " (again to leave at once)")
+
     def stopping(self) -> None:
         """Write the message of the first signal. Called in the signal handler, so it writes past Python's buffers."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -146,15 +166,21 @@ class View:
 class PlainView(View):
     """One line an event, without control codes: for log files and pipes."""
 
-    def __init__(self, output: Output, *, stopping: str) -> None:
-        super().__init__(output, stopping=stopping)
-        self._stage_line_seconds = 0.0
+    def __init__(
+        self, output: Output, *, stopping: str, before_first_step: str | None = None, is_alone: bool = True
+    ) -> None:
+        super().__init__(output, stopping=stopping, before_first_step=before_first_step, is_alone=is_alone)
+        self._line_at = 0.0
+        self._stage = ""
 
     def show(self, event: Event) -> None:
         """Show the next event: write its lines, if any."""
         super().show(event)
-        for line in self.lines_of(event):
+        lines = self.lines_of(event)
+        for line in lines:
             self.output.line(line)
+        if lines or isinstance(event, Notice):
+            self._line_at = self.state.seconds
 
     def lines_of(self, event: Event) -> list[str]:
         """The lines to write for an event."""
@@ -176,10 +202,8 @@ class PlainView(View):
         return step % self.log_every == 0 or (run is not None and step in (run.first_step + 1, run.total_steps))
 
     def _stage_lines(self, event: Progress) -> list[str]:
-        seconds = self.state.stage_seconds
-        if seconds < self._stage_line_seconds:
-            self._stage_line_seconds = 0.0  # another stage has begun since
-        if self.state.stage is None or seconds - self._stage_line_seconds < SECONDS_BETWEEN_STAGE_LINES:
+        begins, self._stage = event.stage != self._stage, event.stage
+        least = SECONDS_BEFORE_NEW_STAGE_LINE if begins else SECONDS_BETWEEN_STAGE_LINES
+        if self.state.stage is None or self.state.seconds - self._line_at < least:
             return []
-        self._stage_line_seconds = seconds
         return [progress_line(event)]

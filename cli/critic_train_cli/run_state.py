@@ -4,9 +4,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from critic_train.events import CheckpointSaved, EvaluationEnded, Event, Progress, RunStarted, StepEnded
+from critic_train.events import (
+    EVALUATING,
+    SOLVING_HEAD,
+    CheckpointSaved,
+    EvaluationEnded,
+    Event,
+    Progress,
+    RunStarted,
+    StepEnded,
+)
 
 CURVE_POINTS = 512
+STEPS_AVERAGED = 50
 
 
 class Curve:
@@ -57,8 +67,11 @@ class RunState:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._began = clock()
-        self._stage_began = clock()
+        self._created = self._began = clock()
+        self._head_is_solved = False
+        self._evaluation_began: float | None = None
+        self._evaluations: list[float] = []
+        self._steps: list[float] = []
         self.run: RunStarted | None = None
         self.step = 0
         self.metrics: dict[str, Any] = {}
@@ -72,19 +85,26 @@ class RunState:
     def update(self, event: Event) -> None:
         """Store what an event says. Nothing is drawn here: it is called between steps."""
         if isinstance(event, Progress):
-            if self.stage is None or self.stage.stage != event.stage:
-                self._stage_began = self._clock()
+            if event.stage == EVALUATING and event.done == 0:
+                self._evaluation_began = self._clock()
+            self._head_is_solved |= event.stage == SOLVING_HEAD and event.done == event.total
             self.stage = None if 0 < event.total <= event.done else event
             return
         if isinstance(event, StepEnded):
             self.step, self.metrics, self.timing = event.step, event.metrics, event.timing
             loss = event.metrics.get("value_loss")
             self.losses.add(loss if isinstance(loss, float) else None)
+            seconds = event.timing.get("step_seconds")
+            if isinstance(seconds, float):
+                self._steps = [*self._steps[-(STEPS_AVERAGED - 1) :], seconds]
         elif isinstance(event, RunStarted):
             self.run, self.step = event, event.first_step
             self._began = self._clock()
         elif isinstance(event, EvaluationEnded):
             self.evaluation = event
+            if self._evaluation_began is not None and event.step > 0:
+                self._evaluations.append(self._clock() - self._evaluation_began)
+            self._evaluation_began = None
             self.best = event if event.best else self.best
         elif isinstance(event, CheckpointSaved):
             self.checkpoint = event
@@ -93,22 +113,53 @@ class RunState:
         self.stage = None
 
     @property
+    def seconds(self) -> float:
+        """Seconds since the job began."""
+        return self._clock() - self._created
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether there is anything to save: a step since the run was started or resumed, or a value head solved."""
+        return self._head_is_solved or (self.run is not None and self.step > self.run.first_step)
+
+    @property
     def elapsed_seconds(self) -> float:
         """Seconds since training started or was resumed."""
         return self._clock() - self._began
 
     @property
-    def stage_seconds(self) -> float:
-        """Seconds since the stage started."""
-        return self._clock() - self._stage_began
+    def left_seconds(self) -> float | None:
+        """Estimated seconds to the last step and its evaluation; None before the first step.
+
+        Steps and evaluations are timed by themselves, so that what a start takes once does not count for every step.
+        """
+        if self.run is None or not self._steps:
+            return None
+        left = max(self.run.total_steps - self.step, 0)
+        # The first step of a start allocates, and on CUDA compiles: it counts only while there is no other.
+        timed = self._steps[1:] if self.step - self.run.first_step == len(self._steps) > 1 else self._steps
+        return sum(timed) / len(timed) * left + self._evaluation_seconds(timed[-1]) * self._evaluations_left()
+
+    def _evaluation_seconds(self, step_seconds: float) -> float:
+        """What an evaluation takes: as those before, or from a step's rate: a forward pass is a third of a step."""
+        if self._evaluations:
+            return sum(self._evaluations) / len(self._evaluations)
+        held_out = self.run.summary.get("held_out_rollouts") if self.run else None
+        rollouts = self.metrics.get("rollouts")
+        return step_seconds / 3 * held_out / rollouts if held_out and rollouts else 0.0
+
+    def _evaluations_left(self) -> int:
+        """Evaluations still to come: every `eval_every` steps, and after the last."""
+        every = self.run.summary.get("eval_every") if self.run else None
+        if self.run is None or not every or not self.run.summary.get("held_out_rollouts"):
+            return 0
+        total = self.run.total_steps
+        to_come: int = total // every - self.step // every + (total % every > 0)
+        return to_come + (self.step > 0 and self.step % every == 0 and not self._is_evaluated)
 
     @property
-    def left_seconds(self) -> float | None:
-        """Estimated seconds to the last step, evaluations included; None before the first step."""
-        if self.run is None or self.step <= self.run.first_step:
-            return None
-        seconds_per_step = self.elapsed_seconds / (self.step - self.run.first_step)
-        return seconds_per_step * max(self.run.total_steps - self.step, 0)
+    def _is_evaluated(self) -> bool:
+        return self.evaluation is not None and self.evaluation.step == self.step
 
     @property
     def epoch(self) -> tuple[int, int, int, int]:

@@ -17,8 +17,20 @@ FORWARDED_SECONDS = 5.0
 """Slurm signals every process of a job and torchrun forwards the signal: within this time a rank gets one twice."""
 
 
+class StoppedAtOnce(KeyboardInterrupt):
+    """Raised in the main thread, wherever it is, by a first signal that need not be waited for.
+
+    It is a KeyboardInterrupt so that no handler of errors takes it for one.
+    """
+
+
 @contextmanager
-def stop_on_signals(stop: StopRequest, on_stop: Callable[[], None], on_exit: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(
+    stop: StopRequest,
+    on_stop: Callable[[], None],
+    on_exit: Callable[[], None],
+    leaves_at_once: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
     """While a job runs, the first signal requests a stop and the second exits the process.
 
     A signal that is ignored at the start stays ignored: a shell without job control starts `command &` with SIGINT
@@ -29,6 +41,7 @@ def stop_on_signals(stop: StopRequest, on_stop: Callable[[], None], on_exit: Cal
         stop: set by the first signal, read by the job.
         on_stop: called at the first signal, inside the handler: it must not take locks.
         on_exit: called at the second, likewise, just before the process exits.
+        leaves_at_once: called at the first: whether to raise StoppedAtOnce, as nothing that was done would be kept.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -42,7 +55,10 @@ def stop_on_signals(stop: StopRequest, on_stop: Callable[[], None], on_exit: Cal
         if not stop.requested:
             first_signal_at = time.monotonic()
             stop.signal_number = number
+            leaves = leaves_at_once()
             on_stop()
+            if leaves:
+                raise StoppedAtOnce
         elif not is_launched or time.monotonic() - first_signal_at >= FORWARDED_SECONDS:
             on_exit()
             os._exit(INTERRUPTED + number)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StepEnded,
         run_to_end,
     )
+    from critic_train.export.export import export
     from critic_train.inference import LoadedCritic, load_critic
     from critic_train.predict.predict import predict
     from critic_train.report.page import report
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
         CheckSettings,
         ConvertSettings,
         EvalSettings,
+        ExportSettings,
         FitSettings,
         PredictSettings,
         ReportSettings,
+        ShowSettings,
         SplitSettings,
         VerifySettings,
     )
+    from critic_train.show.show import show
     from critic_train.stopping import StopRequest
     from critic_train.training.fit import fit
     from critic_train.verify.verify import verify
@@ -63,6 +67,7 @@ __all__ = [
     "EvalSettings",
     "EvaluationEnded",
     "Event",
+    "ExportSettings",
     "FitSettings",
     "LoadedCritic",
     "MachineError",
@@ -75,6 +80,7 @@ __all__ = [
     "RunEnded",
     "RunStarted",
     "ShardWriter",
+    "ShowSettings",
     "SplitSettings",
     "StepEnded",
     "StopRequest",
@@ -82,12 +88,14 @@ __all__ = [
     "check",
     "convert",
     "evaluate",
+    "export",
     "fit",
     "load_critic",
     "predict",
     "report",
     "rollout_table",
     "run_to_end",
+    "show",
     "split",
     "verify",
 ]
@@ -110,6 +118,7 @@ _NAMES = {
         "StepEnded",
         "run_to_end",
     ],
+    "export.export": ["export"],
     "inference": ["LoadedCritic", "load_critic"],
     "predict.predict": ["predict"],
     "report.page": ["report"],
@@ -118,12 +127,15 @@ _NAMES = {
         "CheckSettings",
         "ConvertSettings",
         "EvalSettings",
+        "ExportSettings",
         "FitSettings",
         "PredictSettings",
         "ReportSettings",
+        "ShowSettings",
         "SplitSettings",
         "VerifySettings",
     ],
+    "show.show": ["show"],
     "stopping": ["StopRequest"],
     "training.fit": ["fit"],
     "verify.verify": ["verify"],
@@ -143,7 +155,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This module's class. Five commands are functions here and folders of the same name.
+    """This module's class. Commands are functions here and folders of the same name.
 
     Python binds a folder as an attribute of this module when it is first imported, which would hide the function.
     """

@@ -21,6 +21,10 @@ class Notice:
     level: str = "info"
 
 
+EVALUATING, SOLVING_HEAD = "evaluating", "solving the value head"
+"""Stages of a run that a view has to know by name."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Progress of a stage other than training: "reading rollouts", "evaluating", "old values"."""

@@ -18,4 +18,10 @@ critic-train fit --data "$DATA" --val-data "$VAL" --out "$OUT" --returns mc --ol
 # Exit 1 unless it is better than a constant, with 95 % confidence.
 critic-train eval --model "$OUT" --data "$VAL" --fail-under explained_variance_interval.low=0
 
-echo "for verl: critic.model.path=$(realpath "$OUT/best")"
+# A critic that started from --model has that model's tokenizer beside it. verl loads one from there, unless it is told of another.
+best="$(realpath "$OUT/best")"
+if compgen -G "$best/tokenizer*" >/dev/null; then
+    echo "for verl: critic.model.path=$best"
+else
+    echo "for verl: critic.model.path=$best critic.model.tokenizer_path=POLICY (there is no tokenizer beside this critic)"
+fi

@@ -46,6 +46,19 @@ source --from --column --on-bad-rows --on-bad-file --tokenizer --allow-retokeniz
 --nproc
 --to
 """)
+EXPORT_FLAGS = words("""
+--data --column --on-bad-rows --on-bad-file --max-length
+paths
+--device --precision --packing --attention --max-tokens
+--to --bias
+""")
+SHOW_FLAGS = words("""
+--uid --text --prompt --data --column --on-bad-rows --on-bad-file --max-length
+--returns --gamma --lam --lam-policy --length-alpha --truncated
+model --tokenizer
+--device --precision --packing --attention --max-tokens
+--show
+""")
 COMMANDS = {
     "fit": FIT_FLAGS,
     "eval": EVAL_FLAGS,
@@ -55,6 +68,8 @@ COMMANDS = {
     "split": SPLIT_FLAGS,
     "convert": CONVERT_FLAGS,
     "verify": words("target --column"),
+    "export": EXPORT_FLAGS,
+    "show": SHOW_FLAGS,
 }
 
 
@@ -80,7 +95,7 @@ def test_flags_may_not_be_abbreviated(program):
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("fit --pre", ["--preset", "--precision"]), ("fit --preset ", ["tiny", "small", "base"]), ("e", ["eval"])],
+    [("fit --pre", ["--preset", "--precision"]), ("fit --preset ", ["tiny", "small", "base"]), ("ev", ["eval"])],
 )
 def test_completion_in_bash(fresh_program, typed, offered):
     words = f"critic-train {typed}"

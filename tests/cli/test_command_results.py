@@ -55,14 +55,28 @@ def test_a_finished_run():
         "newest checkpoint             runs/x/checkpoints/step-00000120",
         "report                        runs/x/report.html",
         "",
-        "Next: critic-train eval --model runs/x/best --data rollouts/",
+        "Next: critic-train eval --data rollouts/ --model runs/x/best",
         "(it was trained on most of these; rollouts it has not seen say more)",
     ]
 
 
 def test_held_out_data_is_what_to_judge_on_next():
     lines = summary(val_data=["my val", "b"])
-    assert lines[-1] == "Next: critic-train eval --model runs/x/best --data 'my val' --data b"
+    assert lines[-1] == "Next: critic-train eval --data 'my val' --data b --model runs/x/best"
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"returns": "mc", "gamma": 0.9}, " --returns mc --gamma 0.9"),
+        ({"returns": "gae", "lam": 0.95}, " --returns mc --lam-policy 0.95"),
+        ({"column": ["returns=r"], "on_bad_rows": "skip"}, " --column returns=r --on-bad-rows skip"),
+    ],
+)
+def test_the_next_command_carries_how_rollouts_are_read(settings, flags):
+    """Without --returns mc, shards that store rewards alone cannot be judged."""
+    [line] = [line for line in summary(**settings) if line.startswith("Next:")]
+    assert line == f"Next: critic-train eval --data rollouts/{flags} --model runs/x/best"
 
 
 def test_an_interrupted_run():
@@ -85,11 +99,11 @@ def test_a_run_without_held_out_rollouts():
     lines = summary(result, losses=[])
     assert lines[0] == "Finished: 1 step in -."
     assert not any("explained variance" in line for line in lines)
-    assert any(line.startswith("Next: critic-train eval --model runs/x/checkpoints/step-00000001") for line in lines)
+    assert any(line.endswith("--model runs/x/checkpoints/step-00000001") for line in lines)
 
 
 def test_the_next_command_is_never_broken():
-    assert "Next: critic-train eval --model runs/x/best --data rollouts/" in summary(width=30)
+    assert "Next: critic-train eval --data rollouts/ --model runs/x/best" in summary(width=30)
 
 
 @pytest.mark.parametrize("width", [20, 60, 200])

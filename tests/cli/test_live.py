@@ -31,6 +31,7 @@ def live(width, *, unicode=True):
 def step(number, loss=0.04213):
     metrics = {"value_loss": loss, "clipfrac": 0.031, "saturation": 0.012, "grad_norm": 0.82, "lr": 4.7e-4}
     timing = {"rollout_tokens_per_second": 12345.0, "computed_tokens_per_second": 5123.0, "memory_bytes": 1.2e9}
+    timing["step_seconds"] = 4.97
     return StepEnded(step=number, epoch=0, metrics=metrics, timing=timing)
 
 

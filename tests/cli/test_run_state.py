@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from critic_train.events import CheckpointSaved, EvaluationEnded, Progress, RunStarted, StepEnded
-from critic_train_cli.run_state import CURVE_POINTS, Curve, RunState
+from critic_train_cli.run_state import CURVE_POINTS, STEPS_AVERAGED, Curve, RunState
 
 
 class Clock:
@@ -15,8 +15,9 @@ class Clock:
         return self.now
 
 
-def step(number, loss=0.5):
-    return StepEnded(step=number, epoch=0, metrics={"value_loss": loss}, timing={"memory_bytes": 1})
+def step(number, loss=0.5, seconds=None, rollouts=None):
+    timing = {"memory_bytes": 1} if seconds is None else {"step_seconds": seconds}
+    return StepEnded(step=number, epoch=0, metrics={"value_loss": loss, "rollouts": rollouts}, timing=timing)
 
 
 @pytest.fixture
@@ -24,10 +25,10 @@ def clock():
     return Clock()
 
 
-def started(clock, *, first_step=0, plan=(60, 40)):
+def started(clock, *, first_step=0, plan=(60, 40), **summary):
     state = RunState(clock)
     state.update(
-        RunStarted(out="o", total_steps=sum(plan), steps_per_epoch=list(plan), first_step=first_step, summary={})
+        RunStarted(out="o", total_steps=sum(plan), steps_per_epoch=list(plan), first_step=first_step, summary=summary)
     )
     return state
 
@@ -49,14 +50,58 @@ def test_before_the_start_there_is_nothing_to_tell(clock):
     assert state.epoch == (1, 1, 0, 0)
 
 
-def test_time_left_is_at_this_sessions_pace(clock):
+def test_time_left_is_at_the_pace_of_this_starts_steps(clock):
     state = started(clock, first_step=50)
     assert state.left_seconds is None
-    clock.now = 20.0
-    state.update(step(60))
-    assert (state.elapsed_seconds, state.left_seconds) == (20.0, 80.0)
-    state.update(step(100))
+    clock.now = 500.0  # what a start takes once is not what a step takes
+    state.update(step(51, seconds=8.0))
+    assert (state.elapsed_seconds, state.left_seconds) == (500.0, 49 * 8.0)
+    state.update(step(52, seconds=2.0))
+    state.update(step(53, seconds=4.0))
+    assert state.left_seconds == 47 * 3.0, "the first step of a start is left out"
+    state.update(step(100, seconds=4.0))
     assert state.left_seconds == 0.0
+
+
+def test_many_steps_count_with_the_newest_of_them(clock):
+    state = started(clock)
+    for number in range(1, 41):
+        state.update(step(number, seconds=100.0))
+    for number in range(41, 41 + STEPS_AVERAGED):
+        state.update(step(number, seconds=1.0))
+    assert state.left_seconds == 100 - 40 - STEPS_AVERAGED
+
+
+def test_time_left_has_the_evaluations_to_come(clock):
+    """100 steps, an evaluation every 30 and at the end: 4 after step 0, of which each takes as long as the last did."""
+    state = started(clock, eval_every=30, held_out_rollouts=240)
+    state.update(Progress(stage="evaluating", done=0, total=240))
+    state.update(EvaluationEnded(step=0, metrics={}, best=False))  # of a new head: it costs nothing
+    state.update(step(1, seconds=6.0, rollouts=64))
+    # None is timed yet: a forward pass is a third of a step, over 240 rollouts in place of 64.
+    assert state.left_seconds == pytest.approx(99 * 6.0 + 4 * 6.0 / 3 * 240 / 64)
+    state.update(step(30, seconds=6.0, rollouts=64))
+    assert state.left_seconds == pytest.approx(70 * 6.0 + 4 * 7.5), "that of step 30 is still to come"
+    clock.now = 1000.0
+    state.update(Progress(stage="evaluating", done=0, total=240))
+    clock.now = 1012.0
+    state.update(EvaluationEnded(step=30, metrics={}, best=True))
+    assert state.left_seconds == pytest.approx(70 * 6.0 + 3 * 12.0)
+
+
+def test_a_step_since_the_start_is_told_from_those_before(clock):
+    state = started(clock, first_step=50)
+    assert not state.has_learned
+    state.update(step(51))
+    assert state.has_learned
+
+
+def test_a_solved_head_is_worth_saving(clock):
+    state = started(clock)
+    state.update(Progress(stage="solving the value head", done=60, total=64))
+    assert not state.has_learned
+    state.update(Progress(stage="solving the value head", done=64, total=64))
+    assert state.has_learned
 
 
 def test_stage_goes_when_it_is_done_or_something_else_happens(clock):
@@ -69,16 +114,6 @@ def test_stage_goes_when_it_is_done_or_something_else_happens(clock):
     assert state.stage is not None
     state.update(step(1))
     assert state.stage is None
-
-
-def test_stage_has_its_own_time(clock):
-    state = RunState(clock)
-    state.update(Progress(stage="one", done=0, total=9))
-    clock.now = 3.0
-    state.update(Progress(stage="one", done=1, total=9))
-    assert state.stage_seconds == 3.0
-    state.update(Progress(stage="two", done=0, total=9))
-    assert state.stage_seconds == 0.0
 
 
 def test_newest_and_best_are_kept(clock):

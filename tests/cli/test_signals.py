@@ -69,6 +69,34 @@ def test_it_is_said_once_what_happens(fake_command, clean_environment, tmp_path,
     assert words in err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_the_first_step_nothing_is_waited_for_and_nothing_promised(
+    fake_command, clean_environment, tmp_path, number
+):
+    process = started(fake_command, clean_environment, tmp_path, "start")
+    process.send_signal(number)
+    code, out, err = ended(process)  # by itself the job would go on for longer than is waited for here
+    assert code == 128 + number
+    assert "stopping: no step has been taken since the start, so there is no checkpoint to write\n" in err
+    assert out == "Interrupted before the first step.\n"
+
+
+def test_a_job_that_keeps_nothing_ends_at_once(fake_command, clean_environment, tmp_path):
+    process = started(fake_command, clean_environment, tmp_path, "start", command="eval")
+    process.send_signal(signal.SIGINT)
+    code, _, err = ended(process)
+    assert (code, err.count("stopping\n")) == (130, 1)
+
+
+def test_one_of_several_ranks_does_not_leave_the_others(fake_command, clean_environment, tmp_path):
+    rank = clean_environment | {"WORLD_SIZE": "2", "RANK": "0"}
+    process = started(fake_command, rank, tmp_path, "start")
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    process.kill()
+
+
 def test_an_interrupted_run_says_how_to_go_on(fake_command, clean_environment, tmp_path):
     process = started(fake_command, clean_environment, tmp_path, "wait")
     process.send_signal(signal.SIGTERM)

@@ -254,7 +254,7 @@ def require_packages(settings: RunSettings) -> None:
     if missing:
         raise ConfigError(
             f"--log-to {missing[0]}: the package {missing[0]} is not installed",
-            hint=f"pip install 'critic-train[{','.join(missing)}]'",
+            hint=f"pip install {' '.join(missing)}",
         )
 
 

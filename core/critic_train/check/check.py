@@ -17,7 +17,7 @@ from critic_train.data.scanning import full_reader, read_through
 from critic_train.data.shards import find_shards, fingerprint
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.rollouts import Rollouts
-from critic_train.settings import CPU_MAX_TOKENS, CheckSettings, LossSettings
+from critic_train.settings import CPU_MAX_TOKENS, CheckReadingSettings, CheckSettings, LossSettings
 from critic_train.stopping import Stopped, StopRequest
 
 GAMMAS = (1.0, 0.999, 0.997, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.5, 0.0)
@@ -131,18 +131,20 @@ HELD_BACK = 0.2
 """Share of tokens whose return is beyond the clip around their old value, above which --old-values epoch is advised."""
 
 
-def advice(result: dict[str, Any], settings_data: list[str], columns: list[str]) -> list[tuple[list[str], str]]:
+def advice(result: dict[str, Any], reading: CheckReadingSettings) -> list[tuple[list[str], str]]:
     """Flags for `critic-train fit`, each with the reason.
 
     Args:
-        result: of `check`: a survey, with "bad_rows", "returns_match" and "clip".
-        settings_data: the values of --data.
-        columns: the values of --column.
+        result: of `check`: a survey, with "bad_rows", "bad_files", "returns_match" and "clip".
+        reading: what was read.
 
     Returns:
         (flags, why), the data first.
     """
-    advised: list[tuple[list[str], str]] = [([part for path in settings_data for part in ("--data", path)], "")]
+    advised: list[tuple[list[str], str]] = [([part for path in reading.data for part in ("--data", path)], "")]
+    advised += [(["--val-data", path], "") for path in reading.against]
+    if result["bad_files"]["count"]:
+        advised.append((["--on-bad-file", "skip"], f"{result['bad_files']['count']:,} files cannot be used"))
     if result["bad_rows"]["count"]:
         advised.append((["--on-bad-rows", "skip"], f"{result['bad_rows']['count']:,} rows cannot be used"))
     if result["returns"] is None and result["rewards"] is not None:
@@ -153,7 +155,7 @@ def advice(result: dict[str, Any], settings_data: list[str], columns: list[str])
         advised.append((flags, "to pretrain: the stored returns lean on the stored values (lambda below 1)"))
     # A rename of what `fit` does not read is an error there.
     unread = ("returns", "truncated") if any("--returns" in flags for flags, _ in advised) else UNREAD_WITH_RETURNS
-    renames = [(["--column", pair], "") for pair in columns if pair.partition("=")[0] not in unread]
+    renames = [(["--column", pair], "") for pair in reading.column if pair.partition("=")[0] not in unread]
     advised[1:1] = renames
     advised += _old_values(result)
     longest = result["tokens_of_the_longest"]
@@ -225,7 +227,7 @@ def check(settings: CheckSettings, stop: StopRequest | None = None) -> Iterator[
     yield Progress(stage="matching returns", done=0, total=1, unit="data set")
     result = _described(survey, reader, fingerprint(shards)["digest"])
     result["leak"] = None if other is None else leak(survey, other)
-    advised = advice(result, settings.reading.data, column)
+    advised = advice(result, settings.reading)
     advised += [] if group_by is None else [(["--group-by", group_by], "")]
     result |= {
         "example": example.parts(),

@@ -1,5 +1,6 @@
 """`critic-train convert`, from top to bottom: find files, recognise formats, read, make canonical, write."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,7 +208,7 @@ class _Work:
             },
             "rows_left_out": self._left_out(),
             "files_left_out": self.bad_files.summary(),
-            "next": f"critic-train fit --data {self.folder.path} --returns {returns}{old_values}",
+            "next": f"critic-train fit --data {shlex.quote(str(self.folder.path))} --returns {returns}{old_values}",
         }
 
     def _left_out(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Copies have the names and the row groups of their originals; one row group is in
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from critic_train.data.decoding import damaged, pieces, refuse_oversized_rows
+from critic_train.data.schema import Needs, resolve_schema
 from critic_train.data.shards import Shard, absolute_path
 from critic_train.data.stores import parquet_file
 from critic_train.data.writing import ShardFile
@@ -163,6 +164,27 @@ def schema_of(shard: Shard) -> pa.Schema:
             return file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise damaged(shard, error) from error
+
+
+def needs_of_fit(shards: Sequence[Shard], renames: dict[str, str], written: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings that `fit` needs for copies of some shards, by the columns of the first: name -> value.
+
+    A rename of what `fit` does not read would be an error there, and is left out.
+
+    Args:
+        shards: the originals.
+        renames: canonical name -> column, from --column.
+        written: canonical columns that the copies have besides.
+    """
+    needs = Needs(returns="where there", values=False, rewards="where there")
+    columns = resolve_schema(schema_of(shards[0]), shards[0], renames=renames, labels=(), needs=needs)
+    settings: dict[str, Any] = {}
+    unread: tuple[str, ...] = ("rewards", "reward", "truncated")
+    if columns.returns is None and "returns" not in written and (columns.rewards or columns.reward):
+        settings["returns"], unread = "mc", ("returns", "truncated")
+    if columns.values is None and "values" not in written:
+        settings["old_values"] = "none"
+    return settings | {"column": [f"{name}={column}" for name, column in renames.items() if name not in unread]}
 
 
 def target_paths(shards: list[Shard], sources: list[str], directory: Path) -> dict[str, Path]:

@@ -9,14 +9,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import OutputDirectory, copy_shard, schema_of, target_paths
+from critic_train.data.copying import OutputDirectory, copy_shard, needs_of_fit, schema_of, target_paths
 from critic_train.data.labels import prompt_keys
 from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.settings import SplitSettings, as_dict, column_renames
+from critic_train.settings import FitSettings, SplitSettings, as_dict, column_renames
+from critic_train.settings.command_lines import next_command
 from critic_train.stopping import Stopped, StopRequest
 
 TRAIN, VAL = "train", "val"
@@ -79,7 +80,17 @@ def split(settings: SplitSettings, stop: StopRequest | None = None) -> Iterator[
         for sentence in reader.notices:
             yield Notice(message=sentence)
         left_out = {"rows_left_out": reader.bad_rows.summary(), "files_left_out": bad_files.summary()}
-        yield RunEnded(status="finished", result={"to": settings.output.to, **keys.counts(held), **left_out})
+        first = [by_name[name] for name, _ in reader.files_read]
+        result = {"to": settings.output.to, **keys.counts(held), **left_out, "next": _next(settings, first)}
+        yield RunEnded(status="finished", result=result)
+
+
+def _next(settings: SplitSettings, shards: list[Shard]) -> str:
+    """The command that trains on one side and judges on the other."""
+    to = str(settings.output.to).rstrip("/")
+    needs = needs_of_fit(shards, column_renames(settings.reading.column))
+    sides = {"data": [f"{to}/{TRAIN}"], "val_data": [f"{to}/{VAL}"]}
+    return next_command(FitSettings, settings, ["group_by"], **sides, **needs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

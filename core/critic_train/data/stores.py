@@ -26,7 +26,7 @@ CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
     "hf": "HF_TOKEN, for what is not public",
 }
-EXTRA = "pip install 'critic-train[remote]'"
+EXTRA = "pip install s3fs gcsfs adlfs"
 
 
 def store_of(address: str) -> tuple[pafs.FileSystem, str]:

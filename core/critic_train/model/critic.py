@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from critic_train.errors import ModelError
+from critic_train.model.gather import full_tensor
 from critic_train.model.model_input import ModelInput
 from critic_train.model.multimodal import Multimodal
 from critic_train.model.next_token_head import NextTokenHead
@@ -47,6 +48,11 @@ class ValueHead(nn.Linear):
         with torch.no_grad():
             part_here(self.weight).copy_(weight)  # to its one row, which one rank has where it is sharded
             self.bias.fill_(bias)
+
+    def constant(self) -> float | None:
+        """What the head predicts everywhere, where its weight is 0; None where it is not. All ranks call it."""
+        weight, bias = full_tensor(self.weight.detach()), full_tensor(self.bias.detach())
+        return None if weight.any() else float(bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] of any float dtype -> [...] float32."""

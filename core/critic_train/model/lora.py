@@ -56,9 +56,7 @@ def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ConfigError(
-            "--train lora: the package peft is not installed", hint="pip install 'critic-train[lora]'"
-        ) from None
+        raise ConfigError("--train lora: the package peft is not installed", hint="pip install peft") from None
     # peft's lora_alpha is an int; the scaling is set below.
     targets = [f"{HOLDER}.{name}" for name in _linear_layers(critic.trunk)]
     if not targets:

@@ -4,7 +4,7 @@ Values of whole rollouts, without gradients: for evaluation and for fresh old va
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
+from critic_train.events import Event, Progress
 from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -21,7 +22,7 @@ from critic_train.model.oom import attempts
 from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.prefetch import ahead
 from critic_train.rollouts import Rollouts
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 
 AHEAD = 2
 """Micro-batches laid out while the device computes."""
@@ -208,7 +209,20 @@ def best_fit_decreasing(sizes: list[int], capacity: int) -> list[list[int]]:
 def predict_values(
     critic: Critic, rollouts: Rollouts, compute: Compute, *, forest: bool, stop: StopRequest | None = None
 ) -> NDArray[np.float32] | None:
-    """The critic's value paired with every response token.
+    """The critic's value paired with every response token; see `predict_in_parts`."""
+    parts = predict_in_parts(critic, rollouts, compute, forest=forest, stop=stop)
+    while True:
+        try:
+            next(parts)
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
+
+
+@torch.no_grad()  # which torch turns off between the steps of a generator
+def predict_in_parts(
+    critic: Critic, rollouts: Rollouts, compute: Compute, *, forest: bool, stop: StopRequest | None = None
+) -> Generator[float, None, NDArray[np.float32] | None]:
+    """The critic's value paired with every response token, computed in micro-batches.
 
     Args:
         critic: on its device.
@@ -218,20 +232,66 @@ def predict_values(
         forest: lay rollouts out as a forest, or as padded rows.
         stop: looked at between micro-batches.
 
+    Yields:
+        The share of the response tokens that have their value, 0 to 1, after each micro-batch.
+
     Returns:
         float32 [T], 0 where response_mask is false; None when asked to stop.
     """
-
+    of_this_rank = max(1, int(rollouts.response_mask.sum())) / compute.ranks.size
     for attempt in attempts(critic, rollouts, compute):
         with attempt:
-            values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
+            values, done = np.zeros(len(rollouts.input_ids), dtype=np.float32), 0
             try:
-                with torch.no_grad(), compute.autocast():
+                # One block around all micro-batches: autocast casts each weight once in it.
+                with compute.autocast():
                     for batch in micro_batches(rollouts, compute, forest=forest):
                         if stop is not None and stop.look():
                             return None
                         values[batch.response_tokens] = critic(batch).float().cpu().numpy()
+                        done += len(batch.response_tokens)
+                        yield min(1.0, done / of_this_rank)
             finally:
                 reshard((critic.trunk, critic.head))
             return compute.ranks.all_reduce_sum(torch.from_numpy(values)).numpy()
     raise AssertionError("attempts end by an error")
+
+
+def predict_with_progress(
+    critic: Critic,
+    rollouts: Rollouts,
+    compute: Compute,
+    *,
+    forest: bool,
+    stop: StopRequest,
+    stage: str,
+    before: int,
+    total: int,
+) -> Generator[Event, None, NDArray[np.float32]]:
+    """`predict_in_parts`, with an event after each micro-batch.
+
+    Args:
+        critic, rollouts, compute, forest, stop: see there.
+        stage: the name of the stage.
+        before: rollouts of the stage that were done before these.
+        total: rollouts of the stage.
+
+    Yields:
+        Progress.
+
+    Returns:
+        float32 [T], 0 where response_mask is false.
+
+    Raises:
+        Stopped: asked to stop.
+    """
+    parts = predict_in_parts(critic, rollouts, compute, forest=forest, stop=stop)
+    while True:
+        try:
+            share = next(parts)
+        except StopIteration as ended:
+            if ended.value is None:
+                raise Stopped from None
+            return ended.value  # type: ignore[no-any-return]
+        if share < 1.0:  # all of them are reported done once they are judged or written
+            yield Progress(stage=stage, done=before + int(share * len(rollouts)), total=total)

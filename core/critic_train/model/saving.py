@@ -6,18 +6,21 @@ beside it: critic-train loads it, and `AutoModel` loads its trunk. Where it has 
 that model's text trunk, the multimodal model is written, its other parts as they were.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
+from critic_train.jsonio import read_json_object
 from critic_train.model.config import may_be_copied
 from critic_train.model.critic import Critic
 from critic_train.model.lora import has_adapters, merged_tensors, save_adapters, trained_parameters
 from critic_train.model.tensor_file import StoredTensor
-from critic_train.run.storage import copy_file, library_writes
+from critic_train.run.storage import copy_file, library_writes, replace_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,7 +97,43 @@ def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) ->
             critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
     if has_adapters(critic.trunk):
         save_adapters(trained_parameters(critic), directory)
+    add_old_rope_entries(directory)
     copy_tokenizer(tokenizer_from, directory, processor=bool(passed_through(critic)))
+
+
+def add_old_rope_entries(directory: Path) -> None:
+    """Add the rotary entries that transformers 4 reads to a config.json that transformers 5 wrote.
+
+    transformers 5 writes `rope_parameters` alone. transformers 4 passes over that, takes its default base of 10000 and
+    gives other values without a word (findings/rope-parameters-transformers-4.sh); transformers 5 takes
+    `rope_parameters` where there are both.
+    """
+    file = directory / "config.json"
+    config = read_json_object(file)
+    entries = old_rope_entries(config.get("rope_parameters"))
+    missing = {name: value for name, value in entries.items() if name not in config}
+    if missing:
+        text = json.dumps(config | missing, indent=2, sort_keys=True) + "\n"
+        replace_file(file, text.encode())
+
+
+def old_rope_entries(rope: Any) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5 as transformers 4 names it; empty where there is no such form.
+
+    With other parameters for layers of sliding attention, transformers 4 has a second base for them alone.
+    """
+    if not isinstance(rope, dict):
+        return {}
+    entries: dict[str, Any] = {}
+    if isinstance(rope.get("full_attention"), dict):
+        sliding = rope.get("sliding_attention")
+        if isinstance(sliding, dict) and "rope_theta" in sliding:
+            entries["rope_local_base_freq"] = sliding["rope_theta"]
+        rope = rope["full_attention"]
+    entries |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        entries["rope_scaling"] = {name: value for name, value in rope.items() if name not in entries}
+    return entries
 
 
 def copy_tokenizer(tokenizer_from: Path | None, directory: Path, *, processor: bool = False) -> None:

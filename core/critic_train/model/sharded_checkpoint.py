@@ -25,6 +25,7 @@ from critic_train.model.lora import has_adapters, merge_adapter, mergeable_tenso
 from critic_train.model.saving import (
     MAX_SHARD_BYTES,
     MAX_SHARD_SIZE,
+    add_old_rope_entries,
     as_token_classifier,
     copy_tokenizer,
     loads_for_token_classification,
@@ -140,6 +141,7 @@ class ShardedCritic:
         if failure is not None:
             raise failure
         if directory is not None:
+            add_old_rope_entries(directory)
             copy_tokenizer(tokenizer_from, directory, processor=bool(self._passed))
 
     def _writes(self, gather: Gather, *, is_main: bool) -> list[Callable[[Path | None], None]]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.copying import OutputDirectory, target_paths
+from critic_train.data.copying import OutputDirectory, needs_of_fit, target_paths
 from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.rollout_cache import bytes_of
@@ -29,13 +29,22 @@ from critic_train.model.compute import Compute, resolve_device, resolve_precisio
 from critic_train.model.critic import Critic
 from critic_train.model.first_pass import critic_source, first_pass, limits_of
 from critic_train.model.loading import ModelSource, load_critic
-from critic_train.model.microbatches import predict_values
+from critic_train.model.microbatches import predict_with_progress
 from critic_train.model.selfcheck import select_packing
 from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitening, rewrite_with_columns
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest, versions
 from critic_train.run.storage import File, make_directory, remove
-from critic_train.settings import CPU_MAX_TOKENS, OnBadRows, PredictSettings, as_dict, column_renames, part_of
+from critic_train.settings import (
+    CPU_MAX_TOKENS,
+    FitSettings,
+    OnBadRows,
+    PredictSettings,
+    as_dict,
+    column_renames,
+    part_of,
+)
+from critic_train.settings.command_lines import COMPUTE, READING, next_command
 from critic_train.stopping import Stopped, StopRequest
 
 WIDTH = 4
@@ -212,13 +221,21 @@ class Job:
 
     def _predict(self, critic: Critic, shard: Shard, *, forest: bool) -> Iterator[Event]:
         """Have all values of a file in its log."""
+        stage = f"predicting {shard.name}"
         with ValueLog(self._log(shard)) as log:
             for block in blocks(self._reader([shard])):
                 self.stop.check()
                 if not log.has(int(block.response_mask.sum())):
-                    values = predict_values(critic, block, self.compute, forest=forest, stop=self.stop)
-                    if values is None:
-                        raise Stopped
+                    values = yield from predict_with_progress(
+                        critic,
+                        block,
+                        self.compute,
+                        forest=forest,
+                        stop=self.stop,
+                        stage=stage,
+                        before=int(block.row[0]),
+                        total=shard.num_rows,
+                    )
                     if not np.isfinite(values).all():
                         raise ModelError(
                             f"{self.settings.prediction.model} predicts NaN or infinite values on {shard.name}",
@@ -227,7 +244,7 @@ class Job:
                     log.append(values[block.response_mask])
                     if sentence := self.compute.lowered():
                         yield Notice(message=sentence, level="warning")
-                yield Progress(stage=f"predicting {shard.name}", done=int(block.row[-1]) + 1, total=shard.num_rows)
+                yield Progress(stage=stage, done=int(block.row[-1]) + 1, total=shard.num_rows)
 
     def _log(self, shard: Shard) -> Path:
         """The log of a file's values; removed when the file is written."""
@@ -271,7 +288,13 @@ class Job:
             "rows": sum(shard.num_rows for shard in done),
             "rows_left_out": self.rows_left_out,
             "files_left_out": self.bad_files.summary(),
+            "next": self._next(shards),
         }
+
+    def _next(self, shards: list[Shard]) -> str:
+        """The command that trains on what is written."""
+        needs = needs_of_fit(shards, column_renames(self.settings.reading.column), self.settings.written)
+        return next_command(FitSettings, self.settings, READING + COMPUTE, data=[self.settings.prediction.to], **needs)
 
 
 NOT_PART_OF_THE_RESULT = ("to", "part")

@@ -1,14 +1,17 @@
 """How a run or an evaluation was made: settings, data, model, versions, and the command that makes it again."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from critic_train.report.report_sources import Record, Source
-from critic_train.settings import EvalSettings, FitSettings, Settings, defaults_of, flag_of, settings_fields
+from critic_train.settings import EvalSettings, FitSettings, Settings, ShowSettings, defaults_of
+from critic_train.settings.command_lines import command_line
 
 Rows = list[tuple[str, str]]
+
+NOT_SHOWN = ("model", "nproc", "max_length")
+"""Settings of a run that the command to look at its rollouts does not take over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,22 +55,24 @@ def provenance_of(source: Source) -> Provenance:
     )
 
 
-def command_line(kind: type[Settings], settings: Mapping[str, Any]) -> str:
-    """The shell command that gives these settings; what is at its default is left out."""
-    usual = defaults_of(kind)
-    arguments = ["critic-train", kind.command]
-    for declared in settings_fields(kind):
-        name = declared.name
-        value = settings.get(name, usual[name])
-        if value == usual[name] or value is None:
-            continue
-        flag = declared.metadata.get("flag") or flag_of(name)
-        if isinstance(value, bool):
-            arguments += [flag] if value else []
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            arguments += [flag, str(one)]
-    return shlex.join(arguments)
+def show_command(source: Source, critic: str, uid: str) -> str:
+    """The command that shows the rollouts of a prompt group in the terminal; empty where the data was not recorded.
+
+    Args:
+        source: a run or an evaluation.
+        critic: the name of the critic in the evaluation.
+        uid: of the group.
+    """
+    record = source.started if source.is_run else source.evaluation
+    settings = record.part("settings").data
+    data = settings.get("val_data") or settings.get("data")
+    if not data:
+        return ""
+    usual = defaults_of(ShowSettings)
+    given = {name: value for name, value in settings.items() if name in usual and name not in NOT_SHOWN}
+    models = source.evaluation.get("models") or []
+    model = [str(source.path)] if source.is_run else [critic] if critic in models else models[:1]
+    return command_line(ShowSettings, {**given, "model": model, "data": data, "uid": [uid]})
 
 
 def different_settings(sources: Sequence[Source]) -> list[list[str]]:

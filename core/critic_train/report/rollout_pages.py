@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from critic_train.report.compared_critics import PageCritic
+from critic_train.report.provenance import show_command
 from critic_train.report.report_sources import Cell, Record, Source, pointer
 from critic_train.report.svg_charts import LOW, colour, dash, svg
 from critic_train.run.checkpoint import checkpoints
@@ -61,10 +62,16 @@ def decoder_of(source: Source, tokenizer: str | None = None) -> Decode | None:
         source: a run or an evaluation.
         tokenizer: a directory with tokenizer.json, or such a file.
     """
-    for folder in _tokenizer_folders(source, tokenizer):
+    file = tokenizer_file(_tokenizer_folders(source, tokenizer))
+    return None if file is None else _decoder(file)
+
+
+def tokenizer_file(folders: Sequence[Path]) -> Path | None:
+    """The tokenizer.json of the first of some folders that has one, or the first that is a file itself."""
+    for folder in folders:
         file = folder if os.path.isfile(folder) else folder / "tokenizer.json"
         if os.path.isfile(file):  # unlike Path's own, no error for a name that can be none
-            return _decoder(file)
+            return file
     return None
 
 
@@ -75,10 +82,10 @@ def _tokenizer_folders(source: Source, tokenizer: str | None) -> list[Path]:
     names += [str(source.path)] if source.is_run and source.path else []
     based_on = source.started.part("settings").get("model")
     names += [str(based_on)] if based_on else []
-    return [folder for name in names for folder in _folders(Path(name))]
+    return [folder for name in names for folder in model_folders(Path(name))]
 
 
-def _folders(path: Path) -> list[Path]:
+def model_folders(path: Path) -> list[Path]:
     """A model's directory, or the checkpoints of a run; no path at all where the name can be none."""
     try:
         return [path, path / "best", *reversed(checkpoints(path / "checkpoints"))]
@@ -131,6 +138,7 @@ class Reading:
         tokens: the response.
         rest: number of tokens beyond those that are recorded.
         svg: value, old value and return along the response.
+        command: shows the rollouts of its prompt group in the terminal; empty where there is none.
     """
 
     reason: str
@@ -141,6 +149,7 @@ class Reading:
     rest: int
     svg: str
     has_old_values: bool
+    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +240,7 @@ def _reading(critic: PageCritic, number: int, row: Record, decode: Decode | None
         rest=row.get("tokens") - row.get("shown_from") - len(ids),
         svg=_value_chart(f"reading-{critic.number}-{number}", critic.colour, row),
         has_old_values=bool(old),
+        command="" if row.get("uid") is None else show_command(critic.source, critic.key, str(row.get("uid"))),
     )
 
 

@@ -8,6 +8,7 @@ from critic_train.evaluation import metrics
 from critic_train.evaluation.metrics import Metric
 from critic_train.evaluation.summary_text import sign
 from critic_train.report.compared_critics import PageCritic, baselines_of, table_of
+from critic_train.report.provenance import show_command
 from critic_train.report.report_sources import Cell, Record
 from critic_train.report.verdict_model import (
     MAIN,
@@ -170,8 +171,8 @@ def differences(critics: Sequence[PageCritic]) -> list[list[Any]]:
     return [["", "figure", "difference", "95 % interval"], *rows] if rows else []
 
 
-def groups(critic: PageCritic) -> list[tuple[str, list[list[Any]]]]:
-    """The prompt groups it does best and worst on, as titled tables."""
+def groups(critic: PageCritic) -> list[tuple[str, list[list[Any]], list[str]]]:
+    """The prompt groups it does best and worst on: title, table, and the commands that show them in the terminal."""
     columns = [
         text_column("prompt group", lambda row: str(row.get("uid"))),
         ROLLOUTS,
@@ -184,7 +185,9 @@ def groups(critic: PageCritic) -> list[tuple[str, list[list[Any]]]]:
     for key, title in (("worst", "Furthest off"), ("best", "Closest")):
         rows = critic.metrics.part("groups").rows(key)
         if rows:
-            tables.append((title, table_of([(critic, rows)], columns)))
+            uids = [str(row.get("uid")) for row in rows if row.get("uid") is not None]
+            commands = [command for uid in uids if (command := show_command(critic.source, critic.key, uid))]
+            tables.append((title, table_of([(critic, rows)], columns), commands))
     return tables
 
 

@@ -33,6 +33,7 @@ from critic_train.settings.command_settings import (
 )
 from critic_train.settings.data_sections import (
     AUTO,
+    CheckReadingSettings,
     DumpFormat,
     OnBadFile,
     OnBadRows,
@@ -44,6 +45,7 @@ from critic_train.settings.data_sections import (
     Truncated,
     column_renames,
 )
+from critic_train.settings.hand_over_settings import Bias, ExportSettings, ExportTo, ShowSettings
 from critic_train.settings.training_sections import (
     CPU_MAX_TOKENS,
     ActivationCheckpointing,
@@ -73,6 +75,8 @@ __all__ = [
     "EXPECTED",
     "ActivationCheckpointing",
     "Attention",
+    "Bias",
+    "CheckReadingSettings",
     "CheckSettings",
     "ComputeSettings",
     "ConvertSettings",
@@ -80,6 +84,8 @@ __all__ = [
     "EvalComputeSettings",
     "EvalSettings",
     "EvaluationSettings",
+    "ExportSettings",
+    "ExportTo",
     "FitSettings",
     "LossAggMode",
     "LossSettings",
@@ -104,6 +110,7 @@ __all__ = [
     "Schedule",
     "Section",
     "Settings",
+    "ShowSettings",
     "SourceSettings",
     "SplitSettings",
     "TrainComputeSettings",

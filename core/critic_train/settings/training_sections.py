@@ -10,7 +10,7 @@ Preset = Literal["tiny", "small", "base"]
 RecipeKind = Literal["auto", "verl"]
 HeadInit = Literal["exact", "mean"]
 OldValues = Literal["column", "epoch", "none"]
-LossAggMode = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 OptimizerKind = Literal["adamw", "adamw-8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 OnNonFinite = Literal["stop", "skip"]
@@ -96,7 +96,13 @@ class LossSettings(Section):
         0.5, "The clip's half-width eps around V_old, in the unit of the returns.", panel="Loss"
     )
     no_clip: bool = setting(False, "Turn the clip off: plain squared error.", panel="Loss")
-    loss_agg_mode: LossAggMode = setting("token-mean", "How token losses become one number.", panel="Loss")
+    loss_agg_mode: LossAggMode = setting(
+        "token-mean",
+        "How token losses become one number, as in verl: token-mean, token-sum, seq-mean-token-sum, "
+        "seq-mean-token-mean or seq-mean-token-sum-norm.",
+        panel="Loss",
+        metavar="MODE",
+    )
     loss_scale_factor: float | None = setting(
         None, "Divisor of seq-mean-token-sum-norm; that mode needs it.", panel="Loss"
     )

@@ -11,7 +11,7 @@ import torch
 
 from critic_train.data.addresses import UidLookup
 from critic_train.evaluation.advantages import AdvantageRecipe
-from critic_train.events import Notice
+from critic_train.events import Event, Notice, Progress
 from critic_train.model.automatic import Choice, choose_offload, set_memory, try_largest
 from critic_train.model.compute import Compute
 from critic_train.model.config import LEARNING_RATES, preset_config
@@ -350,8 +350,8 @@ def _build_evaluator(
 
 def source_notices(
     source: ModelSource | None, settings: FitSettings, compute: Compute, shape: DataShape, *, new: bool
-) -> Iterator[Notice]:
-    """Notices about what a run starts from, before its weights are loaded.
+) -> Iterator[Event]:
+    """Notices about what a run starts from, before its weights are loaded; and that they are loaded next.
 
     Args:
         source: what --model names.
@@ -373,10 +373,14 @@ def source_notices(
     offload = settings.compute.offload
     if offload not in ("auto", compute.offload):
         yield Notice(message=f"--offload {offload} changes nothing on a CPU: all is in host memory already")
+    yield Progress(stage="loading the model", done=0, total=0)
 
 
-def export_notice(critic: Critic) -> Iterator[Notice]:
-    """A warning where transformers cannot load the checkpoints of a critic as a token classifier."""
+def export_notice(critic: Critic) -> Iterator[Event]:
+    """A warning where transformers cannot load the checkpoints of a critic as a token classifier.
+
+    What comes next in a run, trying its packing, is told as well.
+    """
     if not loads_for_token_classification(critic):
         yield Notice(
             message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
@@ -384,6 +388,7 @@ def export_notice(critic: Critic) -> Iterator[Notice]:
             "critic-train loads them and AutoModel loads their trunk; verl does not",
             level="warning",
         )
+    yield Progress(stage="trying a few rollouts: packing and attention", done=0, total=0)
 
 
 def data_notices(data: RunData, targets: Targets) -> Iterator[Notice]:

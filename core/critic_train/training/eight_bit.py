@@ -159,7 +159,7 @@ def in_8_bits(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     except ImportError:
         raise ConfigError(
             "--optimizer adamw-8bit: the package bitsandbytes is not installed",
-            hint="pip install 'critic-train[8bit]'",
+            hint="pip install bitsandbytes",
         ) from None
     spread = any(hasattr(parameter, "to_local") for group in groups for parameter in group["params"])
     optimizer: torch.optim.Optimizer = AdamWOfParts(groups, AdamW8bit) if spread else AdamW8bit(groups)

@@ -11,7 +11,7 @@ from critic_train.evaluation.examples import Examples
 from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.metrics import is_better
 from critic_train.evaluation.summary_text import summary_text
-from critic_train.events import EvaluationEnded, Event, Notice, Progress
+from critic_train.events import EVALUATING, EvaluationEnded, Event, Notice, Progress
 from critic_train.run.run_directory import RunDirectory
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.training.plan import TrainingPlan
@@ -107,15 +107,16 @@ class Evaluator:
             advantage=self.advantage,
         )
         examples = Examples(seed=self.seed, uids=self.uids)
-        done = 0
-        yield Progress(stage="evaluating", done=0, total=len(self.held_out))
+        done, total = 0, len(self.held_out)
+        yield Progress(stage=EVALUATING, done=0, total=total)
         for _, rollouts in self.held_out.by_group(ROLLOUTS_PER_PASS):
-            values = {"critic": self.runtime.values(rollouts, step=step)}
+            predicted = yield from self.runtime.values(rollouts, step=step, stage=EVALUATING, before=done, total=total)
+            values = {"critic": predicted}
             if ranks.is_main:
                 judge.add(rollouts, values)
                 examples.add(rollouts, values)
             done += len(rollouts)
-            yield Progress(stage="evaluating", done=done, total=len(self.held_out))
+            yield Progress(stage=EVALUATING, done=done, total=total)
         if not ranks.is_main:
             return ranks.broadcast(None), {}
         verdict = judge.verdict()

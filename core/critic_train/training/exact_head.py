@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from critic_train.data.order import connected_groups, mixed
-from critic_train.events import Event, Notice, Progress
+from critic_train.events import SOLVING_HEAD, Event, Notice, Progress
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import reshard
@@ -126,6 +126,7 @@ class ExactHead:
             }
         answer = ranks.broadcast(answer)
         runtime.critic.head.set_linear(torch.tensor(answer.pop("weight"), dtype=torch.float64), answer.pop("bias"))
+        yield Progress(stage=SOLVING_HEAD, done=len(self.train), total=len(self.train))
         record = {**answer, "folds": len(moments), "folds_of": what, "rollouts": len(self.train)}
         yield Notice(message=sentence(record))
         return record
@@ -138,7 +139,7 @@ class ExactHead:
         width = int(runtime.critic.trunk.config.hidden_size) + 2
         total = torch.zeros(width, width, dtype=torch.float64, device=runtime.compute.device)
         for part, rollouts in fold.by_group(ROLLOUTS_PER_PASS):
-            yield Progress(stage="solving the value head", done=done, total=len(self.train))
+            yield Progress(stage=SOLVING_HEAD, done=done, total=len(self.train))
             weights = np.repeat(per_rollout[index[part]], rollouts.lengths)
             total += second_moments(
                 runtime.critic, rollouts, weights, runtime.compute, forest=runtime.forest, stop=runtime.stop

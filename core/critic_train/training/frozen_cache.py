@@ -177,12 +177,15 @@ class StatesWriter:
             self._rows.__enter__()
         return self
 
-    def write(self, rollouts: Rollouts, parts: Iterator[Computed]) -> Share:
+    def write(self, rollouts: Rollouts, parts: Iterator[Computed]) -> Generator[int, None, Share]:
         """Write this rank's states of some rollouts; until `commit` they may be written again. All ranks call it.
 
         Args:
             rollouts: the rollouts, the same on all ranks.
             parts: every micro-batch of this rank's share of them, with its states on the CPU.
+
+        Yields:
+            The response tokens of each micro-batch, once its states are written.
         """
         assert self._file is not None
         # A token's entry + 1, and 0 where another rank has it: each token is computed by one rank, so the sum over
@@ -196,6 +199,7 @@ class StatesWriter:
                 rows[batch.all_tokens] = first + count + batch.token_positions
             self._file.write_at(bytes_of(np.ascontiguousarray(states).reshape(-1)), count * self._stride)
             count += len(states)
+            yield len(batch.response_tokens)
         return Share(self._ranks.all_reduce_sum(torch.from_numpy(rows)).numpy() - 1, count)
 
     def commit(self, index: NDArray[np.int64], share: Share) -> None:
@@ -239,6 +243,8 @@ class StatesWriter:
             write_json(self._cache.directory / FILES, {"rows": counts.tolist()})
 
 
+CACHING = "caching the frozen trunk's states"
+"""The stage, as its progress names it."""
 TOLERANCE = 1e-4
 """Largest difference of a hidden state, relative to the largest, that counts as rounding."""
 
@@ -312,13 +318,15 @@ def cache_states(
         if not exist:
             clear_states(cache)
     if not ranks.broadcast(exist):
-        done = 0
-        yield Progress(stage="caching the frozen trunk's states", done=0, total=len(rollouts))
+        done, total = 0, len(rollouts)
+        yield Progress(stage=CACHING, done=0, total=total)
         with StatesWriter(cache, hidden_size, read_only=read_only, ranks=ranks) as writer:
             for index, batch in rollouts.by_group(ROLLOUTS_PER_PASS):
-                writer.commit(rollouts.index[index], _share(writer, critic, batch, compute, forest, stop))
+                shares = _share(writer, critic, batch, compute, forest, stop)
+                share = yield from _reported(shares, batch, compute, done, total)
+                writer.commit(rollouts.index[index], share)
                 done += len(index)
-                yield Progress(stage="caching the frozen trunk's states", done=done, total=len(rollouts))
+                yield Progress(stage=CACHING, done=done, total=total)
         ranks.broadcast(True)  # the others open the states only now that they are in place
     states = open_states(cache, hidden_size, read_only=read_only)
     if states is None:
@@ -331,15 +339,36 @@ def cache_states(
 
 def _share(
     writer: StatesWriter, critic: Critic, batch: Rollouts, compute: Compute, forest: bool, stop: StopRequest
-) -> Share:
-    """This rank's share of some rollouts, computed and written, in smaller micro-batches where memory runs out."""
+) -> Generator[int, None, Share]:
+    """This rank's share of some rollouts, computed and written, in smaller micro-batches where memory runs out.
+
+    Yields:
+        As `StatesWriter.write` does; 0 where it begins again.
+    """
     for attempt in attempts(critic, batch, compute):
+        yield 0
         with attempt:
             try:
-                return writer.write(batch, _computed(critic, batch, compute, forest=forest, stop=stop))
+                return (yield from writer.write(batch, _computed(critic, batch, compute, forest=forest, stop=stop)))
             finally:
                 reshard((critic.trunk, critic.head))
     raise AssertionError("attempts end by an error")
+
+
+def _reported(
+    shares: Generator[int, None, Share], batch: Rollouts, compute: Compute, before: int, total: int
+) -> Generator[Event, None, Share]:
+    """Progress of `_share`, by the response tokens that are done; rollouts of `total` that were done `before`."""
+    of_this_rank = max(1, int(batch.response_mask.sum())) / compute.ranks.size
+    done = 0
+    while True:
+        try:
+            tokens = next(shares)
+        except StopIteration as ended:
+            return ended.value  # type: ignore[no-any-return]
+        done = done + tokens if tokens else 0
+        if done < of_this_rank:
+            yield Progress(stage=CACHING, done=before + int(done / of_this_rank * len(batch)), total=total)
 
 
 @torch.no_grad()

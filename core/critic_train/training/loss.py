@@ -56,6 +56,8 @@ def token_weights(
     rollouts = float(max(1, (response_counts > 0).sum()))
     if mode == "token-mean":
         weights = np.full(len(counts), 1.0 / max(1.0, counts.sum()))
+    elif mode == "token-sum":
+        weights = np.ones(len(counts))
     elif mode == "seq-mean-token-sum":
         weights = np.full(len(counts), 1.0 / rollouts)
     elif mode == "seq-mean-token-mean":

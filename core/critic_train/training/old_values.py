@@ -47,15 +47,17 @@ class OldValues:
                 "has moved on since",
                 hint="put the run's cache back, or start again with another --out",
             )
-        yield Progress(stage="old values", done=0, total=len(self.train))
-        done = 0
+        done, total = 0, len(self.train)
+        yield Progress(stage="old values", done=0, total=total)
         with cache.new_column(column) if ranks.is_main else nullcontext() as writer:
             for index, rollouts in self.train.by_group(ROLLOUTS_PER_PASS):
-                values = self.runtime.values(rollouts, step=step)
+                values = yield from self.runtime.values(
+                    rollouts, step=step, stage="old values", before=done, total=total
+                )
                 if writer is not None:
                     writer.write(self.train.index[index], values)
                 done += len(index)
-                yield Progress(stage="old values", done=done, total=len(self.train))
+                yield Progress(stage="old values", done=done, total=total)
         ranks.broadcast(True)  # the others read the column only now that it is in its place
 
     def drop_before(self, epoch: int) -> None:

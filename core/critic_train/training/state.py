@@ -1,6 +1,6 @@
 """Where a run stands, as its checkpoints record it (`trainer.json`), and a critic together with how it computes."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from critic_train.events import Event, Notice
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.microbatches import predict_values
+from critic_train.model.microbatches import predict_with_progress
 from critic_train.rollouts import Rollouts
-from critic_train.stopping import Stopped, StopRequest
+from critic_train.stopping import StopRequest
 from critic_train.training.divergence import diverged
 
 
@@ -173,12 +173,20 @@ class CriticRuntime:
     forest: bool
     stop: StopRequest
 
-    def values(self, rollouts: Rollouts, *, step: int) -> NDArray[np.float32]:
-        """The critic's values, without gradients.
+    def values(
+        self, rollouts: Rollouts, *, step: int, stage: str, before: int, total: int
+    ) -> Generator[Event, None, NDArray[np.float32]]:
+        """The critic's values, without gradients. A head whose weight is 0 gives its bias whatever the trunk computes.
 
         Args:
             rollouts: any number of them, the same on all ranks.
             step: optimizer steps the critic has taken, for the message of an error.
+            stage: what the values are for, as the progress names it.
+            before: rollouts of the stage that were done before these.
+            total: rollouts of the stage.
+
+        Yields:
+            Progress.
 
         Returns:
             float32 [T], 0 where response_mask is false.
@@ -187,9 +195,21 @@ class CriticRuntime:
             DivergedError: a value is not finite.
             Stopped: asked to stop.
         """
-        values = predict_values(self.critic, rollouts, self.compute, forest=self.forest, stop=self.stop)
-        if values is None:
-            raise Stopped
+        constant = self.critic.head.constant()
+        if constant is not None:
+            self.stop.check_on_all_ranks()
+            values = np.where(rollouts.response_mask, np.float32(constant), np.float32(0.0))
+        else:
+            values = yield from predict_with_progress(
+                self.critic,
+                rollouts,
+                self.compute,
+                forest=self.forest,
+                stop=self.stop,
+                stage=stage,
+                before=before,
+                total=total,
+            )
         if not np.isfinite(values).all():
             when = f"after step {step}" if step else "before the first step"
             raise diverged(f"the critic predicts NaN or infinite values {when}", steps_taken=step)

@@ -195,5 +195,5 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_read(tmp_pat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="wandb is not installed") as fault:
         list(fit(settings_for(tmp_path / "nowhere", tmp_path / "run", log_to=["wandb"]), StopRequest()))
-    assert fault.value.hint == "pip install 'critic-train[wandb]'"
+    assert fault.value.hint == "pip install wandb"
     assert not (tmp_path / "run").exists()

@@ -182,7 +182,7 @@ def test_a_store_or_package_that_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(ConfigError, match="abfs:// needs a package that is not installed") as caught:
         find_shards(["abfs://x/y"])
-    assert caught.value.hint == "pip install 'critic-train[remote]'"
+    assert caught.value.hint == "pip install s3fs gcsfs adlfs"
 
 
 SETTINGS = {

@@ -84,3 +84,40 @@ def test_all_files_of_a_directory_can_be_read_by_those_whom_the_umask_lets(tmp_p
     usual = tmp_path / "usual"
     usual.write_bytes(b"")
     assert {file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()} == {usual.stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "expected"),
+    [
+        ("Llama", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        (
+            "Llama",
+            {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0},
+            {"rope_theta": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        ),
+        (
+            "Phi",
+            {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5},
+            {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        ),
+    ],
+)
+def test_transformers_4_finds_the_rotary_entries_that_it_reads(family, rope, expected, tmp_path):
+    """Under the names of transformers 4.46; transformers 5 reads what it read without them."""
+    critic = build_critic(small_config(family, rope_parameters=rope), seed=0)
+    before = dict(critic.trunk.config.rope_parameters)
+    save_critic(critic, tmp_path, None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: config.get(name) for name in expected} == expected
+    assert dict(read_model(tmp_path).config.rope_parameters) == before
+
+
+def test_another_base_for_sliding_attention_has_its_own_entry(tmp_path):
+    """Gemma 3, by the names of transformers 4.50."""
+    critic = build_critic(small_config("Gemma3Text"), seed=0)
+    before = critic.trunk.config.rope_parameters
+    save_critic(critic, tmp_path, None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == before["full_attention"]["rope_theta"]
+    assert config["rope_local_base_freq"] == before["sliding_attention"]["rope_theta"]
+    assert read_model(tmp_path).config.rope_parameters == before

@@ -25,7 +25,7 @@ from critic_train.predict import predict as job
 from critic_train.predict import predict as predicting
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalSettings, PredictSettings
-from critic_train.stopping import StopRequest
+from critic_train.stopping import Stopped, StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -234,14 +234,18 @@ def test_stopped_anywhere_it_goes_on_and_ends_alike(looks, whiten, shards, criti
     flags = GAE | {"whiten_advantages": whiten}
     predict(shards, critic, tmp_path / "whole", **flags)
     calls: list[int] = []
-    real = job.predict_values
+    real = job.predict_with_progress
 
     def counting(critic, rollouts, *args, **more):
-        values = real(critic, rollouts, *args, **more)
-        calls.append(int(rollouts.row[0]) if values is not None else -1)
+        try:
+            values = yield from real(critic, rollouts, *args, **more)
+        except Stopped:
+            calls.append(-1)
+            raise
+        calls.append(int(rollouts.row[0]))
         return values
 
-    monkeypatch.setattr(job, "predict_values", counting)
+    monkeypatch.setattr(job, "predict_with_progress", counting)
     first = predict(shards, critic, tmp_path / "to", StopAfter(looks=looks), **flags)
     assert (first.status, first.signal_number) == ("interrupted", 15)
     assert predict(shards, critic, tmp_path / "to", **flags).status == "finished"

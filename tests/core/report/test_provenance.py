@@ -1,36 +1,7 @@
 """How a run was made, and the command that makes it again."""
 
-import shlex
-
-import pytest
-import typer.main
-
-from critic_train.report.provenance import command_line, different_settings, provenance_of
+from critic_train.report.provenance import different_settings, provenance_of, show_command
 from critic_train.report.report_sources import read_sources
-from critic_train.settings import EvalSettings, FitSettings, as_dict
-from critic_train_cli.main import app
-from critic_train_cli.options import options_of, resolve
-
-SETTINGS = [
-    FitSettings(data=["a b/", "c'd"], lr=3e-05, no_clip=True, max_steps=10, val_data=["v"], column=["returns=x y"]),
-    FitSettings(data=["x"]),
-    EvalSettings(data=["x"], model=["runs/a", "$HOME/b"], by=["task"], cliprange_value=0.25, report="p.html"),
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_the_command_gives_the_same_settings(settings):
-    """The line is split as a shell does and read as the program reads it."""
-    kind = type(settings)
-    words = shlex.split(command_line(kind, as_dict(settings)))
-    assert words[:2] == ["critic-train", kind.command]
-    parsed = typer.main.get_command(app).commands[kind.command].make_context(kind.command, words[2:])  # type: ignore[attr-defined]
-    chosen = resolve(options_of(kind), parsed.params, {}, {})
-    assert kind(**{name: value.value for name, value in chosen.items()}) == settings
-
-
-def test_what_is_at_its_default_is_left_unsaid():
-    assert command_line(FitSettings, as_dict(FitSettings(data=["x"]))) == "critic-train fit --data x"
 
 
 def test_a_run_tells_what_was_chosen(make_run):
@@ -64,3 +35,14 @@ def test_settings_of_another_release_are_shown(make_run):
     told = provenance_of(read_sources([str(run)])[0])
     assert ("flux", "7") in told.chosen
     assert "--data rollouts" in told.command
+
+
+def test_the_command_that_shows_a_prompt_group(make_run):
+    """Of a run: its held-out rollouts, read as it read them, without what only training needs."""
+    run = make_run("a b", steps=1, column=["uid=prompt"], returns="mc", val_data=["held out/"], max_length=99)
+    [source] = read_sources([str(run)])
+    command = show_command(source, "critic", "it's 3")
+    assert command.startswith("critic-train show ")
+    for part in ("--uid 'it'\"'\"'s 3'", "--data 'held out/'", "--column uid=prompt", "--returns mc", f"'{run}'"):
+        assert part in command
+    assert "--max-length" not in command

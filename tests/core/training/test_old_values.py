@@ -10,6 +10,7 @@ from critic_train.errors import MachineError
 from critic_train.events import Progress
 from critic_train.model.compute import Compute
 from critic_train.model.loading import build_critic
+from critic_train.model.microbatches import predict_values
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.dataset import RolloutSet
 from critic_train.training.old_values import OldValues
@@ -35,7 +36,8 @@ def test_the_column_holds_the_values_at_the_start_of_the_epoch(old_values):
     assert {(event.stage, event.total) for event in events if isinstance(event, Progress)} == {("old values", 24)}
     train = old_values.train
     rollouts = train.read(train.index, values_from=old_values_column(1))
-    expected = old_values.runtime.values(rollouts, step=4)
+    runtime = old_values.runtime
+    expected = predict_values(runtime.critic, rollouts, runtime.compute, forest=True)
     np.testing.assert_allclose(rollouts.values, expected, rtol=1e-5, atol=1e-6)
     assert list(old_values.take(1, begun=True, step=5)) == []
 

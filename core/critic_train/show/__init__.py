@@ -1,0 +1,1 @@
+"""The command `show`: rollouts or a text, token by token, with the value of each state."""
