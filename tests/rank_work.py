@@ -192,6 +192,14 @@ def drawn_adapters(source: str) -> dict[str, np.ndarray]:
         return found | {"share": np.array(share)}
 
 
+def load_and_save_new(base: str, target: str) -> None:
+    """Every rank loads its part of a published model, and together they write it as a critic."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        source = read_model(Path(base))
+        critic = load_critic_on_ranks(source, replace(ONE, ranks=ranks))
+        ShardedCritic(critic).save_to(Path(target) if ranks.is_main else None, source.path)
+
+
 def load_and_save_adapters(base: str, source: str, target: str) -> None:
     """Every rank loads its part of a base model and of adapters, and together they write the checkpoint anew."""
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:

@@ -161,4 +161,6 @@ def _error_of(ids: NDArray[Any], prompt: int, source: loading.ModelSource) -> st
     outside = np.flatnonzero((ids < 0) | (ids >= source.vocab_size))
     if len(outside):
         return f"token id {ids[outside[0]]} at position {outside[0]} is not from 0 to {source.vocab_size - 1}"
+    if placeholders := set(source.placeholder_ids).intersection(ids.tolist()):
+        return f"token id {min(placeholders)} is a placeholder of an image, a video or a sound: a critic reads text"
     return ""

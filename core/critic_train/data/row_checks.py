@@ -39,11 +39,13 @@ class RowLimits:
     Attributes:
         vocab_size: ids must be below it.
         max_length: tokens a rollout may have.
+        placeholder_ids: ids in whose place a multimodal model puts features of images; rows have none of those.
         vocab_size_of, max_length_of: what sets the limit, for messages.
     """
 
     vocab_size: int | None = None
     max_length: int | None = None
+    placeholder_ids: tuple[int, ...] = ()
     vocab_size_of: str = "the model's vocabulary"
     max_length_of: str = "the model's context"
 
@@ -127,6 +129,7 @@ def check_batch(
         attended = without_padding(tokens, mask, columns, errors)
     lengths = tokens.lengths if attended is None else counts_of(attended, tokens.lengths)
     _check_ids(tokens, attended, columns, limits, errors)
+    _check_placeholders(tokens, attended, columns, limits, errors)
     _check_lengths(lengths, columns, limits, errors)
     _check_mask(mask, attended, tokens.lengths, columns, errors)
 
@@ -200,24 +203,47 @@ def _check_ids(
     end = INT32_END if limits.vocab_size is None else limits.vocab_size
     if not len(ids) or (ids.min() >= 0 and ids.max() < end):
         return
-    outside = (ids < 0) | (ids >= end)
-    if attended is not None:
-        outside &= attended
-    first = offsets_from_lengths(tokens.lengths)[:-1] + first_of(outside, tokens.lengths)
     expected = f"ids from 0 to {end - 1}" + ("" if limits.vocab_size is None else f" ({limits.vocab_size_of})")
+    outside = (ids < 0) | (ids >= end)
+    _mark_ids(outside, "token ids outside the vocabulary", expected, tokens, attended, columns, errors)
 
-    def mark(where: NDArray[np.bool_], name: str | None) -> None:
-        rows = rows_with(where, tokens.lengths)
-        errors.mark(
-            rows, name or "", "token ids outside the vocabulary", lambda row: f"token id {ids[first[row]]}", expected
-        )
+
+def _check_placeholders(
+    tokens: Tokens, attended: NDArray[np.bool_] | None, columns: Columns, limits: RowLimits, errors: RowErrors
+) -> None:
+    """Mark rows in which features of an image, a video or a sound would stand: a critic reads token ids alone."""
+    if limits.placeholder_ids and len(tokens.ids):
+        placeholders = np.isin(tokens.ids, limits.placeholder_ids)
+        expected = "text alone: a critic is not given what stands in the place of an image, a video or a sound"
+        _mark_ids(placeholders, "placeholders of images, videos or sounds", expected, tokens, attended, columns, errors)
+
+
+def _mark_ids(
+    where: NDArray[np.bool_],
+    problem: str,
+    expected: str,
+    tokens: Tokens,
+    attended: NDArray[np.bool_] | None,
+    columns: Columns,
+    errors: RowErrors,
+) -> None:
+    """Mark the rows of some tokens under the name of the column that holds them; padding does not count."""
+    if attended is not None:
+        where = where & attended
+    if not where.any():
+        return
+    first = offsets_from_lengths(tokens.lengths)[:-1] + first_of(where, tokens.lengths)
+
+    def mark(tokens_at: NDArray[np.bool_], name: str | None) -> None:
+        rows = rows_with(tokens_at, tokens.lengths)
+        errors.mark(rows, name or "", problem, lambda row: f"token id {tokens.ids[first[row]]}", expected)
 
     if tokens.prompt_lengths is None:
-        mark(outside, columns.input_ids)
+        mark(where, columns.input_ids)
     else:
         positions = repeat_by_length(np.zeros_like(tokens.lengths), tokens.lengths)
-        mark(outside & (positions < np.repeat(tokens.prompt_lengths, tokens.lengths)), columns.prompts)
-        mark(outside, columns.responses)
+        mark(where & (positions < np.repeat(tokens.prompt_lengths, tokens.lengths)), columns.prompts)
+        mark(where, columns.responses)
 
 
 def _check_lengths(lengths: NDArray[np.int64], columns: Columns, limits: RowLimits, errors: RowErrors) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from critic_train.data.addresses import UidLookup
 from critic_train.data.bad_input import BadFiles
-from critic_train.data.reading import Needs, RolloutReader, RowLimits
+from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.scanning import blocks
 from critic_train.data.shards import Shard, find_shards, fingerprint
@@ -28,7 +28,7 @@ from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import FirstPass, critic_source, first_pass
+from critic_train.model.first_pass import FirstPass, critic_source, first_pass, limits_of
 from critic_train.model.fsdp import cost_of
 from critic_train.model.loading import ModelSource
 from critic_train.model.microbatches import predict_values
@@ -138,17 +138,13 @@ def _reader(
     settings: EvalSettings, shards: list[Shard], bad_files: BadFiles, sources: list[ModelSource], stop: StopRequest
 ) -> RolloutReader:
     recipe = ReturnRecipe.of(settings.returns)
-    lengths = [source.max_length for source in sources if source.max_length is not None]
     return RolloutReader(
         shards,
         renames=column_renames(settings.reading.column),
         on_bad_rows=settings.reading.on_bad_rows,
         on_bad_file=settings.reading.on_bad_file,
         bad_files=bad_files,
-        limits=RowLimits(
-            vocab_size=min((source.vocab_size for source in sources), default=None),
-            max_length=min(lengths, default=None),
-        ).at_most(settings.reading.max_length),
+        limits=limits_of(sources).at_most(settings.reading.max_length),
         labels=settings.evaluation.by or None,
         needs=Needs(
             returns=not recipe.from_rewards,
@@ -177,6 +173,8 @@ def _load_critics(
     sources: dict[str, ModelSource], checked: FirstPass, settings: ComputeSettings, compute: Compute
 ) -> Generator[Event, None, dict[str, _LoadedCritic]]:
     """Load the critics and choose the packing of each, by the self-check on a few rollouts."""
+    for source in sources.values():
+        yield from source.notices
     critics = {
         name: load_critic_on_ranks(source, compute).to(compute.device).eval() for name, source in sources.items()
     }

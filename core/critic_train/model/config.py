@@ -7,24 +7,27 @@ weights before anything is allocated for it.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
 from critic_train.model.randomness import is_dropout
+from critic_train.model.tensor_file import FLOATING, StoredTensor
 from critic_train.settings import Preset
 
 CLASSIFIER_DROPOUTS = ("classifier_dropout", "hidden_dropout", "summary_dropout_prob")
 """These are set even where a configuration lacks them: transformers' classification classes have defaults above 0."""
 
+QUANTIZED = "a critic is trained from weights that are not quantized; save the model in bfloat16 without quantization"
 OF_ANOTHER_MODEL = "the directory is incomplete, or its config.json belongs to another model"
 SIZE_NAME = re.compile(r"(?!max_).*(size|dim|width|rank|heads|experts|n_embd|n_head|n_inner|channels)")
-LAYERS_NAME = re.compile(r"num_(hidden_|decoder_|encoder_)?layers|n_layers?")
+LAYERS_NAME = re.compile(r"num_(hidden_|decoder_|encoder_)?layers|n_layers?|depth")
 MISSING_SHARE, MISSING_FEW = 2, 2**20
 """A configuration may describe so many times the weights that are there, and so many numbers more: tensors that are
 missing are reported by name when the weights are loaded."""
@@ -61,42 +64,51 @@ def read_raw_config(path: Path) -> dict[str, Any]:
 
 
 def parse_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model directory that a critic can be made of.
+    """The configuration of a model directory that a critic can be made of; of a multimodal one, with all its parts.
 
     Args:
         path: the directory.
         raw: from `read_raw_config`.
 
     Raises:
-        ModelError: transformers does not know it, it is no text-only decoder, it asks for what is never done (code of
+        ModelError: transformers does not know it, it is no decoder of text, it asks for what is never done (code of
             its own, quantized weights), or its sizes are no numbers.
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        clear_implementations(config)
+        text = text_config_of(config)
+        for part in (config, text):
+            clear_implementations(part)
     except Exception as error:  # transformers raises many kinds for a configuration it does not know
         reason = "it asks for code of its own, which is never run" if raw.get("auto_map") else first_line(error)
         raise ModelError(f"{path}/config.json (model_type {raw.get('model_type')!r}): {reason}") from error
-    if config.is_encoder_decoder or config.get_text_config() is not config:
+    if config.is_encoder_decoder:
         raise ModelError(
-            f"{path}: model_type {config.model_type!r} is not a text-only decoder",
-            hint="a critic reads token ids from left to right; take the language model out of a multimodal one first",
+            f"{path}: model_type {config.model_type!r} is an encoder and a decoder",
+            hint="a critic reads token ids from left to right: take a decoder",
         )
-    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
-    if raw.get("quantization_config"):
+    parts = (raw, raw.get("text_config"))
+    if any(isinstance(part, dict) and part.get("quantization_config") for part in parts):
         raise ModelError(
             f"{path}/config.json: its weights are quantized",
-            hint="a critic is trained from weights that are not quantized; save the model without quantization",
+            hint=QUANTIZED,
         )
     for name in ("vocab_size", "hidden_size"):
-        size = getattr(config, name, None)
+        size = getattr(text, name, None)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ModelError(f"{path}/config.json: found {name} {size!r}, expected a whole number above 0")
-    positions = getattr(config, "max_position_embeddings", None)
+    if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
+        raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and (not isinstance(positions, int) or positions < 2):
         raise ModelError(f"{path}/config.json: found max_position_embeddings {positions!r}, expected a whole number")
     return config
+
+
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a multimodal model's text trunk; of a text-only model, its own."""
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
 
 
 def clear_implementations(config: PreTrainedConfig) -> None:
@@ -105,38 +117,66 @@ def clear_implementations(config: PreTrainedConfig) -> None:
         setattr(config, name, None)
 
 
-def check_config_against_weights(path: Path, config: PreTrainedConfig, shapes: Mapping[str, list[int]]) -> None:
-    """Refuse a configuration that describes a larger model than the weights are. Nothing is allocated for it.
+def outline_model(path: Path, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> PreTrainedModel:
+    """The model that a configuration describes, on "meta"; refused where it is larger than the weights are.
 
     Args:
         path: the directory, for the message.
-        config: its configuration.
-        shapes: of every tensor in its weights, from the headers alone.
+        config: from `parse_config`.
+        stored: every tensor of its weights, by the headers alone.
 
     Raises:
         ModelError: it describes a larger model, or transformers cannot make a model of it.
     """
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    for name, value in sorted(config.to_dict().items()):
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
+    elements = sum(math.prod(tensor.shape) for tensor in stored.values())
+    for name, value in _numbers(config.to_dict()):
         if SIZE_NAME.fullmatch(name) and value > elements:
-            raise _too_large(path, f"{name} {value:,}", f"{elements:,} numbers")
-        if LAYERS_NAME.fullmatch(name) and value > MISSING_SHARE * len(shapes):
-            raise _too_large(path, f"{name} {value:,}", f"{len(shapes):,} tensors")
+            raise _too_large(path, f"{name} {value:,}", f"{elements:,} numbers", stored)
+        if LAYERS_NAME.fullmatch(name) and value > MISSING_SHARE * len(stored):
+            raise _too_large(path, f"{name} {value:,}", f"{len(stored):,} tensors", stored)
     try:
         with torch.device("meta"):
-            trunk = AutoModel.from_config(config)
+            model = _make_model(config)
     except Exception as error:  # transformers raises many kinds for a configuration that makes no model
         reason = first_line(error)
         raise ModelError(f"{path}/config.json makes no model: {reason}", hint=OF_ANOTHER_MODEL) from error
-    described = sum(parameter.numel() for parameter in trunk.parameters())
+    described = sum(parameter.numel() for parameter in model.parameters())
     if described > MISSING_SHARE * elements + MISSING_FEW:
-        raise _too_large(path, f"a model of {described:,} numbers", f"{elements:,}")
+        raise _too_large(path, f"a model of {described:,} numbers", f"{elements:,}", stored)
+    return model
 
 
-def _too_large(path: Path, described: str, stored: str) -> ModelError:
-    return ModelError(f"{path}/config.json describes {described}, its weights hold {stored}", hint=OF_ANOTHER_MODEL)
+def _make_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without a vocabulary head; a few multimodal ones are known only by the class that config.json names."""
+    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    kind: Any = getattr(transformers, named, None) if isinstance(named, str) else None
+    is_class = isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+    make: Any = (
+        kind._from_config if is_class and type(config) not in AutoModel._model_mapping else AutoModel.from_config
+    )
+    model: PreTrainedModel = make(config)
+    return model
+
+
+def _numbers(described: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(name, value) of every whole number in a configuration and in those of its parts."""
+    for name, value in sorted(described.items(), key=lambda item: str(item[0])):
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield str(name), value
+
+
+def _too_large(path: Path, described: str, held: str, stored: Mapping[str, StoredTensor]) -> ModelError:
+    packed = next((t for t in stored.values() if t.dtype not in FLOATING and len(t.shape) > 1), None)
+    if packed is not None:  # several weights in one number, so that there are fewer of them
+        return quantized(path, packed)
+    return ModelError(f"{path}/config.json describes {described}, its weights hold {held}", hint=OF_ANOTHER_MODEL)
+
+
+def quantized(path: Path, tensor: StoredTensor) -> ModelError:
+    """The refusal of a directory one of whose weights is float8 or an integer."""
+    return ModelError(f"{path}: its weights are quantized: {tensor.name} is stored as {tensor.dtype}", hint=QUANTIZED)
 
 
 def may_be_copied(file: Path) -> bool:

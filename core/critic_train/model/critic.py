@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from critic_train.errors import ModelError
 from critic_train.model.model_input import ModelInput
+from critic_train.model.multimodal import Multimodal
 from critic_train.model.next_token_head import NextTokenHead
 from critic_train.model.tensor_file import part_here
 
@@ -59,16 +60,18 @@ class Critic(nn.Module):
     Args:
         trunk: a decoder without a language-model head, as `transformers.AutoModel` gives it.
         head: the value head.
+        multimodal: what the directory had besides the trunk, which a checkpoint may have to hold as well.
 
     Attributes:
         next_token_head: trained beside the value head with --lm-loss-weight; no part of what is exported.
     """
 
-    def __init__(self, trunk: PreTrainedModel, head: ValueHead) -> None:
+    def __init__(self, trunk: PreTrainedModel, head: ValueHead, multimodal: Multimodal | None = None) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
         self.next_token_head: NextTokenHead | None = None
+        self.multimodal = multimodal
         # In a list, so that the layers it shares with the trunk are not registered twice.
         self._last_layers: list[LastLayers] = []
 

@@ -1,18 +1,21 @@
-"""What `eval` and `predict` do before the model runs: resolve the critic, and read and check every row once."""
+"""What commands do before the model runs: resolve what --model names, and read and check every row once."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from critic_train.data.reading import RolloutReader
-from critic_train.errors import ModelError
+from critic_train.data.row_checks import RowLimits
+from critic_train.distributed.ranks import Ranks
+from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Event, Notice, Progress
 from critic_train.model.loading import ModelSource, read_model
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import resolve_model
+from critic_train.settings import ModelSettings
 from critic_train.stopping import StopRequest
 
 
@@ -69,6 +72,16 @@ def first_pass(reader: RolloutReader, total: int, stop: StopRequest) -> Generato
     return result
 
 
+def limits_of(sources: Sequence[ModelSource]) -> RowLimits:
+    """Which rows all of some models can read."""
+    lengths = [source.max_length for source in sources if source.max_length is not None]
+    return RowLimits(
+        vocab_size=min((source.vocab_size for source in sources), default=None),
+        max_length=min(lengths, default=None),
+        placeholder_ids=tuple({placeholder for source in sources for placeholder in source.placeholder_ids}),
+    )
+
+
 def critic_source(path: Path) -> ModelSource:
     """A run, a checkpoint or a directory as a critic that can be loaded.
 
@@ -82,3 +95,15 @@ def critic_source(path: Path) -> ModelSource:
             hint=f"critic-train fit --model {path} --data ... makes a critic of it",
         )
     return source
+
+
+def read_base_model(model: ModelSettings, out: Path, ranks: Ranks) -> ModelSource | None:
+    """What --model names, None without it; rank 0 resolves a run to its best checkpoint. All ranks call it."""
+    if model.model is None:
+        return None
+    path = ""
+    if ranks.is_main:
+        if Path(model.model).resolve() == out.resolve():
+            raise ConfigError(f"--model and --out are both {model.model}", hint="give the new run an --out of its own")
+        path = str(resolve_model(Path(model.model)))
+    return read_model(Path(ranks.broadcast(path)), new_head=model.head_init is not None)

@@ -1,34 +1,34 @@
 """Open a Hugging Face directory as a critic: first its configuration, later its weights.
 
 Weights are read from safetensors only, no remote code is run, nothing is downloaded. A value head in the directory is
-loaded as it is and never replaced; where there is none, a new one starts at 0, and `fit` reports it.
+loaded as it is and never replaced unless that is asked for; where there is none, a new one starts at 0, and `fit`
+reports it. Nothing of a directory is passed over in silence: what the critic has no use for is refused, or told.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModel, PreTrainedConfig
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from critic_train.errors import ModelError, first_line
-from critic_train.jsonio import read_json_object
+from critic_train.events import Notice
 from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.recurrence import share_states
-from critic_train.model.config import check_config_against_weights, parse_config, prepare_config, read_raw_config
+from critic_train.model.config import outline_model, parse_config, prepare_config, read_raw_config, text_config_of
 from critic_train.model.critic import Critic, ValueHead
-
-# The only list of names of value heads, in the order in which they are looked for. A new framework's goes here.
-HEAD_NAMES = (
-    "score",  # Hugging Face, OpenRLHF, verl
-    "value_head",  # xtuner
-    "v_head.summary",  # TRL
-    "v_head",  # DeepSpeed-Chat
-    "classifier",  # Hugging Face's class for GPT-2
-)
+from critic_train.model.model_directory import head_files, require_directory, unread_files, weight_files
+from critic_train.model.multimodal import Multimodal, multimodal_of
+from critic_train.model.placement import Placement, place_tensors, refuse_left_over, trunk_prefix
+from critic_train.model.tensor_file import StoredTensor, part_here, read_headers
+from critic_train.model.value_heads import StoredHead, find_head
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -36,19 +36,32 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A model directory whose configuration has been read and checked.
+    """A model directory whose configuration has been read, and whose files' headers agree with it.
 
     Attributes:
         path: the directory.
-        config: its configuration, dropouts 0, one label.
+        config: the configuration of its text trunk, dropouts 0, one label.
         architecture: the class it was saved from, as in "LlamaForCausalLM".
-        head: the prefix of its value head's tensors, as in HEAD_NAMES; None where it has none.
+        model_class: the class through which its weights are loaded; of a multimodal directory the trunk is a part.
+        placement: where its tensors belong.
+        stored_head: its value head; None where it has none, or where a new one is to be made in its stead.
+        multimodal: what a multimodal directory has besides the text trunk; None of a text-only one.
+        notices: what is left out or changed.
     """
 
     path: Path
     config: PreTrainedConfig
     architecture: str
-    head: str | None
+    model_class: type[PreTrainedModel]
+    placement: Placement
+    stored_head: StoredHead | None
+    multimodal: Multimodal | None = None
+    notices: tuple[Notice, ...] = ()
+
+    @property
+    def head(self) -> str | None:
+        """The prefix of its value head's tensors, as in "score"; None where there is none."""
+        return None if self.stored_head is None else self.stored_head.name
 
     @property
     def vocab_size(self) -> int:
@@ -60,39 +73,78 @@ class ModelSource:
         """The longest rollout the model has positions for, in tokens."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Token ids in whose place a multimodal model puts features of images, videos or sounds."""
+        return tuple(getattr(self.config, "placeholder_token_ids", None) or ())
 
-def read_model(path: Path) -> ModelSource:
-    """Read a model directory's configuration and find its value head. No weights are loaded.
+
+def read_model(path: Path, *, new_head: bool = False) -> ModelSource:
+    """Read a model directory's configuration and headers, and find its value head. No weights are loaded.
+
+    Args:
+        path: the directory.
+        new_head: whether one is made in its value head's stead, which may then be anything.
 
     Raises:
         ModelError: a critic cannot be made of the directory.
     """
-    if not path.is_dir():
-        raise ModelError(
-            f"no model directory at {path}",
-            hint="--model takes a run, a checkpoint or a Hugging Face directory",
-        )
+    require_directory(path)
     raw = read_raw_config(path)
     files = weight_files(path)
-    config = prepare_config(parse_config(path, raw))
-    shapes = _shapes(files)
-    check_config_against_weights(path, config, shapes)
+    root = parse_config(path, raw)
+    refusals = [ModelError] * new_head  # a head that is not used may be anything
+    with contextlib.suppress(*refusals):
+        files += head_files(path, files)
+    stored = read_headers(files)
+    config = prepare_config(text_config_of(root))
+    model = outline_model(path, root, stored)
+    prefix = trunk_prefix(model, config)
+    if prefix is None:
+        raise ModelError(
+            f"{path}: transformers has no class for the text trunk of model_type {root.model_type!r} by itself",
+            hint="a critic reads token ids alone: take a model whose text trunk transformers knows",
+        )
+    placement = place_tensors(path, model, prefix, config, stored)
     named = raw.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
-    source = ModelSource(
+    head = None
+    with contextlib.suppress(*refusals):
+        head = find_head(path, raw, placement, int(config.hidden_size), architecture)
+    unused = placement.left_over.keys() - (head.tensors if head else set())
+    if unused:  # a row beside other tensors may be the last layer of a deeper head, so all of them are named
+        head, unused = None, set(placement.left_over)
+    refuse_left_over(path, placement, unused & placement.of_trunk if new_head else unused, root.model_type)
+    notices = [*_notices(path, files, unused, None if new_head else head)]
+    for key in {"mean", "std", "normalize_reward"} & vars(root).keys():
+        delattr(root, key)
+    multimodal = None
+    if root is not config:
+        multimodal = multimodal_of(root, config, placement, model)
+        notices.append(Notice(message=multimodal.sentence(path)))
+    return ModelSource(
         path=path,
         config=config,
         architecture=architecture,
-        head=_find_head(path, shapes, raw.get("value_head_prefix")),
+        model_class=type(model),
+        placement=placement,
+        stored_head=head,
+        multimodal=multimodal,
+        notices=tuple(notices),
     )
-    claims_head = architecture.endswith(("ForTokenClassification", "ForSequenceClassification", "CriticModel"))
-    if source.head is None and claims_head:
-        raise ModelError(
-            f"{path}: a {architecture} has a value head, but its weights hold none "
-            f"(looked for {', '.join(f'{name}.weight' for name in HEAD_NAMES)})",
-            hint="point --model at the directory that holds the head, or at the causal LM it was made from",
+
+
+def _notices(path: Path, files: list[Path], unused: set[str], head: StoredHead | None) -> Iterator[Notice]:
+    """What of a directory is not read, not used, or changed."""
+    for sentence in unread_files(path, files):
+        yield Notice(message=sentence, level="warning")
+    if unused:
+        yield Notice(message=f"{path}: left out for a new value head: {', '.join(sorted(unused))}")
+    if head is not None and (head.mean, head.std) != (0.0, 1.0):
+        yield Notice(
+            message=f"{path}: config.json normalises values by mean {head.mean:g} and std {head.std:g} (OpenRLHF): "
+            "both are folded into the value head, and are not in the checkpoints' config.json"
         )
-    return source
 
 
 def load_critic(source: ModelSource, adapt: Callable[[Critic], None] | None = None) -> Critic:
@@ -105,21 +157,20 @@ def load_critic(source: ModelSource, adapt: Callable[[Critic], None] | None = No
         adapt: puts adapters into the critic.
 
     Raises:
-        ModelError: weights are missing, damaged or of another shape than the configuration says.
+        ModelError: weights are missing, damaged, not finite or of another shape than the configuration says.
     """
+    root = source.config if source.multimodal is None else source.multimodal.config
+    placed = {part.name: part for part in source.placement.loaded}
     try:
-        trunk, report = AutoModel.from_pretrained(
-            source.path,
-            config=source.config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with ExitStack() as opened:
+            # Given by name and not by directory, so that transformers reads nothing else that lies there.
+            model, report = source.model_class.from_pretrained(
+                None, config=root, state_dict=_slices(placed, opened), dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:  # transformers raises many kinds for weights it cannot place
         raise ModelError(f"{source.path}: the weights cannot be loaded: {first_line(error)}") from error
-    problems = [f"{name}: missing" for name in sorted(report["missing_keys"])]
+    prefix = source.placement.prefix
+    problems = [f"{name}: missing" for name in sorted(report["missing_keys"]) if name.startswith(prefix)]
     problems += [
         f"{name}: its shape differs from the configuration's" for name in sorted(map(str, report["mismatched_keys"]))
     ]
@@ -129,13 +180,45 @@ def load_critic(source: ModelSource, adapt: Callable[[Critic], None] | None = No
             f"{source.path}: {len(problems)} weights do not fit the configuration\n{shown}",
             hint="the directory is incomplete, or its config.json belongs to another model",
         )
+    trunk = model.get_submodule(prefix.removesuffix("."))
     head = ValueHead(int(source.config.hidden_size))
-    if source.head is not None:
-        _fill_head(head, source)
-    critic = use_tree_attention(Critic(trunk, head))
+    if source.stored_head is not None:
+        source.stored_head.fill(head)
+    critic = use_tree_attention(Critic(trunk, head, source.multimodal))
+    refuse_not_finite(critic, source.path)
     if adapt is not None:
         adapt(critic)
     return critic
+
+
+def _slices(placed: dict[str, StoredTensor], opened: ExitStack) -> dict[str, Any]:
+    """Name -> a slice of a safetensors file, which transformers reads when it needs it."""
+    files: dict[Path, Any] = {}
+    for part in placed.values():
+        if part.file not in files:
+            files[part.file] = opened.enter_context(safe_open(part.file, framework="pt"))
+    return {name: files[part.file].get_slice(name) for name, part in placed.items()}
+
+
+def refuse_not_finite(critic: Critic, path: Path) -> None:
+    """Refuse weights that hold NaN or infinite numbers, of this rank's part of a critic.
+
+    Raises:
+        ModelError: some do; they are named.
+    """
+    named = [name for name, part in critic.named_parameters() if not _all_finite(part.detach())]
+    if named:
+        first = ", ".join(name.removeprefix("trunk.") for name in named[:3])
+        raise ModelError(
+            f"{path}: {len(named)} tensors hold NaN or infinite numbers: {first}" + (", ..." if named[3:] else ""),
+            hint="they were damaged before critic-train read them: take the model from where it was sound",
+        )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    local = part_here(tensor)
+    # The sum is finite for all but absurd numbers, and needs no memory.
+    return bool(local.sum().isfinite()) or bool(local.isfinite().all())
 
 
 def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
@@ -161,78 +244,3 @@ def use_tree_attention(critic: Critic) -> Critic:
     with contextlib.suppress(ValueError):
         critic.trunk.set_attn_implementation(TREE_ATTENTION)
     return critic
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index where there is one.
-
-    Raises:
-        ModelError: a file is missing, or the index cannot be read or names a file outside the directory.
-    """
-    index = path / "model.safetensors.index.json"
-    # Where there are both, transformers takes the single file.
-    if index.exists() and not (path / "model.safetensors").exists():
-        try:
-            named = set(read_json_object(index)["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} cannot be read: {first_line(error)}") from error
-        escaping = [name for name in named if not isinstance(name, str) or Path(name).name != name]
-        if escaping or not named:
-            raise ModelError(f"{index} names a file outside its directory: {(escaping or [''])[0]!r}")
-        names = sorted(named)
-    else:
-        names = ["model.safetensors"]
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-        raise ModelError(
-            f"{path} has no {missing[0]}" + (f" (found {', '.join(pickled[:3])})" if pickled else ""),
-            hint="weights are read from safetensors only: pickled files can run code. "
-            "Load the model in transformers and save it again with save_pretrained",
-        )
-    return [path / name for name in names]
-
-
-def _shapes(files: list[Path]) -> dict[str, list[int]]:
-    """The shape of every tensor, by the headers of the files."""
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
-    return shapes
-
-
-def _find_head(path: Path, shapes: dict[str, list[int]], prefix: object) -> str | None:
-    """The prefix of the value head's tensors; `prefix` is what config.json says it is, and is looked for first."""
-    names = (prefix, *HEAD_NAMES) if isinstance(prefix, str) else HEAD_NAMES
-    for name in names:
-        shape = shapes.get(f"{name}.weight")
-        if shape is not None:
-            if len(shape) != 2 or shape[0] != 1:
-                raise ModelError(
-                    f"{path}: {name}.weight has shape {shape}; a value head has [1, hidden_size]",
-                    hint="a classifier with several labels is no critic; start from its causal LM instead",
-                )
-            return name
-    return None
-
-
-def _fill_head(head: ValueHead, source: ModelSource) -> None:
-    """Copy the weight, and the bias where there is one, from the files of the directory."""
-    with torch.no_grad():
-        for file in weight_files(source.path):
-            with safe_open(file, framework="pt") as tensors:
-                present = set(tensors.keys())
-                for part, target in (("weight", head.weight), ("bias", head.bias)):
-                    name = f"{source.head}.{part}"
-                    if name not in present:
-                        continue
-                    stored = tensors.get_tensor(name)
-                    if stored.numel() != target.numel():
-                        raise ModelError(
-                            f"{source.path}: {name} has shape {list(stored.shape)}, expected {list(target.shape)}"
-                        )
-                    target.copy_(stored.reshape(target.shape))

@@ -1,10 +1,15 @@
-"""LoRA adapters on every linear layer of a trunk (Hu et al. 2021, arXiv 2106.09685), through peft.
+"""LoRA adapters on the linear layers of a trunk (Hu et al. 2021, arXiv 2106.09685), through peft.
 
-The head is trained in full beside them. A checkpoint holds the merged weights, which load anywhere, and the adapters by
-themselves, with which a run is resumed: merged weights cannot be taken apart again.
+Experts that transformers keeps in one tensor are left out: an adapter of such a tensor makes a product of its size for
+all experts in every pass, and peft adapts it in some architectures and not in others. `adapter_notice` says what is
+adapted. The head is trained in full beside the adapters.
+
+A checkpoint holds the merged weights, which load anywhere, and the adapters by themselves, with which a run is resumed:
+merged weights cannot be taken apart again.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from critic_train.errors import ConfigError, ModelError
+from critic_train.events import Notice
 from critic_train.model.critic import Critic
 from critic_train.model.tensor_file import read_rows, write_tensors
 
@@ -22,6 +29,9 @@ ADAPTER = "default"
 """peft's name for the first adapter of a model."""
 BASE = ".base_layer"
 """peft's name for the layer that an adapter wraps."""
+HOLDER = "trunk"
+NUMBERED = re.compile(r"^.*?\.\d+\.")
+"""What stands before the name of a tensor inside its layer."""
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -50,17 +60,64 @@ def add_adapters(critic: Critic, *, rank: int, alpha: float, seed: int) -> None:
             "--train lora: the package peft is not installed", hint="pip install 'critic-train[lora]'"
         ) from None
     # peft's lora_alpha is an int; the scaling is set below.
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
+    targets = [f"{HOLDER}.{name}" for name in _linear_layers(critic.trunk)]
+    if not targets:
+        raise ModelError(f"{critic.trunk.config.model_type} takes no LoRA adapters: it has no linear layers")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, lora_dropout=0.0, bias="none")
+    # Where peft sees a transformers model, it takes names like gate_proj for those of fused experts, and adapts those
+    # in place of the linear layers that were named. In a module of another class it takes names as they are.
+    holder = nn.Module()
+    holder.add_module(HOLDER, critic.trunk)
     with torch.random.fork_rng(devices=[]), _meta_weights_on_cpu(critic.trunk):
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config, critic.trunk)
+            inject_adapter_in_model(config, holder)
         except ValueError as error:
             raise ModelError(f"{critic.trunk.config.model_type} takes no LoRA adapters: {error}") from error
     for name, parameter in critic.trunk.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     for layer in _adapted_layers(critic.trunk).values():
         layer.scaling[ADAPTER] = alpha / rank
+
+
+def _linear_layers(trunk: nn.Module) -> list[str]:
+    """Names of the layers that get an adapter: those that compute a linear map and nothing else.
+
+    A router that is a linear layer with a forward of its own gives more than one tensor. The fused kernels of Mamba
+    read the weight of its last projection without calling the layer, so an adapter there would do nothing.
+    """
+    forwards = (nn.Linear.forward, Conv1D.forward)
+    names = []
+    for name, module in trunk.named_modules():
+        parent, _, last = name.rpartition(".")
+        by_weight = last == "out_proj" and hasattr(trunk.get_submodule(parent), "A_log")
+        if isinstance(module, nn.Linear | Conv1D) and type(module).forward in forwards and not by_weight:
+            names.append(name)
+    return names
+
+
+def adapter_notice(critic: Critic) -> Iterator[Notice]:
+    """What of a trunk has adapters, and which matrices have none, if it has any adapters."""
+    adapted = _adapted_layers(critic.trunk)
+    if not adapted:
+        return
+    wrapped = {f"{name}{BASE}.weight" for name in adapted}
+    embeddings = {f"{name}.weight" for name, module in critic.trunk.named_modules() if isinstance(module, nn.Embedding)}
+    others: dict[str, int] = {}
+    total = 0
+    for name, part in critic.trunk.named_parameters():
+        if ".lora_" in name:
+            continue
+        total += part.numel()
+        if part.dim() > 1 and name not in wrapped | embeddings:
+            kind = NUMBERED.sub("", name)
+            others[kind] = others.get(kind, 0) + part.numel()
+    kinds = sorted({name.rpartition(".")[2] for name in adapted})
+    message = f"LoRA: {len(adapted)} linear layers have adapters ({', '.join(kinds)})"
+    if others:
+        share = 100 * sum(others.values()) / total
+        message += f"; without any, and not trained: {', '.join(sorted(others))} ({share:.0f} % of the trunk's numbers)"
+    yield Notice(message=message)
 
 
 @contextmanager
@@ -178,9 +235,21 @@ def load_adapters(critic: Critic, directory: Path) -> None:
     with safe_open(file, framework="pt") as stored:
         shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
     if shapes != {name: list(p.shape) for name, p in trained.items()}:
-        raise ModelError(f"{file} belongs to other adapters")
+        raise ModelError(
+            f"{file} belongs to other adapters: {_difference(shapes.keys(), trained.keys())}",
+            hint="an earlier critic-train gave adapters to experts of some architectures: begin such a run anew",
+        )
     for name, parameter in trained.items():
         read_rows(file, name, parameter)
+
+
+def _difference(stored: Collection[str], expected: Collection[str]) -> str:
+    """What sets two sets of names apart, the first of each."""
+    more, fewer = sorted(set(stored) - set(expected)), sorted(set(expected) - set(stored))
+    parts = [
+        f"{len(names)} {what}, {names[0]} first" for names, what in ((more, "too many"), (fewer, "missing")) if names
+    ]
+    return " and ".join(parts) or "their shapes differ"
 
 
 def trained_parameters(critic: Critic) -> dict[str, nn.Parameter]:

@@ -2,19 +2,21 @@
 
 The target is `AutoModelForTokenClassification` with one label: trunk, `score.weight` [1, H], `score.bias` [1]. Where
 transformers has no such class for an architecture, the trunk's own class is written with the same two tensors
-beside it: critic-train loads it, and `AutoModel` loads its trunk.
+beside it: critic-train loads it, and `AutoModel` loads its trunk. Where it has one for a multimodal model and none for
+that model's text trunk, the multimodal model is written, its other parts as they were.
 """
 
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from critic_train.model.config import may_be_copied
 from critic_train.model.critic import Critic
 from critic_train.model.lora import has_adapters, merged_tensors, save_adapters, trained_parameters
+from critic_train.model.tensor_file import StoredTensor
 from critic_train.run.storage import copy_file, library_writes
 
 TOKENIZER_FILES = (
@@ -29,21 +31,35 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+"""What else belongs to a multimodal model."""
 
 MAX_SHARD_SIZE = "5GB"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+def written_config(critic: Critic) -> PreTrainedConfig:
+    """The configuration that a checkpoint of this critic is written with: its trunk's, or the multimodal one's."""
+    multimodal = critic.multimodal
+    config: PreTrainedConfig = critic.trunk.config
+    return multimodal.config if multimodal is not None and multimodal.passes_through else config
+
+
 def exported_class(critic: Critic) -> str:
     """The class a checkpoint of this critic will name, as in "LlamaForTokenClassification"."""
-    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(critic.trunk.config), None)
+    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(written_config(critic)), None)
     # FSDP2 puts its name before a sharded module's class.
     return type(critic.trunk).__name__.removeprefix("FSDP") if kind is None else str(kind.__name__)
 
 
 def loads_for_token_classification(critic: Critic) -> bool:
     """Whether `AutoModelForTokenClassification` (and so verl) will load this critic's checkpoints."""
-    return type(critic.trunk.config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    return type(written_config(critic)) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 
 def checkpoint_bytes(critic: Critic) -> int:
@@ -67,7 +83,10 @@ def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) ->
     with library_writes(directory):
         if loads_for_token_classification(critic):
             model = as_token_classifier(critic)
-            tensors = merged_tensors(model) if has_adapters(model) else None
+            others = passed_through(critic)
+            tensors = merged_tensors(model) if others or has_adapters(model) else None
+            if tensors is not None:
+                tensors |= {name: stored.load() for name, stored in others.items()}
             model.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
         else:
             tensors = merged_tensors(critic.trunk)
@@ -75,25 +94,42 @@ def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) ->
             critic.trunk.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
     if has_adapters(critic.trunk):
         save_adapters(trained_parameters(critic), directory)
-    copy_tokenizer(tokenizer_from, directory)
+    copy_tokenizer(tokenizer_from, directory, processor=bool(passed_through(critic)))
 
 
-def copy_tokenizer(tokenizer_from: Path | None, directory: Path) -> None:
-    """Copy a model directory's tokenizer files, where there are any."""
+def copy_tokenizer(tokenizer_from: Path | None, directory: Path, *, processor: bool = False) -> None:
+    """Copy a model directory's tokenizer files, where there are any; with `processor` those of images as well."""
     if tokenizer_from is None:
         return
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES) if processor else TOKENIZER_FILES:
         if may_be_copied(tokenizer_from / name):
             copy_file(tokenizer_from / name, directory / name)
 
 
 def as_token_classifier(critic: Critic) -> PreTrainedModel:
-    """transformers' own class around this critic's tensors, so that its own writer names and converts them."""
-    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(critic.trunk.config)]
+    """transformers' own class around this critic's tensors, so that its own writer names and converts them.
+
+    Of a multimodal model the other parts are on "meta"; see `passed_through`.
+    """
+    config = written_config(critic)
+    kind = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
     with torch.device("meta"):
-        wrapper = kind(critic.trunk.config)
-    setattr(wrapper, kind.base_model_prefix, critic.trunk)
+        wrapper = kind(config)
+    trunk = kind.base_model_prefix
+    if config is not critic.trunk.config:
+        trunk += f".{critic.multimodal.prefix.removesuffix('.')}"  # type: ignore[union-attr]
+    parent, _, name = trunk.rpartition(".")
+    setattr(wrapper.get_submodule(parent), name, critic.trunk)
     head = next(name for name, child in wrapper.named_children() if isinstance(child, nn.Linear))
     setattr(wrapper, head, critic.head)
     wrapper.config.value_head_prefix = head
     return wrapper
+
+
+def passed_through(critic: Critic) -> dict[str, StoredTensor]:
+    """Name in `as_token_classifier` -> tensor of the directory that the critic was made of, for its other parts."""
+    multimodal = critic.multimodal
+    if multimodal is None or not multimodal.passes_through:
+        return {}
+    base = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(multimodal.config)].base_model_prefix
+    return {f"{base}.{name}": stored for name, stored in multimodal.rest.items()}

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
@@ -27,6 +28,7 @@ from critic_train.model.saving import (
     as_token_classifier,
     copy_tokenizer,
     loads_for_token_classification,
+    passed_through,
 )
 from critic_train.model.tensor_file import write_tensors
 from critic_train.run.storage import library_writes, write_file
@@ -109,9 +111,12 @@ class ShardedCritic:
         classifies = loads_for_token_classification(critic)
         self._model: Any = as_token_classifier(critic) if classifies else critic.trunk
         self._parts = mergeable_tensors(self._model)
+        self._passed = passed_through(critic)
+        self._parts |= {name: (stored.on_meta(), None) for name, stored in self._passed.items()}
         if not classifies:
             self._model.config.value_head_prefix = "score"
             self._parts |= {f"score.{name}": (value, None) for name, value in critic.head.state_dict().items()}
+        self._outline = self._model if classifies else _outline_of(critic)
         self._adapters = trained_parameters(critic) if has_adapters(critic.trunk) else {}
         self._num_parameters = int(self._model.num_parameters())
 
@@ -135,26 +140,30 @@ class ShardedCritic:
         if failure is not None:
             raise failure
         if directory is not None:
-            copy_tokenizer(tokenizer_from, directory)
+            copy_tokenizer(tokenizer_from, directory, processor=bool(self._passed))
 
     def _writes(self, gather: Gather, *, is_main: bool) -> list[Callable[[Path | None], None]]:
         """What is to be done, given the directory on the rank that writes and None on those that only help."""
         writes: list[Callable[[Path | None], None]] = []
         tensors = {name: tensor for name, (tensor, _) in self._parts.items()}
-        full: Callable[[str], Tensor] = lambda name: merge_adapter(*self._parts[name], gather)  # noqa: E731
+
+        def full(name: str) -> Tensor:
+            if name in self._passed:  # of which every rank has the file, and rank 0 alone needs it
+                return self._passed[name].load() if is_main else tensors[name]
+            return merge_adapter(*self._parts[name], gather)
+
         stored: StoredForm | None = None
-        if _is_stored_otherwise(self._model):
-            stored = StoredForm(self._model, tensors, full, is_main=is_main)
+        if _is_stored_otherwise(self._outline):
+            stored = StoredForm(self._outline, tensors, full, is_main=is_main)
         if stored is not None and not stored.layer_by_layer:
             writes.append(partial(self._save_gathered, full))
         else:
-            if stored is not None:
-                tensors, full = stored.tensors, stored.tensor
-            files = split(tensors)
+            written, give = (tensors, full) if stored is None else (stored.tensors, stored.tensor)
+            files = split(written)
             writes += [
-                partial(_write_file, name, {key: tensors[key] for key in keys}, full) for name, keys in files.items()
+                partial(_write_file, name, {key: written[key] for key in keys}, give) for name, keys in files.items()
             ]
-            writes.append(partial(self._describe, files, tensors))
+            writes.append(partial(self._describe, files, written))
         if self._adapters:
             writes.append(partial(save_adapters, self._adapters, gather=gather))
         return writes
@@ -168,7 +177,7 @@ class ShardedCritic:
                 gathered[name] = tensor.cpu()
         if directory is not None:
             with library_writes(directory):
-                self._model.save_pretrained(directory, state_dict=gathered, max_shard_size=MAX_SHARD_SIZE)
+                self._outline.save_pretrained(directory, state_dict=gathered, max_shard_size=MAX_SHARD_SIZE)
 
     def _describe(self, files: dict[str, list[str]], tensors: dict[str, Tensor], directory: Path | None) -> None:
         """Write config.json as `save_pretrained` does, and where each tensor is if there are several files."""
@@ -210,6 +219,12 @@ def split(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, start=1)}
+
+
+def _outline_of(critic: Critic) -> Any:
+    """The trunk as transformers makes it, on "meta": it does not look up conversions for the classes of FSDP2."""
+    with torch.device("meta"):
+        return AutoModel.from_config(critic.trunk.config)
 
 
 def _is_stored_otherwise(model: Any) -> bool:

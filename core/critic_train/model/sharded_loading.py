@@ -7,11 +7,9 @@ loads the directory in host memory and the shards are sent from there.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import AutoModel
@@ -19,12 +17,9 @@ from transformers import AutoModel
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, ValueHead
 from critic_train.model.fsdp import shard
-from critic_train.model.loading import ModelSource, load_critic, use_tree_attention, weight_files
+from critic_train.model.loading import ModelSource, load_critic, refuse_not_finite, use_tree_attention
 from critic_train.model.lora import name_without_adapter
-from critic_train.model.tensor_file import read_rows
-
-PREFIXES = ("", "model.", "transformer.")
-"""What may stand before a trunk's own names in a file, besides its class's `base_model_prefix`."""
+from critic_train.model.tensor_file import StoredTensor, copy_rows, read_rows
 
 
 def load_critic_on_ranks(
@@ -46,7 +41,7 @@ def load_critic_on_ranks(
     with parameters_on_meta():
         trunk = AutoModel.from_config(source.config, dtype=torch.float32)
         head = ValueHead(int(source.config.hidden_size))
-    critic = use_tree_attention(Critic(trunk, head))
+    critic = use_tree_attention(Critic(trunk, head, source.multimodal))
     locations = _locations(critic, source)
     if adapt is not None:
         adapt(critic)
@@ -54,11 +49,16 @@ def load_critic_on_ranks(
     if locations is None:
         _load_from_rank_0(critic, source, compute, adapt)
         return critic
-    critic.head.set_constant(0.0)
+    full_head = ValueHead(int(source.config.hidden_size))
+    if source.stored_head is not None:
+        source.stored_head.fill(full_head)
+    for name, parameter in critic.head.named_parameters():
+        copy_rows(full_head.get_parameter(name), parameter)
     for name, parameter in critic.named_parameters():
         location = locations.get(name_without_adapter(name))
         if location is not None:
-            read_rows(*location, parameter)
+            read_rows(location.file, location.name, parameter)
+    refuse_not_finite(critic, source.path)
     return critic
 
 
@@ -79,26 +79,13 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _locations(critic: Critic, source: ModelSource) -> dict[str, tuple[Path, str]] | None:
-    """Critic's name of a parameter -> (file, name in it); None where they do not correspond one to one."""
-    stored: dict[str, tuple[Path, list[int]]] = {}
-    for file in weight_files(source.path):
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {name: (file, tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    locations: dict[str, tuple[Path, str]] = {}
-    for name, parameter in critic.trunk.named_parameters():
-        prefixes = (f"{critic.trunk.base_model_prefix}.", *PREFIXES)
-        named = next((prefix + name for prefix in prefixes if prefix + name in stored), None)
-        if named is None or stored[named][1] != list(parameter.shape):
-            return None
-        locations[f"trunk.{name}"] = (stored[named][0], named)
-    for part, parameter in critic.head.named_parameters() if source.head is not None else ():
-        named = f"{source.head}.{part}"
-        if named in stored:
-            if stored[named][1] != list(parameter.shape):
-                return None
-            locations[f"head.{part}"] = (stored[named][0], named)
-    return locations
+def _locations(critic: Critic, source: ModelSource) -> dict[str, StoredTensor] | None:
+    """Critic's name of a parameter -> where it is stored; None where they do not correspond one to one."""
+    placement = source.placement
+    names = [name for name, _ in critic.trunk.named_parameters()]
+    if any(f"{placement.prefix}{name}" not in placement.direct for name in names):
+        return None
+    return {f"trunk.{name}": placement.trunk[name][0] for name in names}
 
 
 def _allocate(critic: Critic, compute: Compute) -> None:

@@ -5,15 +5,17 @@ header and the data end to end (https://github.com/huggingface/safetensors#forma
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from critic_train.errors import ModelError, first_line
 from critic_train.run.storage import File
 
 DTYPES = {
@@ -26,7 +28,72 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+FLOATING = {"F64", "F32", "F16", "BF16"}
+"""Types of weights that are not quantized, as the format names them."""
 ALIGNMENT = 8
+LFS_POINTER = b"version https://git-lfs.github.com/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a safetensors file, by the file's header.
+
+    Attributes:
+        file: the file.
+        name: of the tensor in it.
+        dtype: as the format names it, as in "BF16".
+        shape: its dimensions.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def outline(self) -> str:
+        """Name and shape, for messages."""
+        return f"{self.name} {list(self.shape)}"
+
+    def load(self) -> Tensor:
+        """The tensor, on the CPU."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.name)  # type: ignore[no-any-return]
+
+    def on_meta(self) -> Tensor:
+        """Its shape and type, without memory."""
+        kind = next(kind for kind, name in DTYPES.items() if name == self.dtype)
+        return torch.empty(self.shape, dtype=kind, device="meta")
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Name -> tensor, of all tensors of some files; nothing but headers is read.
+
+    Raises:
+        ModelError: a file is damaged or no safetensors file.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    stored[name] = StoredTensor(
+                        file=file, name=name, dtype=part.get_dtype(), shape=tuple(part.get_shape())
+                    )
+        except (OSError, SafetensorError) as error:
+            if _is_lfs_pointer(file):
+                raise ModelError(
+                    f"{file} is a git-lfs pointer, not the weights themselves",
+                    hint=f"git lfs pull in {file.parent} fetches them",
+                ) from error
+            raise ModelError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
+    return stored
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def write_tensors(
@@ -99,6 +166,16 @@ def read_rows(file: Path, name: str, target: Tensor) -> None:
         first, last = rows_here(target)
         if first < last:
             target.to_local().copy_(tensors.get_slice(name)[first:last])
+
+
+def copy_rows(source: Tensor, target: Tensor) -> None:
+    """Copy a full tensor into one that may be sharded over ranks: this rank's rows."""
+    with torch.no_grad():
+        if not hasattr(target, "to_local"):
+            target.copy_(source)
+            return
+        first, last = rows_here(target)
+        target.to_local().copy_(source[first:last])
 
 
 def part_here(tensor: Tensor) -> Tensor:

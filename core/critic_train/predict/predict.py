@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.copying import OutputDirectory, target_paths
-from critic_train.data.reading import Needs, RolloutReader, RowLimits
+from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.returns import ReturnRecipe
 from critic_train.data.rollout_cache import bytes_of
 from critic_train.data.scanning import blocks
@@ -27,7 +27,7 @@ from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_device, resolve_precision
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import critic_source, first_pass
+from critic_train.model.first_pass import critic_source, first_pass, limits_of
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
@@ -164,6 +164,7 @@ class Job:
         left = [shard for shard in sound if not self.output.is_written(shard.name)]
         if left:
             assert checked.sample is not None, "the reader raises where no row is good"
+            yield from self.source.notices
             critic = load_critic(self.source).to(self.compute.device).eval()
             choice, notices = select_packing(
                 critic, checked.sample, self.settings.compute, self.compute, tokens=checked.tokens
@@ -194,9 +195,7 @@ class Job:
             on_bad_rows=on_bad_rows,
             on_bad_file=self.settings.reading.on_bad_file,
             bad_files=self.bad_files,
-            limits=RowLimits(vocab_size=self.source.vocab_size, max_length=self.source.max_length).at_most(
-                self.settings.reading.max_length
-            ),
+            limits=limits_of([self.source]).at_most(self.settings.reading.max_length),
             needs=Needs(
                 returns=False,
                 values=False,

@@ -360,6 +360,7 @@ def source_notices(
         shape: of the rollouts.
         new: whether training starts at step 0.
     """
+    yield from source.notices if source is not None else ()
     if source is not None and starts_new_head(settings.model, source):
         there = f"has {source.head}.weight, which is not used" if source.head else "has no value head"
         made = f"made, weight 0 and bias {shape.mean_return:.4g} (the mean return)"

@@ -8,6 +8,7 @@ import torch
 
 from critic_train.errors import ModelError
 from critic_train.events import CheckpointSaved, Event, Notice
+from critic_train.model.loading import read_model
 from critic_train.model.saving import checkpoint_bytes
 from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
 from critic_train.run.run_directory import RunDirectory
@@ -51,6 +52,7 @@ class Checkpointer:
     old_values: OldValues | None
     newest: Path | None = None
     _saved_step: int | None = None
+    _loaded_back: bool = False
 
     @property
     def is_due(self) -> bool:
@@ -114,6 +116,7 @@ class Checkpointer:
             self.files.write(directory)
 
         path = self._write(write_state)
+        self._load_back(path)
         ranks.broadcast(False)
         remaining = self.manager.prune(self.run.best)
         if self.old_values is not None:
@@ -123,6 +126,24 @@ class Checkpointer:
             yield Notice(message=message, level="warning")
         self.manager.warnings.clear()
         yield CheckpointSaved(step=step, path=str(path), size_bytes=size)
+
+    def _load_back(self, checkpoint: Path) -> None:
+        """Hold the first checkpoint of this start against its own config.json: later ones have the same form.
+
+        Names, types and shapes of its tensors are read, not their numbers: those were just written.
+
+        Raises:
+            ModelError: it could not be loaded.
+        """
+        if self._loaded_back:
+            return
+        self._loaded_back = True
+        try:
+            head = read_model(checkpoint).head
+        except ModelError as error:
+            raise _not_loadable(checkpoint, error.message) from error
+        if head is None:
+            raise _not_loadable(checkpoint, "its value head is missing")
 
     def _epoch_of(self, checkpoint: Path) -> int:
         """The epoch in which a run would resume from a checkpoint."""
@@ -149,3 +170,10 @@ class Checkpointer:
         token_budget = token_budget_record(self.max_tokens, self.runtime.compute)
         record = self.state.as_record(epoch=epoch, mini_batch=mini_batch, seed=self.seed, token_budget=token_budget)
         write_json(directory / "trainer.json", record)
+
+
+def _not_loadable(checkpoint: Path, reason: str) -> ModelError:
+    return ModelError(
+        f"the first checkpoint cannot be loaded, so the run ends: {checkpoint.name}: {reason}",
+        hint="this architecture is not written as it was read. Please report it, with config.json of the base model",
+    )

@@ -19,15 +19,22 @@ from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
-from critic_train.model.loading import ModelSource, read_model
+from critic_train.model.first_pass import read_base_model
+from critic_train.model.loading import ModelSource
+from critic_train.model.lora import adapter_notice
 from critic_train.model.saving import checkpoint_bytes
 from critic_train.model.selfcheck import SAMPLED_ROLLOUTS
 from critic_train.rollouts import Rollouts
-from critic_train.run.checkpoint import resolve_model
 from critic_train.run.storage import free_bytes
 from critic_train.settings import FitSettings, TrainReadingSettings, column_renames
 from critic_train.stopping import Stopped, StopRequest
-from critic_train.training.build import PreparedCritic, build_run_critic, prepare_critic
+from critic_train.training.build import (
+    PreparedCritic,
+    build_run_critic,
+    export_notice,
+    prepare_critic,
+    source_notices,
+)
 from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
 from critic_train.training.next_token_loss import add_next_token_head
@@ -95,7 +102,7 @@ class SurveyedData:
 
 def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
     shards = find_run_shards(settings.reading)
-    source = read_model(resolve_model(Path(settings.model.model))) if settings.model.model else None
+    source = read_base_model(settings.model, out, compute.ranks)
     settings = settings.replace(**(yield from choices_without_columns(settings, shards.train.shards)))
     targets = Targets.of(settings.returns, settings.loss)
     limits = row_limits(settings.reading.max_length, source)
@@ -109,7 +116,9 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         max_length=data.train.longest,
         mean_return=float(timed.returns[timed.response_mask].mean()),
     )
+    yield from source_notices(source, settings, compute, shape, new=True)
     critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
+    yield from [*export_notice(critic), *adapter_notice(critic)]
     tried = sample.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(sample))), sample.lengths.argmax()))
     prepared = prepare_critic(
         critic,

@@ -10,11 +10,12 @@ from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import Ranks
-from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
-from critic_train.model.loading import ModelSource, read_model
-from critic_train.run.checkpoint import newest_checkpoint, resolve_model
+from critic_train.model.first_pass import read_base_model
+from critic_train.model.loading import ModelSource
+from critic_train.model.lora import adapter_notice
+from critic_train.run.checkpoint import newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings
 from critic_train.stopping import Stopped, StopRequest
@@ -100,7 +101,7 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
     """What all ranks do once they have met: rank 0 reads, all train."""
     began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
     shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
-    source = _read_base_model(settings.model.model, out, ranks)
+    source = read_base_model(settings.model, out, ranks)
     with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
         # What rank 0 reads and decides is broadcast, so that all ranks go on with the same.
         try:
@@ -171,7 +172,7 @@ def _build(
     plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
     yield from source_notices(source, settings, compute, shape, new=checkpoint is None)
     critic = build_run_critic(settings.model, source, checkpoint, compute, shape, seed)
-    yield from export_notice(critic)
+    yield from [*export_notice(critic), *adapter_notice(critic)]
     prepared = prepare_critic(
         critic,
         compute,
@@ -193,18 +194,6 @@ def _build(
         yield from trainer.checkpointer.load(checkpoint)
     yield from _start(settings, trainer, ranks, recipe, prepared.chosen)
     return trainer
-
-
-def _read_base_model(model: str | None, out: Path, ranks: Ranks) -> ModelSource | None:
-    """What --model names, None without it; rank 0 resolves a run to its best checkpoint."""
-    if model is None:
-        return None
-    path = ""
-    if ranks.is_main:
-        if Path(model).resolve() == out.resolve():
-            raise ConfigError(f"--model and --out are both {model}", hint="give the new run an --out of its own")
-        path = str(resolve_model(Path(model)))
-    return read_model(Path(ranks.broadcast(path)))
 
 
 def _on_rank_0(ranks: Ranks, stop: StopRequest, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:

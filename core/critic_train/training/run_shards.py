@@ -15,6 +15,7 @@ from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.stores import open_file
 from critic_train.events import Event, Notice, Progress
 from critic_train.jsonio import read_json_object
+from critic_train.model.first_pass import limits_of
 from critic_train.model.loading import ModelSource
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import make_directory, remove_tree, require_room, write_json
@@ -93,7 +94,7 @@ def row_limits(max_length: int | None, source: ModelSource | None) -> RowLimits:
         source: the model to start from; None for a new one.
     """
     if source is not None:
-        return RowLimits(vocab_size=source.vocab_size, max_length=source.max_length).at_most(max_length)
+        return limits_of([source]).at_most(max_length)
     if max_length is None:
         return FROM_SCRATCH
     return replace(FROM_SCRATCH, max_length=None).at_most(max_length)

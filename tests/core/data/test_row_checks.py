@@ -167,6 +167,21 @@ def test_a_limit_is_told_by_its_name(shards: Any) -> None:
         )
 
 
+def test_placeholders_of_images_make_a_row_bad(shards: Any) -> None:
+    """In prompt and response; not in padding."""
+    limits = RowLimits(placeholder_ids=(6, 90))
+    rows = {name: [row] for name, row in SOUND.items()}
+    assert 6 in SOUND["input_ids"]
+    with pytest.raises(DataError, match=r"1 with placeholders of images, videos or sounds[^$]*token id 6"):
+        shards.read(rows, limits=limits)
+    assert len(shards.read(rows, limits=RowLimits(placeholder_ids=(90,)))) == 1
+    shards.write(padded(response_mask=SHORT_MASK))
+    reader = shards.reader(on_bad_rows="skip", limits=RowLimits(placeholder_ids=(14,)))
+    assert [batch.input_ids.tolist() for batch in reader] == [[5, 6, 11, 12, 13]]
+    (bad,) = reader.bad_rows.first
+    assert (bad.row, bad.column, bad.actual) == (1, "responses", "token id 14")
+
+
 def test_exact_copies_are_counted_and_said_once(shards: Any) -> None:
     other = {"returns": [0.0, 0.0, 1.0, 2.0, 3.5]}
     for name in ("a", "b"):

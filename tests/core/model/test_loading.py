@@ -140,3 +140,21 @@ def test_fresh_weights_follow_the_seed_and_leave_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
+    AutoModelForCausalLM.from_config(small_config("Llama")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors hold NaN or infinite numbers: layers\.1\.mlp\.up_proj\.weight"):
+        load_critic(read_model(tmp_path))
+
+
+def test_numbers_whose_sum_alone_is_not_finite_are_taken(tmp_path):
+    AutoModelForCausalLM.from_config(small_config("Llama")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_critic(read_model(tmp_path))

@@ -1,17 +1,22 @@
 """Adapters start at nothing, fold into plain weights, and are put back as they were."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from architectures import text_config
 from support import branching_rollouts, small_config
 from transformers import AutoModelForTokenClassification
 
+from critic_train.errors import ModelError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.lora import ADAPTER_FILE, add_adapters, load_adapters, merged_tensors
+from critic_train.model.lora import ADAPTER_FILE, adapter_notice, add_adapters, load_adapters, merged_tensors
 from critic_train.model.microbatches import predict_values
-from critic_train.model.saving import save_critic
+from critic_train.model.saving import loads_for_token_classification, save_critic
+from critic_train.model.selfcheck import use_stock_attention
 
 pytest.importorskip("peft")
 COMPUTE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
@@ -28,6 +33,25 @@ def values_of(critic: Critic) -> np.ndarray:
     values = predict_values(critic, branching_rollouts(), COMPUTE, forest=True)
     assert values is not None
     return values
+
+
+def rows_of(critic: Critic) -> np.ndarray:
+    """float32 [M]: the values of response tokens, by padded rows."""
+    use_stock_attention(critic)
+    values = predict_values(critic, branching_rollouts(), COMPUTE, forest=False)
+    assert values is not None
+    return values[branching_rollouts().response_mask]
+
+
+def logits_alone(model: torch.nn.Module) -> np.ndarray:
+    """float32 [M]: the same from another program's model, one rollout at a time."""
+    rollouts, values = branching_rollouts(), []
+    for start, stop in itertools.pairwise(rollouts.offsets.tolist()):
+        ids = torch.from_numpy(rollouts.input_ids[start:stop].astype(np.int64))[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :, 0].numpy()
+        values.append(logits[np.flatnonzero(rollouts.response_mask[start:stop]) - 1])
+    return np.concatenate(values)
 
 
 def moved(critic: Critic) -> Critic:
@@ -86,3 +110,56 @@ def test_adapters_are_put_back_to_the_bit(tmp_path):
     add_adapters(again, rank=4, alpha=6.0, seed=9)
     load_adapters(again, tmp_path)
     assert np.array_equal(values_of(again), values_of(critic))
+
+
+MIXTURES = ["Qwen3-MoE", "Mixtral", "DeepSeek-V3, Kimi-K2, Moonlight", "GLM-4.5", "GPT-OSS", "Llama 4 (text)"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_of_a_mixture_of_experts_fold_into_what_transformers_loads_alone(name, tmp_path):
+    """Experts have none, which is said; routers that give more than one tensor have none either (Llama 4)."""
+    critic = build_critic(text_config(name), seed=0).eval()
+    with torch.no_grad():
+        critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    moved(critic)
+    trained = {key for key, p in critic.trunk.named_parameters() if p.requires_grad}
+    assert trained
+    assert not any("experts.lora" in key or "router" in key for key in trained)
+    (notice,) = adapter_notice(critic)
+    assert "without any, and not trained" in notice.message
+    assert "experts" in notice.message
+    save_critic(critic, tmp_path, None)
+    expected = rows_of(critic)
+    largest = np.abs(expected).max()
+    assert np.abs(rows_of(load_critic(read_model(tmp_path)).eval()) - expected).max() <= 1e-5 * largest
+    if loads_for_token_classification(critic):
+        model, report = AutoModelForTokenClassification.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert np.abs(logits_alone(model.eval()) - expected).max() <= 1e-5 * largest
+
+
+def test_dense_layers_beside_experts_have_adapters_whatever_their_names():
+    """peft takes gate_proj for that of fused experts in a Qwen3-MoE, and then adapts those in place of dense layers."""
+    critic = build_critic(text_config("Qwen3-MoE", mlp_only_layers=[0]), seed=0)
+    add_adapters(critic, rank=4, alpha=6.0, seed=3)
+    adapted = {name.partition(".lora_")[0] for name, p in critic.trunk.named_parameters() if p.requires_grad}
+    dense = {f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    attention = {f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo"}
+    assert adapted == dense | attention
+
+
+def test_a_projection_that_fused_kernels_read_by_its_weight_has_none():
+    critic = build_critic(text_config("Granite 4 hybrid"), seed=0)
+    add_adapters(critic, rank=4, alpha=6.0, seed=3)
+    adapted = {name.partition(".lora_")[0] for name, p in critic.trunk.named_parameters() if p.requires_grad}
+    assert "layers.0.mamba.in_proj" in adapted
+    assert "layers.0.mamba.out_proj" not in adapted
+
+
+def test_adapters_of_other_layers_are_refused_by_name(tmp_path):
+    critic = moved(critic_of("Llama"))
+    save_critic(critic, tmp_path, None)
+    other = critic_of("GPTNeoX")
+    add_adapters(other, rank=4, alpha=6.0, seed=3)
+    with pytest.raises(ModelError, match=r"other adapters: 28 too many, .* and \d+ missing"):
+        load_adapters(other, tmp_path)

@@ -1,11 +1,15 @@
 """Which steps get a checkpoint, and how often one is written."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support import readable_rollouts, write_shard
 
+from critic_train.errors import ModelError
 from critic_train.events import CheckpointSaved, Event, StepEnded
+from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -54,3 +58,18 @@ def test_a_run_stopped_before_its_first_step_has_none(shards, tmp_path):
     events = list(fit(settings, stop))
     assert events[-1].status == "interrupted"
     assert checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_first_checkpoint_that_cannot_be_loaded_ends_the_run(shards, tmp_path, monkeypatch):
+    """As where an architecture is written in another form than it is read in."""
+
+    def without_a_layer(critic: Any, directory: Path, tokenizer_from: Path | None) -> None:
+        save_critic(critic, directory, tokenizer_from)
+        tensors = load_file(directory / "model.safetensors")
+        renamed = {name.replace("mlp.up_proj", "mlp.base_layer.up_proj"): t for name, t in tensors.items()}
+        save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr("critic_train.training.state_files.save_critic", without_a_layer)
+    with pytest.raises(ModelError, match=r"the first checkpoint cannot be loaded[\s\S]*mlp\.up_proj\.weight: missing"):
+        run(shards, tmp_path, max_steps=9, checkpoint_every=1)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
