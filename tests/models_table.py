@@ -26,6 +26,8 @@ from critic_train.settings import FitSettings
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 SETTINGS = FitSettings(data=["none"])
 IDS_OF_TEXT = 100
+FIGURES = r"( by|, where rounding gives) [\d.e+-]+"
+"""Of the machine that writes the page."""
 INTRODUCTION = """# Models
 
 <!-- Written by ./dev models: a small model of each architecture is read, tried and written. Do not edit. -->
@@ -66,7 +68,7 @@ def row(name: str) -> str:
         return f"| {name} | `{model_type}` | refused | {str(error).splitlines()[0]} | | |"
     packing = "forest" if choice.forest else "rows"
     narrowed = "yes" if choice.forest and is_narrowed(critic, rollouts) else "no"
-    reason = re.sub(r" by [\d.e+-]+", "", choice.reason.split(": ", 1)[-1])  # the figure is of this machine
+    reason = re.sub(FIGURES, "", choice.reason.split(": ", 1)[-1])
     return f"| {name} | `{model_type}` | {packing} | {reason} | {narrowed} | `{written}`{'' if token_class else ' *'} |"
 
 
