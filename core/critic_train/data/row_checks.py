@@ -129,7 +129,6 @@ def check_batch(
         attended = without_padding(tokens, mask, columns, errors)
     lengths = tokens.lengths if attended is None else counts_of(attended, tokens.lengths)
     _check_ids(tokens, attended, columns, limits, errors)
-    _check_placeholders(tokens, attended, columns, limits, errors)
     _check_lengths(lengths, columns, limits, errors)
     _check_mask(mask, attended, tokens.lengths, columns, errors)
 
@@ -198,7 +197,8 @@ def _rewards(
 def _check_ids(
     tokens: Tokens, attended: NDArray[np.bool_] | None, columns: Columns, limits: RowLimits, errors: RowErrors
 ) -> None:
-    """Mark rows with ids that the model has no embedding for; padding may hold any id."""
+    """Mark rows with ids that the model has no embedding for, or none of its own; padding may hold any id."""
+    _check_placeholders(tokens, attended, columns, limits, errors)
     ids = tokens.ids
     end = INT32_END if limits.vocab_size is None else limits.vocab_size
     if not len(ids) or (ids.min() >= 0 and ids.max() < end):

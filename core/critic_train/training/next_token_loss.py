@@ -17,11 +17,11 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import shard_alone
 from critic_train.model.gather import Gather
-from critic_train.model.loading import ModelSource, weight_files
+from critic_train.model.loading import ModelSource
 from critic_train.model.lora import name_without_adapter
+from critic_train.model.model_directory import weight_files
 from critic_train.model.next_token_head import NextTokenHead
-from critic_train.model.sharded_loading import PREFIXES
-from critic_train.model.tensor_file import part_here, read_rows, rows_here, write_tensors
+from critic_train.model.tensor_file import part_here, read_headers, read_rows, rows_here, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 
@@ -130,20 +130,12 @@ def _vocabulary_head(critic: Critic, source: ModelSource) -> tuple[Path, str, fl
 
     A bias and a soft cap of the scores are left out: the head is only where training starts.
     """
-    names = list(VOCABULARY_HEADS)
+    stored, width = read_headers(weight_files(source.path)), int(source.config.hidden_size)
+    heads = [stored[name] for name in VOCABULARY_HEADS if name in stored]
     if source.architecture.endswith(("ForCausalLM", "LMHeadModel")):  # without a head of its own, it is tied
         embeddings = critic.trunk.get_input_embeddings().weight
         name = next(name for name, parameter in critic.trunk.named_parameters() if parameter is embeddings)
-        prefixes = (f"{critic.trunk.base_model_prefix}.", *PREFIXES)
-        names += [prefix + name_without_adapter(name) for prefix in prefixes]
-    stored: dict[str, Path] = {}
-    for file in weight_files(source.path):
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {
-                name: file
-                for name in set(names) & set(tensors.keys())
-                if tensors.get_slice(name).get_shape()[1:] == [int(source.config.hidden_size)]
-            }
-    name = next((name for name in names if name in stored), "")
+        heads += source.placement.trunk.get(name_without_adapter(name), [])
+    head = next((tensor for tensor in heads if tensor.shape[0] > 1 and tensor.shape[1:] == (width,)), None)
     scale = getattr(source.config, "logit_scale", None) or 1.0 / (getattr(source.config, "logits_scaling", None) or 1.0)
-    return (stored[name], name, float(scale)) if name else None
+    return None if head is None else (head.file, head.name, float(scale))
