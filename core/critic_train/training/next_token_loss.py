@@ -13,7 +13,6 @@ from torch import Tensor
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError, first_line
 from critic_train.events import Notice
-from critic_train.model import placement
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import shard_alone
@@ -22,18 +21,14 @@ from critic_train.model.loading import ModelSource
 from critic_train.model.lora import name_without_adapter
 from critic_train.model.model_directory import weight_files
 from critic_train.model.next_token_head import NextTokenHead
-from critic_train.model.tensor_file import part_here, read_rows, rows_here, write_tensors
+from critic_train.model.tensor_file import part_here, read_headers, read_rows, rows_here, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 
 HEAD_FILE = "next_token_head.safetensors"
 """In a checkpoint, beside the optimizer's state: `weight` [K, hidden_size] and `ids` [K]."""
-VOCABULARY_HEADS = tuple(
-    f"{prefix}{name}.weight" for name in placement.VOCABULARY_HEADS for prefix in ("", "language_model.")
-)
-"""Names of a causal LM's own head, in a multimodal directory too."""
-TIED_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Classes that have a vocabulary head: where none is stored, it is tied to the embeddings."""
+VOCABULARY_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Names of a causal LM's own head."""
 INITIAL_STD = 0.02
 """Of a head that is drawn, as transformers draws linear layers."""
 
@@ -135,17 +130,12 @@ def _vocabulary_head(critic: Critic, source: ModelSource) -> tuple[Path, str, fl
 
     A bias and a soft cap of the scores are left out: the head is only where training starts.
     """
-    width = int(source.config.hidden_size)
-    own: tuple[Path, str] | None = None
-    for file in weight_files(source.path):
-        with safe_open(file, framework="pt") as tensors:
-            for name in VOCABULARY_HEADS:
-                if own is None and name in tensors.keys() and tensors.get_slice(name).get_shape()[1:] == [width]:  # noqa: SIM118
-                    own = file, name
-    if own is None and source.architecture.endswith(TIED_CLASSES):
+    stored, width = read_headers(weight_files(source.path)), int(source.config.hidden_size)
+    heads = [stored[name] for name in VOCABULARY_HEADS if name in stored]
+    if source.architecture.endswith(("ForCausalLM", "LMHeadModel")):  # without a head of its own, it is tied
         embeddings = critic.trunk.get_input_embeddings().weight
         name = next(name for name, parameter in critic.trunk.named_parameters() if parameter is embeddings)
-        stored = source.placement.trunk[name_without_adapter(name)][0]
-        own = stored.file, stored.name
+        heads += source.placement.trunk.get(name_without_adapter(name), [])
+    head = next((tensor for tensor in heads if tensor.shape[0] > 1 and tensor.shape[1:] == (width,)), None)
     scale = getattr(source.config, "logit_scale", None) or 1.0 / (getattr(source.config, "logits_scaling", None) or 1.0)
-    return None if own is None else (*own, float(scale))
+    return None if head is None else (head.file, head.name, float(scale))
