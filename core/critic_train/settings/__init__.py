@@ -17,6 +17,7 @@ from critic_train.settings.base import (
     value_type,
 )
 from critic_train.settings.command_settings import (
+    Baseline,
     CheckSettings,
     ConvertSettings,
     EvalSettings,
@@ -73,6 +74,7 @@ __all__ = [
     "EXPECTED",
     "ActivationCheckpointing",
     "Attention",
+    "Baseline",
     "CheckSettings",
     "ComputeSettings",
     "ConvertSettings",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from critic_train.data.addresses import UidLookup
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Notice
 from critic_train.model.automatic import Choice, choose_offload, set_memory, try_largest
@@ -21,7 +22,7 @@ from critic_train.model.loading import ModelSource, build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import compile_layers
 from critic_train.model.saving import exported_class, loads_for_token_classification
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.selfcheck import select_packing
 from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
