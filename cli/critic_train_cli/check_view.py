@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from critic_train.text import count, number, short, with_interval
 from critic_train_cli.terminal import sparkline
-from critic_train_cli.verdict_tables import new_table
+from critic_train_cli.verdict_tables import fits, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-HISTOGRAM_WIDE = 20
+HISTOGRAMS_WIDE = (20, 14, 8, 0)
+"""Columns of a histogram, the first that there is room for."""
 SHAPE_NEEDS = 70
 """Columns below which the histograms are left out."""
 DISTRIBUTIONS = {
@@ -36,7 +38,7 @@ def draw_check(console: "Console", result: dict[str, Any], shown: int) -> None:
     for line in (schema_line(result), size_line(result)):
         console.print(line)
     console.print()
-    console.print(distributions(console, result))
+    draw_distributions(console, result)
     console.print()
     for sentence in sentences(result):
         console.print(f"- {sentence}")
@@ -93,20 +95,43 @@ def size_line(result: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def distributions(console: "Console", result: dict[str, Any]) -> Any:
-    """A row a quantity: extremes, quantiles, mean and shape."""
-    with_shape = console.width >= SHAPE_NEEDS
-    headings = ["min", "5 %", "median", "95 %", "max", "mean"]
-    table = new_table("", headings)
-    if with_shape:
+PARTS = {"min": "min", "p5": "5 %", "p50": "median", "p95": "95 %", "max": "max", "mean": "mean"}
+"""Part of a summary -> its heading."""
+
+
+def draw_distributions(console: "Console", result: dict[str, Any]) -> None:
+    """Print the quantities: as a table, or, where its figures would be broken, a few lines each."""
+    shown = {name: result[key] for key, name in DISTRIBUTIONS.items() if (result[key] or {}).get("min") is not None}
+    in_two_lines = {"\n".join(name.rsplit(" ", 1)): summary for name, summary in shown.items()}
+    shapes = HISTOGRAMS_WIDE if console.width >= SHAPE_NEEDS else (0,)
+    candidates = [distributions(console, rows, shape) for shape in shapes for rows in (shown, in_two_lines)]
+    table = next((table for table in candidates if fits(console, table)), None)
+    if table is not None:
+        console.print(table)
+        return
+    for name, summary in shown.items():
+        console.print(name, style="bold")
+        line = ""
+        for part, heading in PARTS.items():
+            figure = f"{heading} {short(summary.get(part))}"
+            if line and len(line) + len(figure) + 5 > console.width:
+                console.print(f"  {line},", soft_wrap=True)
+                line = ""
+            line += f", {figure}" if line else figure
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def distributions(console: "Console", shown: dict[str, dict[str, Any]], shape: int) -> "Table":
+    """A row a quantity: extremes, quantiles, mean, and its shape in so many columns, if any."""
+    table = new_table("", list(PARTS.values()))
+    if shape:
         table.add_column("shape", no_wrap=True)
-    for key, name in DISTRIBUTIONS.items():
-        summary = result[key]
-        if summary and summary.get("min") is not None:
-            cells = [short(summary.get(part)) for part in ("min", "p5", "p50", "p95", "max", "mean")]
-            counts = (summary.get("histogram") or {}).get("counts") or []
-            shape = sparkline(counts, HISTOGRAM_WIDE, unicode=console.encoding.startswith("utf"))
-            table.add_row(name, *cells, *([shape] if with_shape else []))
+    for name, summary in shown.items():
+        cells = [short(summary.get(part)) for part in PARTS]
+        counts = (summary.get("histogram") or {}).get("counts") or []
+        table.add_row(
+            name, *cells, *([sparkline(counts, shape, unicode=console.encoding.startswith("utf"))] if shape else [])
+        )
     return table
 
 
@@ -117,7 +142,9 @@ def sentences(result: dict[str, Any]) -> Iterator[str]:
     if stored and number(stored["explained_variance"]) is not None:
         figure = with_interval(stored["explained_variance"], stored["explained_variance_interval"])
         other = with_interval(mean["explained_variance"], mean["explained_variance_interval"])
-        yield f"the stored values explain {figure} of the returns' variance; the prompt group's mean {other}"
+        alone = "no prompt has a second rollout, so that there is no group's mean"
+        beside = alone if number(mean["explained_variance"]) is None else f"the prompt group's mean {other}"
+        yield f"the stored values explain {figure} of the returns' variance; {beside}"
     if result["sharing"]:
         whose = "" if result["sample"]["is_everything"] else f" (seen on {result['sample']['rollouts']:,} rollouts)"
         yield f"sharing prefixes saves {result['sharing']['saved_share']:.0%} of the tokens{whose}"

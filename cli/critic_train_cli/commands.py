@@ -136,7 +136,8 @@ EVAL = Command(
     name="eval",
     settings=EvalSettings,
     about="Say how good a critic is. Explained variance with its interval, errors and correlations stand beside "
-    "three baselines: the constant mean, the stored values, and the prompt group's leave-one-out mean.",
+    "four baselines: the constant mean, the stored values, the prompt group's leave-one-out mean, and the critic fused "
+    "with that mean. Says how many rollouts a prompt the critic is worth.",
     examples=(
         "critic-train eval --model runs/rollouts --data held_out/",
         "critic-train eval --model runs/a --model runs/b --data held_out/ --by task",
@@ -181,6 +182,7 @@ PREDICT = Command(
         "critic-train predict --model runs/rollouts --data rollouts/ --to next/",
         "critic-train predict --model runs/a --data rollouts/ --to next/ --returns gae --lam 0.95",
         "critic-train predict --model runs/a --data rollouts/ --to next/ --returns mc --write advantages",
+        "critic-train predict --model runs/a --data rollouts/ --to next/ --baseline fused",
     ),
     work=run_predict,
 )

@@ -225,6 +225,7 @@ def draw_calibration(paper: Paper, series: Series, of: str) -> None:
     for (value, returned), (x, y, bounds) in zip(texts, points, strict=True):
         drawn = on_a_scale(y, bounds, x, low=min(ends), high=max(ends), width=room, signs=signs)
         lines.append(f"  {value:<{first}}  {returned:<{second}}  {drawn}".rstrip())
+    lines += axis(min(ends), max(ends), margin=first + second + 6, width=room, signs=signs)
     legend = [f"{signs.critic} mean return", f"{signs.aim} the value predicted", f"{signs.line * 2} 95 % interval"]
     _print(paper.console, f"Calibration{of}", lines, legend)
 
@@ -236,7 +237,8 @@ def draw_explained(paper: Paper, critic: Record, group_mean: Record, of: str) ->
     aims = dict(zip(others.x, others.y, strict=True)) if complete else {}
     legend = [f"{paper.signs.critic} explained variance"]
     legend += [f"{paper.signs.aim} the prompt group's mean's"] if aims else []
-    _along(paper, f"Explained variance along the response{of}", position_series(critic), aims, legend)
+    # From 0 on, so that figures which hardly differ do not stand at opposite ends.
+    _along(paper, f"Explained variance along the response{of}", position_series(critic), aims, legend, least=0.0)
 
 
 def draw_auc(paper: Paper, series: Series, of: str) -> None:
@@ -247,19 +249,50 @@ def draw_auc(paper: Paper, series: Series, of: str) -> None:
     _along(paper, title, series, dict.fromkeys(series.x, 0.5), legend)
 
 
-def _along(paper: Paper, title: str, series: Series, aims: Mapping[float, float], legend: Sequence[str]) -> None:
-    """A row for each part of the response: its figure and interval on one scale, beside what it is compared with."""
+def _along(
+    paper: Paper,
+    title: str,
+    series: Series,
+    aims: Mapping[float, float],
+    legend: Sequence[str],
+    *,
+    least: float | None = None,
+) -> None:
+    """A row for each part of the response: its figure and interval on one scale, beside what it is compared with.
+
+    Args:
+        paper: what to draw on.
+        title: of the chart.
+        series: the figures.
+        aims: what each is compared with.
+        legend: what the characters stand for.
+        least: a figure that is on the scale in any case.
+    """
     if not series:
         return
     points = list(zip(series.rows, series.x, series.y, series.intervals, strict=True))
-    ends = [end for _, x, y, bounds in points for end in (y, aims.get(x), *(bounds or ())) if end is not None]
+    ends = [end for _, x, y, bounds in points for end in (y, aims.get(x), least, *(bounds or ())) if end is not None]
+    low, high, width = min(ends), max(ends), paper.width - 21
     lines = []
     for row, x, y, bounds in points:
         part = f"{100 * row.get('from'):.0f}-{100 * row.get('to'):.0f} %"
-        low, high, width = min(ends), max(ends), paper.width - 21
         drawn = on_a_scale(y, bounds, aims.get(x), low=low, high=high, width=width, signs=paper.signs)
         lines.append(f"  {part:<9}  {fixed(y):>6}  {drawn}".rstrip())
+    lines += axis(low, high, margin=21, width=width, signs=paper.signs)
     _print(paper.console, title, lines, legend)
+
+
+def axis(low: float, high: float, *, margin: int, width: int, signs: Marks) -> list[str]:
+    """The scale of `on_a_scale` below its rows: a line, and the figures at its ends.
+
+    Args:
+        low, high: the ends of the scale.
+        margin: columns before it.
+        width: characters of the scale.
+        signs: what to draw with.
+    """
+    ends = f"{fixed(low)}{fixed(high):>{max(1, width - len(fixed(low)))}}"
+    return [f"{'':>{margin}}{signs.corner}{signs.line * (width - 1)}", f"{'':>{margin}}{ends}"]
 
 
 def _print(console: "Console", title: str, lines: Sequence[str], legend: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from critic_train.evaluation.metrics import metric_named
+from critic_train.evaluation.metrics import group_size, metric_named
 from critic_train.report.report_sources import Record
 from critic_train.report.verdict_model import (
     AUC_WITHIN,
@@ -28,7 +28,7 @@ from critic_train.report.verdict_model import (
     table_columns,
     terminal_columns,
 )
-from critic_train.text import DASH
+from critic_train.text import DASH, three
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +91,7 @@ def draw_verdict(console: "Console", result: dict[str, Any]) -> None:
     draw_policy(console, predictions)
     draw_differences(console, verdict)
     critics = verdict.part("critics").parts()
+    draw_worth(console, critics)
     if critics:
         draw_positions(console, list(critics.values()), predictions)
         draw_labels(console, critics)
@@ -168,8 +169,14 @@ def _draw_blocks(
 def draw_differences(console: "Console", verdict: Record) -> None:
     """By how much explained variance differs, paired: more precise than two intervals side by side."""
     lines: list[tuple[str, Difference]] = []
-    for name, critic in verdict.part("critics").parts().items():
+    critics = verdict.part("critics").parts()
+    several = len(critics) > 1
+    for name, critic in critics.items():
         lines += [(f"{shown_name(name)} - {shown_name(d.other)}", d) for d in baseline_differences(critic)]
+        own = f"{shown_name(name)}, fused" if several else "fused"
+        names = {"critic": shown_name(name) + " alone"}
+        fused = baseline_differences(critic.part("fused"))
+        lines += [(f"{own} - {names.get(d.other, shown_name(d.other))}", d) for d in fused]
     lines += [(d.other if d.is_main else f"  {d.metric}", d) for d in critic_differences(verdict)]
     if not lines:
         return
@@ -178,6 +185,36 @@ def draw_differences(console: "Console", verdict: Record) -> None:
     for name, difference in lines:
         table.add_row(f"  {name}", f"{difference.difference.text} {difference.interval.text}".rstrip())
     console.print(table)
+
+
+def draw_worth(console: "Console", critics: dict[str, Record]) -> None:
+    """The variance of advantages by rollouts a prompt: with GRPO's baseline, with each critic alone, and fused."""
+    worths = {name: critic.part("worth") for name, critic in critics.items()}
+    worths = {name: worth for name, worth in worths.items() if worth.rows("by_rollouts")}
+    if not worths:
+        return
+    headings = ["GRPO's\nbaseline"]
+    for name in worths:
+        headings += [f"{in_short(shown_name(name))},\nfused", "equals a\ngroup of"]
+    table = new_table("rollouts\na prompt", headings)
+    first = next(iter(worths.values()))
+    for index, row in enumerate(first.rows("by_rollouts")):
+        cells = [row.part("group_mean").cell("advantage_variance", three).text]
+        for worth in worths.values():
+            rows = worth.rows("by_rollouts")
+            fused = rows[index].part("fused") if index < len(rows) else _NOTHING
+            cells += [fused.cell("advantage_variance", three).text, fused.cell("equals_group_of", group_size).text]
+        table.add_row(str(row.get("rollouts")), *cells)
+    alone = [DASH]
+    for name, worth in worths.items():
+        alone += [
+            worth.part("critic").cell("advantage_variance", three).text,
+            critics[name].cell("worth_in_rollouts", group_size).text,
+        ]
+    table.add_row("critic alone", *alone)
+    if fits(console, table):
+        console.print("\nVariance of advantages by rollouts a prompt", style="bold")
+        console.print(table)
 
 
 def draw_positions(console: "Console", critics: Sequence[Record], predictions: Named) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedConfig
 
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.errors import ConfigError, DataError, ModelError
 from critic_train.model import loading
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import resolve_compute
 from critic_train.model.first_pass import critic_source
 from critic_train.model.microbatches import predict_values
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.selfcheck import select_packing
 from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.settings import ComputeSettings, Precision, type_errors
 

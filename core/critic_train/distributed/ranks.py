@@ -1,17 +1,19 @@
 """The processes of a run as one of them sees them: a Protocol, and its implementation for a single process.
 
-Nothing of torch.distributed is imported here: `process_group` is loaded only where there are several processes.
+Neither torch nor torch.distributed is imported here: `process_group` is loaded only where there are several processes,
+and a command without a model needs no torch.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from critic_train.errors import ConfigError, MachineError
 from critic_train.stopping import StopRequest
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ class Ranks(Protocol):
             value: on rank 0, something that JSON can hold; ignored on the others.
         """
 
-    def all_reduce_sum(self, numbers: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, numbers: "torch.Tensor") -> "torch.Tensor":
         """The sum over all ranks of a CPU tensor, any shape and dtype."""
 
     def agreed_stop(self, stop: StopRequest) -> StopRequest:
@@ -126,7 +128,7 @@ class SingleProcess:
         """The value."""
         return value
 
-    def all_reduce_sum(self, numbers: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, numbers: "torch.Tensor") -> "torch.Tensor":
         """The same tensor."""
         return numbers
 
@@ -181,4 +183,8 @@ def rank_info() -> RankInfo | None:
 
 def on_cuda(device: str) -> bool:
     """Whether a device setting means CUDA on this machine."""
-    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if device != "auto":
+        return device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,6 +1,7 @@
 """What an evaluation has taken in: rollouts, returns and predictions, as sums and as columns of tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,40 +161,66 @@ class EvalAccumulator:
         """A prediction's values or RETURNS, in blocks."""
         return self._tokens.blocks(name, self._table.counts)
 
-    def replay(self, fixed: Mapping[str, Floats]) -> dict[str, PredictionSums]:
-        """Sums of predictions that depend on all rollouts: one value a rollout.
+    def replay(self, derived: "Mapping[str, Derived]") -> dict[str, PredictionSums]:
+        """Sums of predictions that depend on all rollouts.
 
         Args:
-            fixed: name -> float64 [m], in order of arrival.
+            derived: name -> the prediction.
         """
-        sums = {name: PredictionSums(self.positions, self._cliprange) for name in fixed}
+        sums = {name: PredictionSums(self.positions, self._cliprange) for name in derived}
         lengths = self._table.counts
         stored = self._tokens.blocks(STORED, lengths) if self.has_stored else None
         returns = self._tokens.blocks(RETURNS, lengths)
+        values = {name: self.derived(one) for name, one in derived.items()}
         for part, block in zip(block_slices(lengths), returns, strict=True):
             cells = Cells.of(lengths[part], self.positions)
             g = block.astype(np.float64)
             old = None if stored is None else next(stored).astype(np.float64)
-            for name, values in fixed.items():
-                sums[name].add(np.repeat(values[part], lengths[part]), g, old, cells)
+            for name, column in values.items():
+                sums[name].add(next(column), g, old, cells)
         return sums
 
-    def spearman(self, fixed: Mapping[str, Floats]) -> dict[str, float | None]:
-        """Spearman's correlation of each prediction with the returns; `fixed` as for `replay`."""
+    def derived(self, prediction: "Derived") -> Iterator[Floats]:
+        """A derived prediction's values, float64, in blocks."""
+        lengths = self._table.counts
+        source = self._tokens.blocks(prediction.of, lengths) if prediction.of else None
+        for part in block_slices(lengths):
+            values = np.repeat(prediction.offset[part], lengths[part])
+            if source is not None:
+                values += np.repeat(prediction.scale[part], lengths[part]) * next(source)
+            yield values
+
+    def spearman(self, derived: "Mapping[str, Derived]") -> dict[str, float | None]:
+        """Spearman's correlation of each prediction with the returns; `derived` as for `replay`."""
         lengths = self._table.counts
         ranks = RankCorrelation(lambda: self._tokens.blocks(RETURNS, lengths), int(lengths.sum()))
 
-        def repeated(values: Floats) -> Iterator[TokenColumn]:
-            for part in block_slices(lengths):
-                # To float32 as all values: means that differ only by rounding are ties.
-                yield np.repeat(values[part].astype(np.float32), lengths[part])
+        def narrow(prediction: Derived) -> Iterator[TokenColumn]:
+            # To float32 as all values: means that differ only by rounding are ties.
+            return (values.astype(np.float32) for values in self.derived(prediction))
 
         figures = {}
         for name in self.predictions():
             figures[name] = ranks.against(lambda name=name: self._tokens.blocks(name, lengths))  # type: ignore[misc]
-        for name, values in fixed.items():
-            figures[name] = ranks.against(lambda values=values: repeated(values))  # type: ignore[misc]
+        for name, one in derived.items():
+            varies = one.of or np.ptp(one.offset.astype(np.float32)) > 0.0 if len(one.offset) else False
+            figures[name] = ranks.against(lambda one=one: narrow(one)) if varies else None  # type: ignore[misc]
         return figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """A prediction that is made of all rollouts: of rollout i at token t, offset_i + scale_i * V_it.
+
+    Attributes:
+        offset: float64 [m], in order of arrival.
+        of: name of the prediction V; empty where the value is the same at all tokens.
+        scale: float64 [m]; not read without V.
+    """
+
+    offset: Floats
+    of: str = ""
+    scale: Floats = field(default_factory=lambda: np.empty(0))
 
 
 def require_finite(name: str, column: TokenColumn, row: Integers, lengths: Integers) -> None:

@@ -32,6 +32,11 @@ class AdvantageRecipe:
         lam = 1.0 if recipe.lam_policy is None else recipe.lam_policy
         return cls(gamma=recipe.gamma, lam=lam, length_alpha=recipe.length_alpha)
 
+    @property
+    def bootstraps(self) -> bool:
+        """Whether an advantage depends on later values; else it is the sum of the rewards to come less the value."""
+        return self.length_alpha is not None or self.lam != 1.0
+
     def at_lambda_1(self) -> "AdvantageRecipe":
         """The same discount, nothing bootstrapped."""
         return AdvantageRecipe(gamma=self.gamma)
@@ -52,7 +57,7 @@ class AdvantageMoments:
     """Moments of GAE's advantages of each rollout, with one prediction's values."""
 
     def __init__(self, rollouts: int, recipe: AdvantageRecipe) -> None:
-        self._recipe = recipe
+        self.rollouts, self._recipe = rollouts, recipe
         self._means, self._squares = np.zeros(rollouts), np.zeros(rollouts)
 
     def add(self, block: Block) -> None:
@@ -76,6 +81,18 @@ class AdvantageMoments:
     def moments(self, counts: Integers) -> Moments:
         """Moments of each rollout, in order of arrival; `counts` are their response tokens."""
         return Moments(counts, self._means, self._squares)
+
+
+def on_a_line(sums: Moments, values: Moments, apart: Moments, offset: Floats, scale: Floats) -> Moments:
+    """Moments of each rollout's M - (offset + scale * V), without a pass over its tokens.
+
+    Args:
+        sums, values, apart: moments of each rollout's M, of its V and of its M - V, [m].
+        offset, scale: float64 [m].
+    """
+    product = (sums.squares + values.squares - apart.squares) / 2
+    squares = sums.squares - 2 * scale * product + scale * scale * values.squares
+    return Moments(sums.count, sums.mean - offset - scale * values.mean, np.maximum(squares, 0.0))
 
 
 def negated(moments: Moments) -> Moments:

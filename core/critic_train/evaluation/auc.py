@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.evaluation.moments import Floats, Integers, pool, segment_moments, sums_by_key
-from critic_train.evaluation.resampling import draws, percentile_interval, resampled_sums
+from critic_train.evaluation.resampling import Resampling
 from critic_train.evaluation.token_sums import Block, Cells
 
 ROUNDING = 1e-5
@@ -142,19 +142,16 @@ class Discrimination:
     samples: dict[str, Floats] = field(default_factory=dict)
 
 
-def discrimination(
-    scores: RolloutScores, correct: Bools, group: Integers, groups: int, resamples: int, seed: int
-) -> Discrimination:
+def discrimination(scores: RolloutScores, correct: Bools, group: Integers, resampling: Resampling) -> Discrimination:
     """AUC overall, within prompt groups and by part of the response, with intervals by resampling prompt groups.
 
     Args:
         scores: of one prediction.
         correct: bool [m], in order of arrival.
         group: int64 [m], from 0.
-        groups: their number; below two nothing is resampled.
-        resamples: number of resamples.
-        seed: of the draws.
+        resampling: of the groups.
     """
+    groups = resampling.groups
     overall = PairsOverall(scores.overall, correct, group)
     counted = [pairs_within(x, correct, group, groups) for x in (scores.overall, *scores.parts)]
     totals = [(float(ordered.sum()), float(pairs.sum())) for ordered, pairs in counted]
@@ -162,12 +159,12 @@ def discrimination(
     samples: dict[str, Floats] = {}
     intervals: list[list[float] | None] = [None] * len(counted)
     if groups >= 2:
-        samples["auc"] = np.concatenate([overall.auc(part) for part in draws(groups, resamples, seed)])
-        sums = resampled_sums(np.stack([x for both in counted for x in both], axis=1), resamples, seed)
+        samples["auc"] = np.concatenate([overall.auc(part) for part in resampling.counts()])
+        sums = resampling.sums(np.stack([x for both in counted for x in both], axis=1))
         with np.errstate(invalid="ignore"):
             drawn = (sums[:, 0::2] / sums[:, 1::2]).T
         samples["auc_within_group"] = drawn[0]
-        intervals = [percentile_interval(column) for column in drawn]
+        intervals = [share_interval(resampling, figure, column) for figure, column in zip(within, drawn, strict=True)]
     table = [
         {
             "from": k / len(scores.parts),
@@ -214,11 +211,20 @@ def auc_within_slices(
 def tells_apart_from(table: list[dict[str, Any]]) -> float | None:
     """The share of the response after which the interval of the AUC within groups stays above one half.
 
-    None where the last part's does not lie above it.
+    None where the last part's does not lie above it. Parts without a pair say nothing: a response of fewer tokens than
+    there are parts has none in some of them, the last among these.
     """
     start = None
     for row in reversed(table):
+        if not row["pairs"]:
+            continue
         if row["interval"] is None or row["interval"][0] <= 0.5:
             break
         start = row["from"]
     return start
+
+
+def share_interval(resampling: Resampling, figure: float | None, samples: Floats) -> list[float] | None:
+    """The interval of a share of pairs, within [0, 1]; None where there is no pair."""
+    bounds = None if figure is None else resampling.interval(figure, samples)
+    return None if bounds is None else [max(0.0, bounds[0]), min(1.0, bounds[1])]

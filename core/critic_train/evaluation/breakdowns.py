@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 
 from critic_train.evaluation.auc import Discrimination
+from critic_train.evaluation.metric_figures import row_figures
 from critic_train.evaluation.metric_sums import Sums
-from critic_train.evaluation.metrics import Kind, row_figures
+from critic_train.evaluation.metrics import Kind
 from critic_train.evaluation.moments import Floats, Integers, Moments, TokenColumn, pool, sums_by_key
-from critic_train.evaluation.resampling import percentile_interval, resampled_sums
+from critic_train.evaluation.resampling import Resampling
 from critic_train.evaluation.token_columns import distinct_edges, part_ranks
 from critic_train.evaluation.token_sums import Block, Population
 
@@ -41,25 +42,24 @@ class CalibrationSums:
             if weights is None:
                 self._rollouts += np.count_nonzero(sums, axis=0)
 
-    def table(self, bounds: tuple[float, float], resamples: int, seed: int) -> list[dict[str, Any]]:
+    def table(self, bounds: tuple[float, float], resampling: Resampling) -> list[dict[str, Any]]:
         """A row for each bin, rising.
 
         Args:
             bounds: the smallest and the largest value.
-            resamples: bootstrap resamples of the prompt groups.
-            seed: of the draws.
+            resampling: of the prompt groups.
         """
         tokens, value, returned = (part.sum(axis=0) for part in self._sums)
         mean_return = returned / np.maximum(tokens, 1)
         intervals: list[list[float] | None] = [None] * self._bins
-        groups = self._sums.shape[1]
-        if groups >= 2:
+        if self._sums.shape[1] >= 2:
             # Distances from the mean, so that the sums of a resample do not cancel.
             distance = self._sums[2] - self._sums[0] * mean_return
-            sums = resampled_sums(np.concatenate([self._sums[0], distance], axis=1), resamples, seed)
+            sums = resampling.sums(np.concatenate([self._sums[0], distance], axis=1))
             drawn, apart = sums[:, : self._bins], sums[:, self._bins :]
             with np.errstate(invalid="ignore"):
-                intervals = [percentile_interval(column) for column in (mean_return + apart / drawn).T]
+                samples = (mean_return + apart / drawn).T
+            intervals = [resampling.interval(float(x), column) for x, column in zip(mean_return, samples, strict=True)]
         edges = [bounds[0], *self._edges.tolist(), bounds[1]]
         return [
             {

@@ -5,39 +5,38 @@ metric is named by its keys in `eval --json`, joined by dots: `explained_varianc
 `critics.runs/a.auc_within_group`, `by.task.sum.explained_variance`. The bounds of an interval are `.low` and `.high`.
 """
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from critic_train.data.addresses import UidLookup
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.returns import ReturnRecipe
-from critic_train.data.scanning import blocks
+from critic_train.data.row_checks import RowLimits
+from critic_train.data.scanning import blocks, first_pass
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.distributed.init import init_ranks
+from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError, DataError
 from critic_train.evaluation.advantages import AdvantageRecipe
+from critic_train.evaluation.caveats import PromptGroups, group_sentences, trained_on, trained_on_sentence
 from critic_train.evaluation.examples import Examples
 from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.summary_text import summary_text
 from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.model.automatic import choose_tokens
-from critic_train.model.compute import Compute, resolve_compute
-from critic_train.model.critic import Critic
-from critic_train.model.first_pass import FirstPass, critic_source, first_pass, limits_of
-from critic_train.model.fsdp import cost_of
-from critic_train.model.loading import ModelSource
-from critic_train.model.microbatches import predict_values
-from critic_train.model.selfcheck import select_packing
-from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import versions
-from critic_train.settings import ComputeSettings, EvalSettings, EvaluationSettings, as_dict, column_renames, read_gate
+from critic_train.settings import EvalSettings, EvaluationSettings, as_dict, column_renames, read_gate
 from critic_train.stopping import Stopped, StopRequest
+
+if TYPE_CHECKING:
+    from critic_train.evaluation.judged_critics import JudgedCritics
 
 UNDER, OVER = "--fail-under", "--fail-over"
 BOUNDS = ("low", "high")
@@ -65,8 +64,9 @@ def evaluate(settings: EvalSettings, stop: StopRequest | None = None) -> Iterato
 
     Yields:
         Progress and notices; RunEnded last, whose result is the verdict (see `Judge.verdict`) with the first
-        critic's metrics at the top level, "data", "models", "words", "settings", "versions" and "gates" (see
-        `judge_gates`) added, and "examples" (see `Examples.records`) where `settings.report` asks for a page.
+        critic's metrics at the top level, "data", "models", "groups" and "trained_on" (see `caveats`), "words",
+        "settings", "versions" and "gates" (see `judge_gates`) added, and "examples" (see `Examples.records`) where
+        `settings.report` asks for a page.
 
     Raises:
         CriticTrainError: a fault that the user can mend.
@@ -76,24 +76,24 @@ def evaluate(settings: EvalSettings, stop: StopRequest | None = None) -> Iterato
         with init_ranks(settings, nproc=settings.compute.nproc, device=settings.compute.device, stop=stop) as ranks:
             stop = ranks.agreed_stop(stop)
             try:
-                yield from _evaluate(settings, resolve_compute(settings.compute, ranks), stop)
+                yield from _evaluate(settings, ranks, stop)
             except Stopped:
                 yield RunEnded(status="interrupted", signal_number=stop.signal_number)
     except Stopped:  # while ranks were started
         yield RunEnded(status="interrupted", signal_number=stop.signal_number)
 
 
-def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> Iterator[Event]:
+def _evaluate(settings: EvalSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
     options = settings.evaluation
     bad_files = BadFiles()
     shards = find_shards(settings.reading.data, bad_files)
-    sources = {name: critic_source(Path(name)) for name in dict.fromkeys(options.model)}
-    reader = _reader(settings, shards, bad_files, list(sources.values()), stop)
-    names = list(sources) or [STORED]
+    critics = _critics(settings, ranks, stop)
+    names = list(critics.sources) if critics else [STORED]
+    reader = _reader(settings, shards, bad_files, critics, stop)
     refuse_unknown(options, _figures(names, Judge(names, by=options.by).verdict()))
     total = sum(shard.num_rows for shard in shards)
     checked = yield from first_pass(reader, total, stop)
-    if not checked.has_values and not sources:
+    if not checked.has_values and not critics:
         raise DataError(
             "the shards store no values, and no --model was given: there is nothing to judge",
             hint="--model RUN judges a critic; --column values=NAME reads stored values under another name",
@@ -112,30 +112,52 @@ def _evaluate(settings: EvalSettings, compute: Compute, stop: StopRequest) -> It
         advantage=AdvantageRecipe.of(recipe),
     )
     examples = Examples(seed=options.seed, uids=uids) if options.report else None
-    critics = yield from _load_critics(sources, checked, settings.compute, compute)
+    groups = PromptGroups()
+    if critics:
+        yield from critics.load(checked)
     for read in blocks(reader):
         batch = recipe.with_returns(read, read.values) if recipe.from_rewards else read
-        values = _values(critics, batch, stop)
-        if compute.ranks.is_main:
+        stop.check()
+        values = critics.values(batch) if critics else _stored(batch)
+        if ranks.is_main:
             judge.add(batch, values)
+            groups.add(batch)
             if examples is not None:
                 examples.add(batch, values)
-        for loaded in critics.values():
-            if sentence := loaded.compute.lowered():
-                yield Notice(message=sentence, level="warning")
+        for sentence in critics.lowered() if critics else ():
+            yield Notice(message=sentence, level="warning")
         yield Progress(stage="evaluating", done=int(batch.row[-1]) + 1, total=total)
     stop.check()
-    if not compute.ranks.is_main:
+    if not ranks.is_main:
         yield RunEnded(status="finished")
         return
-    result = _result(settings, shards, names, judge, reader)
+    result = _result(settings, shards, names, judge, reader, groups.record())
     if examples is not None:
         result["examples"] = examples.records()
     yield RunEnded(status="finished", result=result)
 
 
+def _stored(batch: Rollouts) -> dict[str, NDArray[np.float32]]:
+    """The stored values, which the first pass found in every batch."""
+    assert batch.values is not None
+    return {STORED: batch.values}
+
+
+def _critics(settings: EvalSettings, ranks: Ranks, stop: StopRequest) -> "JudgedCritics | None":
+    """The critics of --model; None where stored values are judged: that needs neither torch nor transformers."""
+    if not settings.evaluation.model:
+        return None
+    from critic_train.evaluation.judged_critics import JudgedCritics
+
+    return JudgedCritics(settings.evaluation.model, settings.compute, ranks, stop)
+
+
 def _reader(
-    settings: EvalSettings, shards: list[Shard], bad_files: BadFiles, sources: list[ModelSource], stop: StopRequest
+    settings: EvalSettings,
+    shards: list[Shard],
+    bad_files: BadFiles,
+    critics: "JudgedCritics | None",
+    stop: StopRequest,
 ) -> RolloutReader:
     recipe = ReturnRecipe.of(settings.returns)
     return RolloutReader(
@@ -144,7 +166,7 @@ def _reader(
         on_bad_rows=settings.reading.on_bad_rows,
         on_bad_file=settings.reading.on_bad_file,
         bad_files=bad_files,
-        limits=limits_of(sources).at_most(settings.reading.max_length),
+        limits=(critics.limits() if critics else RowLimits()).at_most(settings.reading.max_length),
         labels=settings.evaluation.by or None,
         needs=Needs(
             returns=not recipe.from_rewards,
@@ -160,71 +182,31 @@ def _reader(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _LoadedCritic:
-    """A critic on its device, how it computes, and whether its rollouts are laid out as prefix trees."""
-
-    critic: Critic
-    compute: Compute
-    forest: bool
-
-
-def _load_critics(
-    sources: dict[str, ModelSource], checked: FirstPass, settings: ComputeSettings, compute: Compute
-) -> Generator[Event, None, dict[str, _LoadedCritic]]:
-    """Load the critics and choose the packing of each, by the self-check on a few rollouts."""
-    for source in sources.values():
-        yield from source.notices
-    critics = {
-        name: load_critic_on_ranks(source, compute).to(compute.device).eval() for name, source in sources.items()
-    }
-    if compute.ranks.size > 1 and critics:
-        compute.pair_cost = cost_of(next(iter(critics.values()))).pair
-    loaded = {}
-    assert checked.sample is not None, "the reader raises where no row is good"
-    for name, critic in critics.items():
-        own = replace(compute)  # critics of several architectures may need several kernels
-        choice, warnings = select_packing(critic, checked.sample, settings, own, tokens=checked.tokens)
-        loaded[name] = _LoadedCritic(critic, own, choice.forest)
-        for sentence in warnings:
-            yield Notice(message=sentence, level="warning")
-    if settings.max_tokens is None and compute.device.type == "cuda":
-        # Of several critics the largest decides: they take turns with the same batches.
-        for each in loaded.values():
-            choose_tokens(each.critic, each.compute, forest=each.forest, largest=checked.sample)
-        budget = min(each.compute.max_tokens for each in loaded.values())
-        for each in loaded.values():
-            each.compute.start_at(budget)
-    return loaded
-
-
-def _values(critics: dict[str, _LoadedCritic], batch: Rollouts, stop: StopRequest) -> dict[str, Any]:
-    """Critic -> its values of a batch, float32 [T]; the stored values where there are no critics."""
-    stop.check()
-    if not critics:
-        return {STORED: batch.values}
-    values: dict[str, Any] = {}
-    for name, loaded in critics.items():
-        values[name] = predict_values(loaded.critic, batch, loaded.compute, forest=loaded.forest, stop=stop)
-        if values[name] is None:
-            raise Stopped
-    stop.check()
-    return values
-
-
 def _result(
-    settings: EvalSettings, shards: list[Shard], names: list[str], judge: Judge, reader: RolloutReader
+    settings: EvalSettings,
+    shards: list[Shard],
+    names: list[str],
+    judge: Judge,
+    reader: RolloutReader,
+    groups: dict[str, int],
 ) -> dict[str, Any]:
     verdict = judge.verdict()
     figures = _figures(names, verdict)
+    data = fingerprint(shards)
+    rows = sum(shard.num_rows for shard in shards)
+    seen = {name: trained_on(Path(name), data["files"]) for name in dict.fromkeys(settings.evaluation.model)}
+    caveats = [trained_on_sentence(name if len(seen) > 1 else "it", part, rows) for name, part in seen.items()]
+    caveats += group_sentences(groups, verdict["rollouts"])
     return {
         **figures,
         "data": settings.reading.data,
-        "data_digest": fingerprint(shards)["digest"],
+        "data_digest": data["digest"],
         "models": settings.evaluation.model,
+        "groups": groups,
+        "trained_on": seen,
         "rows_left_out": reader.bad_rows.summary(),
         "files_left_out": reader.bad_files.summary(),
-        "words": summary_text(verdict),
+        "words": summary_text(verdict) + [sentence for sentence in caveats if sentence],
         "settings": as_dict(settings),
         "versions": versions(),
         "gates": judge_gates(settings.evaluation, figures),

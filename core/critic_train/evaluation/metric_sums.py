@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from critic_train.evaluation.auc import Discrimination
+from critic_train.evaluation.auc import Discrimination, share_interval
 from critic_train.evaluation.moments import Floats, Moments
-from critic_train.evaluation.resampling import ROUNDING, ResampledSums, explained_in_resamples
+from critic_train.evaluation.resampling import ROUNDING, ResampledSums, Resampling, explained_in_resamples
 from critic_train.evaluation.token_sums import PredictionSums
+from critic_train.evaluation.worth import Worth, rollouts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Sums:
         discrimination: how well V tells rollouts of two outcomes apart.
         advantages: the advantages that V gives as the error, GRPO's as the target.
         has_peers: whether any rollout has others of its prompt group.
+        worth: against the number of rollouts a prompt; None where no prompt has several.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class Sums:
     discrimination: Discrimination = field(default_factory=Discrimination)
     advantages: "Sums | None" = None
     has_peers: bool = True
+    worth: Worth | None = None
 
     @classmethod
     def of(cls, errors: Moments, target: Moments, index: int = 0, **more: Any) -> "Sums":
@@ -124,6 +127,18 @@ def variance_reduction(sums: Sums) -> float | None:
     return explained_variance(sums.advantages.error_squares, sums.advantages.target_squares)
 
 
+def worth_in_rollouts(sums: Sums) -> float | None:
+    """The rollouts a prompt whose mean leaves the policy the variance that this critic alone leaves it."""
+    return None if sums.worth is None else rollouts_of(float(sums.worth.inverse(sums.worth.critic)[0]))
+
+
+def worth_samples(sums: Sums) -> Floats | None:
+    """1 / (N - 1) of the worth N in each resample, float64 [resamples]."""
+    if sums.worth is None or len(sums.worth.critic) < 2:
+        return None
+    return sums.worth.inverse(sums.worth.critic)[1:]
+
+
 def explained_samples(sums: Sums | None) -> Floats | None:
     """Explained variance in each resample, float64 [resamples]."""
     if sums is None or sums.resampled is None:
@@ -138,3 +153,21 @@ def explained_within_samples(sums: Sums) -> Floats | None:
         return None
     error, target = sums.resampled
     return explained_in_resamples(error.within, target.within)
+
+
+def ratio_bounds(_: Sums, resampling: Resampling, figure: float, samples: Floats) -> list[float] | None:
+    """The interval of a figure 1 - a / b."""
+    return resampling.interval(figure, samples, ratio=True)
+
+
+def share_bounds(_: Sums, resampling: Resampling, figure: float, samples: Floats) -> list[float] | None:
+    """The interval of a share of pairs."""
+    return share_interval(resampling, figure, samples)
+
+
+def worth_bounds(sums: Sums, resampling: Resampling, _: float, samples: Floats) -> list[float] | None:
+    """The interval of N, whose samples are 1 / (N - 1)."""
+    assert sums.worth is not None
+    inverse = resampling.interval(float(sums.worth.inverse(sums.worth.critic)[0]), samples)
+    ends = [] if inverse is None else [rollouts_of(end) for end in reversed(inverse)]
+    return [end for end in ends if end is not None] if None not in ends and ends else None

@@ -7,7 +7,7 @@ definition of each.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from critic_train.evaluation.metric_sums import (
@@ -18,17 +18,23 @@ from critic_train.evaluation.metric_sums import (
     explained_variance,
     explained_within_samples,
     mean_square,
+    ratio_bounds,
+    share_bounds,
     share_clipped,
     share_saturated,
     value_loss,
     variance_reduction,
+    worth_bounds,
+    worth_in_rollouts,
+    worth_samples,
 )
 from critic_train.evaluation.moments import Floats
-from critic_train.evaluation.resampling import percentile_interval
+from critic_train.evaluation.resampling import Resampling
+from critic_train.evaluation.worth import MOST
 from critic_train.text import DASH, fixed, interval, number, percent, signed, three
 
-Kind = Literal["values", "group_mean", "constant"]
-"""What a prediction is: values (a critic's or the stored ones), or one of the two other baselines."""
+Kind = Literal["values", "group_mean", "constant", "fused"]
+"""What a prediction is: values (a critic's or the stored ones), or one of the other baselines."""
 
 Topic = Literal["explained", "outcomes", "correlation", "errors", "calibration", "advantages", "loss"]
 TOPICS: tuple[Topic, ...] = ("explained", "outcomes", "correlation", "errors", "calibration", "advantages", "loss")
@@ -38,11 +44,11 @@ Better = Literal["higher", "lower", "near 0"]
 Shown = Literal["no", "figure", "with interval"]
 Table = Literal["by_position", "by_length", "by", "monte_carlo"]
 
-Samples = dict[str, Floats]
-"""Metric -> its figure in each resample, float64 [resamples]."""
-
-EVERY: frozenset[Kind] = frozenset({"values", "group_mean", "constant"})
+EVERY: frozenset[Kind] = frozenset({"values", "group_mean", "constant", "fused"})
 VALUES: frozenset[Kind] = frozenset({"values"})
+
+
+Bounds = Callable[[Sums, Resampling, float, Floats], list[float] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +64,13 @@ class Metric:
         needs: what has to be there besides returns, for the documentation; empty where nothing has.
         samples: its figure in each resample; None where nothing was resampled, or where it has no interval.
         interval: whether the interval is given, as `NAME_interval`.
+        bounds: the interval, from the sums, the figure and the samples.
         kinds: the predictions that have it.
         tables: the tables that have a column of it.
         compared: whether the differences of critics have it.
         best_by: whether --best-by can name it; settings.training_sections.BestBy has the same names, as a test holds.
         tracker: its name in trackers, `val/NAME` by default.
-        format: the figure as text.
+        format, interval_format: the figure and its interval as text.
         terminal, page: whether the tables of the terminal and of the page show it.
         heading, narrow_heading: of its column in the terminal; by default the label, in two lines.
         terminal_text: figure and interval as the terminal's text, where `format` alone does not give it.
@@ -80,12 +87,14 @@ class Metric:
     needs: str = ""
     samples: Callable[[Sums], Floats | None] | None = None
     interval: bool = True
+    bounds: "Bounds" = field(default=lambda sums, resampling, figure, samples: resampling.interval(figure, samples))
     kinds: frozenset[Kind] = EVERY
     tables: frozenset[Table] = frozenset()
     compared: bool = False
     best_by: bool = False
     tracker: str = ""
     format: Callable[[Any], str] = fixed
+    interval_format: Callable[[Any], str] = field(default=lambda bounds: interval(bounds))
     terminal: Shown = "figure"
     page: Shown = "figure"
     heading: str = ""
@@ -115,6 +124,26 @@ def _change_text(reduction: Any, bounds: Any) -> str:
     return f"{-100 * share:+.0f} %{shown}"
 
 
+def group_size(rollouts: Any) -> str:
+    """A number of rollouts a prompt: `3.6`, `24`; `1024+` where no group does as well."""
+    finite = number(rollouts)
+    if finite is None:
+        return DASH
+    if finite >= MOST:
+        return f"{MOST}+"
+    return f"{finite:.1f}" if finite < 10 else f"{finite:.0f}"
+
+
+def _worth_interval(bounds: Any) -> str:
+    """`[2.9, 6.1]`."""
+    return f"[{group_size(bounds[0])}, {group_size(bounds[1])}]" if interval(bounds) else ""
+
+
+def _worth_text(rollouts: Any, bounds: Any) -> str:
+    """`3.6 [2.9, 6.1]`."""
+    return f"{group_size(rollouts)} {_worth_interval(bounds)}".rstrip()
+
+
 METRICS: tuple[Metric, ...] = (
     Metric(
         name="explained_variance",
@@ -123,6 +152,7 @@ METRICS: tuple[Metric, ...] = (
         compute=lambda sums: explained_variance(sums.error_squares, sums.target_squares),
         better="higher",
         samples=explained_samples,
+        bounds=ratio_bounds,
         tables=frozenset({"by_position", "by_length", "by", "monte_carlo"}),
         best_by=True,
         tracker="critic/vf_explained_var",
@@ -138,6 +168,7 @@ METRICS: tuple[Metric, ...] = (
         compute=lambda sums: explained_variance(sums.error_within, sums.target_within),
         better="higher",
         samples=explained_within_samples,
+        bounds=ratio_bounds,
         tables=frozenset({"by", "monte_carlo"}),
         compared=True,
         best_by=True,
@@ -242,6 +273,7 @@ METRICS: tuple[Metric, ...] = (
         better="higher",
         needs="two outcomes",
         samples=lambda sums: sums.discrimination.samples.get("auc"),
+        bounds=share_bounds,
         kinds=VALUES,
         terminal="no",
         tile=4,
@@ -255,6 +287,7 @@ METRICS: tuple[Metric, ...] = (
         better="higher",
         needs="two outcomes",
         samples=lambda sums: sums.discrimination.samples.get("auc_within_group"),
+        bounds=share_bounds,
         kinds=VALUES,
         tables=frozenset({"by"}),
         compared=True,
@@ -281,7 +314,7 @@ METRICS: tuple[Metric, ...] = (
         topic="advantages",
         compute=advantage_variance,
         better="lower",
-        kinds=frozenset({"values", "group_mean"}),
+        kinds=frozenset({"values", "group_mean", "fused"}),
         format=three,
         terminal="no",
     ),
@@ -293,13 +326,33 @@ METRICS: tuple[Metric, ...] = (
         better="higher",
         needs="prompts with several rollouts",
         samples=lambda sums: explained_samples(sums.advantages),
-        kinds=VALUES,
+        bounds=ratio_bounds,
+        kinds=frozenset({"values", "fused"}),
         page="no",
         terminal="with interval",
         heading="advantage variance\nagainst GRPO's",
         terminal_text=_change_text,
         tile=5,
         about="of advantages, against GRPO's baseline",
+    ),
+    Metric(
+        name="worth_in_rollouts",
+        label="worth in rollouts",
+        topic="advantages",
+        compute=worth_in_rollouts,
+        better="higher",
+        needs="prompts with several rollouts",
+        samples=worth_samples,
+        bounds=worth_bounds,
+        kinds=VALUES,
+        format=group_size,
+        interval_format=_worth_interval,
+        page="no",
+        terminal="with interval",
+        heading="worth in\nrollouts",
+        terminal_text=_worth_text,
+        tile=9,
+        about="the group whose mean does as well",
     ),
 )
 
@@ -312,49 +365,6 @@ def metric_named(name: str) -> Metric:
 def metrics_of(*topics: Topic) -> list[Metric]:
     """The metrics of some topics in the order given; of all topics in the order of TOPICS where none is given."""
     return [metric for topic in topics or TOPICS for metric in METRICS if metric.topic == topic]
-
-
-def samples_of(sums: Sums, kind: Kind) -> Samples:
-    """The metrics of one prediction in each resample; those that were not resampled are left out."""
-    drawn = {m.name: m.samples(sums) for m in METRICS if m.samples is not None and kind in m.kinds}
-    return {name: samples for name, samples in drawn.items() if samples is not None}
-
-
-def figures_of(sums: Sums, kind: Kind, samples: Samples, table: Table | None = None) -> dict[str, Any]:
-    """Metric -> figure, each that has an interval followed by NAME_interval.
-
-    Args:
-        sums: of one prediction.
-        kind: what it is.
-        samples: from `samples_of`.
-        table: only the metrics of this table.
-    """
-    figures: dict[str, Any] = {}
-    for metric in METRICS:
-        if kind in metric.kinds and (table is None or table in metric.tables):
-            figures[metric.name] = figure = metric.figure(sums)
-            if metric.has_interval:
-                drawn = None if figure is None else samples.get(metric.name)
-                figures[f"{metric.name}_interval"] = None if drawn is None else percentile_interval(drawn)
-    return figures
-
-
-def row_figures(sums: Sums, table: Table, kind: Kind) -> dict[str, float | None]:
-    """Metric -> figure of the metrics that a row of a table has, without intervals."""
-    return {m.name: m.figure(sums) for m in METRICS if table in m.tables and kind in m.kinds}
-
-
-def difference(a: float | None, b: float | None, samples_a: Floats | None, samples_b: Floats | None) -> dict[str, Any]:
-    """A figure of one prediction less that of another, with the interval of the paired difference.
-
-    Args:
-        a, b: the figures.
-        samples_a, samples_b: the same in each resample, float64 [resamples]; None where nothing was resampled.
-    """
-    if a is None or b is None:
-        return {"difference": None, "interval": None}
-    paired = None if samples_a is None or samples_b is None else percentile_interval(samples_a - samples_b)
-    return {"difference": a - b, "interval": paired}
 
 
 def tracker_name(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from critic_train.evaluation.accumulate import RETURNS, EvalAccumulator
-from critic_train.evaluation.advantages import AdvantageMoments, AdvantageRecipe, negated
+from critic_train.evaluation.advantages import AdvantageMoments, AdvantageRecipe, negated, same_for_all_tokens
 from critic_train.evaluation.auc import (
     Bools,
     Discrimination,
@@ -19,9 +19,10 @@ from critic_train.evaluation.auc import (
     discrimination,
 )
 from critic_train.evaluation.breakdowns import CalibrationSums, Histogram
-from critic_train.evaluation.moments import Integers, Moments, TokenColumn
+from critic_train.evaluation.moments import Floats, Integers, Moments, TokenColumn, segment_moments
+from critic_train.evaluation.resampling import Resampling
 from critic_train.evaluation.token_columns import distinct_edges, order_statistics, part_ranks
-from critic_train.evaluation.token_sums import Population
+from critic_train.evaluation.token_sums import Block, Population
 
 CALIBRATION_PARTS = 10
 TAIL = 0.001
@@ -37,6 +38,9 @@ class PredictionDetails:
         discrimination: AUCs.
         value_histogram: None where no token arrived.
         advantages: moments of each rollout's advantages, in order of arrival; None where no token arrived.
+        first_value: float64 [m], the value of each rollout's first response token.
+        values: moments of each rollout's values.
+        apart: moments of each rollout's Monte-Carlo returns less its values.
         monte_carlo: moments of each rollout's errors against Monte-Carlo returns; None without rewards.
         auc_by: column -> AUC within prompt groups of the rollouts with each of its values.
     """
@@ -45,6 +49,9 @@ class PredictionDetails:
     discrimination: Discrimination = field(default_factory=Discrimination)
     value_histogram: dict[str, Any] | None = None
     advantages: Moments | None = None
+    first_value: Floats = field(default_factory=lambda: np.empty(0))
+    values: Moments = field(default_factory=lambda: Moments.empty(0))
+    apart: Moments = field(default_factory=lambda: Moments.empty(0))
     monte_carlo: Moments | None = None
     auc_by: dict[str, list[float | None]] = field(default_factory=dict)
 
@@ -56,12 +63,13 @@ class SecondPass:
     Attributes:
         predictions: name -> its details.
         return_histogram: of the returns; None where no token arrived.
-        monte_carlo: moments of each rollout's Monte-Carlo returns, in order of arrival; None without rewards.
+        sums: moments of each rollout's Monte-Carlo returns, the sums of the rewards to come, in order of arrival;
+            without rewards those of its outcome, given at its end.
     """
 
     predictions: dict[str, PredictionDetails]
     return_histogram: dict[str, Any] | None = None
-    monte_carlo: Moments | None = None
+    sums: Moments = field(default_factory=lambda: Moments.empty(0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +90,7 @@ class ValueRange:
 
 
 def second_pass(
-    accumulated: EvalAccumulator, population: Population, advantage: AdvantageRecipe, *, resamples: int, seed: int
+    accumulated: EvalAccumulator, population: Population, advantage: AdvantageRecipe, resampling: Resampling
 ) -> SecondPass:
     """Read the tokens again.
 
@@ -90,8 +98,7 @@ def second_pass(
         accumulated: what the first pass took in.
         population: of the same.
         advantage: how advantages are estimated.
-        resamples: bootstrap resamples of the prompt groups.
-        seed: of the draws.
+        resampling: of the prompt groups.
     """
     tokens = int(population.returns.count.sum())
     names = list(accumulated.predictions())
@@ -106,16 +113,14 @@ def second_pass(
         advantage=advantage,
         edges=(low, high),
         correct=correct_rollouts(accumulated.outcomes()),
-        resamples=resamples,
-        seed=seed,
+        resampling=resampling,
     )
-    predictions = {name: reader.details(name, values) for name, values in ranges.items()}
+    sums = reader.sums_to_come()
+    predictions = {name: reader.details(name, values, sums) for name, values in ranges.items()}
     returns = Histogram(low, high)
     for column in accumulated.column(RETURNS):
         returns.add(column)
-    return SecondPass(
-        predictions=predictions, return_histogram=returns.figures(), monte_carlo=reader.monte_carlo_returns()
-    )
+    return SecondPass(predictions=predictions, return_histogram=returns.figures(), sums=sums)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,36 +132,49 @@ class _SecondReader:
     advantage: AdvantageRecipe
     edges: tuple[float, float]
     correct: Bools | None
-    resamples: int
-    seed: int
+    resampling: Resampling
 
-    def details(self, name: str, values: ValueRange) -> PredictionDetails:
+    def details(self, name: str, values: ValueRange, sums: Moments) -> PredictionDetails:
+        """What one prediction's values give; `sums` are the moments of the Monte-Carlo returns."""
         group, groups = self.population.arrived_group, self.population.groups
-        counts = self.accumulated.returns().count
-        has_rewards = self.accumulated.has_rewards
+        counts, has_rewards = sums.count, self.accumulated.has_rewards
         calibration = CalibrationSums(values.edges, group, groups)
         histogram = Histogram(*self.edges)
         scores = RolloutScores(len(group), self.accumulated.positions)
-        advantages = AdvantageMoments(len(group), self.advantage)
-        # At lambda 1 an advantage is the Monte-Carlo return less V.
-        shortfall = AdvantageMoments(len(group) if has_rewards else 0, self.advantage.at_lambda_1())
+        own = ValueMoments(len(group))
+        # At lambda 1 an advantage is the Monte-Carlo return less V; where that is one number a rollout, no recursion is
+        # needed.
+        constant, bootstraps = self._one_sum_a_rollout, self.advantage.bootstraps
+        advantages = AdvantageMoments(len(group) if bootstraps or not constant else 0, self.advantage)
+        apart = AdvantageMoments(len(group) if bootstraps and not constant else 0, self.advantage.at_lambda_1())
         for block in self.accumulated.scan(name):
             calibration.add(block)
-            advantages.add(block)
-            if block.rewards is not None:
-                shortfall.add(block)
+            own.add(block)
+            for moments in (advantages, apart):
+                if moments.rollouts:
+                    moments.add(block)
             histogram.add(block.values)
             if self.correct is not None or self.population.slices:
                 scores.add(block)
         auc = Discrimination()
         if self.correct is not None:
-            auc = discrimination(scores, self.correct, group, groups, self.resamples, self.seed)
+            auc = discrimination(scores, self.correct, group, self.resampling)
+        moments_of_values = own.moments(counts)
+        to_come = apart if bootstraps else advantages
+        less_values = (
+            Moments(counts, sums.mean - moments_of_values.mean, moments_of_values.squares)
+            if constant
+            else to_come.moments(counts)
+        )
         return PredictionDetails(
-            calibration=calibration.table((values.lowest, values.highest), self.resamples, self.seed),
+            calibration=calibration.table((values.lowest, values.highest), self.resampling),
             discrimination=auc,
             value_histogram=histogram.figures(),
-            advantages=advantages.moments(counts),
-            monte_carlo=negated(shortfall.moments(counts)) if has_rewards else None,
+            advantages=advantages.moments(counts) if advantages.rollouts else less_values,
+            first_value=own.first,
+            values=moments_of_values,
+            apart=less_values,
+            monte_carlo=negated(less_values) if has_rewards else None,
             auc_by=self._auc_by(scores, group),
         )
 
@@ -170,15 +188,37 @@ class _SecondReader:
             auc_by[column] = auc_within_slices(scores.overall, outcomes, group, arrived, len(labels))
         return auc_by
 
-    def monte_carlo_returns(self) -> Moments | None:
+    @property
+    def _one_sum_a_rollout(self) -> bool:
+        """Whether the rewards to come are the same at every token: without rewards and a discount."""
+        return not self.accumulated.has_rewards and self.advantage.gamma == 1.0
+
+    def sums_to_come(self) -> Moments:
         """Moments of each rollout's Monte-Carlo returns: the advantages over a critic that predicts 0."""
-        if not self.accumulated.has_rewards:
-            return None
         counts = self.accumulated.returns().count
+        if self._one_sum_a_rollout:
+            return same_for_all_tokens(self.accumulated.outcomes(), counts)
         sums = AdvantageMoments(len(counts), self.advantage.at_lambda_1())
         for block in self.accumulated.scan(RETURNS):
             sums.add(replace(block, values=np.zeros_like(block.values)))
         return sums.moments(counts)
+
+
+class ValueMoments:
+    """The first value of each rollout, and the moments of all of them."""
+
+    def __init__(self, rollouts: int) -> None:
+        self.first, self._means, self._squares = np.zeros((3, rollouts))
+
+    def add(self, block: Block) -> None:
+        """Take in a block."""
+        moments = segment_moments(block.values.astype(np.float64), block.starts, block.lengths, block.owner)
+        self.first[block.rollouts] = block.values[block.starts]
+        self._means[block.rollouts], self._squares[block.rollouts] = moments.mean, moments.squares
+
+    def moments(self, counts: Integers) -> Moments:
+        """Moments of each rollout, in order of arrival; `counts` are their response tokens."""
+        return Moments(counts, self._means, self._squares)
 
 
 def _value_range(accumulated: EvalAccumulator, name: str, tokens: int) -> ValueRange:

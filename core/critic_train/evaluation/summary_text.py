@@ -1,7 +1,11 @@
 """The verdict in a few sentences. Whether they say yes, no or cannot tell follows from the interval alone."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
+
+from critic_train.evaluation.metrics import group_size
+from critic_train.evaluation.worth import MOST
 
 OFFSET_SHARE = 0.1
 """Share of the squared error from which on a constant offset is mentioned."""
@@ -11,6 +15,10 @@ EXCESS = 0.02
 """Difference of explained variance against the returns and against Monte-Carlo returns that is mentioned."""
 CHANCE = 0.5
 """AUC of a random guess."""
+ENOUGH_GROUPS = 30
+"""Prompts that are advised where there are too few for an interval."""
+MOST_GROUPS = 100_000
+"""Where more prompts than this were needed, two figures are as good as equal."""
 
 
 def summary_text(verdict: dict[str, Any]) -> list[str]:
@@ -32,7 +40,7 @@ def summary_text(verdict: dict[str, Any]) -> list[str]:
     for name, metrics in critics.items():
         start = f"{name}: " if len(critics) > 1 else ""
         sentences += [start + sentence for sentence in _of_one(metrics, verdict)]
-    return sentences + _between(list(critics), verdict)
+    return sentences + _between(list(critics), verdict) + _prompt_share(verdict)
 
 
 def _of_one(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
@@ -40,19 +48,21 @@ def _of_one(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
         return ["no rollouts: there is nothing to judge on"]
     if metrics["explained_variance"] is None:
         return ["the returns do not vary: there is nothing to explain"]
-    sentences = [_against_constant(metrics)]
-    if verdict["prompt_groups"] >= 2:
-        sentences += [_against_group_mean(metrics, verdict), _within_groups(metrics)]
-        sentences += _against_stored(metrics, verdict)
-        sentences += _outcomes_apart(metrics) + _variance_left(metrics) + _against_monte_carlo(metrics)
+    groups = verdict["prompt_groups"]
+    sentences = [_against_constant(metrics, groups), *_against_group_mean(metrics, verdict)]
+    if metrics["explained_variance_interval"] is not None:
+        sentences += [_within_groups(metrics), *_against_stored(metrics, verdict)]
+        sentences += _outcomes_apart(metrics) + _variance_left(metrics) + _fused(metrics) + _worth(metrics)
+        sentences += _against_monte_carlo(metrics)
     return sentences + _remarks(metrics)
 
 
-def _against_constant(metrics: dict[str, Any]) -> str:
+def _against_constant(metrics: dict[str, Any], groups: int) -> str:
     interval = metrics["explained_variance_interval"]
-    shown = f"explained variance {_number(metrics['explained_variance'])}"
+    figure = metrics["explained_variance"]
+    shown = f"explained variance {_number(figure)}"
     if interval is None:
-        return f"cannot tell whether it beats the constant baseline: {shown}, from one prompt group only"
+        return f"cannot tell whether it beats the constant baseline: {shown}, from {too_few(groups)}"
     shown += f" (95 % interval {_range(interval)})"
     match sign(interval):
         case 1:
@@ -61,31 +71,36 @@ def _against_constant(metrics: dict[str, Any]) -> str:
             return f"is worse than the constant baseline: {shown}; it would raise the variance of advantages"
         case 0 if interval[0] == interval[1]:
             return f"is no better than the constant baseline: {shown}"
-    return f"cannot tell whether it beats the constant baseline: {shown}"
+    return f"cannot tell whether it beats the constant baseline: {shown}{_settled_by(figure, interval, groups)}"
 
 
-def _against_group_mean(metrics: dict[str, Any], verdict: dict[str, Any]) -> str:
-    mean = verdict["baselines"]["group_mean"]
-    if mean["lone_rollouts"] == verdict["rollouts"]:
-        return "every prompt has one rollout only: there is no prompt group's mean to beat"
+def _against_group_mean(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
+    mean, groups = verdict["baselines"]["group_mean"], verdict["prompt_groups"]
+    if mean["explained_variance"] is None or mean["lone_rollouts"] == verdict["rollouts"]:
+        return ["every prompt has one rollout only: there is no prompt group's mean to compare with"]
     versus = metrics["explained_variance_minus"]["group_mean"]
     what = f"the prompt group's mean ({_number(mean['explained_variance'])})"
     apart = _apart(versus)
     match sign(versus["interval"]):
+        case None if groups < 2:
+            return []
         case 1:
-            return f"beats {what}: explained variance {apart}, more than GRPO's baseline gives"
+            return [f"beats {what}: explained variance {apart}, more than GRPO's baseline gives"]
         case -1:
-            return (
+            return [
                 f"does not beat {what}: explained variance {apart}; it adds no token-level credit over GRPO's baseline"
-            )
-    return f"cannot tell whether it beats {what}, GRPO's baseline: explained variance {apart}"
+            ]
+    settled = _settled_by(versus["difference"], versus["interval"], groups)
+    return [f"cannot tell whether it beats {what}, GRPO's baseline: explained variance {apart}{settled}"]
 
 
 def _within_groups(metrics: dict[str, Any]) -> str:
     figure = metrics["explained_variance_within_group"]
     interval = metrics["explained_variance_within_group_interval"]
-    if figure is None or interval is None:
+    if figure is None:
         return "within prompt groups the returns do not vary: only differences between prompts can be explained"
+    if interval is None:
+        return f"cannot tell whether it explains anything within prompt groups: {_number(figure)}, without an interval"
     shown = f"{_number(figure)} ({_range(interval)})"
     match sign(interval):
         case 1:
@@ -139,6 +154,73 @@ def _variance_left(metrics: dict[str, Any]) -> list[str]:
             turned = [-interval[1], -interval[0]]
             return [f"PPO's advantages vary more with it than GRPO's: {_percent(-figure)} ({_percents(turned)})"]
     return [f"cannot tell whether PPO's advantages vary less with it {shown}"]
+
+
+def _fused(metrics: dict[str, Any]) -> list[str]:
+    """Whether to mix: the fused baseline beside the critic alone, and beside GRPO's baseline."""
+    fused = metrics.get("fused") or {}
+    than_grpo = fused.get("variance_reduction_interval")
+    than_critic = (fused.get("variance_reduction_minus") or {}).get("critic") or {}
+    if than_grpo is None or than_critic.get("interval") is None:
+        return []
+    shown = f"{_percent(fused['variance_reduction'])} ({_percents(than_grpo)}) less than GRPO's"
+    helps, beats = sign(than_critic["interval"]) == 1, sign(than_grpo)
+    what = "fused with the prompt's other rollouts its advantages vary"
+    if helps and beats == 1:
+        return [f"best of all fused: {what} less than with it alone, and {shown}"]
+    if helps:
+        end = ", not as little as GRPO's" if beats == -1 else f"; cannot tell whether less than GRPO's: {shown}"
+        return [f"{what} less than with it alone{end}"]
+    if beats == 1:
+        return [f"{what} {shown}: not shown to be less than with it alone"]
+    return [f"cannot tell whether fusing helps: {what} {shown}"]
+
+
+def _worth(metrics: dict[str, Any]) -> list[str]:
+    """In rollouts: the group whose mean does as well, and how many rollouts the fused baseline needs."""
+    figure, interval = metrics.get("worth_in_rollouts"), metrics.get("worth_in_rollouts_interval")
+    worth = metrics.get("worth") or {}
+    if figure is None:
+        return []
+    if figure >= MOST:
+        shown = "alone it leaves less variance than the mean of any group, however large"
+    else:
+        bounds = f" ({group_size(interval[0])} to {group_size(interval[1])})" if interval else ""
+        shown = f"alone it is worth the mean of a group of {group_size(figure)}{bounds}"
+    typical, needed = worth.get("rollouts_a_prompt"), worth.get("rollouts_with_fused")
+    if typical is None or needed is None or needed >= typical or needed == 1:
+        return [shown]
+    return [f"{shown}; fused, {needed} rollouts a prompt do what {typical} do without it"]
+
+
+def _prompt_share(verdict: dict[str, Any]) -> list[str]:
+    """What any baseline that knows the prompt alone can explain at most."""
+    share, interval = verdict.get("between_prompt_share"), verdict.get("between_prompt_share_interval")
+    if share is None:
+        return []
+    shown = f"{_percent(share)}" + (f" ({_percents(interval)})" if interval else "")
+    return [f"{shown} of the outcomes' variance lies between prompts, the most that the prompt alone can explain"]
+
+
+def too_few(groups: int) -> str:
+    """Why there is no interval, and what would give one."""
+    if groups >= ENOUGH_GROUPS:
+        return f"{groups:,} prompts of which a few hold most of the variance: too few for an interval"
+    prompts = "one prompt" if groups == 1 else f"{groups} prompts"
+    return f"{prompts}: too few for an interval, which takes {ENOUGH_GROUPS} or more"
+
+
+def _settled_by(figure: float | None, interval: Sequence[float] | None, groups: int) -> str:
+    """How many prompts would tell a figure from 0, since an interval narrows with their square root."""
+    if not figure or not interval or interval[0] == interval[1]:
+        return ""
+    # The end that reaches beyond 0 has to come in to 0.
+    reach = figure - interval[0] if figure > 0 else interval[1] - figure
+    needed = groups * (reach / abs(figure)) ** 2
+    if needed > MOST_GROUPS:
+        return "; the two are as good as equal"
+    digits = 10 ** max(0, math.floor(math.log10(needed)) - 1)
+    return f"; about {math.ceil(needed / digits) * digits:,} prompts would tell"
 
 
 def _against_monte_carlo(metrics: dict[str, Any]) -> list[str]:

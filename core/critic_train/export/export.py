@@ -11,6 +11,7 @@ from torch import Tensor
 
 from critic_train.data.bad_input import BadFiles
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.data.shards import find_shards
 from critic_train.errors import ConfigError, MachineError, ModelError
 from critic_train.events import Event, Progress, RunEnded
@@ -23,7 +24,7 @@ from critic_train.model.first_pass import critic_source
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.saving import checkpoint_bytes, loads_for_token_classification, save_critic
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.selfcheck import select_packing
 from critic_train.model.trial import use_stock_attention
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import (

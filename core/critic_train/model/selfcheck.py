@@ -31,9 +31,6 @@ from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 from critic_train.stopping import Stopped
 
-SAMPLED_ROLLOUTS = 4
-"""Rollouts in a row of a sample, so that some share a prompt."""
-
 KERNEL_TOKENS = 512
 """Tokens of each rollout on which the kernels of attention are compared."""
 

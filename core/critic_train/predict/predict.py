@@ -8,7 +8,6 @@ import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,22 +18,23 @@ from critic_train.data.bad_input import BadFiles
 from critic_train.data.copying import OutputDirectory, needs_of_fit, target_paths
 from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.returns import ReturnRecipe
-from critic_train.data.rollout_cache import bytes_of
-from critic_train.data.scanning import blocks
+from critic_train.data.scanning import blocks, first_pass
 from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_device, resolve_precision
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import critic_source, first_pass, limits_of
+from critic_train.model.first_pass import critic_source, limits_of
 from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import predict_with_progress
 from critic_train.model.selfcheck import select_packing
+from critic_train.predict.fused_values import FusedValues
 from critic_train.predict.value_columns import ColumnBatch, NewColumns, Whitening, rewrite_with_columns
+from critic_train.predict.value_log import LoggedValues, ValueLog
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import model_digest, versions
-from critic_train.run.storage import File, make_directory, remove
+from critic_train.run.storage import remove
 from critic_train.settings import (
     CPU_MAX_TOKENS,
     FitSettings,
@@ -47,85 +47,12 @@ from critic_train.settings import (
 from critic_train.settings.command_lines import COMPUTE, READING, next_command
 from critic_train.stopping import Stopped, StopRequest
 
-WIDTH = 4
-
-
-class ValueLog:
-    """Float32 values of response tokens, appended block by block, each block on the disk before the next begins.
-
-    Args:
-        path: the log; an existing one is continued.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-
-    def __init__(self, path: Path) -> None:
-        make_directory(path.parent, exist_ok=True)
-        self._file = File(path, "append")
-        self._logged = self._file.size // WIDTH
-        self._passed = 0
-
-    def __enter__(self) -> "ValueLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def has(self, count: int) -> bool:
-        """Whether the next `count` values are in the log; if so they are skipped, if not they must be appended."""
-        if self._passed + count <= self._logged:
-            self._passed += count
-            return True
-        if self._logged > self._passed or self._file.size > WIDTH * self._logged:
-            # A part of a block was written: the block is computed again.
-            self._file.truncate(WIDTH * self._passed)
-            self._logged = self._passed
-        return False
-
-    def append(self, values: NDArray[np.float32]) -> None:
-        """Add the values of a block."""
-        self._file.write(bytes_of(np.ascontiguousarray(values, dtype=np.float32)))
-        self._file.sync()
-        self._passed += len(values)
-        self._logged = self._passed
-
-
-class LoggedValues:
-    """Reads a log from its start.
-
-    Args:
-        path: the log.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-
-    def __enter__(self) -> "LoggedValues":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def over(self, response_mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The next values, one for each true entry, spread over the mask: float32, 0 where it is false."""
-        count = int(response_mask.sum())
-        values = np.frombuffer(self._file.read(WIDTH * count), dtype=np.float32)
-        assert len(values) == count, "every block of the file was logged"
-        aligned = np.zeros(len(response_mask), dtype=np.float32)
-        aligned[response_mask] = values
-        return aligned
-
 
 def part_of_this_process(settings: PredictSettings) -> tuple[int, int]:
     """(K, N) of `--part`, else of torchrun's RANK and WORLD_SIZE, else (1, 1).
 
     Raises:
-        ConfigError: whitening was asked for, which needs the advantages of all files in one process.
+        ConfigError: whitening or the fused baseline was asked for, which need all files in one process.
     """
     named = part_of(settings.prediction.part) if settings.prediction.part else None
     part = named or (int(os.environ.get("RANK", "0")) + 1, int(os.environ.get("WORLD_SIZE", "1")))
@@ -133,6 +60,11 @@ def part_of_this_process(settings: PredictSettings) -> tuple[int, int]:
         raise ConfigError(
             f"--whiten-advantages needs all files in one process, and this is part {part[0]} of {part[1]}",
             hint="write the advantages as they are; whiten where they are used, over each batch",
+        )
+    if settings.prediction.baseline == "fused" and part[1] > 1:
+        raise ConfigError(
+            f"--baseline fused needs all files in one process, and this is part {part[0]} of {part[1]}",
+            hint="write the critic's values in parts, then fuse them in one process",
         )
     return part
 
@@ -157,6 +89,12 @@ class Job:
     bad_files: BadFiles
     stop: StopRequest
     rows_left_out: dict[str, Any] | None = None
+    fused: FusedValues | None = None
+
+    @property
+    def needs_everything(self) -> bool:
+        """Whether what is written of a rollout depends on the rollouts of all files."""
+        return self.settings.prediction.whiten_advantages or self.settings.prediction.baseline == "fused"
 
     @property
     def columns(self) -> NewColumns:
@@ -164,7 +102,7 @@ class Job:
         return NewColumns(recipe=ReturnRecipe.of(self.settings.returns), written=self.settings.written)
 
     def run(self, shards: list[Shard]) -> Iterator[Event]:
-        """Check all files, then predict and write one after the other; with whitening, predict all of them first."""
+        """Check all files, then predict and write one after the other; predict all first where one needs the others."""
         reader = self._reader(shards, self.settings.reading.on_bad_rows)
         checked = yield from first_pass(reader, sum(shard.num_rows for shard in shards), self.stop)
         self.stop.check()
@@ -185,12 +123,15 @@ class Job:
             # Files without a usable row are written with nulls.
             usable = [shard for shard in sound if shard.name in checked.rollouts]
             whitening: Whitening | None = None
-            if self.settings.prediction.whiten_advantages:
+            if self.needs_everything:
                 for shard in usable:
                     yield from self._predict(critic, shard, forest=choice.forest)
+            if self.settings.prediction.baseline == "fused":
+                self.fused = yield from self._fuse(usable)
+            if self.settings.prediction.whiten_advantages:
                 whitening = yield from self._moments(usable)
             for shard in left:
-                if shard in usable and whitening is None:
+                if shard in usable and not self.needs_everything:
                     yield from self._predict(critic, shard, forest=choice.forest)
                 yield from self._write(shard, whitening, empty=shard not in usable)
         for shard in sound:
@@ -198,6 +139,7 @@ class Job:
 
     def _reader(self, shards: list[Shard], on_bad_rows: OnBadRows = "skip") -> RolloutReader:
         recipe, columns = ReturnRecipe.of(self.settings.returns), self.columns
+        fuses = self.settings.prediction.baseline == "fused"
         return RolloutReader(
             shards,
             renames=column_renames(self.settings.reading.column),
@@ -206,9 +148,9 @@ class Job:
             bad_files=self.bad_files,
             limits=limits_of([self.source]).at_most(self.settings.reading.max_length),
             needs=Needs(
-                returns=False,
+                returns=fuses and not recipe.from_rewards,
                 values=False,
-                rewards="yes" if columns.computes else "no",
+                rewards="yes" if columns.computes else "where there" if fuses else "no",
                 truncated=columns.computes and recipe.reads_truncated,
             ),
             stop=self.stop,
@@ -256,7 +198,7 @@ class Job:
         for done, shard in enumerate(shards):
             with LoggedValues(self._log(shard)) as log:
                 for batch in self._batches(shard):
-                    whitening.add(self.columns.advantages(batch, log.over(batch.response_mask)))
+                    whitening.add(self.columns.advantages(batch, self._written(shard, batch, log)))
             yield Progress(stage="whitening", done=done + 1, total=len(shards), unit="files")
         return whitening
 
@@ -266,13 +208,32 @@ class Job:
         renames, target = column_renames(self.settings.reading.column), self.targets[shard.name]
         for row in rewrite_with_columns(shard, target, self.columns, renames, columns, self.stop):
             yield Progress(stage=f"writing {target}", done=row, total=shard.num_rows)
-        if whitening is None:
+        if not self.needs_everything:
             remove(self._log(shard))
 
     def _new_columns(self, shard: Shard, whitening: Whitening | None) -> Iterator[ColumnBatch]:
         with LoggedValues(self._log(shard)) as log:
             for batch in self._batches(shard):
-                yield self.columns.of(batch, log.over(batch.response_mask), whitening)
+                yield self.columns.of(batch, self._written(shard, batch, log), whitening)
+
+    def _fuse(self, shards: list[Shard]) -> Generator[Event, None, FusedValues]:
+        """Estimate the fused baseline from all files."""
+        fused = FusedValues(ReturnRecipe.of(self.settings.returns))
+        for done, shard in enumerate(shards):
+            with LoggedValues(self._log(shard)) as log:
+                for batch in self._batches(shard):
+                    fused.add(shard.name, batch, log.over(batch.response_mask))
+            yield Progress(stage="fusing", done=done + 1, total=len(shards), unit="files")
+        weights = fused.estimate()
+        shares = (f"{float(x.mean()):.2f}" for x in (weights.prompt_weight, weights.response_weight))
+        message = "fused: {} of the other rollouts' mean residual, {} of the critic's movement along the response"
+        yield Notice(message=message.format(*shares))
+        return fused
+
+    def _written(self, shard: Shard, batch: Rollouts, log: LoggedValues) -> NDArray[np.float32]:
+        """The values that are written for the next rollouts of a file."""
+        values = log.over(batch.response_mask)
+        return values if self.fused is None else self.fused.of(shard.name, batch, values)
 
     def result(self, status: str, shards: list[Shard], part: tuple[int, int]) -> dict[str, Any]:
         """What `--json` prints."""
@@ -361,6 +322,8 @@ def predict(settings: PredictSettings, stop: StopRequest | None = None) -> Itera
 def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource, compute: Compute) -> dict[str, Any]:
     """What the output depends on; a later run of the same command compares it."""
     recorded = {name: value for name, value in as_dict(settings).items() if name not in NOT_PART_OF_THE_RESULT}
+    if recorded["baseline"] == "critic":
+        del recorded["baseline"]  # as in records from before there was a choice
     return {
         "settings": recorded | {"precision": compute.precision},
         "data": fingerprint(shards),

@@ -7,9 +7,9 @@ from typing import Any
 from critic_train.evaluation.summary_text import summary_text
 from critic_train.report.report_sources import Record, Source, short_names, titles
 from critic_train.report.svg_charts import SERIES, Key
-from critic_train.report.verdict_model import BASELINES, Column, Series, shown_name
+from critic_train.report.verdict_model import BASELINES, FUSED, Column, Series, exists, fused_name, shown_name
 
-BASELINE_COLOURS = {"constant": "constant", "stored": "stored", "group_mean": "group-mean"}
+BASELINE_COLOURS = {"constant": "constant", "stored": "stored", "group_mean": "group-mean", FUSED: "fused"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +45,16 @@ class PageCritic:
 
     def judged_baselines(self) -> "dict[str, Record]":
         """The baselines that were judged beside it, without the one that it is itself."""
-        names = [name for name in BASELINES if name in self.baselines.data]
-        return {name: self.baselines.part(name) for name in names if name != self.key}
+        names = [name for name in BASELINES if exists(self.baselines.part(name)) and name != self.key]
+        # The fused baseline of the verdict is its first critic's.
+        if FUSED in names and self.baselines.part(FUSED).get("of") not in (None, self.key):
+            names.remove(FUSED)
+        return {name: self.baselines.part(name) for name in names}
+
+    @property
+    def fused(self) -> Record:
+        """The metrics of what is fused with it; empty where nothing is."""
+        return self.metrics.part(FUSED) if exists(self.metrics.part(FUSED)) else Record({}, "")
 
 
 def critics_of(sources: Sequence[Source]) -> list[PageCritic]:
@@ -75,11 +83,15 @@ def data_sets(critics: Sequence[PageCritic]) -> list[list[PageCritic]]:
 def baselines_of(critics: Sequence[PageCritic]) -> list[tuple[str, str, Record]]:
     """The baselines, once for each set of rollouts: (name on the page, key, metrics)."""
     sets = data_sets(critics)
-    return [
-        (shown_name(name) + (f" ({among[0].name})" if len(sets) > 1 else ""), name, metrics)
-        for among in sets
-        for name, metrics in among[0].judged_baselines().items()
-    ]
+    named = []
+    for among in sets:
+        of_set = f" ({among[0].name})" if len(sets) > 1 else ""
+        baselines = among[0].judged_baselines()
+        named += [(shown_name(name) + of_set, name, part) for name, part in baselines.items() if name != FUSED]
+        for critic in among:
+            name = fused_name(critic.name) if len(critics) > 1 else shown_name(FUSED)
+            named += [(name, FUSED, critic.fused)] if critic.fused else []
+    return named
 
 
 def _of_run(source: Source, label: str, number: int) -> PageCritic:
@@ -144,10 +156,11 @@ def _sentences(metrics: Record) -> list[str]:
         "critics": {"critic": dict(metrics.data)},
         "baselines": dict(metrics.part("baselines").data),
         "differences": {},
-        # Not recorded there; the sentences only ask whether there are any, and several.
+        # Where they were not recorded: the sentences only ask whether there are any, and several.
         "response_tokens": 1,
-        "prompt_groups": 2 if several else 1,
-        "rollouts": -1,
+        "prompt_groups": metrics.get("prompt_groups") or (2 if several else 1),
+        "rollouts": metrics.get("rollouts") or -1,
+        **{name: metrics.get(name) for name in ("between_prompt_share", "between_prompt_share_interval")},
     }
     return summary_text(stand_in)
 

@@ -22,7 +22,7 @@ from critic_train.report.rollout_pages import (
 )
 from critic_train.report.svg_charts import Key
 from critic_train.report.verdict_charts import verdict_charts, where_charts
-from critic_train.report.verdict_page import card, comparison, differences, groups
+from critic_train.report.verdict_page import card, comparison, differences, groups, with_short_names
 from critic_train.run.storage import replace_file
 from critic_train.settings import ReportSettings
 
@@ -70,7 +70,7 @@ def render(sources: Sequence[Source], *, tokenizer: str | None = None) -> str:
             verdicts=verdict_charts(judged),
             comparison=comparison(critics),
             differences=differences(critics),
-            between=_between(sources),
+            between=[with_short_names(sentence, critics) for sentence in _between(sources)],
             mixed=len(data_sets(critics)) > 1,
             curves=curves(critics),
             where=where_charts(judged),

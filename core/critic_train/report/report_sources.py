@@ -14,12 +14,15 @@ from critic_train.text import fixed, interval
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many of them as it takes to tell them apart."""
+    """The last parts of paths, as many as it takes to tell them apart; of those in between, not what all share."""
     parts = [PurePath(path).parts or (path,) for path in paths]
     for count in range(1, max((len(p) for p in parts), default=1) + 1):
-        names = ["/".join(p[-count:]).removeprefix("//") for p in parts]
-        if len(set(names)) == len(set(paths)):
-            return names
+        ends = [p[-count:] for p in parts]
+        if len(set(ends)) == len(set(paths)):
+            same_length = all(len(end) == count for end in ends)
+            shared = [k for k in range(1 - count, -1) if same_length and len({end[k] for end in ends}) == 1]
+            places = [k for k in range(-count, 0) if k not in shared]
+            return ["/".join(end[k] for k in places if len(end) >= -k).removeprefix("//") for end in ends]
     return list(paths)
 
 
@@ -206,7 +209,7 @@ def read_evaluation(path: Path, number: int = 1) -> Source:
 def evaluation_source(result: Mapping[str, Any], path: Path | None = None, number: int = 1) -> Source:
     """eval's result as a source, read from `path` or still in memory."""
     name = path.name if path else "eval"
-    critics = ", ".join(short_names(list(result.get("models") or []))) or "stored values"
+    critics = ", ".join(short_names([str(name) for name in result.get("models") or []])) or "stored values"
     return Source(
         path=path, label=str(path or f"evaluation of {critics}"), evaluation=Record(result, f"{number}:{name}#")
     )

@@ -26,13 +26,19 @@ COLOURS = (
     "constant",
     "stored",
     "group-mean",
+    "fused",
     *(f"series-{i}" for i in range(1, SERIES + 1)),
 )
 """The page's colours. Its style sheet gives each a value for light and one for dark."""
 
 # Matplotlib knows no CSS variables: each colour is drawn as a marker, which `_for_the_page` replaces by its variable.
 _MARKERS = {name: f"#fe{number:02x}a7" for number, name in enumerate(COLOURS)}
-DASHES: dict[str, Any] = {"constant": (0, (1, 2)), "stored": (0, (5, 2)), "group-mean": (0, (6, 2, 1, 2))}
+DASHES: dict[str, Any] = {
+    "constant": (0, (1, 2)),
+    "stored": (0, (5, 2)),
+    "group-mean": (0, (6, 2, 1, 2)),
+    "fused": (0, (2, 1)),
+}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "critic-train",

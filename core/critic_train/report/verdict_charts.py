@@ -36,6 +36,7 @@ from critic_train.report.verdict_model import (
     table_columns,
     text_column,
 )
+from critic_train.report.worth_chart import worth_chart
 from critic_train.text import fixed
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ PART = text_column("part", part_of_response)
 
 
 def verdict_charts(critics: Sequence[PageCritic]) -> list[Chart]:
-    """Explained variance beside the baselines, over all and within prompts."""
+    """Explained variance beside the baselines, over all and within prompts; and the worth in rollouts."""
     charts = [
         _interval_chart(critics, MAIN, "Explained variance", "verdict-ev"),
         _interval_chart(critics, WITHIN, "Within prompts", "verdict-within"),
+        worth_chart(critics),
     ]
     return [chart for chart in charts if chart is not None]
 

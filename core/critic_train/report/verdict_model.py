@@ -13,9 +13,15 @@ from critic_train.evaluation.metrics import Metric, Topic
 from critic_train.report.report_sources import Cell, Record
 from critic_train.text import DASH, count, fixed, interval, number, short, with_interval
 
-BASELINES = {"constant": "constant mean", "stored": "stored values", "group_mean": "prompt group's mean"}
+BASELINES = {
+    "constant": "constant mean",
+    "stored": "stored values",
+    "group_mean": "prompt group's mean",
+    "fused": "fused with that mean",
+}
 """A baseline's key in the verdict -> what it is called."""
 
+FUSED = "fused"
 MAIN = "explained_variance"
 WITHIN = "explained_variance_within_group"
 AUC_WITHIN = "auc_within_group"
@@ -122,11 +128,32 @@ def shown_name(name: str) -> str:
     return BASELINES.get(name, name)
 
 
+def exists(metrics: Record) -> bool:
+    """Whether a baseline exists: there is no group's mean of one rollout, and nothing to fuse with."""
+    return metrics.get("mse") is not None or metrics.get(MAIN) is not None
+
+
 def predictions_of(verdict: Record) -> list[tuple[str, Record]]:
-    """Critics, then baselines, each with its metrics. Stored values that are judged are no baseline as well."""
+    """Critics, then baselines, each with its metrics. Stored values that are judged are no baseline as well.
+
+    With several critics each has a fused baseline of its own.
+    """
     critics, baselines = verdict.part("critics").parts(), verdict.part("baselines").parts()
-    named = list(critics.items()) + [(name, part) for name, part in baselines.items() if name not in critics]
-    return [(shown_name(name), part) for name, part in named]
+    named = [(shown_name(name), part) for name, part in critics.items()]
+    for name, part in baselines.items():
+        if name in critics or not exists(part):
+            continue
+        if name != FUSED or len(critics) < 2:
+            named.append((shown_name(name), part))
+            continue
+        fused = [(critic, metrics.part(FUSED)) for critic, metrics in critics.items()]
+        named += [(fused_name(shown_name(critic)), part) for critic, part in fused if exists(part)]
+    return named
+
+
+def fused_name(critic: str) -> str:
+    """What the fused baseline of one of several critics is called."""
+    return f"{critic}, fused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +187,7 @@ def _difference(other: str, name: str, record: Record) -> Iterator[Difference]:
 
 
 def baseline_differences(critic: Record) -> list[Difference]:
-    """Explained variance of a critic less that of the baselines."""
+    """Explained variance of a critic, or of a fused baseline, less that of the baselines."""
     parts = critic.part("explained_variance_minus").parts()
     return [difference for name, record in parts.items() for difference in _difference(name, MAIN, record)]
 
@@ -173,6 +200,13 @@ def critic_differences(verdict: Record) -> list[Difference]:
         for name, record in {MAIN: part, **part.parts()}.items()
         for difference in _difference(pair, name, record)
     ]
+
+
+def between_prompts(verdict: Record) -> tuple[Cell, Cell] | None:
+    """The share of the outcomes' variance between prompts, and its interval; None where it is not known."""
+    if number(verdict.get("between_prompt_share")) is None:
+        return None
+    return verdict.cell("between_prompt_share"), verdict.bounds("between_prompt_share_interval")
 
 
 def counts(verdict: Record) -> list[tuple[str, Cell]]:
@@ -231,6 +265,24 @@ def position_series(prediction: Record) -> Series:
 def auc_series(critic: Record) -> Series:
     """AUC within prompts along the response, in per cent of it."""
     return _series(critic.rows("auc_by_position"), middle_of_part, AUC_WITHIN)
+
+
+def worth_series(critic: Record, which: str) -> Series:
+    """Variance of the advantages by the rollouts a prompt, with GRPO's baseline or with the fused one.
+
+    Args:
+        critic: the metrics of a critic.
+        which: "group_mean" or "fused".
+    """
+    rows = critic.part("worth").rows("by_rollouts")
+    points = [(row.get("rollouts"), row.part(which)) for row in rows]
+    shown = [(k, part) for k, part in points if number(part.get("advantage_variance")) is not None]
+    return Series(
+        [part for _, part in shown],
+        [k for k, _ in shown],
+        [part.get("advantage_variance") for _, part in shown],
+        [part.get("advantage_variance_interval") or None for _, part in shown],
+    )
 
 
 def length_series(critic: Record) -> Series:

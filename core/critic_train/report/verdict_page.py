@@ -1,32 +1,36 @@
 """The top of the page: one answer to each critic, its tiles of figures, and the table that compares."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from critic_train.evaluation import metrics
 from critic_train.evaluation.metrics import Metric
-from critic_train.evaluation.summary_text import sign
+from critic_train.evaluation.summary_text import sign, too_few
 from critic_train.report.compared_critics import PageCritic, baselines_of, table_of
 from critic_train.report.provenance import show_command
 from critic_train.report.report_sources import Cell, Record
 from critic_train.report.verdict_model import (
+    COMPARISON,
     MAIN,
     MEAN_RETURN,
     MEAN_VALUE,
     ROLLOUTS,
     TOKENS,
     baseline_differences,
+    between_prompts,
     counts,
     critic_differences,
     metric_column,
     return_figures,
     text_column,
 )
-from critic_train.text import interval
 
 OVER = {"group_mean": "over GRPO's baseline", "stored": "over the stored values"}
 """A baseline -> the name of the tile that compares a critic with it."""
+FUSED_OVER = {"critic": "fused, over it alone", "group_mean": "fused, over GRPO's"}
+"""The same for what is fused with a critic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +74,20 @@ def card(critic: PageCritic) -> Card:
     """The top of the page for a critic."""
     return Card(
         critic=critic,
-        answer=answer(critic.metrics),
+        answer=answer(critic.metrics, critic.verdict),
         progress=progress(critic),
-        tiles=tiles(critic.metrics),
+        tiles=tiles(critic.metrics, critic.verdict),
         counts=facts(critic.verdict),
     )
 
 
-def answer(critic: Record) -> Answer:
-    """The verdict in a line, by the intervals, never by the figures alone."""
+def answer(critic: Record, verdict: Record | None = None) -> Answer:
+    """The verdict in a line, by the intervals, never by the figures alone.
+
+    Args:
+        critic: its metrics.
+        verdict: the whole verdict; None where only the metrics are known.
+    """
     if not critic:
         return Answer("unknown", "Not judged yet: there is no evaluation on held-out rollouts.")
     against_constant = sign(critic.get("explained_variance_interval"))
@@ -86,18 +95,28 @@ def answer(critic: Record) -> Answer:
     if critic.get(MAIN) is None:
         return Answer("unknown", "Cannot tell: the returns do not vary.")
     if against_constant is None:
-        return Answer("unknown", "Cannot tell: one prompt group is too few for an interval.")
+        groups = verdict.get("prompt_groups") if verdict else None
+        return Answer("unknown", f"Cannot tell: {too_few(groups)}." if groups else "Cannot tell: too few prompts.")
     if against_constant < 0:
         return Answer("no", "No: PPO would do better with a constant in its place.")
     if against_constant == 0:
         return Answer("no", "Not yet: it is not shown to be better than a constant.")
     if against_group is None:
-        return Answer("yes", "Yes: it is better than a constant.")
+        compared = critic.part("explained_variance_minus").part("group_mean").get("difference") is not None
+        more = (
+            "Not shown to be better than GRPO's baseline." if compared else "With one rollout a prompt GRPO has none."
+        )
+        return Answer("yes", f"Yes: it is better than a constant. {more}")
+    fused = critic.part("fused")
+    than_critic = sign(fused.part("variance_reduction_minus").part("critic").get("interval"))
+    mixed = than_critic == 1 and sign(fused.get("variance_reduction_interval")) == 1
     if against_group > 0:
-        return Answer("yes", "Yes: it lowers the variance of advantages by more than GRPO's baseline would.")
+        more = " Fused with it, by more still." if mixed else ""
+        return Answer("yes", f"Yes: it lowers the variance of advantages by more than GRPO's baseline would.{more}")
+    more = " Fused with it, it does better than either." if mixed else ""
     if against_group < 0:
-        return Answer("partly", "Better than a constant, but GRPO's baseline would do more.")
-    return Answer("partly", "Better than a constant; not shown to be better than GRPO's baseline.")
+        return Answer("partly", f"Better than a constant, but GRPO's baseline would do more.{more}")
+    return Answer("partly", f"Better than a constant; not shown to be better than GRPO's baseline.{more}")
 
 
 def progress(critic: PageCritic) -> str:
@@ -112,8 +131,8 @@ def progress(critic: PageCritic) -> str:
     return text + (f"; judged as of step {judged}" if judged is not None else "")
 
 
-def tiles(critic: Record) -> list[Tile]:
-    """The figures that exist, the most telling first."""
+def tiles(critic: Record, verdict: Record | None = None) -> list[Tile]:
+    """The figures that exist, the most telling first. Args as for `answer`."""
     shown = sorted((metric for metric in metrics.METRICS if metric.tile), key=lambda metric: metric.tile)
     shown = [metric for metric in shown if critic.get(metric.name) is not None]
     made = [_tile(critic, metric) for metric in shown if metric.topic != "errors"]
@@ -123,15 +142,20 @@ def tiles(critic: Record) -> list[Tile]:
         made.append(
             Tile("against Monte-Carlo returns", monte_carlo.cell(MAIN), bounds, "no critic's values in the target")
         )
-    for difference in sorted(baseline_differences(critic), key=lambda difference: difference.other == "stored"):
-        name = OVER[difference.other]
-        tile = Tile(name, difference.difference, difference.interval, "difference, paired by prompt")
+    differences = [(OVER, d) for d in baseline_differences(critic)]
+    differences += [(FUSED_OVER, d) for d in baseline_differences(critic.part("fused"))]
+    ordered = sorted(differences, key=lambda pair: (pair[0] is not FUSED_OVER, pair[1].other == "stored"))
+    for names, difference in ordered:
+        tile = Tile(names[difference.other], difference.difference, difference.interval, "difference, paired by prompt")
         made.insert(min(2, len(made)), tile)
+    share = between_prompts(verdict) if verdict else None
+    if share is not None:
+        made.insert(min(1, len(made)), Tile("between prompts", *share, "the most the prompt alone explains"))
     return made + [_tile(critic, metric) for metric in shown if metric.topic == "errors"]
 
 
 def _tile(critic: Record, metric: Metric) -> Tile:
-    bounds = critic.bounds(f"{metric.name}_interval") if metric.has_interval else Cell("")
+    bounds = critic.cell(f"{metric.name}_interval", metric.interval_format) if metric.has_interval else Cell("")
     return Tile(metric.tile_name or metric.label, critic.cell(metric.name, metric.format), bounds, metric.about)
 
 
@@ -141,34 +165,61 @@ def facts(verdict: Record) -> list[tuple[str, Cell]]:
     return counts(verdict) + [(names[key], cell) for key, cell in return_figures(verdict).items() if cell.at]
 
 
-def comparison(critics: Sequence[PageCritic]) -> list[list[Any]]:
-    """One column a critic and a baseline; headings first. Figures that no critic or baseline has are left out."""
-    columns = [(critic.name, critic.metrics) for critic in critics if critic.metrics]
-    if not columns:
+def comparison(critics: Sequence[PageCritic]) -> list[list[list[Any]]]:
+    """Every figure of critics and baselines, as tables, headings first; what none of them has is left out.
+
+    One column a critic and a baseline where there are few; else one row, in a table for each of COMPARISON.
+    """
+    named = [(critic.name, critic.metrics) for critic in critics if critic.metrics]
+    if not named:
         return []
-    columns += [(name, record) for name, _, record in baselines_of(critics)]
-    lines: list[tuple[str, str, Callable[[Any], str]]] = []
-    for metric in metrics.metrics_of():
-        if metric.page != "no":
-            lines.append((metric.label, metric.name, metric.format))
-        if metric.page == "with interval":
-            lines.append(("95 % interval", f"{metric.name}_interval", interval))
-    rows: list[list[Any]] = [["", *(name for name, _ in columns)]]
-    for label, key, how in lines:
-        if any(record.get(key) is not None for _, record in columns):
-            rows.append([label, *(record.cell(key, how) for _, record in columns)])
-    return rows
+    named += [(name, record) for name, _, record in baselines_of(critics)]
+    shown = [metric for metric in metrics.metrics_of() if metric.page != "no"]
+    shown = [metric for metric in shown if any(record.get(metric.name) is not None for _, record in named)]
+    if len(named) <= COLUMNS:
+        lines = [line for metric in shown for line in _lines(metric, named)]
+        return [[["", *(name for name, _ in named)], *lines]]
+    first = set(COMPARISON[0])
+    parts = [[m for m in shown if m.topic in first], [m for m in shown if m.topic not in first]]
+    tables = []
+    for part in parts:
+        lines = [line for metric in part for line in _lines(metric, named)]
+        columns = [["", *(name for name, _ in named)], *lines]
+        tables.append([[column[row] for column in columns] for row in range(len(named) + 1)])
+    return [table for table in tables if len(table[0]) > 1]
+
+
+COLUMNS = 5
+"""Critics and baselines that have room beside each other."""
+
+
+def _lines(metric: Metric, named: Sequence[tuple[str, Record]]) -> list[list[Any]]:
+    """A metric's figures, its label first, and its intervals where the page shows them."""
+    lines = [[metric.label, *(record.cell(metric.name, metric.format) for _, record in named)]]
+    if metric.page == "with interval":
+        lines.append(["95 % interval", *(record.bounds(f"{metric.name}_interval") for _, record in named)])
+    return lines
 
 
 def differences(critics: Sequence[PageCritic]) -> list[list[Any]]:
     """By how much the critics of one evaluation differ from each other, paired by prompt group."""
-    verdicts = {id(critic.verdict.data): critic.verdict for critic in critics}.values()
+    verdicts = {id(critic.verdict.data): critic for critic in critics}.values()
     rows = [
-        [difference.other, difference.metric, difference.difference, difference.interval]
-        for verdict in verdicts
-        for difference in critic_differences(verdict)
+        [with_short_names(difference.other, critics), difference.metric, difference.difference, difference.interval]
+        for critic in verdicts
+        for difference in critic_differences(critic.verdict)
     ]
     return [["", "figure", "difference", "95 % interval"], *rows] if rows else []
+
+
+def with_short_names(text: str, critics: Sequence[PageCritic]) -> str:
+    """A text with the critics of evaluations called as the page calls them."""
+    names = {critic.key: critic.name for critic in critics if not critic.source.is_run}
+    if not names:
+        return text
+    # The longest first: a name may be the beginning of another.
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.sub(pattern, lambda match: names[match[0]], text)
 
 
 def groups(critic: PageCritic) -> list[tuple[str, list[list[Any]], list[str]]]:

@@ -17,6 +17,7 @@ from critic_train.settings.base import (
     value_type,
 )
 from critic_train.settings.command_settings import (
+    Baseline,
     CheckSettings,
     ConvertSettings,
     EvalSettings,
@@ -75,6 +76,7 @@ __all__ = [
     "EXPECTED",
     "ActivationCheckpointing",
     "Attention",
+    "Baseline",
     "Bias",
     "CheckReadingSettings",
     "CheckSettings",

@@ -28,6 +28,7 @@ from critic_train.settings.training_sections import (
 )
 
 Written = Literal["values", "returns", "advantages"]
+Baseline = Literal["critic", "fused"]
 
 
 @dataclass(frozen=True, init=False)
@@ -144,6 +145,12 @@ class PredictionSettings(Section):
     write: list[Written] = setting(
         [],
         "Column to write; repeatable. Without it: values, and returns with --returns mc or gae.",
+        panel="Output",
+    )
+    baseline: Baseline = setting(
+        "critic",
+        "Write the critic's values, or these fused with how the prompt's other rollouts ended; returns and advantages "
+        "follow from what is written.",
         panel="Output",
     )
     whiten_advantages: bool = setting(

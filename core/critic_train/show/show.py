@@ -13,6 +13,7 @@ from critic_train.data.bad_input import BadFiles
 from critic_train.data.labels import uid_keys
 from critic_train.data.reading import Needs, RolloutReader, RowLimits
 from critic_train.data.returns import ReturnRecipe
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.data.shards import find_shards
 from critic_train.errors import ConfigError, DataError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
@@ -226,7 +227,7 @@ def _values(
     from critic_train.model.compute import resolve_compute
     from critic_train.model.loading import load_critic
     from critic_train.model.microbatches import predict_with_progress
-    from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+    from critic_train.model.selfcheck import select_packing
 
     yield Progress(stage="loading the model", done=0, total=0)
     compute = resolve_compute(settings.compute)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from critic_train.data.addresses import UidLookup
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Event, Notice, Progress
 from critic_train.model.automatic import Choice, choose_offload, set_memory, try_largest
@@ -21,7 +22,7 @@ from critic_train.model.loading import ModelSource, build_critic, read_model
 from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import compile_layers
 from critic_train.model.saving import exported_class, loads_for_token_classification
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS, select_packing
+from critic_train.model.selfcheck import select_packing
 from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
@@ -389,14 +390,3 @@ def export_notice(critic: Critic) -> Iterator[Event]:
             level="warning",
         )
     yield Progress(stage="trying a few rollouts: packing and attention", done=0, total=0)
-
-
-def data_notices(data: RunData, targets: Targets) -> Iterator[Notice]:
-    """Notices about the rollouts that a run is evaluated on."""
-    if data.held_out is None:
-        yield Notice(message="no held-out rollouts: the critic is not evaluated", level="warning")
-    elif targets.moving:
-        yield Notice(
-            message="held-out rollouts are evaluated against Monte-Carlo returns: "
-            "GAE's depend on this critic's own values"
-        )

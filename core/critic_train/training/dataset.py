@@ -222,3 +222,14 @@ def _leak_notice(train: RolloutSet, held_out: RolloutSet) -> Iterator[Event]:
             "figures will flatter the critic; critic-train check --against counts them",
             level="warning",
         )
+
+
+def data_notices(data: RunData, targets: Targets) -> Iterator[Notice]:
+    """Notices about the rollouts that a run is evaluated on."""
+    if data.held_out is None:
+        yield Notice(message="no held-out rollouts: the critic is not evaluated", level="warning")
+    elif targets.moving:
+        yield Notice(
+            message="held-out rollouts are evaluated against Monte-Carlo returns: "
+            "GAE's depend on this critic's own values"
+        )

@@ -14,6 +14,7 @@ from critic_train.check.survey import Survey, sharing
 from critic_train.data.order import connected_groups, split_groups
 from critic_train.data.reading import RolloutReader
 from critic_train.data.row_checks import RowLimits
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
@@ -23,7 +24,6 @@ from critic_train.model.first_pass import read_base_model
 from critic_train.model.loading import ModelSource
 from critic_train.model.lora import adapter_notice
 from critic_train.model.saving import checkpoint_bytes
-from critic_train.model.selfcheck import SAMPLED_ROLLOUTS
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import free_bytes
 from critic_train.settings import FitSettings, TrainReadingSettings, column_renames

@@ -17,6 +17,9 @@ from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.training.plan import TrainingPlan
 from critic_train.training.state import CriticRuntime, TrainingState
 
+OF_THE_DATA = ("rollouts", "prompt_groups", "between_prompt_share", "between_prompt_share_interval")
+"""What a verdict says of the rollouts themselves and metrics.jsonl keeps."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Evaluator:
@@ -123,6 +126,7 @@ class Evaluator:
         metrics = {
             **verdict["critics"]["critic"],
             "return_histogram": verdict["return_histogram"],
+            **{name: verdict[name] for name in OF_THE_DATA},
             "baselines": verdict["baselines"],
         }
         return ranks.broadcast(metrics), verdict | {"words": summary_text(verdict), "examples": examples.records()}

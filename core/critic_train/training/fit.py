@@ -24,13 +24,12 @@ from critic_train.training.build import (
     build_run_critic,
     build_run_optimizer,
     build_trainer,
-    data_notices,
     export_notice,
     prepare_critic,
     selfcheck_sample,
     source_notices,
 )
-from critic_train.training.dataset import RunData, open_data
+from critic_train.training.dataset import RunData, data_notices, open_data
 from critic_train.training.plan import make_plan
 from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (

@@ -132,7 +132,9 @@ def _vocabulary_head(critic: Critic, source: ModelSource) -> tuple[Path, str, fl
     """
     stored, width = read_headers(weight_files(source.path)), int(source.config.hidden_size)
     heads = [stored[name] for name in VOCABULARY_HEADS if name in stored]
-    if source.architecture.endswith(("ForCausalLM", "LMHeadModel")):  # without a head of its own, it is tied
+    if source.architecture.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    ):  # without a head of its own, it is tied
         embeddings = critic.trunk.get_input_embeddings().weight
         name = next(name for name, parameter in critic.trunk.named_parameters() if parameter is embeddings)
         heads += source.placement.trunk.get(name_without_adapter(name), [])

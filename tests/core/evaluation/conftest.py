@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from critic_train.evaluation import resampling
 from critic_train.rollouts import Rollouts
 
 World = tuple[Rollouts, dict[str, np.ndarray]]
@@ -51,6 +52,12 @@ def make_world(seed: int, *, rollouts: int = 40, groups: int = 9, offset: float 
         },
     )
     return world, {name: v.astype(np.float32) for name, v in critics.items()}
+
+
+@pytest.fixture
+def bootstrap(monkeypatch):
+    """Intervals by the bootstrap however few groups there are, to compare them with a resampling by hand."""
+    monkeypatch.setattr(resampling, "FEW_GROUPS", 2)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ def grpo_by_hand(totals, group):
     return found
 
 
+@pytest.mark.usefixtures("bootstrap")
 @pytest.mark.parametrize(
     ("seed", "parts", "recipe"),
     [

@@ -13,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 from critic_train.evaluation.auc import PairsOverall, correct_rollouts, pairs_within, tells_apart_from
 from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.resampling import draws
+from critic_train.evaluation.summary_text import summary_text
+from critic_train.rollouts import Rollouts
 
 RESAMPLES, SEED = 40, 5
 
@@ -79,6 +81,7 @@ def test_auc_equals_that_of_scikit_learn_and_of_all_pairs(world, seed, parts):
             assert row["auc_within_group"] == (pytest.approx(told / pairs, abs=1e-9) if pairs else None)
 
 
+@pytest.mark.usefixtures("bootstrap")
 def test_intervals_equal_a_resampling_by_hand(world):
     rollouts, values, outcome = binary(world, 3, rollouts=50, groups=8)
     verdict = judged(rollouts, values, 3)
@@ -190,5 +193,38 @@ def test_a_constant_tells_nothing_apart(world):
     ],
 )
 def test_tells_apart_from_the_part_after_which_no_interval_reaches_one_half(lows, start):
-    rows = [{"from": k / 3, "interval": None if low is None else [low, 0.9]} for k, low in enumerate(lows)]
+    rows = [{"from": k / 3, "pairs": 5, "interval": None if low is None else [low, 0.9]} for k, low in enumerate(lows)]
     assert tells_apart_from(rows) == start
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start"),
+    [(1, 0.0), (6, 0.0), (9, 0.0), (10, 0.0), (20, 0.0)],
+)
+def test_responses_of_fewer_tokens_than_tenths_have_a_verdict(tokens, start):
+    """Values that are right at every token: a tenth without a token says nothing."""
+    right = np.tile([True, False, True, False], 20)
+    rollouts = Rollouts(
+        input_ids=np.zeros(80 * (tokens + 1), dtype=np.int32),
+        offsets=np.arange(81, dtype=np.int64) * (tokens + 1),
+        response_mask=np.tile(np.arange(tokens + 1) > 0, 80),
+        returns=np.repeat(right, tokens + 1).astype(np.float32),
+        values=None,
+        group=np.arange(80) // 4,
+        row=np.arange(80),
+    )
+    verdict = judged(rollouts, {"c": rollouts.returns * np.float32(0.5)})
+    found = verdict["critics"]["c"]
+    assert sum(row["pairs"] > 0 for row in found["auc_by_position"]) == min(tokens, 10)
+    assert found["tells_apart_from"] == start
+    assert any("from the first token on" in sentence for sentence in summary_text(verdict))
+
+
+def test_a_part_without_a_pair_says_nothing_and_one_without_an_interval_ends_it():
+    rows = [
+        {"from": k / 5, "pairs": pairs, "interval": x}
+        for k, (pairs, x) in enumerate([(3, [0.4, 0.9]), (3, [0.6, 0.9]), (0, None), (3, [0.6, 0.9]), (0, None)])
+    ]
+    assert tells_apart_from(rows) == 1 / 5
+    rows[3]["interval"] = None
+    assert tells_apart_from(rows) is None

@@ -34,6 +34,7 @@ def bin_of(v):
     return np.array([sum(start <= x for start in starts) for x in v.tolist()]), [ordered[0], *starts, ordered[-1]]
 
 
+@pytest.mark.usefixtures("bootstrap")
 @pytest.mark.parametrize(("seed", "parts", "offset"), [(0, 1, 0.0), (1, 9, 0.0), (2, 4, 1e6)])
 def test_calibration_equals_a_loop_over_tokens(world, seed, parts, offset):
     rollouts, values = world(seed, offset=offset)

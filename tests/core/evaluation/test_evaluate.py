@@ -64,7 +64,7 @@ def test_the_figures_are_those_of_transformers_own_values(critic_directory, tmp_
     for name, figure in expected.items():
         assert result[name] == pytest.approx(figure, abs=2e-5, rel=2e-5), name
     assert result["critics"][str(critic_directory)]["mse"] == result["mse"]
-    assert set(result["baselines"]) == {"constant", "stored", "group_mean"}
+    assert set(result["baselines"]) == {"constant", "stored", "group_mean", "fused"}
 
 
 @pytest.mark.parametrize("packing", ["forest", "rows"])

@@ -148,7 +148,7 @@ def test_baselines_equal_predictions_made_by_a_loop(world, flat):
         "stored": old,
         "group_mean": np.array([peers_mean[int(k)] for k in i]),
     }
-    assert list(verdict["baselines"]) == list(predictions)
+    assert list(verdict["baselines"]) == [*predictions, "fused"]
     assert lone > 0
     assert verdict["baselines"]["group_mean"]["lone_rollouts"] == lone
     for name, v in predictions.items():

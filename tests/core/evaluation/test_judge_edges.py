@@ -112,7 +112,7 @@ def test_stored_values_count_only_where_every_batch_has_them():
     for batch in (with_values, without, with_values):
         judge.add(batch, {"c": np.ones(len(batch.returns), dtype=np.float32)})
     verdict = judge.verdict()
-    assert list(verdict["baselines"]) == ["constant", "group_mean"]
+    assert list(verdict["baselines"]) == ["constant", "group_mean", "fused"]
     assert verdict["critics"]["c"]["value_loss"] is None
     assert verdict["critics"]["c"]["mse"] == pytest.approx((1 + 0 + 0 + 0.49) / 4, abs=1e-7)
 

@@ -87,9 +87,44 @@ def test_nothing_explains_more_than_the_true_values_do(world):
     assert 0.5 < along[0] < 0.6 < 0.75 < along[-1]
 
 
+def test_the_worth_in_rollouts_is_that_of_the_true_variances():
+    """On each prefix R is a coin of bias V, and another rollout of the prompt one of bias V_0."""
+    rollouts, true = rollouts_of(CHAIN, 2_000, seed=3)
+    mask = rollouts.response_mask
+    owner = np.repeat(np.arange(len(rollouts)), rollouts.lengths)[mask]
+    first = np.append(True, owner[1:] != owner[:-1])
+    v = true[mask].astype(float)
+    v0 = v[first][owner]
+    noise = np.random.default_rng(0).normal(0, 0.2, 2_000)[np.unique(rollouts.group, return_inverse=True)[1]][owner]
+    critics = {"true": v, "stale": rollouts.values[mask].astype(float), "prompt": v0 + noise}
+    floor, fall = (v * (1 - v) + (v - v0) ** 2).mean(), (v0 * (1 - v0)).mean()
+    judge = Judge(list(critics), resamples=50)
+    columns = {name: np.zeros(len(mask), dtype=np.float32) for name in critics}
+    for name, column in critics.items():
+        columns[name][mask] = column
+    judge.add(replace(rollouts, values=None), columns)
+    verdict = judge.verdict()
+    for name, c in critics.items():
+        # Of the variance of R - c on a prefix, less what c is off by on average.
+        variance = (v * (1 - v) + (v - c) ** 2).mean() - (v - c).mean() ** 2
+        expected = 1 + fall / (variance - floor) if variance > floor else 1024
+        found = verdict["critics"][name]
+        assert found["worth_in_rollouts"] == pytest.approx(min(expected, 1024), rel=0.10), name
+        assert found["worth"]["critic"]["advantage_variance"] == pytest.approx(variance, rel=0.03)
+    for row in verdict["critics"]["prompt"]["worth"]["by_rollouts"]:
+        k = row["rollouts"]
+        assert row["group_mean"]["advantage_variance"] == pytest.approx(floor + fall / (k - 1), rel=0.03)
+        # The prompt's value is off by the noise alone: w = k tau^2 / (k tau^2 + s^2).
+        left = floor + 0.04 * fall / ((k - 1) * 0.04 + fall)
+        assert row["fused"]["advantage_variance"] == pytest.approx(left, rel=0.05)
+    start = v0[first]
+    share = np.var(start) / (start.mean() * (1 - start.mean()))
+    assert verdict["between_prompt_share"] == pytest.approx(share, rel=0.15)
+
+
 @pytest.mark.slow
 def test_intervals_cover_the_truth(world):
-    covered = dict.fromkeys([*LEVELS, "difference", "difference within groups", "calibration"], 0)
+    covered = dict.fromkeys([*LEVELS, "difference", "difference within groups", "calibration", "fused", "share"], 0)
     asked = dict.fromkeys(covered, 0)
 
     def note(name, interval, truth):
@@ -105,6 +140,9 @@ def test_intervals_cover_the_truth(world):
         note("difference", pair["interval"], apart["difference"])
         within = "explained_variance_within_group"
         note("difference within groups", pair[within]["interval"], apart[within]["difference"])
+        fused = verdict["critics"]["stale"]["fused"]
+        note("fused", fused["explained_variance_interval"], world["critics"]["stale"]["fused"]["explained_variance"])
+        note("share", verdict["between_prompt_share_interval"], world["between_prompt_share"])
         for row in found["calibration"]:
             note("calibration", row["interval"], row["mean_value"])  # true values: what to expect in the bin
     rates = {name: covered[name] / asked[name] for name in covered}

@@ -5,6 +5,7 @@ from support import branching_rollouts
 
 from critic_train.evaluation.accumulate import EvalAccumulator
 from critic_train.evaluation.advantages import AdvantageRecipe
+from critic_train.evaluation.resampling import Resampling
 from critic_train.evaluation.second_pass import second_pass
 
 
@@ -12,13 +13,15 @@ def passed(*batches):
     accumulated = EvalAccumulator(["c"], cliprange_value=0.5, by=[], positions=10)
     for rollouts, values in batches:
         accumulated.add(rollouts, {"c": values})
-    return second_pass(accumulated, accumulated.population(), AdvantageRecipe(), resamples=10, seed=0)
+    population = accumulated.population()
+    resampling = Resampling(groups=population.groups, resamples=10, seed=0, effective=population.groups)
+    return second_pass(accumulated, population, AdvantageRecipe(), resampling)
 
 
 def test_without_tokens_there_is_nothing():
     result = passed()
     assert result.return_histogram is None
-    assert result.monte_carlo is None
+    assert len(result.sums.count) == 0
     assert [details.calibration for details in result.predictions.values()] == [[], []]
 
 

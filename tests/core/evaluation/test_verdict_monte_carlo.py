@@ -39,6 +39,7 @@ def sums_to_come(rewards, gamma):
     return found[::-1]
 
 
+@pytest.mark.usefixtures("bootstrap")
 @pytest.mark.parametrize(("seed", "parts", "gamma"), [(0, 1, 1.0), (1, 5, 0.9)])
 def test_figures_equal_those_against_sums_made_by_hand(world, seed, parts, gamma):
     rollouts, values = with_rewards(world, seed)

@@ -18,6 +18,7 @@ from critic_train.data.reading import Needs, RolloutReader
 from critic_train.data.shards import find_shards
 from critic_train.errors import ConfigError, DataError, MachineError
 from critic_train.evaluation import evaluate as evaluation
+from critic_train.evaluation import judged_critics
 from critic_train.events import RunEnded
 from critic_train.model.loading import build_critic
 from critic_train.model.saving import save_critic
@@ -114,14 +115,14 @@ def test_everything_else_is_as_it_was(shards, critic, tmp_path):
 @pytest.mark.parametrize("packing", ["forest", "rows"])
 def test_the_values_are_those_that_eval_judges_to_the_bit(packing, shards, critic, tmp_path, monkeypatch):
     seen: list[tuple[Rollouts, np.ndarray]] = []
-    real = evaluation.predict_values
+    real = judged_critics.predict_values
 
     def spying(critic, rollouts, *args, **more):
         values = real(critic, rollouts, *args, **more)
         seen.append((rollouts, values))
         return values
 
-    monkeypatch.setattr(evaluation, "predict_values", spying)
+    monkeypatch.setattr(judged_critics, "predict_values", spying)
     settings = EvalSettings(data=[str(shards)], model=[str(critic)], device="cpu", max_tokens=64, packing=packing)
     *_, judged = evaluation.evaluate(settings, StopRequest())
     assert len(seen) > 4

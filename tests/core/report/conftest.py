@@ -20,6 +20,7 @@ from critic_train.evaluation.judge import Judge
 from critic_train.evaluation.summary_text import summary_text
 from critic_train.run.manifest import versions
 from critic_train.settings import EvalSettings, FitSettings, as_dict
+from critic_train.training.evaluator import OF_THE_DATA
 
 MakeRun = Callable[..., Path]
 
@@ -75,6 +76,7 @@ def write_run(
         if evaluate and step % max(1, steps // 4) == 0:
             verdict = verdict_of(["critic"], noise=2.0 / (1 + step), uid=uid)
             metrics = verdict["critics"]["critic"] | {"baselines": verdict["baselines"]}
+            metrics |= {name: verdict[name] for name in OF_THE_DATA}
             lines.append({"event": "evaluation", "step": step, "epoch": 0, **metrics})
             (run / "evaluation.json").write_text(json.dumps({"step": step, "best": True, **verdict}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,6 +10,8 @@ from critic_train.report.report_sources import Cell, Record, short_names
     [
         (["runs/a", "runs/b"], ["a", "b"]),
         (["x/a", "y/a"], ["x/a", "y/a"]),
+        (["x/checkpoints/a", "y/checkpoints/a"], ["x/a", "y/a"]),
+        (["x/checkpoints/a", "y/a"], ["checkpoints/a", "y/a"]),
         (["/tmp/runs/a"], ["a"]),
         (["/"], ["/"]),
         (["a", "a"], ["a", "a"]),

@@ -59,7 +59,7 @@ def test_a_column_is_empty_where_nobody_has_a_figure():
 def test_a_reduction_of_variance_is_shown_as_a_change():
     record = Record({"variance_reduction": 0.231, "variance_reduction_interval": [0.12, 0.314]}, "")
     texts = [column.cell(record).text for column in policy_columns()]
-    assert texts == ["-", "-", "-23 % [-31, -12]", "-", "-"]
+    assert texts == ["-", "-", "-23 % [-31, -12]", "-", "-", "-"]
 
 
 def test_differences_have_the_labels_of_their_metrics():

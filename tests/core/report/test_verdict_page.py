@@ -26,7 +26,7 @@ def metrics(interval, against_group, figure=0.2):
         ([0.0, 0.0], [0.0, 0.0], "no", "Not yet"),
         ([0.0, 0.3], ABOVE, "no", "Not yet"),
         ([-0.3, 0.0], ABOVE, "no", "Not yet"),
-        (None, None, "unknown", "one prompt group is too few"),
+        (None, None, "unknown", "too few prompts"),
     ],
 )
 def test_the_answer(interval, against_group, mark, words):

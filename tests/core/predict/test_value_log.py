@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from critic_train.predict.predict import LoggedValues, ValueLog
+from critic_train.predict.value_log import LoggedValues, ValueLog
 
 BLOCKS = [np.arange(5, dtype=np.float32), np.full(3, 0.5, dtype=np.float32), np.zeros(0, np.float32), np.ones(4)]
 
