@@ -345,6 +345,14 @@ CASES: dict[str, Case] = {
     "prompts through the template": Case(
         records=SCORED, flags={"apply_chat_template": True}, policy=ENDED, reward=SCORES
     ),
+    "a system text in later records alone": Case(
+        records=[{**record, **({"system": "times"} if i else {})} for i, record in enumerate(SCORED)],
+        refusal="`system` beside a prompt that lacks it",
+    ),
+    "a preference without scores": Case(
+        records=scored(chosen=lambda i, q, a: chat(q, a), rejected=lambda i, q, a: chat(q, OTHERS[i])),
+        refusal="are a preference",
+    ),
     # Token ids and masks.
     "input and output tokens": Case(
         records=rows(lambda i, q, a: {"input_tokens": ids(q), "output_tokens": [*ids(a), END], "rewards": 1.0}),
