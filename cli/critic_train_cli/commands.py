@@ -267,9 +267,9 @@ def run_convert(settings: ConvertSettings, output: Output) -> int:
 CONVERT = Command(
     name="convert",
     settings=ConvertSettings,
-    about="Make shards of the rollouts that slime, verl, NeMo-RL, OpenRLHF, SkyRL or TRL dumped, or of any JSON, Parquet, "
-    "Arrow or CSV file with token ids or text. The format is recognised, and which field is what; nothing that a pickled dump names is ever run. The same command "
-    "again goes on where it stopped.",
+    about="Make shards of the rollouts that slime, verl, NeMo-RL, OpenRLHF, SkyRL or TRL dumped, or of any JSON, "
+    "Parquet, Arrow or CSV file with token ids or text. The format is recognised, and which field is what; nothing "
+    "that a pickled dump names is ever run. The same command again goes on where it stopped.",
     examples=(
         "critic-train convert dumps/rollout_*.pt --to rollouts/",
         "critic-train convert verl_batches/ --to rollouts/ --on-bad-rows skip",

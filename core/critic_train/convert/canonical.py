@@ -9,7 +9,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from critic_train.convert.raw_records import Records
+from critic_train.data.alignment import ragged
 from critic_train.data.bad_input import BadRow, BadRows
+from critic_train.data.column_types import list_item_type
 from critic_train.data.masks import MaskChoice
 from critic_train.data.row_checks import CheckedBatch, RowLimits, check_batch
 from critic_train.data.schema import ALIASES, Columns, Needs, resolve_schema
@@ -21,6 +23,9 @@ from critic_train.rollouts import offsets_from_lengths, ragged_take
 TOKEN_NAMES = ("values", "returns", "rewards")
 SHIFTABLE = ("loss_mask", "loss_masks", "mask", "masks", "token_loss_mask")
 """Names of masks that some trainers store shifted by one, over the tokens that predict."""
+OTHERS = ("tool", "observation", "obs", "env", "environment", "user")
+NOT_OF_THE_POLICY = frozenset(f"{who}_{mask}" for who in OTHERS for mask in ("mask", "masks"))
+"""Names of masks of tokens that the policy did not write."""
 SEEN = Needs(returns="where there", values=False, rewards="where there", truncated="where there")
 
 
@@ -79,6 +84,7 @@ class Canonicaliser:
         self.notes.update(dict.fromkeys(checked.notes))
         self._masks.setdefault(columns.masks, MaskChoice(file=self.name, masks=columns.masks)).add(checked.narrowest)
         self._check_shift(columns, checked)
+        self._check_others(batch, checked)
         for row, (reason, column, actual, expected) in sorted(checked.errors.by_row.items()):
             self._count(reason, int(records.rows[row]), column, actual, expected)
         good = np.flatnonzero(~checked.errors.bad)
@@ -136,6 +142,18 @@ class Canonicaliser:
         self._shift.cut += int((last == ends - 2).sum())
         self._shift.first_ids.update(checked.input_ids[first].tolist())
         self._shift.last_ids.update(checked.input_ids[ends - 1].tolist())
+
+    def _check_others(self, batch: pa.RecordBatch, checked: CheckedBatch) -> None:
+        """Raise where a mask of what others wrote marks tokens that count as the policy's."""
+        for name in NOT_OF_THE_POLICY & set(batch.schema.names):
+            others = ragged(batch.column(name)) if list_item_type(batch.schema.field(name).type) is not None else None
+            if others is None or not np.array_equal(others.lengths, checked.lengths):
+                continue
+            if (checked.response_mask & (others.flat == 1)).any():
+                raise DataError(
+                    f"{self.name}: `{name}` marks tokens that count as the policy's",
+                    hint="--column response_mask=NAME takes the mask of what the policy wrote",
+                )
 
     def sentence(self) -> str:
         """Which field became what."""

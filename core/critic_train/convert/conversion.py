@@ -1,5 +1,6 @@
 """`critic-train convert`, from top to bottom: find files, recognise formats, read, make canonical, write."""
 
+import difflib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 from critic_train.convert.chat import Retokenizer
 from critic_train.convert.converted_folder import STAGED, ConvertedFolder
 from critic_train.convert.dump_files import Source, find_sources, metadata_files
+from critic_train.convert.fields import TEXT_PARTS
 from critic_train.convert.formats import Options
 from critic_train.convert.source_conversion import (
     Outcome,
@@ -19,6 +21,7 @@ from critic_train.convert.source_conversion import (
 )
 from critic_train.data.bad_input import BadFiles, BadRows
 from critic_train.data.groups import grouping_renames
+from critic_train.data.schema import ALIASES
 from critic_train.errors import DataError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.settings import ConvertSettings, column_renames
@@ -45,6 +48,7 @@ def convert(settings: ConvertSettings, stop: StopRequest | None = None) -> Itera
         CriticTrainError: an error that the user can correct.
     """
     stop = stop or StopRequest()
+    check_parts(column_renames(settings.reading.column))
     sources = find_sources(settings.reading.source)
     options = Options(
         format=settings.reading.source_format,
@@ -68,6 +72,19 @@ def convert(settings: ConvertSettings, stop: StopRequest | None = None) -> Itera
         work.check(settings.reading.on_bad_file)
         yield from work.closing_notices()
         yield RunEnded(status="already finished" if work.all_recorded else "finished", result=work.result())
+
+
+def check_parts(renames: dict[str, str]) -> None:
+    """Raise DataError where a value of --column names no part of a rollout, whatever the sources hold."""
+    parts = (*ALIASES, *TEXT_PARTS)
+    unknown = next((name for name in renames if name not in parts), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, parts, n=1)
+        near = f"; did you mean {close[0]!r}?" if close else ""
+        raise DataError(
+            f"--column {unknown}={renames[unknown]}: there is no canonical column {unknown!r}{near}",
+            hint=f"canonical columns: {', '.join(parts)}",
+        )
 
 
 def metadata_notice(names: list[str]) -> Iterator[Notice]:

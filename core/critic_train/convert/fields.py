@@ -210,6 +210,12 @@ class _TextFinder:
         named = self._one_of(strong, "response")
         if named is not None:
             return named
+        if {"chosen", "rejected"} <= set(self.kinds) and not strong:
+            raise UnclearError(
+                "`chosen` and `rejected` are a preference, which says nothing of what either is worth",
+                hint="give both a score, as score_chosen and score_rejected; or take one: --column response=chosen "
+                "--column reward=NAME",
+            )
         weak = [name for name in WEAK_RESPONSES if self.kinds.get(name) == TEXT and name not in self.shared]
         others = [name for name in self.kinds if name not in weak and self._could_be_written(name)]
         if len(weak) == 1 and not others:

@@ -14,6 +14,8 @@ TRAIN, ROLLOUT = "slime train data", "slime rollout data"
 EXPECTED = "a sample as slime writes it"
 RESPONSE_COLUMNS = ("values", "returns")
 TRUNCATED = "truncated"
+CUT = ("truncated", "aborted")
+"""A sample's status where it did not end by itself: it was too long, or the rollout was stopped around it."""
 HANDLED = frozenset({
     "tokens", "loss_mask", "loss_masks", "response", "response_length", "response_lengths", "total_lengths", "prompt",
     "reward", "rewards", "status", "weight_versions", "group_index", "truncated", "remove_sample", "sample_index",
@@ -80,7 +82,7 @@ def _rollout(sample: dict[str, Any]) -> dict[str, Any]:
         "input_ids": sample.get("tokens"),
         "response_mask": _ones(sample.get("response_length")) if mask is None else mask,
         **_reward(sample.get("reward")),
-        TRUNCATED: sample.get("status") == "truncated",
+        TRUNCATED: sample.get("status") in CUT,
         "status": sample.get("status"),
         "policy_version": str(versions[-1]) if isinstance(versions, list) and versions else None,
     }

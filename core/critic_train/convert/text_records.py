@@ -24,6 +24,8 @@ TITLE = (
 )
 """What is read without a format of its own, as error messages list it."""
 CANONICAL = {name: canonical for canonical, aliases in ALIASES.items() for name in (canonical, *aliases)}
+UNREAD = ("system", "system_prompt", "tools", "history")
+"""Fields that belong to the prompt: a record that has one where the first records have none cannot be used."""
 SINGLE = ("uid", "truncated")
 """Canonical columns with one entry a rollout, which text may have as well."""
 
@@ -128,6 +130,9 @@ class RecordReader:
         parts = self.reading.parts
         prompt, response = sample.get(parts.get("prompt", "")), sample.get(parts.get("response", ""))
         system = sample.get(parts.get("system", ""))
+        unread = next((name for name in UNREAD if name not in parts.values() and sample.get(name)), None)
+        if unread is not None:
+            raise UnusableError(f"a `{unread}`, which is not read", "all of the prompt in one field, or in messages")
         if self.reading.prompt_parts:
             texts = [sample.get(name) for name in self.reading.prompt_parts]
             prompt = "\n".join(text for text in texts if isinstance(text, str) and text)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.data.alignment import LENGTHS, Aligner, Tokens, counts_of, first_of
+from critic_train.data.alignment import LABELS, LENGTHS, Aligner, Tokens, counts_of, first_of
 from critic_train.data.bad_input import RowErrors
 from critic_train.data.schema import Columns
 from critic_train.errors import DataError
@@ -116,6 +116,8 @@ def _aligned_masks(
         if len(columns.masks) > 1 and len(lengths_disagree) == len(aligner.lengths) and all(lengths_disagree):
             fits_nowhere = fits_nowhere or trial.errors
             continue
+        if name == LABELS and len(columns.masks) > 1 and trial.errors.bad.any():
+            continue  # labels of something else
         aligner.errors.take(trial.errors)
         masks[name] = mask
         starts = np.maximum(starts, start)

@@ -374,6 +374,8 @@ class _SchemaResolver:
             return False
         if expected is INTEGERS:
             return bool(pa.types.is_integer(item))
+        if column == "labels" and name == "response_mask" and column not in self.renames.values():
+            return bool(pa.types.is_integer(item))
         if column in MAY_BE_TOKEN_IDS and column not in self.renames.values():
             return bool(pa.types.is_floating(item))
         return is_number(item)

@@ -57,3 +57,16 @@ def test_progress_is_told_over_bytes_and_rows(tmp_path, three):
     events = [event for event in run(tmp_path / "shards", three).events if isinstance(event, Progress)]
     assert {event.unit for event in events} == {"bytes"}
     assert all(0 < event.done <= event.total for event in events)
+
+
+def test_a_value_of_column_that_names_no_part_is_refused_before_anything_is_read(tmp_path, three):
+    with pytest.raises(DataError, match="there is no canonical column 'retunrs'; did you mean 'returns'"):
+        run(tmp_path / "shards", three, column=["retunrs=x"])
+    assert not (tmp_path / "shards").exists()
+
+
+def test_files_that_hold_no_rollouts_are_named(tmp_path, three):
+    (three / "dataset_info.json").write_text("{}")
+    (three / "state.json").write_text("{}")
+    done = run(tmp_path / "shards", three)
+    assert "dataset_info.json and 1 more hold no rollouts, by their names, and are not read" in done.said

@@ -345,6 +345,27 @@ CASES: dict[str, Case] = {
     "prompts through the template": Case(
         records=SCORED, flags={"apply_chat_template": True}, policy=ENDED, reward=SCORES
     ),
+    "a system text in later records alone": Case(
+        records=[{**record, **({"system": "times"} if i else {})} for i, record in enumerate(SCORED)],
+        refusal="`system` beside a prompt that lacks it",
+    ),
+    "an earlier conversation in a field of its own": Case(
+        records=scored(
+            instruction=prompt, input=lambda *_: "", output=text, history=lambda *_: [["p", "q"]], reward=score
+        ),
+        refusal="a `history`, which is not read",
+    ),
+    "a mask of what tools wrote": Case(
+        records=turns(lambda p, r, n: {
+            "input_ids": p + r, "response_mask": [0] * len(p) + [1] * len(r),
+            "tool_mask": [0] * len(p) + [1 - one for one in own(n)], "reward": 1.0,
+        }),
+        refusal="`tool_mask` marks tokens that count as the policy's",
+    ),
+    "a preference without scores": Case(
+        records=scored(chosen=lambda i, q, a: chat(q, a), rejected=lambda i, q, a: chat(q, OTHERS[i])),
+        refusal="are a preference",
+    ),
     # Token ids and masks.
     "input and output tokens": Case(
         records=rows(lambda i, q, a: {"input_tokens": ids(q), "output_tokens": [*ids(a), END], "rewards": 1.0}),
