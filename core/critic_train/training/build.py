@@ -378,10 +378,7 @@ def source_notices(
 
 
 def export_notice(critic: Critic) -> Iterator[Event]:
-    """A warning where transformers cannot load the checkpoints of a critic as a token classifier.
-
-    What comes next in a run, trying its packing, is told as well.
-    """
+    """A warning where transformers cannot load a critic's checkpoints as a token classifier; and what comes next."""
     if not loads_for_token_classification(critic):
         yield Notice(
             message=f"transformers has no token-classification class for {critic.trunk.config.model_type}: checkpoints "
