@@ -3,8 +3,8 @@
 import pytest
 from support import branching_rollouts, write_shard
 
-from critic_train.data.scanning import first_pass
 from critic_train.data.reading import Needs, RolloutReader
+from critic_train.data.scanning import first_pass
 from critic_train.data.shards import find_shards
 from critic_train.events import Progress
 from critic_train.stopping import Stopped, StopRequest
