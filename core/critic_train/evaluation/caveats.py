@@ -18,6 +18,9 @@ MANY_PROMPTS = 0.1
 """Share of the prompts that stand under several uids from which on it is said."""
 
 
+BY_PROMPT = "; --group-by prompt goes by the prompts themselves"
+
+
 @dataclass(slots=True)
 class PromptGroups:
     """Compares the prompt groups that the uids make with the prompts themselves. Keeps 16 bytes a rollout."""
@@ -68,13 +71,17 @@ def group_sentences(record: dict[str, int], rollouts: int) -> list[str]:
     if mixed:
         sentences.append(
             f"{mixed:,} of {groups:,} uids stand for several prompts, as where numbers begin anew in each file: "
-            "their groups are none, and neither the group's mean nor an interval is what it seems"
+            f"their groups are none, and neither the group's mean nor an interval is what it seems{BY_PROMPT}"
         )
     if groups == rollouts and prompts < rollouts:
         sentences.append(
             f"every rollout has a uid of its own, but {rollouts:,} rollouts have {prompts:,} prompts: the uid is not "
+<<<<<<< HEAD
             "the prompt's, so that there is no group's mean, and intervals are too narrow; --group-by prompt goes by "
             "the prompts"
+=======
+            f"the prompt's, so that there is no group's mean, and intervals are too narrow{BY_PROMPT}"
+>>>>>>> h2-verdict
         )
     elif split > MANY_PROMPTS * prompts:
         sentences.append(
