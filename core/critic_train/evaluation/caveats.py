@@ -76,12 +76,7 @@ def group_sentences(record: dict[str, int], rollouts: int) -> list[str]:
     if groups == rollouts and prompts < rollouts:
         sentences.append(
             f"every rollout has a uid of its own, but {rollouts:,} rollouts have {prompts:,} prompts: the uid is not "
-<<<<<<< HEAD
-            "the prompt's, so that there is no group's mean, and intervals are too narrow; --group-by prompt goes by "
-            "the prompts"
-=======
             f"the prompt's, so that there is no group's mean, and intervals are too narrow{BY_PROMPT}"
->>>>>>> h2-verdict
         )
     elif split > MANY_PROMPTS * prompts:
         sentences.append(
