@@ -4,6 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -50,3 +54,24 @@ def test_the_steps_that_are_compared_run(monkeypatch):
     row = measure(MODELS["Llama"], Shape("tiny", 24, 4, 8, responses=3), 64, "fp32", options)
     assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in row["seconds"].values())
     assert row["padded/computed"] > 1
+
+
+def test_the_values_of_a_drawn_world_are_the_returns_to_expect(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.entries.quality import STATES, World, shares
+
+    world, draw = World(3), np.random.default_rng(0)
+    state, belief = 4, np.full(STATES, 1 / STATES)
+    for _ in range(6):
+        state, _, belief = world.step(draw, state, belief)
+    drawn = [world.rollout(draw, [], int(draw.choice(STATES, p=belief)), belief) for _ in range(400)]
+    first, outcomes = drawn[0][1][0], [outcome for _, _, outcome in drawn]
+    assert all(values[0] == first for _, values, _ in drawn)
+    assert np.mean(outcomes) == pytest.approx(first, abs=4 * np.sqrt(first * (1 - first) / 400))
+    # And in the middle of a response, where the filter has learned more: errors of the values average out.
+    errors = [outcome - values[10] for _, values, outcome in drawn]
+    assert abs(np.mean(errors)) < 4 * np.std(errors) / 20
+    rows = {"uid": ["0", "0"], "input_ids": [[2, 2, 2]] * 2, "response_mask": [[False, True, True]] * 2}
+    table = pa.table(rows | {"true_values": [[0.0, 0.2, 0.4], [0.0, 0.6, 0.8]]})
+    assert shares(table, np.array([0.2, 0.4, 0.6, 0.8])) == (1.0, 1.0)
+    assert shares(table, np.full(4, 0.5)) == (pytest.approx(0.0), pytest.approx(0.0))
