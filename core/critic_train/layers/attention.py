@@ -186,7 +186,7 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    tree_plan: TreeAttentionPlan,
+    tree_plan: TreeAttentionPlan | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -219,7 +219,9 @@ def tree_attention(
     """
     unknown = [name for name, given in other.items() if isinstance(given, Tensor) and name not in INERT]
     if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise TreeUnsupportedError(", ".join(unknown) or "dropout" if dropout else "a mask that is not plain causal")
+        raise TreeUnsupportedError(", ".join(unknown) or ("dropout" if dropout else "a mask that is not plain causal"))
+    if tree_plan is None:
+        raise TreeUnsupportedError("no arguments but its own: the layout of the prefix tree does not reach it")
     if tree_plan.capture:
         raise KeysAndValues(key, value)
     scoring = Scoring(scale=scaling, window=sliding_window, chunk=_chunk_of(module), softcap=softcap, sinks=s_aux)

@@ -268,6 +268,13 @@ def solve_ridge(moments: list[Tensor], device: torch.device | None = None) -> Ri
     """
     strengths = [*STRENGTHS, float("inf")]
     folds = [fold.to(device or "cpu") for fold in moments if fold[-2, -2] > 0]
+    if not folds:  # no token weighs anything
+        return RidgeHead(
+            weight=moments[0].new_zeros(len(moments[0]) - 2).cpu(),
+            bias=0.0,
+            strength=float("inf"),
+            explained_variance=None,
+        )
     total = torch.stack(folds).sum(0)
     explained: float | None = None
     chosen = len(strengths) - 1

@@ -14,7 +14,7 @@ from attention_cases import (
 )
 
 from critic_train.layers import sdpa_kernels
-from critic_train.layers.attention import KERNELS, TreeAttention
+from critic_train.layers.attention import KERNELS, TreeAttention, TreeUnsupportedError, tree_attention
 from critic_train.layers.attention_kernel import KernelLacksError, Scoring
 from critic_train.layers.cuda_kernels import VarlenKernel
 from critic_train.layers.sdpa_kernels import CpuFlashKernel, SdpaKernel
@@ -75,3 +75,19 @@ def test_values_may_have_heads_of_another_size_than_keys(scoring, value_width):
 
 def test_every_value_of_the_flag_but_auto_names_a_kernel():
     assert set(get_args(Attention)) == {"auto", *KERNELS}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tree_plan": None}, "no arguments but its own"),
+        ({"position_bias": torch.zeros(1)}, "^position_bias$"),
+        ({"dropout": 0.1}, "^dropout$"),
+        ({"attention_mask": torch.zeros(1)}, "a mask that is not plain causal"),
+    ],
+)
+def test_what_attention_on_a_tree_lacks_is_named(changes, reason):
+    query = torch.zeros(1, 2, 5, 4)
+    arguments = {"attention_mask": None, "tree_plan": None} | changes
+    with pytest.raises(TreeUnsupportedError, match=reason):
+        tree_attention(torch.nn.Linear(1, 1), query, query, query, **arguments)
