@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+import torch
 from attention_cases import (
     CPU,
     check,
