@@ -51,7 +51,9 @@ def _of_one(metrics: dict[str, Any], verdict: dict[str, Any]) -> list[str]:
     groups = verdict["prompt_groups"]
     sentences = [_against_constant(metrics, groups), *_against_group_mean(metrics, verdict)]
     if metrics["explained_variance_interval"] is not None:
-        sentences += [_within_groups(metrics), *_against_stored(metrics, verdict)]
+        peers = verdict["baselines"]["group_mean"]["explained_variance"] is not None
+        sentences += [_within_groups(metrics)] if peers else []
+        sentences += _against_stored(metrics, verdict)
         sentences += _outcomes_apart(metrics) + _variance_left(metrics) + _fused(metrics) + _worth(metrics)
         sentences += _against_monte_carlo(metrics)
     return sentences + _remarks(metrics)

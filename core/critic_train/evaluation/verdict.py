@@ -301,7 +301,8 @@ def _share(sums: Floats, resampling: Resampling) -> tuple[float | None, list[flo
     if not np.isfinite(shares[0]):
         return None, None
     bounds = resampling.interval(float(shares[0]), shares[1:])
-    return float(shares[0]), None if bounds is None else [max(0.0, bounds[0]), min(1.0, bounds[1])]
+    ends = None if bounds is None else [min(max(0.0, end), 1.0) for end in bounds]
+    return max(0.0, float(shares[0])), ends
 
 
 def _metrics(prediction: _Prediction, population: Population) -> dict[str, Any]:

@@ -270,7 +270,8 @@ def between_prompt_share(sums: Floats) -> Floats:
     """The share of the outcomes' variance that lies between prompts: tau^2 / (tau^2 + s^2).
 
     One-way analysis of variance (Searle, Casella and McCulloch 1992, chapter 3): the most that a baseline which knows
-    the prompt alone can explain. NaN where it cannot be told: no prompt has two rollouts, or nothing varies.
+    the prompt alone can explain. Below 0 where groups differ less than by chance. NaN where it cannot be told: no
+    prompt has two rollouts, or nothing varies.
 
     Args:
         sums: float64 [k, 6], sums of `share_columns` over the groups, k times.
@@ -282,5 +283,5 @@ def between_prompt_share(sums: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         within = inside / (rollouts - groups)
         effective = (rollouts - squares / rollouts) / (groups - 1)
-        between = np.maximum(((products - total**2 / rollouts) / (groups - 1) - within) / effective, 0.0)
+        between = ((products - total**2 / rollouts) / (groups - 1) - within) / effective
         return np.asarray(np.where(rollouts > groups, between / (between + within), np.nan))

@@ -133,7 +133,7 @@ def test_without_a_movement_it_is_the_shrinkage_of_v05():
 
 
 def test_it_depends_on_nothing_that_the_rollout_itself_came_to():
-    outcome, values, group = drawn([4] * 6, 2)
+    outcome, values, group = drawn([4] * 30, 2)
     before = fused(outcome, values, group)
     other = outcome.copy()
     other[5] += 10.0

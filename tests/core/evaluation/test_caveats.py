@@ -94,7 +94,8 @@ def test_of_any_other_model_nothing_is_known(tmp_path, content):
 def test_eval_says_it_and_json_has_it(tmp_path):
     rollouts = readable_rollouts(12)
     shard = write_shard(tmp_path / "a.parquet", replace(rollouts, group=np.arange(48)))
-    *_, ended = evaluate(EvalSettings(data=[str(shard)], device="cpu", fail_over=["baselines.group_mean.mse=1"]))
+    gate = ["baselines.group_mean.mse=1"]
+    *_, ended = evaluate(EvalSettings(data=[str(shard)], group_by="uid", fail_over=gate))
     assert ended.result["groups"]["prompts"] == 12
     assert any("every rollout has a uid of its own" in sentence for sentence in ended.result["words"])
     assert any("every prompt has one rollout only" in sentence for sentence in ended.result["words"])

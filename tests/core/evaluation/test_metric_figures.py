@@ -9,7 +9,7 @@ from critic_train.evaluation.metrics import METRICS, metric_named
 from critic_train.evaluation.resampling import ResampledSums, Resampling
 from critic_train.evaluation.worth import MOST, Worth
 
-MANY = Resampling(groups=80, resamples=3, seed=0, effective=80.0)
+MANY = Resampling(groups=400, resamples=3, seed=0, effective=400.0)
 NOTHING = Sums(tokens=0, error_mean=0.0, error_squares=0.0, target_squares=0.0)
 
 

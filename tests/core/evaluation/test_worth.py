@@ -142,7 +142,7 @@ def test_it_is_what_the_verdict_says_of_whole_groups():
 def test_n_is_where_the_groups_mean_does_as_well():
     # Var = a + b / (N - 1): with a = 0.2 and b = 0.12 a group of 4 leaves 0.24.
     sums = {"own": np.array([0.3, 0.3]), "floor": np.array([0.2, 0.2]), "fall": np.array([0.12, 0.12])}
-    resampling = Resampling(groups=80, resamples=1, seed=0, effective=80.0)
+    resampling = Resampling(groups=400, resamples=1, seed=0, effective=400.0)
 
     def worth(variance):
         return Worth(
