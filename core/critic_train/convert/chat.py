@@ -48,6 +48,8 @@ class Retokenizer:
     rollouts: int = 0
     tokens: int = 0
     _tokenizer: Any = field(init=False)
+    _first: str = field(init=False, default="")
+    """The special token that texts begin with."""
 
     def __post_init__(self) -> None:
         from transformers import AutoTokenizer
@@ -62,6 +64,10 @@ class Retokenizer:
                 f"--tokenizer {self.directory} holds no tokenizer that can be loaded: {reason}",
                 hint="give the policy's Hugging Face folder (tokenizer.json, tokenizer_config.json)",
             ) from error
+
+        added = self._tokenizer("")["input_ids"]
+        is_begin = bool(added) and (added[0] != self.end or added[0] == self._tokenizer.bos_token_id)
+        self._first = self._tokenizer.convert_ids_to_tokens(added[0]) if is_begin else ""
 
     @property
     def has_template(self) -> bool:
@@ -83,10 +89,8 @@ class Retokenizer:
 
         A prompt that begins with those special tokens gets no second ones.
         """
-        prompt_ids, plain_ids = self._tokenizer(prompt)["input_ids"], self.ids(prompt)
-        added = len(prompt_ids) - len(plain_ids)
-        if added > 0 and prompt_ids[:added] == plain_ids[:added]:
-            prompt_ids = plain_ids
+        begins_with_them = self._first and prompt.lstrip().startswith(self._first)
+        prompt_ids = self.ids(prompt) if begins_with_them else self._tokenizer(prompt)["input_ids"]
         if prompt_ids and prompt_ids[-1] == self.end and not prompt.endswith(str(self._tokenizer.eos_token)):
             prompt_ids = prompt_ids[:-1]
         response_ids = self.ids(response)

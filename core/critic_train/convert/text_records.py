@@ -128,7 +128,8 @@ class RecordReader:
             UnusableError: it cannot be used.
         """
         parts = self.reading.parts
-        prompt, response = sample.get(parts.get("prompt", "")), sample.get(parts.get("response", ""))
+        prompt: Any = sample.get(parts.get("prompt", ""))
+        response: Any = sample.get(parts.get("response", ""))
         system = sample.get(parts.get("system", ""))
         unread = next((name for name in UNREAD if name not in parts.values() and sample.get(name)), None)
         if unread is not None:
@@ -136,15 +137,14 @@ class RecordReader:
         if self.reading.prompt_parts:
             texts = [sample.get(name) for name in self.reading.prompt_parts]
             prompt = "\n".join(text for text in texts if isinstance(text, str) and text)
-        if "messages" not in parts and isinstance(prompt, str) and isinstance(response, str):
-            is_templated = retokenizer.is_templated(prompt)
-            if not self.apply_chat_template or is_templated:
-                if isinstance(system, str) and system.strip() and system.strip() not in prompt:
-                    raise UnusableError(
-                        f"`{parts['system']}` beside a prompt that lacks it",
-                        "--apply-chat-template, which puts both through the chat template",
-                    )
-                return retokenizer.pair(prompt, response)
+        is_pair = "messages" not in parts and isinstance(prompt, str) and isinstance(response, str)
+        if is_pair and (not self.apply_chat_template or retokenizer.is_templated(prompt)):
+            if isinstance(system, str) and system.strip() and system.strip() not in prompt:
+                raise UnusableError(
+                    f"`{parts['system']}` beside a prompt that lacks it",
+                    "--apply-chat-template, which puts both through the chat template",
+                )
+            return retokenizer.pair(prompt, response)
         if "messages" in parts:
             messages, written = [], messages_of(sample.get(parts["messages"]))
         else:
