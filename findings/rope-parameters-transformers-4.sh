@@ -7,8 +7,8 @@
 # the same. With "rope_theta" added to config.json both versions compute the same.
 #
 # Output seen:
-#   transformers 4.46.3 reads rope_theta 10000.0 where 1000000.0 was saved; hidden states differ by 0.9
-#   with "rope_theta" in config.json: 1000000.0, they differ by 0.0
+#   transformers 4.46.3 reads rope_theta 10000.0 where 1000000.0 was saved; hidden states differ by 0.021
+#   with "rope_theta" in config.json: 1000000.0, they differ by 0.000
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
@@ -51,11 +51,11 @@ def loaded():
 
 base, difference = loaded()
 print(f"transformers {transformers.__version__} reads rope_theta {base} where 1000000.0 was saved; "
-      f"hidden states differ by {difference:.1f}")
+      f"hidden states differ by {difference:.3f}")
 file = Path(sys.argv[1], "config.json")
 file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 1e6}))
 repaired = loaded()
-print(f'with "rope_theta" in config.json: {repaired[0]}, they differ by {repaired[1]:.1f}')
+print(f'with "rope_theta" in config.json: {repaired[0]}, they differ by {repaired[1]:.3f}')
 assert base == 1e4 and difference > 0.01
 assert repaired[0] == 1e6 and repaired[1] < 1e-4
 PYTHON
