@@ -22,6 +22,9 @@ from critic_train.training.targets import Targets
 ROLLOUTS_PER_PASS = 512
 """Rollouts read together for a pass without gradients; prompt groups stand together in it."""
 
+MOST_TOKENS_OF_A_GROUP = 2**20
+"""Tokens of a prompt's rollouts that are read to fit the token budget to them."""
+
 READING = "reading.json"
 """Beside the columns of a cache: which rows and files of the shards are in it, and which were left out."""
 
@@ -56,10 +59,13 @@ class RolloutSet:
         return self.cache.prompts[self.index]
 
     def largest_group(self) -> Rollouts:
-        """The rollouts of the prompt with the most tokens."""
+        """The rollouts of the prompt with the most tokens; of very many, the first MOST_TOKENS_OF_A_GROUP."""
         keys, group = np.unique(self.groups, return_inverse=True)
-        tokens = np.bincount(group, self.cache.lengths[self.index])
-        return self.read(np.flatnonzero(self.groups == keys[tokens.argmax()]))
+        lengths = self.cache.lengths[self.index]
+        largest = np.flatnonzero(self.groups == keys[np.bincount(group, lengths).argmax()])
+        few = np.cumsum(lengths[largest]) <= MOST_TOKENS_OF_A_GROUP
+        few[0] = True
+        return self.read(largest[few])
 
     @property
     def response_tokens(self) -> int:

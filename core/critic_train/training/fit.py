@@ -10,12 +10,13 @@ from critic_train.callbacks.trackers import require_packages, trackers
 from critic_train.data.shards import SUFFIXES
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import Ranks
+from critic_train.errors import ModelError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.first_pass import read_base_model
 from critic_train.model.loading import ModelSource
 from critic_train.model.lora import adapter_notice
-from critic_train.run.checkpoint import newest_checkpoint
+from critic_train.run.checkpoint import checkpoint_step, newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings
 from critic_train.stopping import Stopped, StopRequest
@@ -30,6 +31,7 @@ from critic_train.training.build import (
     source_notices,
 )
 from critic_train.training.dataset import RunData, data_notices, open_data
+from critic_train.training.divergence import diverged
 from critic_train.training.plan import make_plan
 from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (
@@ -172,16 +174,23 @@ def _build(
     yield from source_notices(source, settings, compute, shape, new=checkpoint is None)
     critic = build_run_critic(settings.model, source, checkpoint, compute, shape, seed)
     yield from [*export_notice(critic), *adapter_notice(critic)]
-    prepared = prepare_critic(
-        critic,
-        compute,
-        settings.compute,
-        settings.model.train,
-        settings.optimizer.optimizer,
-        selfcheck_sample(data.train, plan),
-        data.train.largest_group(),
-        tokens=settings.optimizer.batch_size * shape.max_length,
-    )
+    try:
+        prepared = prepare_critic(
+            critic,
+            compute,
+            settings.compute,
+            settings.model.train,
+            settings.optimizer.optimizer,
+            selfcheck_sample(data.train, plan),
+            data.train.largest_group(),
+            tokens=settings.optimizer.batch_size * shape.max_length,
+        )
+    except ModelError as error:
+        if checkpoint is None or not (steps := checkpoint_step(checkpoint)):
+            raise
+        # The run began with a check that passed: training has made such weights of those.
+        what = f"the weights of {checkpoint.name} compute nothing that can be trained: {error.message}"
+        raise diverged(what, steps_taken=steps) from error
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices

@@ -64,6 +64,15 @@ def test_the_largest_group_is_that_with_the_most_tokens(folder):
     assert len(largest.input_ids) == max(tokens.values())
 
 
+def test_of_a_very_large_group_only_the_first_rollouts_are_read(folder, monkeypatch):
+    data, _ = opened(folder, val_fraction=0.3)
+    largest = data.train.largest_group()
+    monkeypatch.setattr("critic_train.training.dataset.MOST_TOKENS_OF_A_GROUP", int(largest.lengths[:2].sum()))
+    assert data.train.largest_group().input_ids.tolist() == largest.input_ids[: largest.offsets[2]].tolist()
+    monkeypatch.setattr("critic_train.training.dataset.MOST_TOKENS_OF_A_GROUP", 1)
+    assert len(data.train.largest_group()) == 1
+
+
 def test_the_address_of_a_rollout_names_its_file_and_row(folder):
     data, _ = opened(folder, val_fraction=0.0)
     rollouts = data.train.read(np.asarray([5]))

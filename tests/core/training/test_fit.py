@@ -421,7 +421,7 @@ def test_keep_prunes_all_but_the_newest_and_the_best(shards, tmp_path):
 def test_what_is_found_of_a_model_is_reported_before_a_check_refuses_it(shards, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_config(small_config("Olmoe", vocab_size=VOCABULARY)).save_pretrained(tmp_path / "model")
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ModelError("it looks ahead")
 
     monkeypatch.setattr("critic_train.training.fit.prepare_critic", refuse)
