@@ -133,9 +133,11 @@ class RunState:
 
         Steps and evaluations are timed by themselves, so that what a start takes once does not count for every step.
         """
-        if self.run is None or not self._steps:
+        if self.run is None:
             return None
         left = max(self.run.total_steps - self.step, 0)
+        if not self._steps:
+            return None if left else 0.0
         # The first step of a start allocates, and on CUDA compiles: it counts only while there is no other.
         timed = self._steps[1:] if self.step - self.run.first_step == len(self._steps) > 1 else self._steps
         return sum(timed) / len(timed) * left + self._evaluation_seconds(timed[-1]) * self._evaluations_left()

@@ -60,9 +60,11 @@ def main(folder: str = "runs/custom", steps: str = "100") -> None:
         batch_size=32,
         max_steps=int(steps),
     )
-    print(run_to_end(fit(settings)).status)
+    ended = run_to_end(fit(settings))
+    print(ended.status)
 
-    critic = load_critic(run)
+    # Not `best`: the prompts held out repeat a number that no other prompt has, so held-out figures say nothing here.
+    critic = load_critic(ended.result["checkpoint"])
     prompt, right, wrong = [0, 3], [3, 3, 3, 3], [3, 4, 3, 3]
     for values in critic.values([prompt + right, prompt + wrong], [len(prompt), len(prompt)]):
         print(" ".join(f"{value:.2f}" for value in values))

@@ -36,7 +36,7 @@ PREDICT_FLAGS = words("""
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --attention --max-tokens
---to --write --whiten-advantages --part
+--to --write --baseline --whiten-advantages --part
 """)
 REPORT_FLAGS = words("runs --tokenizer --to")
 SPLIT_FLAGS = words("data --column --on-bad-rows --on-bad-file --max-length --group-by --val-fraction --seed --to")

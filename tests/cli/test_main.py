@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "pyarrow", "numpy", "safetensors", "matplotlib
 """What may not be imported before a job starts. To read the value of a flag typer brings in pydantic."""
 
 
-NAMES = ["fit", "eval", "predict", "report", "check", "split", "convert", "verify"]
+NAMES = ["fit", "eval", "predict", "report", "check", "split", "convert", "verify", "export", "show"]
 
 
 def test_commands_are_these():

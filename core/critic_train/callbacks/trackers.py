@@ -56,8 +56,9 @@ def evaluation_metrics(event: EvaluationEnded) -> dict[str, float]:
     named: dict[str, Any] = {}
     for name, value in event.metrics.items():
         logged = tracker_name(name.removesuffix("_interval"))
-        if name.endswith("_interval") and isinstance(value, list):
-            named |= {f"{logged}_low": value[0], f"{logged}_high": value[1]}
+        if name.endswith("_interval"):
+            if isinstance(value, list):  # None over too few prompts
+                named |= {f"{logged}_low": value[0], f"{logged}_high": value[1]}
         else:
             named[logged] = value
     for name, metrics in event.metrics.get("baselines", {}).items():

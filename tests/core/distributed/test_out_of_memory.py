@@ -117,8 +117,9 @@ def test_the_last_whole_step_is_saved_and_the_same_command_goes_on_with_less(
 
 def test_memory_that_runs_out_before_the_first_step_leaves_the_smaller_budget_alone(settings, tmp_path):
     ours = settings.replace(out=str(tmp_path / "out"))
-    message = run_out(2, ours, [(1, "values", 0)])
-    assert message.startswith("memory ran out with 60 tokens at once; the run has no checkpoint yet\nrank 1: CUDA")
+    message = run_out(2, ours, [(1, "forward", 0)])
+    newest = Path(ours.run.out) / "checkpoints" / "step-00000000"
+    assert message.startswith(f"memory ran out with 60 tokens at once; the newest checkpoint is {newest}\nrank 1: CUDA")
     budget = json.loads((Path(ours.run.out) / "token_budget.json").read_text())
     assert budget == {"asked": 60, "ranks": 2, "max_tokens": 30}
     (told,) = resume(2, ours)
