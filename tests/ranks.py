@@ -277,10 +277,10 @@ class Shortage:
         choose = selfcheck.choose_packing
         if after_checks:
 
-            def choosing(*arguments: Any) -> Any:
+            def choosing(*arguments: Any, **named: Any) -> Any:
                 shortage.checking = True
                 try:
-                    return choose(*arguments)
+                    return choose(*arguments, **named)
                 finally:
                     shortage.checking = False
 

@@ -76,7 +76,8 @@ def test_a_value_model_is_pretrained_and_handed_over(programs, tmp_path):
     shown = pretrained(programs, tmp_path)
     assert shown.returncode == 0, shown.stderr
     best = f"{os.path.realpath(tmp_path)}/checkpoints/{(tmp_path / 'best').readlink().name}"
-    assert shown.stdout.splitlines()[-1] == f"for verl: critic.model.path={best}"
+    tokenizer = "critic.model.tokenizer_path=POLICY (there is no tokenizer beside this critic)"
+    assert shown.stdout.splitlines()[-1] == f"for verl: critic.model.path={best} {tokenizer}"
 
 
 @pytest.mark.slow

@@ -57,7 +57,10 @@ def require_the_same_run(ours: FitSettings, undisturbed: FitSettings) -> None:
     for file in ("model.safetensors", "optimizer.safetensors"):
         found, expected = load_file(mine / file), load_file(theirs / file)
         assert found.keys() == expected.keys()
-        assert max(float(np.abs(found[name] - expected[name]).max()) for name in found) <= 1e-4, file
+        for name in found:
+            # A moment in 8 bits may be rounded to the next code.
+            allowed = 1 if found[name].dtype == np.uint8 else 1e-4
+            assert np.abs(found[name].astype(np.float64) - expected[name]).max() <= allowed, (file, name)
 
 
 slow = pytest.mark.slow

@@ -170,8 +170,9 @@ def test_adapters_are_folded_into_what_transformers_loads(folder, tmp_path):
     pytest.importorskip("peft")
     run(settings_for(folder, tmp_path / "run", train="lora", lora_rank=4))
     assert len(set(losses(tmp_path / "run"))) > 1
-    alone = by_transformers(folder, checkpoints(tmp_path / "run" / "checkpoints")[-1])
-    forest = predicted(folder, tmp_path / "run", tmp_path / "to", "forest")
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    alone = by_transformers(folder, newest)
+    forest = predicted(folder, newest, tmp_path / "to", "forest")
     assert np.abs(forest - alone).max() <= 1e-5 * np.abs(alone).max()
 
 
