@@ -5,7 +5,8 @@ measured), and some architectures cannot share at all, or not even stand beside 
 trunk is used, a few rollouts go through it in each way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,8 +165,9 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, posi
     restore_last_layer(critic.trunk)
     use_stock_attention(critic)
     shortest = _shortest(rollouts, 1)
-    silenced = tuple(silence(critic.trunk, lambda: states_alone(critic, shortest)))
-    trial = Trial(critic, rollouts, positions, frequency_limit(critic.trunk.config))
+    with _architectures_errors(critic):
+        silenced = tuple(silence(critic.trunk, lambda: states_alone(critic, shortest)))
+        trial = Trial(critic, rollouts, positions, frequency_limit(critic.trunk.config))
     outcome, reason = (None, "") if packing == "rows" else _try_forest(critic, trial)
     if outcome is not None and not reason:
         return PackingChoice(
@@ -188,6 +190,23 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, posi
         one_row=_try_rows(critic, trial),
         silenced=silenced,
     )
+
+
+@contextmanager
+def _architectures_errors(critic: Critic) -> Iterator[None]:
+    """Inside, whatever an architecture's own code raises on a rollout alone is the model's error."""
+    try:
+        yield
+    except (CriticTrainError, Stopped):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or looks_lost(error):
+            raise
+        raise ModelError(
+            f"{critic.trunk.config.model_type} cannot compute a rollout alone, with transformers' own attention: "
+            f"{type(error).__name__}: {first_line(error)}",
+            hint="its config.json does not fit its architecture, or transformers does not support it here",
+        ) from error
 
 
 def _try_forest(critic: Critic, trial: Trial) -> tuple[Outcome | None, str]:

@@ -231,3 +231,11 @@ def test_a_model_that_looks_ahead_is_refused():
     critic = build_critic(small_config("Bert"), seed=0)
     with pytest.raises(ModelError, match="bert looks ahead"):
         choose_packing(critic, branching_rollouts(), "auto")
+
+
+def test_a_model_whose_own_code_fails_is_refused_with_what_it_said():
+    # Latent attention has as many heads of keys as of queries: with half of them transformers' own attention fails.
+    critic = build_critic(small_config("DeepseekV3", num_attention_heads=4, num_key_value_heads=2), seed=0)
+    with pytest.raises(ModelError, match=r"deepseek_v3 cannot compute a rollout alone, .*RuntimeError") as caught:
+        choose_packing(critic, branching_rollouts(), "auto")
+    assert "config.json" in caught.value.hint
