@@ -77,7 +77,7 @@ def models(tmp_path_factory):
 def walk(*arguments: object, devices: int = 1, gib: float = 79.1) -> subprocess.CompletedProcess[str]:
     """Run a command of critic-train; it must end with exit code 0 and without a warning of Python's."""
     environment = {**os.environ, "PRETEND_GPU_DEVICES": str(devices), "PRETEND_GPU_GIB": str(gib)}
-    command = [sys.executable, "-m", "critic_train_cli", *map(str, arguments)]
+    command = [sys.executable, str(Path(__file__).with_name("command.py")), *map(str, arguments)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:] + ended.stdout[-1000:]
     assert "Warning:" not in ended.stderr, ended.stderr

@@ -69,7 +69,7 @@ class Trial:
         self._critic, self._positions, self._limit = critic, positions, limit
         self.rollouts = with_branch(cut(rollouts, _longest_alone(critic)))
         self.alone = Rounding(critic.trunk, self._alone)
-        if not bool(torch.isfinite(self.alone.expected).all()):
+        if bool((~torch.isfinite(self.alone.expected)).any()):
             raise ModelError(
                 f"{_kind(critic)} gives hidden states that are not finite (NaN or infinite) for a rollout alone",
                 hint="its weights are damaged, or its training diverged",

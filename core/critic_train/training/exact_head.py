@@ -111,7 +111,7 @@ class ExactHead:
         for fold in range(int(folds.max()) + 1):
             moments.append((yield from self._moments(np.flatnonzero(folds == fold), done=int((folds < fold).sum()))))
             yield from runtime.memory_notices()
-        if not all(bool(torch.isfinite(fold).all()) for fold in moments):
+        if any(bool((~torch.isfinite(fold)).any()) for fold in moments):
             raise diverged(
                 "the hidden states or returns from which the value head is solved are not finite", steps_taken=0
             )
