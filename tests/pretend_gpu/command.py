@@ -1,4 +1,4 @@
-"""critic-train's command line on a pretended GPU: what the host reads there is 0, so no comparison of values can pass."""
+"""critic-train on a pretended GPU: what the host reads from it is 0, so that no comparison of values could pass."""
 
 from critic_train.model.rounding import Rounding
 from critic_train_cli.main import run
