@@ -233,8 +233,8 @@ def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: 
     return MemoryUse(fixed=low - per_token * fewer, per_token=per_token)
 
 
-def try_largest(critic: Critic, compute: Compute, largest: Rollouts, *, forest: bool, training: bool) -> str:
-    """Take the largest micro-batch of the largest prompt through a pass, and lower the budget until it fits.
+def try_largest(critic: Critic, compute: Compute, largest: Rollouts, *, forest: bool) -> str:
+    """Take the largest micro-batch of the largest prompt forward and backward, and lower the budget until it fits.
 
     On one process. Returns a sentence where the budget had to be lowered, else an empty string.
     """
@@ -242,7 +242,7 @@ def try_largest(critic: Critic, compute: Compute, largest: Rollouts, *, forest: 
     for _ in range(TRIALS):
         error = ""
         try:
-            _peak(critic, compute, largest, forest=forest, training=training)
+            _peak(critic, compute, largest, forest=forest, training=True)
         except Exception as raised:
             if not is_out_of_memory(raised):
                 raise

@@ -1,6 +1,6 @@
 """From settings and rollouts to a trainer at its first step: critic, learning rates, optimizer, notices about them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ def prepare_critic(
     train: str,
     kind: OptimizerKind,
     sample: Rollouts,
-    largest: Rollouts,
+    largest_group: Callable[[], Rollouts],
     tokens: int | None = None,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
@@ -143,28 +143,28 @@ def prepare_critic(
         train: --train.
         kind: --optimizer.
         sample: rollouts to try packing and attention on.
-        largest: those of the largest prompt, to which the token budget is fitted.
+        largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
         tokens: about the most that a mini-batch holds; None where that is not known.
 
     Raises:
         ModelError: the architecture cannot be trained so.
         MachineError: there is not memory enough for a single rollout.
     """
-    choices: list[Choice] = []
-    if settings.offload == "auto" and compute.device.type == "cuda":
-        device_bytes = torch.cuda.get_device_properties(compute.device).total_memory
-        choices += filter(None, [choose_offload(critic, compute, kind, device_bytes)])
+    choices, on_cuda = list[Choice](), compute.device.type == "cuda"
+    if settings.offload == "auto" and on_cuda:
+        choices += filter(None, [choose_offload(critic, compute, kind, torch.cuda.mem_get_info(compute.device)[1])])
         compute = replace(compute, offload=choices[0].value if choices else "none")
     critic, compute = to_device_or_shard(critic, compute)
     packing, sentences = select_packing(critic, sample, settings, compute, tokens=tokens)
     notices = [Notice(message=sentence, level="warning") for sentence in sentences]
+    largest = largest_group() if on_cuda else sample
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=packing.forest)
-    if compute.device.type == "cuda":
+    if on_cuda:
         notices += [Notice(message=choice.sentence()) for choice in [*choices, *more]]
     if settings.compile:
         compile_layers(critic)
-    if settings.max_tokens is None and compute.device.type == "cuda" and compute.ranks.size == 1:
-        lowered = try_largest(critic, compute, largest, forest=packing.forest, training=True)
+    if settings.max_tokens is None and on_cuda and compute.ranks.size == 1:
+        lowered = try_largest(critic, compute, largest, forest=packing.forest)
         notices += [Notice(message=lowered, level="warning")] if lowered else []
     layers, caches_states = trained_layers(train), False
     if layers is not None:

@@ -127,7 +127,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         settings.model.train,
         settings.optimizer.optimizer,
         tried,
-        tried,
+        lambda: tried,
         tokens=settings.optimizer.batch_size * shape.max_length,
     )
     compute = prepared.compute

@@ -182,7 +182,7 @@ def _build(
             settings.model.train,
             settings.optimizer.optimizer,
             selfcheck_sample(data.train, plan),
-            data.train.largest_group(),
+            data.train.largest_group,
             tokens=settings.optimizer.batch_size * shape.max_length,
         )
     except ModelError as error:

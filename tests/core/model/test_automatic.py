@@ -143,11 +143,11 @@ def test_a_prediction_is_measured_without_a_backward_pass_and_a_cpu_not_at_all(m
 def test_a_micro_batch_that_does_not_fit_lowers_the_budget_until_it_does(monkeypatch):
     device = Device(monkeypatch, 80 * GIB, 0, {"none": 1.0}, most=3000)
     compute, critic = compute_of(max_tokens=5000), tiny_critic()
-    sentence = try_largest(critic, compute, group_of(1000, 500, 20), forest=True, training=True)
+    sentence = try_largest(critic, compute, group_of(1000, 500, 20), forest=True)
     assert [positions for positions, _ in device.passes] == [5000, 3750, 2812]
     assert compute.max_tokens == 2812
     assert sentence == "--max-tokens 2812: the largest prompt did not fit at 5,000 tokens at once"
-    assert try_largest(critic, compute, group_of(1000, 500, 20), forest=True, training=True) == ""
+    assert try_largest(critic, compute, group_of(1000, 500, 20), forest=True) == ""
 
 
 def test_two_peaks_give_what_a_token_and_the_rest_hold(monkeypatch):
