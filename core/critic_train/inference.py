@@ -17,7 +17,7 @@ from critic_train.model.compute import resolve_compute
 from critic_train.model.first_pass import critic_source
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
-from critic_train.rollouts import Rollouts, offsets_from_lengths
+from critic_train.rollouts import Rollouts, rollouts_of_tokens
 from critic_train.settings import ComputeSettings, Precision, type_errors
 
 ERRORS_SHOWN = 10
@@ -136,19 +136,7 @@ def _as_rollouts(
     if errors:
         more = [f"and {len(errors) - ERRORS_SHOWN} more"] if len(errors) > ERRORS_SHOWN else []
         raise DataError("\n".join(errors[:ERRORS_SHOWN] + more))
-    offsets = offsets_from_lengths(np.asarray([len(ids) for ids in sequences], dtype=np.int64))
-    mask = np.ones(offsets[-1], dtype=np.bool_)
-    for start, prompt in zip(offsets[:-1].tolist(), prompt_lengths, strict=True):
-        mask[start : start + prompt] = False
-    return Rollouts(
-        input_ids=np.concatenate([*sequences, np.zeros(0, dtype=np.int32)]).astype(np.int32),
-        offsets=offsets,
-        response_mask=mask,
-        returns=np.zeros(offsets[-1], dtype=np.float32),
-        values=None,
-        group=np.zeros(len(sequences), dtype=np.int64),
-        row=np.arange(len(sequences), dtype=np.int64),
-    )
+    return rollouts_of_tokens(sequences, prompt_lengths)
 
 
 def _error_of(ids: NDArray[Any], prompt: int, source: loading.ModelSource) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,3 +119,26 @@ def offsets_from_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def rollouts_of_tokens(sequences: Sequence[ArrayLike], prompt_lengths: Sequence[int]) -> Rollouts:
+    """Rollouts of which nothing is known but their tokens: all after the prompt are response tokens, returns are 0.
+
+    Args:
+        sequences: the token ids of each, [tokens].
+        prompt_lengths: tokens of each that are prompt.
+    """
+    arrays = [np.asarray(ids) for ids in sequences]
+    offsets = offsets_from_lengths(np.asarray([len(ids) for ids in arrays], dtype=np.int64))
+    mask = np.ones(offsets[-1], dtype=np.bool_)
+    for start, prompt in zip(offsets[:-1].tolist(), prompt_lengths, strict=True):
+        mask[start : start + prompt] = False
+    return Rollouts(
+        input_ids=np.concatenate([*arrays, np.zeros(0, dtype=np.int32)]).astype(np.int32),
+        offsets=offsets,
+        response_mask=mask,
+        returns=np.zeros(offsets[-1], dtype=np.float32),
+        values=None,
+        group=np.zeros(len(arrays), dtype=np.int64),
+        row=np.arange(len(arrays), dtype=np.int64),
+    )

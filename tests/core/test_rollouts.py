@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import branching_rollouts
 
-from critic_train.rollouts import Rollouts, concat_rollouts, offsets_from_lengths, ragged_take, repeat_by_length
+from critic_train.rollouts import (
+    Rollouts,
+    concat_rollouts,
+    offsets_from_lengths,
+    ragged_take,
+    repeat_by_length,
+    rollouts_of_tokens,
+)
 
 LENGTHS = st.lists(st.integers(0, 5), max_size=8)
 
@@ -77,3 +84,12 @@ def test_a_column_that_one_part_lacks_is_left_out(rollouts):
     together = concat_rollouts([first, second])
     assert (together.values, together.truncated) == (None, None)
     assert together.rewards is not None
+
+
+def test_rollouts_of_tokens_alone_have_responses_after_their_prompts():
+    rollouts = rollouts_of_tokens([[5, 6, 7], np.asarray([8, 9])], [2, 1])
+    assert rollouts.input_ids.tolist() == [5, 6, 7, 8, 9]
+    assert rollouts.offsets.tolist() == [0, 3, 5]
+    assert rollouts.response_mask.tolist() == [False, False, True, False, True]
+    assert (rollouts.returns.tolist(), rollouts.values, rollouts.row.tolist()) == ([0.0] * 5, None, [0, 1])
+    assert len(rollouts_of_tokens([], [])) == 0

@@ -21,7 +21,7 @@ from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.oom import is_out_of_memory, release_memory
 from critic_train.model.tensor_file import part_here
-from critic_train.rollouts import Rollouts, offsets_from_lengths
+from critic_train.rollouts import Rollouts, rollouts_of_tokens
 from critic_train.settings import ActivationCheckpointing, OptimizerKind, TrainComputeSettings
 from critic_train.text import format_bytes
 
@@ -307,14 +307,5 @@ def _random_rollouts(tokens: int, vocabulary: int) -> Rollouts:
     prompt, response, count = tokens // 2, tokens // 8, 4
     rng = np.random.default_rng(0)
     first = rng.integers(0, vocabulary, prompt)
-    ids = np.concatenate([np.concatenate([first, rng.integers(0, vocabulary, response)]) for _ in range(count)])
-    length = prompt + response
-    return Rollouts(
-        input_ids=ids.astype(np.int32),
-        offsets=offsets_from_lengths(np.full(count, length, dtype=np.int64)),
-        response_mask=np.tile(np.arange(length) >= prompt, count),
-        returns=np.zeros(count * length, dtype=np.float32),
-        values=None,
-        group=np.zeros(count, dtype=np.int64),
-        row=np.arange(count, dtype=np.int64),
-    )
+    sequences = [np.concatenate([first, rng.integers(0, vocabulary, response)]) for _ in range(count)]
+    return rollouts_of_tokens(sequences, [prompt] * count)

@@ -18,7 +18,7 @@ from critic_train.data.shards import find_shards
 from critic_train.errors import ConfigError, DataError, ModelError
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.report.rollout_pages import model_folders, token_texts, tokenizer_file
-from critic_train.rollouts import Rollouts, concat_rollouts, offsets_from_lengths
+from critic_train.rollouts import Rollouts, concat_rollouts, rollouts_of_tokens
 from critic_train.settings import ShowSettings, column_renames
 from critic_train.stopping import Stopped, StopRequest
 
@@ -126,19 +126,7 @@ def _texts(settings: ShowSettings, tokenizer: "Tokenizer | None", source: "Model
                 hint="is this its tokenizer?",
             )
         sequences.append(ids)
-    offsets = offsets_from_lengths(np.asarray([len(ids) for ids in sequences], dtype=np.int64))
-    mask = np.ones(offsets[-1], dtype=np.bool_)
-    for start in offsets[:-1].tolist():
-        mask[start : start + max(1, len(prompt))] = False
-    return Rollouts(
-        input_ids=np.asarray([token for ids in sequences for token in ids], dtype=np.int32),
-        offsets=offsets,
-        response_mask=mask,
-        returns=np.zeros(offsets[-1], dtype=np.float32),
-        values=None,
-        group=np.zeros(len(sequences), dtype=np.int64),
-        row=np.arange(len(sequences), dtype=np.int64),
-    )
+    return rollouts_of_tokens(sequences, [max(1, len(prompt))] * len(sequences))
 
 
 def _selected(
