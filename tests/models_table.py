@@ -16,12 +16,12 @@ from support import branching_rollouts
 from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.model_input import tree_input
-from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import select_packing
 from critic_train.rollouts import Rollouts
 from critic_train.settings import FitSettings
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import exported_class, loads_for_token_classification
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 SETTINGS = FitSettings(data=["none"])

@@ -17,19 +17,19 @@ from critic_train.distributed.init import init_ranks
 from critic_train.errors import DataError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.gather import PartReader, PartWriter, as_rows_of, concat_over_ranks, full_tensor
-from critic_train.model.loading import build_critic, read_model
-from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import use_stock_attention
-from critic_train.model.sharded_checkpoint import ShardedCritic
-from critic_train.model.sharded_loading import load_critic_on_ranks
+from critic_train.model_files.gather import PartReader, PartWriter, as_rows_of, concat_over_ranks, full_tensor
 from critic_train.run import storage
 from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
+from critic_train.weights.loading import build_critic, read_model
+from critic_train.weights.lora import add_adapters, load_adapters
+from critic_train.weights.sharded_checkpoint import ShardedCritic
+from critic_train.weights.sharded_loading import load_critic_on_ranks
 
 SETTINGS = FitSettings(data=["none"])
 ONE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=70)
@@ -270,8 +270,8 @@ def save_layer_by_layer(family: str, target: str, file_bytes: int, agrees: bool 
     import transformers.modeling_utils
 
     from critic_train.model import fsdp as sharding
-    from critic_train.model import sharded_checkpoint as sharded_saving
-    from critic_train.model import sharded_checkpoint as stored_form
+    from critic_train.weights import sharded_checkpoint as sharded_saving
+    from critic_train.weights import sharded_checkpoint as stored_form
 
     real = stored_form.revert_weight_conversion
     most = 0
@@ -320,8 +320,8 @@ def step_on_ranks(target: str, offload: Offload, source: str | None = None) -> N
 
 def fill_the_disk(target: str) -> str:
     """Rank 0's disk is full at the first tensor; all ranks must still come to the end together."""
-    from critic_train.model import sharded_checkpoint as sharded_saving
     from critic_train.model.fsdp import shard
+    from critic_train.weights import sharded_checkpoint as sharded_saving
 
     def full(operation: storage.Operation) -> None:
         if operation.kind == "write":

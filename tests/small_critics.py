@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from support import VOCABULARY, small_config
 
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic
 from critic_train.model.trial import use_stock_attention
+from critic_train.weights.loading import build_critic
 
 BIAS = 0.25
 THETA = 1e6

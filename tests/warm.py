@@ -18,7 +18,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "critic_train.training.fit",
-        "critic_train.model.sharded_checkpoint",
+        "critic_train.weights.sharded_checkpoint",
         "critic_train.evaluation.evaluate",
         "critic_train.report.page",
         "critic_train.verify.model_checks",

@@ -26,11 +26,11 @@ from critic_train.data.shards import find_shards
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import RunEnded
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.microbatches import micro_batches
-from critic_train.model.saving import save_critic
 from critic_train.settings import EvalSettings
 from critic_train.stopping import StopRequest
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 NAME = "evaluation"
 TITLE = "eval beside the bare model's forward pass"

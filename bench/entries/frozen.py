@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from bench.entries.memory import write_shards
 from bench.entry import Options, Table
 from critic_train.events import Progress, StepEnded
-from critic_train.model.config import preset_config
-from critic_train.model.loading import build_critic
+from critic_train.model_files.config import preset_config
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.weights.loading import build_critic
 
 NAME = "frozen"
 TITLE = "Epochs of a frozen trunk, CPU seconds"

@@ -32,7 +32,6 @@ from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import PrefixOrder, build_tree_layout, prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic
 from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.model_input import tree_input
@@ -44,6 +43,7 @@ from critic_train.settings import ActivationCheckpointing
 from critic_train.training.loss import token_weights, value_loss
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.train_step import clip_gradient
+from critic_train.weights.loading import build_critic
 
 NAME = "gpu"
 TITLE = "A fit step on a GPU, beside the flat and the padded step"

@@ -23,7 +23,7 @@ from transformers import LlamaForTokenClassification
 from bench.entry import Options, Table
 from critic_train.events import RunEnded
 from critic_train.inference import load_critic
-from critic_train.model.config import LEARNING_RATES, preset_config
+from critic_train.model_files.config import LEARNING_RATES, preset_config
 from critic_train.settings import FitSettings
 from critic_train.training.fit import fit
 

@@ -20,10 +20,10 @@ from bench.measuring import in_turn, ratio
 from bench.models import LAYERS, MODELS, Model
 from bench.steps import bare_pass, fit_step, padded_step
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import Precision
+from critic_train.weights.loading import build_critic
 
 NAME = "step"
 TITLE = "A fit step beside the padded step, padded rows and the bare model"

@@ -11,14 +11,14 @@ from transformers import PreTrainedConfig
 
 from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.errors import ConfigError, DataError, ModelError
-from critic_train.model import loading
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import resolve_compute
-from critic_train.model.first_pass import critic_source
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
 from critic_train.rollouts import Rollouts, rollouts_of_tokens
 from critic_train.settings import ComputeSettings, Precision, type_errors
+from critic_train.weights import loading
+from critic_train.weights.first_pass import critic_source
 
 ERRORS_SHOWN = 10
 

@@ -8,7 +8,7 @@ from small_critics import critic_of
 from support import readable_rollouts, write_shard
 from warm import program
 
-from critic_train.model.saving import save_critic
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ from warm import context
 from critic_train.data.reading import RolloutReader
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.predict.predict import predict
 from critic_train.run import storage
 from critic_train.run.checkpoint import checkpoints, inspect
@@ -28,6 +26,8 @@ from critic_train.settings import EvalSettings, FitSettings, PredictSettings
 from critic_train.training.evaluator import Evaluator
 from critic_train.training.fit import fit
 from critic_train.training.old_values import OldValues
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 from critic_train_cli.job import exit_code_of, run_job
 from critic_train_cli.output import Output
 from critic_train_cli.plain_view import View

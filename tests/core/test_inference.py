@@ -11,12 +11,12 @@ from support import branching_rollouts, rollouts_of, small_config, write_shard
 
 from critic_train.errors import ConfigError, DataError, MachineError, ModelError
 from critic_train.inference import LoadedCritic, load_critic
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.predict.predict import predict
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import write_checkpoint
 from critic_train.settings import PredictSettings
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 PROMPT = 4
 

@@ -14,14 +14,14 @@ from critic_train.events import Event, Notice
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import critic_source, limits_of
 from critic_train.model.fsdp import cost_of
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import select_packing
-from critic_train.model.sharded_loading import load_critic_on_ranks
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalComputeSettings
 from critic_train.stopping import Stopped, StopRequest
+from critic_train.weights.first_pass import critic_source, limits_of
+from critic_train.weights.sharded_loading import load_critic_on_ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,7 @@ from critic_train.export.reloading import largest_difference, reload
 from critic_train.export.systems import SYSTEMS, System, Written
 from critic_train.model.compute import resolve_compute
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import critic_source
-from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import micro_batches
-from critic_train.model.saving import checkpoint_bytes, loads_for_token_classification, save_critic
 from critic_train.model.selfcheck import select_packing
 from critic_train.model.trial import use_stock_attention
 from critic_train.rollouts import Rollouts
@@ -37,6 +34,9 @@ from critic_train.run.storage import (
 )
 from critic_train.settings import ExportSettings, column_renames
 from critic_train.stopping import Stopped, StopRequest
+from critic_train.weights.first_pass import critic_source
+from critic_train.weights.loading import ModelSource, load_critic
+from critic_train.weights.saving import checkpoint_bytes, loads_for_token_classification, save_critic
 
 TOLERANCE = 1e-5
 COMPARED_ROLLOUTS, COMPARED_TOKENS = 8, 256

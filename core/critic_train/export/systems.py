@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from critic_train.export.written_form import edit_config, rename_tensors, tensor_names
 from critic_train.jsonio import read_json_object
 from critic_train.model.critic import Critic
-from critic_train.model.saving import TOKENIZER_FILES, exported_class
 from critic_train.run.storage import make_directory, rename, write_file
 from critic_train.settings import ExportTo
+from critic_train.weights.saving import TOKENIZER_FILES, exported_class
 
 NEMO_WEIGHTS = Path("value", "weights", "model")
 

@@ -20,7 +20,7 @@ from critic_train.model.critic import Critic
 from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.oom import is_out_of_memory, release_memory
-from critic_train.model.tensor_file import part_here
+from critic_train.model_files.tensor_file import part_here
 from critic_train.rollouts import Rollouts, rollouts_of_tokens
 from critic_train.settings import ActivationCheckpointing, OptimizerKind, TrainComputeSettings
 from critic_train.text import format_bytes

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from critic_train.errors import ModelError
-from critic_train.model.gather import full_tensor
 from critic_train.model.model_input import ModelInput
-from critic_train.model.multimodal import Multimodal
 from critic_train.model.next_token_head import NextTokenHead
-from critic_train.model.tensor_file import part_here
+from critic_train.model_files.gather import full_tensor
+from critic_train.model_files.multimodal import Multimodal
+from critic_train.model_files.tensor_file import part_here
 
 
 class ValueHead(nn.Linear):

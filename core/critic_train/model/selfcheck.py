@@ -26,8 +26,8 @@ from critic_train.model.fsdp import can_reset_after_error, full_precision_params
 from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
 from critic_train.model.microbatches import frequency_limit
 from critic_train.model.oom import Attempt, is_out_of_memory, release_memory
-from critic_train.model.randomness import silence
 from critic_train.model.trial import Outcome, Trial, cut, states_alone, use_stock_attention, with_branch
+from critic_train.model_files.randomness import silence
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 from critic_train.stopping import Stopped

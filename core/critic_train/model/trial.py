@@ -59,7 +59,7 @@ class Trial:
         critic: on its device, its trunk with transformers' own attention.
         rollouts: a few, some that share a prompt and the longest among them.
         positions: how many positions a micro-batch may have.
-        limit: see `critic_train.model.config.frequency_limit`.
+        limit: see `critic_train.model_files.config.frequency_limit`.
 
     Raises:
         ModelError: the states are not finite, or depend on what comes after them.

@@ -25,8 +25,6 @@ from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.automatic import choose_tokens
 from critic_train.model.compute import Compute, resolve_device, resolve_precision
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import critic_source, limits_of
-from critic_train.model.loading import ModelSource, load_critic
 from critic_train.model.microbatches import predict_with_progress
 from critic_train.model.selfcheck import select_packing
 from critic_train.predict.fused_values import FusedValues
@@ -46,6 +44,8 @@ from critic_train.settings import (
 )
 from critic_train.settings.command_lines import COMPUTE, READING, next_command
 from critic_train.stopping import Stopped, StopRequest
+from critic_train.weights.first_pass import critic_source, limits_of
+from critic_train.weights.loading import ModelSource, load_critic
 
 
 def part_of_this_process(settings: PredictSettings) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from critic_train.stopping import Stopped, StopRequest
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from critic_train.model.loading import ModelSource
+    from critic_train.weights.loading import ModelSource
 
 UIDS_NAMED, UIDS_LOOKED_AT = 5, 100
 """Of the data, where the one that was asked for is not in it; and rows they are taken from."""
@@ -80,7 +80,7 @@ def show(settings: ShowSettings, stop: StopRequest | None = None) -> Iterator[Ev
 def _source(settings: ShowSettings) -> "ModelSource | None":
     if not settings.shown.model:
         return None
-    from critic_train.model.first_pass import critic_source  # brings torch, for which stored values need not wait
+    from critic_train.weights.first_pass import critic_source  # brings torch, for which stored values need not wait
 
     return critic_source(Path(settings.shown.model[0]))
 
@@ -213,9 +213,9 @@ def _values(
 ) -> Generator[Event, None, NDArray[np.float32]]:
     """The critic's values, float32 [T]."""
     from critic_train.model.compute import resolve_compute
-    from critic_train.model.loading import load_critic
     from critic_train.model.microbatches import predict_with_progress
     from critic_train.model.selfcheck import select_packing
+    from critic_train.weights.loading import load_critic
 
     yield Progress(stage="loading the model", done=0, total=0)
     compute = resolve_compute(settings.compute)

@@ -15,15 +15,11 @@ from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Event, Notice, Progress
 from critic_train.model.automatic import Choice, choose_offload, set_memory, try_largest
 from critic_train.model.compute import Compute
-from critic_train.model.config import LEARNING_RATES, preset_config
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
-from critic_train.model.loading import ModelSource, build_critic, read_model
-from critic_train.model.lora import add_adapters, load_adapters
 from critic_train.model.memory import compile_layers
-from critic_train.model.saving import exported_class, loads_for_token_classification
 from critic_train.model.selfcheck import select_packing
-from critic_train.model.sharded_loading import load_critic_on_ranks
+from critic_train.model_files.config import LEARNING_RATES, preset_config
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
 from critic_train.run.run_directory import RunDirectory
@@ -54,6 +50,10 @@ from critic_train.training.state_files import StateFiles
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe
 from critic_train.training.trainer import Trainer
+from critic_train.weights.loading import ModelSource, build_critic, read_model
+from critic_train.weights.lora import add_adapters, load_adapters
+from critic_train.weights.saving import exported_class, loads_for_token_classification
+from critic_train.weights.sharded_loading import load_critic_on_ranks
 
 LR_FINE_TUNING = 1e-5
 LR_ADAPTERS = 1e-4

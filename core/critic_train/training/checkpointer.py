@@ -8,8 +8,6 @@ import torch
 
 from critic_train.errors import ModelError
 from critic_train.events import CheckpointSaved, Event, Notice
-from critic_train.model.loading import read_model
-from critic_train.model.saving import checkpoint_bytes
 from critic_train.run.checkpoint import CheckpointManager, checkpoint_name, checkpoint_step, read_state
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import write_json
@@ -18,6 +16,8 @@ from critic_train.training.optimizer import load_optimizer
 from critic_train.training.plan import TrainingPlan
 from critic_train.training.state import CriticRuntime, TrainingState, restore_token_budget, token_budget_record
 from critic_train.training.state_files import LastStepSaver, StateFiles
+from critic_train.weights.loading import read_model
+from critic_train.weights.saving import checkpoint_bytes
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from critic_train.errors import DivergedError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.oom import attempts
-from critic_train.model.tensor_file import part_here
+from critic_train.model_files.tensor_file import part_here
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.train_step import LossRecipe, clip_gradient, gradient_pass, mini_batch_weights

@@ -20,10 +20,6 @@ from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import read_base_model
-from critic_train.model.loading import ModelSource
-from critic_train.model.lora import adapter_notice
-from critic_train.model.saving import checkpoint_bytes
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import free_bytes
 from critic_train.settings import FitSettings, TrainReadingSettings, column_renames
@@ -43,6 +39,10 @@ from critic_train.training.recipe import DataFacts, choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets, choices_without_columns
+from critic_train.weights.first_pass import read_base_model
+from critic_train.weights.loading import ModelSource
+from critic_train.weights.lora import adapter_notice
+from critic_train.weights.saving import checkpoint_bytes
 
 TIMED_TOKENS = 2
 """Tokens of a timed step, in token budgets: it has about as many micro-batches."""

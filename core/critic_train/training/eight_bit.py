@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from critic_train.errors import ConfigError
-from critic_train.model.gather import Gather, as_rows_of, concat_over_ranks
-from critic_train.model.tensor_file import part_here, rows_here, rows_of
+from critic_train.model_files.gather import Gather, as_rows_of, concat_over_ranks
+from critic_train.model_files.tensor_file import part_here, rows_here, rows_of
 
 BLOCK = 256
 CODES = ("qmap1", "qmap2")

@@ -13,9 +13,6 @@ from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
-from critic_train.model.first_pass import read_base_model
-from critic_train.model.loading import ModelSource
-from critic_train.model.lora import adapter_notice
 from critic_train.run.checkpoint import checkpoint_step, newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings
@@ -55,6 +52,9 @@ from critic_train.training.run_shards import (
 from critic_train.training.state_files import begin_with_remembered_budget
 from critic_train.training.targets import Targets, choices_without_columns
 from critic_train.training.trainer import Trainer
+from critic_train.weights.first_pass import read_base_model
+from critic_train.weights.loading import ModelSource
+from critic_train.weights.lora import adapter_notice
 
 
 def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Event]:

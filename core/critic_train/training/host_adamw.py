@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from critic_train.errors import MachineError
-from critic_train.model.tensor_file import part_here
+from critic_train.model_files.tensor_file import part_here
 from critic_train.text import format_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -16,14 +16,14 @@ from critic_train.events import Notice
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import shard_alone
-from critic_train.model.gather import Gather
-from critic_train.model.loading import ModelSource
-from critic_train.model.lora import name_without_adapter
-from critic_train.model.model_directory import weight_files
 from critic_train.model.next_token_head import NextTokenHead
-from critic_train.model.tensor_file import part_here, read_headers, read_rows, rows_here, write_tensors
+from critic_train.model_files.gather import Gather
+from critic_train.model_files.model_directory import weight_files
+from critic_train.model_files.tensor_file import part_here, read_headers, read_rows, rows_here, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
+from critic_train.weights.loading import ModelSource
+from critic_train.weights.lora import name_without_adapter
 
 HEAD_FILE = "next_token_head.safetensors"
 """In a checkpoint, beside the optimizer's state: `weight` [K, hidden_size] and `ids` [K]."""

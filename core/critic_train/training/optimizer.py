@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from critic_train.errors import ModelError, first_line
 from critic_train.model.critic import Critic
-from critic_train.model.gather import Gather, full_tensor
-from critic_train.model.tensor_file import read_rows, write_tensors
+from critic_train.model_files.gather import Gather, full_tensor
+from critic_train.model_files.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
 from critic_train.settings import Offload, OptimizerKind, Schedule
 from critic_train.training.eight_bit import CODES, PARTS, AdamWOfParts, gathered_state, in_8_bits, stored_state

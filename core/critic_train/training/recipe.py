@@ -9,12 +9,12 @@ import numpy as np
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice
-from critic_train.model.loading import ModelSource
 from critic_train.run.run_directory import RunDirectory
 from critic_train.settings import FitSettings, as_dict, flag_of
 from critic_train.training.dataset import RolloutSet
 from critic_train.training.next_token_loss import response_id_counts
 from critic_train.training.targets import Targets
+from critic_train.weights.loading import ModelSource
 
 Recipe = dict[str, dict[str, Any]]
 """Name of a setting -> its value and the reason for it, as run.json keeps it under "recipe"."""

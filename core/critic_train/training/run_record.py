@@ -11,8 +11,6 @@ from critic_train.errors import ConfigError, ModelError
 from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice
 from critic_train.jsonio import read_json_object_or_none
-from critic_train.model.loading import ModelSource
-from critic_train.model.saving import TOKENIZER_FILES, checkpoint_bytes, exported_class
 from critic_train.report.report_sources import PAGE
 from critic_train.run.changes import chosen_settings, is_longer, refuse_changes
 from critic_train.run.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, set_aside
@@ -27,6 +25,8 @@ from critic_train.training.state_files import BUDGET_FILE
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe
 from critic_train.training.trainer import Trainer
+from critic_train.weights.loading import ModelSource
+from critic_train.weights.saving import TOKENIZER_FILES, checkpoint_bytes, exported_class
 
 NARROW_CLIP, WIDE_CLIP = 0.1, 50.0
 """--cliprange-value in standard deviations of the returns, below and above which the user is warned. The default, 0.5,

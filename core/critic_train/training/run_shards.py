@@ -15,14 +15,14 @@ from critic_train.data.shards import Shard, find_shards, fingerprint
 from critic_train.data.stores import open_file
 from critic_train.events import Event, Notice, Progress
 from critic_train.jsonio import read_json_object
-from critic_train.model.first_pass import limits_of
-from critic_train.model.loading import ModelSource
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import make_directory, remove_tree, require_room, write_json
 from critic_train.settings import TrainReadingSettings, column_renames
 from critic_train.stopping import StopRequest
 from critic_train.training.dataset import READING, RunData
 from critic_train.training.targets import Targets
+from critic_train.weights.first_pass import limits_of
+from critic_train.weights.loading import ModelSource
 
 CACHED_BYTES_PER_TOKEN = 13
 """Of the run's cache: token id 4, mask 1, return 4, value 4."""

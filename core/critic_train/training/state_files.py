@@ -16,14 +16,14 @@ from critic_train.errors import CriticTrainError, first_line
 from critic_train.events import Event, Notice
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.gather import Gather, PartReader, PartWriter, full_tensor
-from critic_train.model.saving import save_critic
-from critic_train.model.sharded_checkpoint import ShardedCritic
+from critic_train.model_files.gather import Gather, PartReader, PartWriter, full_tensor
 from critic_train.run.checkpoint import checkpoint_name, newest_checkpoint
 from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import File, make_directory, remove_tree
 from critic_train.training.next_token_loss import save_next_token_head
 from critic_train.training.optimizer import save_optimizer
+from critic_train.weights.saving import save_critic
+from critic_train.weights.sharded_checkpoint import ShardedCritic
 
 BUDGET_FILE = "token_budget.json"
 """In the run directory: what the same command begins with after memory ran out on one of several ranks."""

@@ -7,12 +7,12 @@ import torch
 
 from critic_train.errors import ModelError
 from critic_train.model.compute import Compute
-from critic_train.model.loading import load_critic, read_model
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import choose_packing
 from critic_train.rollouts import Rollouts
 from critic_train.run.manifest import MANIFEST, condition
 from critic_train.verify.outcome import Finding
+from critic_train.weights.loading import load_critic, read_model
 
 TOKENS = 8
 

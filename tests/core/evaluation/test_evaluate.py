@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from critic_train.errors import DataError, ModelError
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import RunEnded
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.settings import EvalSettings
 from critic_train.stopping import StopRequest
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 SAMPLE = str(Path(__file__).parents[3] / "sample_data" / "val")
 

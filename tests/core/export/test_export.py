@@ -14,10 +14,10 @@ from critic_train.errors import ConfigError, ModelError
 from critic_train.events import run_to_end
 from critic_train.export import export as exporting
 from critic_train.export.systems import SYSTEMS
-from critic_train.model.loading import load_critic, read_model
-from critic_train.model.saving import save_critic
 from critic_train.settings import ExportSettings
 from critic_train.stopping import StopRequest
+from critic_train.weights.loading import load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from critic_train.errors import ModelError
 from critic_train.export.reloading import largest_difference, reload
 from critic_train.export.systems import SYSTEMS
 from critic_train.export.written_form import edit_config, rename_tensors
-from critic_train.model.saving import save_critic
+from critic_train.weights.saving import save_critic
 
 
 def exported(to, folder, family="Llama"):

@@ -11,7 +11,7 @@ from small_critics import BIAS, config_of, critic_of, tensors_of, token_ids, val
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from critic_train.export.systems import SLIME_SCRIPT, SYSTEMS
-from critic_train.model.saving import save_critic
+from critic_train.weights.saving import save_critic
 
 HEADS = {
     "transformers": {"score.weight", "score.bias"},

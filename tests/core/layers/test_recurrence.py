@@ -16,10 +16,10 @@ from critic_train.layers.recurrence import RECURRENCES, recur, share_states
 from critic_train.layers.tree_nodes import tree_nodes
 from critic_train.layers.tree_states import TreeStates
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic
 from critic_train.model.model_input import ModelInput, tree_input
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.rollouts import Rollouts
+from critic_train.weights.loading import build_critic
 
 DELTA = {
     "linear_num_key_heads": 2,

@@ -12,8 +12,8 @@ from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model import automatic
 from critic_train.model.automatic import MemoryUse, choose_memory, choose_offload, choose_tokens, try_largest
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.rollouts import Rollouts
+from critic_train.weights.loading import build_critic
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)

@@ -5,8 +5,8 @@ import torch
 from support import branching_rollouts, small_config
 
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
+from critic_train.weights.loading import build_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 

@@ -12,7 +12,7 @@ from rank_work import (
 )
 from ranks import on_ranks
 
-from critic_train.model import sharded_checkpoint as sharded_saving
+from critic_train.weights import sharded_checkpoint as sharded_saving
 
 
 def test_gradients_and_values_are_those_of_one_process_for_any_layout_and_number_of_rollouts():

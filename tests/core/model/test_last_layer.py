@@ -10,12 +10,12 @@ from support import rollouts_of, small_config
 from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model import last_layer
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import predict_values
 from critic_train.model.model_input import tree_input
 from critic_train.model.selfcheck import choose_packing
 from critic_train.model.trial import Trial
+from critic_train.weights.loading import build_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 PROMPT = 150

@@ -7,13 +7,13 @@ from torch._dynamo.utils import counters
 
 from critic_train.errors import ConfigError, ModelError
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.memory import checkpoint_activations, compile_layers
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 from critic_train.training.train_step import LossRecipe, accumulate_gradient
+from critic_train.weights.loading import build_critic
 
 RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
 

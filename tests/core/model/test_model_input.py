@@ -8,9 +8,9 @@ import torch
 from support import branching_rollouts, rollouts_of, small_config
 
 from critic_train.layers.prefix_tree import prefix_order
-from critic_train.model.loading import build_critic
 from critic_train.model.model_input import empty_input, padded_input, tree_input
 from critic_train.model.selfcheck import choose_packing
+from critic_train.weights.loading import build_critic
 
 CPU = torch.device("cpu")
 EVERY = np.arange(21)

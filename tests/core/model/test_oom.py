@@ -13,7 +13,6 @@ from critic_train.errors import MachineError
 from critic_train.events import Notice, RunEnded
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.oom import is_out_of_memory
 from critic_train.model.selfcheck import choose_packing
@@ -21,6 +20,7 @@ from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 from critic_train.training.train_step import LossRecipe, accumulate_gradient
+from critic_train.weights.loading import build_critic
 
 RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
 

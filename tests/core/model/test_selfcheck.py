@@ -12,11 +12,11 @@ from critic_train.layers import attention, sdpa_kernels
 from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.sdpa_kernels import SdpaKernel
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import choose_packing, select_packing
 from critic_train.model.trial import use_stock_attention
 from critic_train.settings import ComputeSettings
+from critic_train.weights.loading import build_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 

@@ -10,8 +10,8 @@ from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.attention_kernel import SHORT_GAP
 from critic_train.layers.prefix_tree import build_tree_layout
 from critic_train.model import trial
-from critic_train.model.loading import build_critic
 from critic_train.model.trial import Trial, cut, use_stock_attention, with_filler
+from critic_train.weights.loading import build_critic
 
 
 def test_rollouts_stand_behind_as_many_positions_as_asked_for_most_of_them_read():

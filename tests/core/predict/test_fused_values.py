@@ -13,11 +13,11 @@ from support import readable_rollouts, small_config, write_shard
 from critic_train.data.returns import ReturnRecipe, gae
 from critic_train.errors import ConfigError, DataError
 from critic_train.evaluation.judge import Judge
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.predict.fused_values import FusedValues
 from critic_train.predict.predict import part_of_this_process, predict
 from critic_train.settings import PredictSettings
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from critic_train.errors import ConfigError, DataError, MachineError
 from critic_train.evaluation import evaluate as evaluation
 from critic_train.evaluation import judged_critics
 from critic_train.events import RunEnded
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.predict import predict as job
 from critic_train.predict import predict as predicting
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalSettings, PredictSettings
 from critic_train.stopping import Stopped, StopRequest
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ from support import readable_rollouts, small_config, write_shard
 from warm import context
 
 from critic_train.errors import MachineError
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints, inspect, newest_checkpoint, read_state
 from critic_train.run.storage import Operation, Watcher, watched
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 View = tuple[object, ...]
 ENDED = ("finished", "already finished")

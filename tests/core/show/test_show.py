@@ -12,10 +12,10 @@ from support import readable_rollouts, write_shard
 
 from critic_train.errors import ConfigError, DataError
 from critic_train.events import run_to_end
-from critic_train.model.saving import save_critic
 from critic_train.settings import ShowSettings
 from critic_train.show.show import show
 from critic_train.stopping import StopRequest
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from support import readable_rollouts, write_shard
 
 from critic_train.errors import ModelError
 from critic_train.events import CheckpointSaved, Event, StepEnded
-from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from critic_train.errors import CriticTrainError, DivergedError
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import Event, Notice, RunEnded, RunStarted, StepEnded
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.divergence import find_diverged_rollouts
 from critic_train.training.fit import fit
 from critic_train.training.train_step import LossRecipe
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 HUGE = 3e19
 """Finite, but float32 cannot hold its square; the mean of all returns with it has one that it can."""

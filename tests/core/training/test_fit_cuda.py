@@ -13,7 +13,6 @@ from critic_train.layers.attention_kernel import AttentionCall
 from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute, resolve_compute
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import choose_packing, select_packing
 from critic_train.settings import FitSettings
@@ -24,6 +23,7 @@ from critic_train.training.host_adamw import HostAdamW
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.state_files import StateFiles
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
+from critic_train.weights.loading import build_critic
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

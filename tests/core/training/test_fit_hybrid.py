@@ -15,8 +15,6 @@ from support import StopAfter, readable_rollouts, small_config, write_shard
 from transformers import AutoModel
 
 from critic_train.events import Event, Notice, Progress
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import PackingChoice, use_stock_attention
 from critic_train.predict.predict import predict
 from critic_train.run.checkpoint import checkpoints
@@ -25,6 +23,8 @@ from critic_train.stopping import StopRequest
 from critic_train.training import build
 from critic_train.training.fit import fit
 from critic_train.training.trainer import Trainer
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,

@@ -14,7 +14,6 @@ from support import StopAfter, readable_rollouts, write_shard
 from critic_train.errors import MachineError
 from critic_train.events import Event, Notice, StepEnded
 from critic_train.model import compute
-from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -25,6 +24,7 @@ from critic_train.training.dry_run import dry_run
 from critic_train.training.fit import fit
 from critic_train.training.host_adamw import HostAdamW
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
+from critic_train.weights.saving import save_critic
 
 RATES: dict[str, float] = {"lr": 1e-3, "head_lr": 1e-2, "weight_decay": 0.1}
 

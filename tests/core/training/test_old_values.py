@@ -9,13 +9,13 @@ from critic_train.data.rollout_cache import write_cache
 from critic_train.errors import MachineError
 from critic_train.events import Progress
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.dataset import RolloutSet
 from critic_train.training.old_values import OldValues
 from critic_train.training.plan import old_values_column
 from critic_train.training.state import CriticRuntime
+from critic_train.weights.loading import build_critic
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 from support import small_config
 
 from critic_train.model.critic import freeze_all_but_last
-from critic_train.model.loading import build_critic
 from critic_train.training.optimizer import build_optimizer, schedule_factor, set_learning_rates
+from critic_train.weights.loading import build_critic
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -9,12 +9,12 @@ from support import readable_rollouts, small_config, write_shard
 
 from critic_train.errors import ConfigError, MachineError, ModelError
 from critic_train.events import Notice, StepEnded
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from critic_train.errors import DataError
 from critic_train.evaluation.evaluate import evaluate
 from critic_train.events import Event, Notice, RunEnded
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.settings import EvalSettings, FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from support import readable_rollouts, small_config
 from critic_train.errors import DivergedError
 from critic_train.events import Event
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import predict_values
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.state import CriticRuntime
+from critic_train.weights.loading import build_critic
 
 
 @pytest.fixture

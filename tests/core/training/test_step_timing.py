@@ -6,10 +6,10 @@ from support import readable_rollouts, small_config
 
 from critic_train.events import Progress
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
 from critic_train.settings import FitSettings
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.step_timing import Layout, time_steps
+from critic_train.weights.loading import build_critic
 
 OPTIMIZER = FitSettings(data=["x"]).optimizer
 

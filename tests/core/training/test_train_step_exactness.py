@@ -15,14 +15,14 @@ from critic_train.layers.prefix_tree import prefix_order
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.last_layer import skip_unread_positions
-from critic_train.model.loading import build_critic
 from critic_train.model.microbatches import micro_batches, predict_values
 from critic_train.model.model_input import tree_input
-from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.train_step import LossRecipe, accumulate_gradient
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)

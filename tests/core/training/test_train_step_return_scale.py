@@ -18,8 +18,6 @@ from transformers import AutoModelForTokenClassification
 from critic_train.data.rollout_cache import RolloutCache, write_cache
 from critic_train.events import Event, Notice, RunEnded, StepEnded
 from critic_train.model.compute import Compute
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.rollouts import Rollouts
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -27,6 +25,8 @@ from critic_train.training.dataset import RolloutSet
 from critic_train.training.fit import fit
 from critic_train.training.optimizer import build_optimizer, set_learning_rates
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 EPS, GRAD_CLIP, LR, HEAD_LR, STEPS = 0.5, 1.0, 1e-3, 3e-3, 4

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import small_config
 
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.run.manifest import write_manifest
 from critic_train.verify import model_checks
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 def verify_model(path):

@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import readable_rollouts, small_config, write_shard
 
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
 from critic_train.run.manifest import write_manifest
 from critic_train.settings import FitSettings, VerifySettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
 from critic_train.verify.verify import verify
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from critic_train.model.tensor_file import write_tensors
+from critic_train.model_files.tensor_file import write_tensors
 
 
 def test_a_file_written_tensor_by_tensor_is_the_librarys(tmp_path):

@@ -15,13 +15,13 @@ from transformers import AutoModelForImageTextToText, AutoModelForTokenClassific
 from critic_train.data.row_checks import RowLimits
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.first_pass import limits_of
-from critic_train.model.loading import load_critic, read_model
 from critic_train.model.microbatches import predict_values
-from critic_train.model.multimodal import placeholder_ids
-from critic_train.model.saving import exported_class, save_critic
 from critic_train.model.selfcheck import use_stock_attention
+from critic_train.model_files.multimodal import placeholder_ids
 from critic_train.rollouts import Rollouts
+from critic_train.weights.first_pass import limits_of
+from critic_train.weights.loading import load_critic, read_model
+from critic_train.weights.saving import exported_class, save_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 WRITTEN_AS = {

@@ -22,13 +22,13 @@ from critic_train.errors import ModelError, first_line
 from critic_train.events import Notice
 from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.recurrence import share_states
-from critic_train.model.config import outline_model, parse_config, prepare_config, read_raw_config, text_config_of
 from critic_train.model.critic import Critic, ValueHead
-from critic_train.model.model_directory import head_files, require_directory, unread_files, weight_files
-from critic_train.model.multimodal import Multimodal, multimodal_of
-from critic_train.model.placement import Placement, place_tensors, refuse_left_over, trunk_prefix
-from critic_train.model.tensor_file import StoredTensor, part_here, read_headers
-from critic_train.model.value_heads import StoredHead, find_head
+from critic_train.model_files.config import outline_model, parse_config, prepare_config, read_raw_config, text_config_of
+from critic_train.model_files.model_directory import head_files, require_directory, unread_files, weight_files
+from critic_train.model_files.multimodal import Multimodal, multimodal_of
+from critic_train.model_files.placement import Placement, place_tensors, refuse_left_over, trunk_prefix
+from critic_train.model_files.tensor_file import StoredTensor, part_here, read_headers
+from critic_train.weights.value_heads import StoredHead, find_head
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

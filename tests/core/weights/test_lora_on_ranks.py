@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 from support import readable_rollouts, small_config, write_shard
 
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.saving import save_critic
 from critic_train.run.checkpoint import newest_checkpoint
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 pytest.importorskip("peft")
 STEPS = 20

@@ -4,9 +4,9 @@ import pytest
 from support import small_config
 
 from critic_train.errors import ModelError
-from critic_train.model.first_pass import critic_source, limits_of
-from critic_train.model.loading import build_critic
-from critic_train.model.saving import save_critic
+from critic_train.weights.first_pass import critic_source, limits_of
+from critic_train.weights.loading import build_critic
+from critic_train.weights.saving import save_critic
 
 
 def test_a_critic_is_read_and_one_without_a_head_is_refused(tmp_path):

@@ -16,11 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from critic_train.jsonio import read_json_object
-from critic_train.model.config import may_be_copied
 from critic_train.model.critic import Critic
-from critic_train.model.lora import has_adapters, merged_tensors, save_adapters, trained_parameters
-from critic_train.model.tensor_file import StoredTensor
+from critic_train.model_files.config import may_be_copied
+from critic_train.model_files.tensor_file import StoredTensor
 from critic_train.run.storage import copy_file, library_writes, replace_file
+from critic_train.weights.lora import has_adapters, merged_tensors, save_adapters, trained_parameters
 
 TOKENIZER_FILES = (
     "tokenizer.json",

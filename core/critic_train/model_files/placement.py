@@ -17,8 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from critic_train.errors import ModelError
-from critic_train.model.config import OF_ANOTHER_MODEL, QUANTIZED, quantized
-from critic_train.model.tensor_file import FLOATING, StoredTensor
+from critic_train.model_files.config import OF_ANOTHER_MODEL, QUANTIZED, quantized
+from critic_train.model_files.tensor_file import FLOATING, StoredTensor
 
 SCALES = re.compile(
     r"(scales?|scale_inv|scale_2|qweight|qzeros|g_idx|absmax|packed|SCB|\.biases|zero_point)$|quant_(map|state)"

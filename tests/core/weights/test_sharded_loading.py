@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from support import small_config
 from transformers import AutoModelForCausalLM
 
-from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.saving import save_critic
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.training.optimizer import build_optimizer, save_optimizer
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 
 @pytest.mark.parametrize("family", FAMILIES)

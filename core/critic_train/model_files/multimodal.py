@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
-from critic_train.model.config import prepare_config
-from critic_train.model.placement import Placement
-from critic_train.model.tensor_file import StoredTensor
+from critic_train.model_files.config import prepare_config
+from critic_train.model_files.placement import Placement
+from critic_train.model_files.tensor_file import StoredTensor
 
 PLACEHOLDER = re.compile(
     r"(image|img|video|audio|speech|media|vision)(_context|_placeholder|_pad|_patch|_soft)?(_token)?_(id|index)"

@@ -13,9 +13,9 @@ from transformers import (
 
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic, load_critic, read_model
 from critic_train.model.microbatches import predict_values
-from critic_train.model.saving import exported_class, loads_for_token_classification, save_critic
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import exported_class, loads_for_token_classification, save_critic
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 

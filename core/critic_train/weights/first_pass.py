@@ -6,9 +6,9 @@ from pathlib import Path
 from critic_train.data.row_checks import RowLimits
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ConfigError, ModelError
-from critic_train.model.loading import ModelSource, read_model
 from critic_train.run.checkpoint import resolve_model
 from critic_train.settings import ModelSettings
+from critic_train.weights.loading import ModelSource, read_model
 
 
 def limits_of(sources: Sequence[ModelSource]) -> RowLimits:

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig, P
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
-from critic_train.model.randomness import is_dropout
-from critic_train.model.tensor_file import FLOATING, StoredTensor
+from critic_train.model_files.randomness import is_dropout
+from critic_train.model_files.tensor_file import FLOATING, StoredTensor
 from critic_train.settings import Preset
 
 CLASSIFIER_DROPOUTS = ("classifier_dropout", "hidden_dropout", "summary_dropout_prob")

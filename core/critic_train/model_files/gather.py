@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from critic_train.model.tensor_file import bytes_of, rows_of
+from critic_train.model_files.tensor_file import bytes_of, rows_of
 from critic_train.run.storage import File
 
 Gather = Callable[[Tensor], Tensor]

@@ -20,9 +20,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from critic_train.model.critic import Critic
-from critic_train.model.gather import Gather, full_tensor
-from critic_train.model.lora import has_adapters, merge_adapter, mergeable_tensors, save_adapters, trained_parameters
-from critic_train.model.saving import (
+from critic_train.model_files.gather import Gather, full_tensor
+from critic_train.model_files.tensor_file import write_tensors
+from critic_train.run.storage import library_writes, write_file
+from critic_train.weights.lora import has_adapters, merge_adapter, mergeable_tensors, save_adapters, trained_parameters
+from critic_train.weights.saving import (
     MAX_SHARD_BYTES,
     MAX_SHARD_SIZE,
     add_old_rope_entries,
@@ -31,8 +33,6 @@ from critic_train.model.saving import (
     loads_for_token_classification,
     passed_through,
 )
-from critic_train.model.tensor_file import write_tensors
-from critic_train.run.storage import library_writes, write_file
 
 UP_TO_THE_FIRST_NUMBER = re.compile(r"(.*?\.\d+)\.")
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Notice
 from critic_train.model.critic import Critic
-from critic_train.model.tensor_file import read_rows, write_tensors
+from critic_train.model_files.tensor_file import read_rows, write_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER = "default"

@@ -14,8 +14,8 @@ from transformers import (
 
 from critic_train.errors import ModelError
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.saving import save_critic
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 
 def trained(family: str) -> Critic:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from critic_train.errors import ModelError, first_line
 from critic_train.jsonio import read_json_object
-from critic_train.model.tensor_file import read_headers
+from critic_train.model_files.tensor_file import read_headers
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PICKLED_HEAD_FILE = "value_head.bin"

@@ -17,9 +17,9 @@ from transformers import AutoModel
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, ValueHead
 from critic_train.model.fsdp import shard
-from critic_train.model.loading import ModelSource, load_critic, refuse_not_finite, use_tree_attention
-from critic_train.model.lora import name_without_adapter
-from critic_train.model.tensor_file import StoredTensor, copy_rows, read_rows
+from critic_train.model_files.tensor_file import StoredTensor, copy_rows, read_rows
+from critic_train.weights.loading import ModelSource, load_critic, refuse_not_finite, use_tree_attention
+from critic_train.weights.lora import name_without_adapter
 
 
 def load_critic_on_ranks(

@@ -11,7 +11,7 @@ from support import small_config
 from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ModelError
-from critic_train.model.loading import load_critic, read_model
+from critic_train.weights.loading import load_critic, read_model
 
 PROJECTION = "model.layers.1.mlp.up_proj.weight"
 

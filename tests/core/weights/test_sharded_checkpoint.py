@@ -10,8 +10,8 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 
 from critic_train.model.critic import Critic
-from critic_train.model.loading import load_critic, read_model
-from critic_train.model.saving import save_critic
+from critic_train.weights.loading import load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 FILE_BYTES = 40_000
 

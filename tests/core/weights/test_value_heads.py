@@ -10,8 +10,8 @@ from support import small_config
 from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ModelError
-from critic_train.model.loading import load_critic, read_model
-from critic_train.model.saving import save_critic
+from critic_train.weights.loading import load_critic, read_model
+from critic_train.weights.saving import save_critic
 
 
 def causal_lm(path: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> Path:

@@ -12,11 +12,11 @@ from transformers import AutoModelForTokenClassification
 from critic_train.errors import ModelError
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
-from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.lora import ADAPTER_FILE, adapter_notice, add_adapters, load_adapters, merged_tensors
 from critic_train.model.microbatches import predict_values
-from critic_train.model.saving import loads_for_token_classification, save_critic
 from critic_train.model.selfcheck import use_stock_attention
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.lora import ADAPTER_FILE, adapter_notice, add_adapters, load_adapters, merged_tensors
+from critic_train.weights.saving import loads_for_token_classification, save_critic
 
 pytest.importorskip("peft")
 COMPUTE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from critic_train.errors import ModelError
-from critic_train.model.config import quantized
 from critic_train.model.critic import ValueHead
-from critic_train.model.placement import Placement
-from critic_train.model.tensor_file import FLOATING, StoredTensor
+from critic_train.model_files.config import quantized
+from critic_train.model_files.placement import Placement
+from critic_train.model_files.tensor_file import FLOATING, StoredTensor
 
 # Names by which frameworks store value heads. A tensor of one row that nothing else takes is a value head under any
 # name; under one of these, one of another shape is refused as a value head, not as something unknown.

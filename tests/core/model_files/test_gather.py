@@ -7,7 +7,7 @@ import torch
 from rank_work import gather_tensors
 from ranks import on_ranks
 
-from critic_train.model.gather import PartReader, PartWriter, full_tensor
+from critic_train.model_files.gather import PartReader, PartWriter, full_tensor
 from critic_train.run.storage import File
 
 

@@ -11,8 +11,8 @@ import torch
 from support import small_config
 
 from critic_train.errors import ModelError
-from critic_train.model.loading import build_critic, load_critic, read_model
-from critic_train.model.saving import copy_tokenizer, save_critic
+from critic_train.weights.loading import build_critic, load_critic, read_model
+from critic_train.weights.saving import copy_tokenizer, save_critic
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from support import branching_rollouts, small_config
 from torch import nn
 
 from critic_train.errors import ModelError
-from critic_train.model.loading import build_critic
-from critic_train.model.randomness import is_dropout, silence
 from critic_train.model.selfcheck import choose_packing
+from critic_train.model_files.randomness import is_dropout, silence
+from critic_train.weights.loading import build_critic
 
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
