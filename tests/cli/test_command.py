@@ -32,7 +32,7 @@ EVAL_FLAGS = words("""
 --report
 """)
 PREDICT_FLAGS = words("""
---data --column --on-bad-rows --on-bad-file --max-length
+--data --column --on-bad-rows --on-bad-file --max-length --group-by
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
 --device --precision --packing --attention --max-tokens

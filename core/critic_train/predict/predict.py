@@ -6,7 +6,8 @@ one data set; each takes every N-th file.
 
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class Job:
                     yield from self._predict(critic, shard, forest=choice.forest)
                 yield from self._write(shard, whitening, empty=shard not in usable)
         for shard in sound:
-            remove(self._log(shard))
+            remove(self._log(shard.name))
 
     def _reader(self, shards: list[Shard], on_bad_rows: OnBadRows = "skip") -> RolloutReader:
         recipe, columns = ReturnRecipe.of(self.settings.returns), self.columns
@@ -145,6 +146,7 @@ class Job:
             renames=column_renames(self.settings.reading.column),
             on_bad_rows=on_bad_rows,
             on_bad_file=self.settings.reading.on_bad_file,
+            group_by=self.settings.reading.group_by,
             bad_files=self.bad_files,
             limits=limits_of([self.source]).at_most(self.settings.reading.max_length),
             needs=Needs(
@@ -164,7 +166,7 @@ class Job:
     def _predict(self, critic: Critic, shard: Shard, *, forest: bool) -> Iterator[Event]:
         """Have all values of a file in its log."""
         stage = f"predicting {shard.name}"
-        with ValueLog(self._log(shard)) as log:
+        with ValueLog(self._log(shard.name)) as log:
             for block in blocks(self._reader([shard])):
                 self.stop.check()
                 if not log.has(int(block.response_mask.sum())):
@@ -188,15 +190,15 @@ class Job:
                         yield Notice(message=sentence, level="warning")
                 yield Progress(stage=stage, done=int(block.row[-1]) + 1, total=shard.num_rows)
 
-    def _log(self, shard: Shard) -> Path:
+    def _log(self, file: str) -> Path:
         """The log of a file's values; removed when the file is written."""
-        return self.output.work / self.targets[shard.name].relative_to(self.output.path).with_suffix(".values")
+        return self.output.work / self.targets[file].relative_to(self.output.path).with_suffix(".values")
 
     def _moments(self, shards: list[Shard]) -> Generator[Event, None, Whitening]:
         """Mean and variance of all advantages."""
         whitening = Whitening()
         for done, shard in enumerate(shards):
-            with LoggedValues(self._log(shard)) as log:
+            with LoggedValues(self._log(shard.name)) as log:
                 for batch in self._batches(shard):
                     whitening.add(self.columns.advantages(batch, self._written(shard, batch, log)))
             yield Progress(stage="whitening", done=done + 1, total=len(shards), unit="files")
@@ -209,21 +211,35 @@ class Job:
         for row in rewrite_with_columns(shard, target, self.columns, renames, columns, self.stop):
             yield Progress(stage=f"writing {target}", done=row, total=shard.num_rows)
         if not self.needs_everything:
-            remove(self._log(shard))
+            remove(self._log(shard.name))
 
     def _new_columns(self, shard: Shard, whitening: Whitening | None) -> Iterator[ColumnBatch]:
-        with LoggedValues(self._log(shard)) as log:
+        with LoggedValues(self._log(shard.name)) as log:
             for batch in self._batches(shard):
                 yield self.columns.of(batch, self._written(shard, batch, log), whitening)
+
+    def _logged(self, shards: list[Shard]) -> Iterator[tuple[str, Rollouts, NDArray[np.float32], int]]:
+        """(file, its next rollouts, their values, rows so far): one pass, as groups are told from the uids of all."""
+        reader = self._reader(shards)
+        with ExitStack() as opened:
+            first, log = -1, None
+            for batch in reader:
+                self.stop.check()
+                *before, (name, _) = reader.files_read
+                begin = sum(rows for _, rows in before)
+                if log is None or begin != first:
+                    opened.close()
+                    first, log = begin, opened.enter_context(LoggedValues(self._log(name)))
+                values = log.over(batch.response_mask)
+                yield name, replace(batch, row=batch.row - begin), values, int(batch.row[-1]) + 1
 
     def _fuse(self, shards: list[Shard]) -> Generator[Event, None, FusedValues]:
         """Estimate the fused baseline from all files."""
         fused = FusedValues(ReturnRecipe.of(self.settings.returns))
-        for done, shard in enumerate(shards):
-            with LoggedValues(self._log(shard)) as log:
-                for batch in self._batches(shard):
-                    fused.add(shard.name, batch, log.over(batch.response_mask))
-            yield Progress(stage="fusing", done=done + 1, total=len(shards), unit="files")
+        total = sum(shard.num_rows for shard in shards)
+        for name, batch, values, done in self._logged(shards):
+            fused.add(name, batch, values)
+            yield Progress(stage="fusing", done=done, total=total)
         weights = fused.estimate()
         shares = (f"{float(x.mean()):.2f}" for x in (weights.prompt_weight, weights.response_weight))
         message = "fused: {} of the other rollouts' mean residual, {} of the critic's movement along the response"
@@ -324,6 +340,8 @@ def _record(settings: PredictSettings, shards: list[Shard], source: ModelSource,
     recorded = {name: value for name, value in as_dict(settings).items() if name not in NOT_PART_OF_THE_RESULT}
     if recorded["baseline"] == "critic":
         del recorded["baseline"]  # as in records from before there was a choice
+    if recorded["group_by"] is None:
+        del recorded["group_by"]  # likewise
     return {
         "settings": recorded | {"precision": compute.precision},
         "data": fingerprint(shards),

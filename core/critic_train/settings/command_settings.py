@@ -10,7 +10,6 @@ from critic_train.settings.data_sections import (
     CheckReadingSettings,
     ConvertReadingSettings,
     GroupedReadingSettings,
-    ReadingSettings,
     ReturnsSettings,
     SplitReadingSettings,
     TrainReadingSettings,
@@ -187,7 +186,7 @@ class PredictSettings(Settings):
 
     command: ClassVar[str] = "predict"
 
-    reading: ReadingSettings
+    reading: GroupedReadingSettings
     returns: ReturnsSettings
     compute: ComputeSettings
     prediction: PredictionSettings
@@ -212,6 +211,8 @@ class PredictSettings(Settings):
             errors.append(f"--returns {returns} computes nothing: add --write returns or --write advantages")
         if self.prediction.whiten_advantages and "advantages" not in self.written:
             errors.append("--whiten-advantages needs --write advantages")
+        if self.reading.group_by and self.prediction.baseline != "fused":
+            errors.append("--group-by needs --baseline fused: nothing else that predict writes depends on the group")
         return errors
 
 

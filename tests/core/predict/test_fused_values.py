@@ -100,14 +100,56 @@ def test_it_needs_all_files_in_one_process():
         part_of_this_process(settings)
 
 
-def test_predict_writes_its_values_and_advantages(tmp_path: Path, tiny_critic):
-    rollouts, _ = world()
-    folder = tmp_path / "rollouts"
+def write_in_two(folder: Path, rollouts, uids=None) -> None:
+    """The rollouts in two files, with their rewards, and with other uids where they are given."""
     for number, index in enumerate(np.array_split(np.arange(len(rollouts)), 2)):
         part = rollouts.take(index)
         path = write_shard(folder / f"{number}.parquet", part)
         rewards = [part.rewards[a:b].tolist() for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)]
-        pq.write_table(pq.read_table(path).append_column("rewards", pa.array(rewards)), path)
+        table = pq.read_table(path).append_column("rewards", pa.array(rewards))
+        if uids is not None:
+            table = table.set_column(0, "uid", pa.array([uids[i] for i in index]))
+        pq.write_table(table, path)
+
+
+def written_values(to: Path, name: str = "values") -> np.ndarray:
+    """A column of the two files, end to end."""
+    tables = [pq.read_table(to / f"{number}.parquet") for number in range(2)]
+    return np.concatenate([np.concatenate(table[name].to_pylist()) for table in tables]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("uids", "group_by"),
+    [("anew", None), ("own", None), ("own", "prompt"), ("anew", "prompt"), ("one", "prompt")],
+)
+def test_groups_are_those_of_all_files_at_once(tmp_path: Path, tiny_critic, uids, group_by):
+    rollouts, _ = world()
+    count = len(rollouts)
+    prompts = np.unique(rollouts.group, return_inverse=True)[1]
+    made = {
+        "anew": [str(prompt - (i >= count // 2) * prompts[count // 2 :].min()) for i, prompt in enumerate(prompts)],
+        "own": [f"request-{i}" for i in range(count)],
+        "one": ["same"] * count,
+    }[uids]
+    write_in_two(tmp_path / "rollouts", rollouts, made)
+    common = {"data": [str(tmp_path / "rollouts")], "model": str(tiny_critic), "device": "cpu", "returns": "mc"}
+    for baseline in ("critic", "fused"):
+        grouping = {"group_by": group_by} if baseline == "fused" else {}
+        list(predict(PredictSettings(**common, **grouping, to=str(tmp_path / baseline), baseline=baseline)))
+    expected = fused_by_parts(rollouts, written_values(tmp_path / "critic"), ReturnRecipe(kind="mc"))
+    assert written_values(tmp_path / "fused") == pytest.approx(expected, abs=1e-5)
+
+
+def test_group_by_needs_the_fused_baseline():
+    settings = {"data": ["x"], "model": "m", "to": "t", "group_by": "prompt"}
+    with pytest.raises(ConfigError, match="--group-by needs --baseline fused"):
+        PredictSettings(**settings)
+
+
+def test_predict_writes_its_values_and_advantages(tmp_path: Path, tiny_critic):
+    rollouts, _ = world()
+    folder = tmp_path / "rollouts"
+    write_in_two(folder, rollouts)
     common = {"data": [str(folder)], "model": str(tiny_critic), "device": "cpu", "returns": "mc"}
     written = {}
     for baseline in ("critic", "fused"):
@@ -115,11 +157,7 @@ def test_predict_writes_its_values_and_advantages(tmp_path: Path, tiny_critic):
         settings = PredictSettings(**common, to=str(to), baseline=baseline, write=["values", "advantages"])
         events = list(predict(settings))
         assert events[-1].status == "finished"
-        tables = [pq.read_table(to / f"{number}.parquet") for number in range(2)]
-        written[baseline] = {
-            name: np.concatenate([np.concatenate(table[name].to_pylist()) for table in tables]).astype(np.float32)
-            for name in ("values", "advantages")
-        }
+        written[baseline] = {name: written_values(to, name) for name in ("values", "advantages")}
     assert any("fused:" in getattr(event, "message", "") for event in events)
     expected = fused_by_parts(rollouts, written["critic"]["values"], ReturnRecipe(kind="mc"))
     assert written["fused"]["values"] == pytest.approx(expected, abs=1e-5)
