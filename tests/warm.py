@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 600.0
+PRELOADED = [
+    "critic_train.training.fit",
+    "critic_train.weights.sharded_checkpoint",
+    "critic_train.evaluation.evaluate",
+    "critic_train.report.page",
+    "critic_train.verify.model_checks",
+    "critic_train_cli.main",
+    "rank_work",
+    "peft",
+]
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        "critic_train.training.fit",
-        "critic_train.weights.sharded_checkpoint",
-        "critic_train.evaluation.evaluate",
-        "critic_train.report.page",
-        "critic_train.verify.model_checks",
-        "critic_train_cli.main",
-        "rank_work",
-        "peft",
-    ]
-)
+context.set_forkserver_preload(PRELOADED)
 
 
 def program(

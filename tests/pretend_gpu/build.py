@@ -3,7 +3,7 @@
     python tests/pretend_gpu/build.py ENV [--torch 2.11.0 --transformers 5.17.0]
     ENV/pretend-gpu python -m pytest -m pretend_gpu tests/pretend_gpu
 
-libcudart, libcublas, libcublasLt, libnccl and libcuda are replaced in that environment alone: device memory is address
+libcudart, libcublas, libcublasLt, libnccl, libcuda and libnvidia-ml are replaced in that environment alone: device memory is address
 space of the host, copies are copies, kernels are counted and do nothing. Everything above them is real: torch's
 dispatch and host-side checks, the caching allocator, streams, FSDP2, inductor, Triton and ptxas. What a kernel computes
 is not there: no value means anything. Needs gcc, binutils, the CUDA headers, and about 6 GB for the wheels.
@@ -27,6 +27,8 @@ LIBRARIES = {
     "nvidia/cu13/lib/libcublasLt.so.13": "cublaslt.c",
     "nvidia/nccl/lib/libnccl.so.2": "nccl.c",
 }
+DRIVER = {"libcuda.so.1": ("driver.c", "driver_rest.c"), "libnvidia-ml.so.1": ("nvml.c",)}
+"""What a machine with a GPU has outside of the environment."""
 PACKAGES = ("peft", "bitsandbytes", "pyarrow", "typer", "rich", "safetensors", "matplotlib", "jinja2", "fsspec")
 TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis", "scipy", "scikit-learn")
 CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
@@ -76,9 +78,9 @@ def build(site: Path, target: Path) -> None:
         made = compile_library(original, real.name, HERE / source, target, include)
         real.unlink()
         shutil.copy(made, real)
-    driver = target / "libcuda.so.1"
-    sources = (HERE / "driver.c", HERE / "driver_rest.c")
-    run("gcc", "-shared", "-fPIC", "-O1", "-w", *include, "-o", driver, *sources, "-ldl", soname(driver.name))
+    for name, sources in DRIVER.items():
+        paths = [HERE / source for source in sources]
+        run("gcc", "-shared", "-fPIC", "-O1", "-w", *include, "-o", target / name, *paths, "-ldl", soname(name))
 
 
 def compile_library(original: Path, name: str, source: Path, target: Path, include: list[object]) -> Path:

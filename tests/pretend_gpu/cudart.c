@@ -80,7 +80,7 @@ typedef struct {
     size_t n;
     int kind;
     int dev;
-} Region; // 1 pinned, 2 device
+} Region; // 1 pinned, 2 device, 3 device memory that was mapped there by the driver's functions
 static Region *regions;
 static size_t n_regions, cap;
 static void region_add(void *p, size_t n, int kind) {
@@ -100,6 +100,7 @@ static Region region_of(const void *p) {
     for (size_t i = 0; i < n_regions; i++)
         if ((uintptr_t)p >= regions[i].a && (uintptr_t)p < regions[i].a + regions[i].n) {
             r = regions[i];
+            r.kind = r.kind == 3 ? 2 : r.kind;
             break;
         }
     pthread_mutex_unlock(&lock);
@@ -118,6 +119,23 @@ static size_t region_del(void *p) {
         }
     pthread_mutex_unlock(&lock);
     return n;
+}
+// for the driver's library: expandable segments take memory and map it in two steps
+void pretended_map(void *p, size_t n, int mapped) {
+    if (mapped)
+        region_add(p, n, 3);
+    else
+        region_del(p);
+}
+int pretended_take(long n, int d) {
+    setup();
+    pthread_mutex_lock(&lock);
+    int fits = n < 0 || (long)used[d] + n <= limit_bytes;
+    if (fits)
+        used[d] += n;
+    pthread_mutex_unlock(&lock);
+    ADD(n < 0 ? FREE : MALLOC, n < 0 ? 0 : n);
+    return fits;
 }
 static cudaError_t fail(cudaError_t e) {
     last = e;

@@ -5,14 +5,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+static void *runtime(const char *name) {
+    void *f = dlsym(RTLD_DEFAULT, name), *h;
+    if (!f && (h = dlopen("libcudart.so.13", RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL)))
+        f = dlsym(h, name);
+    return f;
+}
 static int attr(int a) {
     static int (*f)(int);
-    if (!f) {
-        void *h = dlopen("libcudart.so.13", RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
-        if (!h)
-            h = RTLD_DEFAULT;
-        f = dlsym(h, "pretended_attribute");
-    }
+    if (!f)
+        f = runtime("pretended_attribute");
     if (f)
         return f(a);
     switch (a) {
@@ -34,16 +37,8 @@ static int attr(int a) {
 }
 static void counted(void) {
     static void (*f)(void);
-    static int tried;
-    if (!tried) {
-        tried = 1;
-        f = dlsym(RTLD_DEFAULT, "pretended_count_triton");
-        if (!f) {
-            void *h = dlopen("libcudart.so.13", RTLD_NOW | RTLD_NOLOAD);
-            if (h)
-                f = dlsym(h, "pretended_count_triton");
-        }
-    }
+    if (!f)
+        f = runtime("pretended_count_triton");
     if (f)
         f();
 }
@@ -172,3 +167,57 @@ CUresult cuLinkAddData_v2(CUlinkState s, CUjitInputType t, void *d, size_t z, co
     return 1;
 }
 CUresult cuLinkComplete(CUlinkState s, void **c, size_t *z) { return 1; }
+// Expandable segments: a range of addresses, memory, and the one mapped to the other.
+typedef struct {
+    size_t size;
+    int device;
+} Taken;
+CUresult cuMemGetAllocationGranularity(size_t *g, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags f) {
+    *g = 2 << 20;
+    return 0;
+}
+CUresult cuMemAddressReserve(CUdeviceptr *p, size_t n, size_t align, CUdeviceptr at, unsigned long long f) {
+    void *q = mmap(0, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    *p = (CUdeviceptr)q;
+    return q == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : 0;
+}
+CUresult cuMemAddressFree(CUdeviceptr p, size_t n) { return munmap((void *)p, n) ? CUDA_ERROR_INVALID_VALUE : 0; }
+CUresult cuMemCreate(CUmemGenericAllocationHandle *h, size_t n, const CUmemAllocationProp *p, unsigned long long f) {
+    int (*take)(long, int) = runtime("pretended_take");
+    if (!take(n, p->location.id))
+        return CUDA_ERROR_OUT_OF_MEMORY;
+    Taken *taken = malloc(sizeof *taken);
+    *taken = (Taken){n, p->location.id};
+    *h = (CUmemGenericAllocationHandle)(size_t)taken;
+    return 0;
+}
+CUresult cuMemRelease(CUmemGenericAllocationHandle h) {
+    int (*take)(long, int) = runtime("pretended_take");
+    Taken *taken = (Taken *)(size_t)h;
+    take(-(long)taken->size, taken->device);
+    free(taken);
+    return 0;
+}
+CUresult cuMemMap(CUdeviceptr p, size_t n, size_t from, CUmemGenericAllocationHandle h, unsigned long long f) {
+    void (*map)(void *, size_t, int) = runtime("pretended_map");
+    map((void *)p, n, 1);
+    return 0;
+}
+CUresult cuMemUnmap(CUdeviceptr p, size_t n) {
+    void (*map)(void *, size_t, int) = runtime("pretended_map");
+    map((void *)p, n, 0);
+    madvise((void *)p, n, MADV_DONTNEED);
+    return 0;
+}
+CUresult cuMemSetAccess(CUdeviceptr p, size_t n, const CUmemAccessDesc *d, size_t count) { return 0; }
+CUresult cuMemsetD32Async(CUdeviceptr p, unsigned value, size_t count, CUstream s) {
+    if (count <= 1 << 20)
+        for (size_t i = 0; i < count; i++)
+            ((unsigned *)p)[i] = value;
+    return 0;
+}
+CUresult cuMemsetD8Async(CUdeviceptr p, unsigned char value, size_t n, CUstream s) {
+    if (n <= 1 << 22)
+        memset((void *)p, value, n);
+    return 0;
+}

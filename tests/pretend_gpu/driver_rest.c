@@ -1,36 +1,4 @@
 #include <stdio.h>
-int cuMemAddressReserve(void) {
-    fprintf(stderr, "pretended CUDA: cuMemAddressReserve called\n");
-    return 1;
-}
-int cuMemAddressFree(void) {
-    fprintf(stderr, "pretended CUDA: cuMemAddressFree called\n");
-    return 1;
-}
-int cuMemCreate(void) {
-    fprintf(stderr, "pretended CUDA: cuMemCreate called\n");
-    return 1;
-}
-int cuMemMap(void) {
-    fprintf(stderr, "pretended CUDA: cuMemMap called\n");
-    return 1;
-}
-int cuMemUnmap(void) {
-    fprintf(stderr, "pretended CUDA: cuMemUnmap called\n");
-    return 1;
-}
-int cuMemRelease(void) {
-    fprintf(stderr, "pretended CUDA: cuMemRelease called\n");
-    return 1;
-}
-int cuMemSetAccess(void) {
-    fprintf(stderr, "pretended CUDA: cuMemSetAccess called\n");
-    return 1;
-}
-int cuMemGetAllocationGranularity(void) {
-    fprintf(stderr, "pretended CUDA: cuMemGetAllocationGranularity called\n");
-    return 1;
-}
 int cuMemExportToShareableHandle(void) {
     fprintf(stderr, "pretended CUDA: cuMemExportToShareableHandle called\n");
     return 1;

@@ -7,15 +7,19 @@ import ctypes
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
+from pretend_gpu_work import accept_values
+from warm import PRELOADED, context, program
 
 PROJECT = Path(__file__).parents[2]
 DATA = PROJECT / "sample_data" / "train"
+
+
+# peft loads bitsandbytes, which asks for the device: after that no process can be forked that uses it.
+context.set_forkserver_preload([name for name in PRELOADED if name != "peft"])
 
 
 def is_pretended() -> bool:
@@ -74,17 +78,22 @@ def models(tmp_path_factory):
     return directory
 
 
-def walk(*arguments: object, devices: int = 1, gib: float = 79.1) -> subprocess.CompletedProcess[str]:
-    """Run a command of critic-train; it must end with exit code 0 and without a warning of Python's."""
-    environment = {**os.environ, "PRETEND_GPU_DEVICES": str(devices), "PRETEND_GPU_GIB": str(gib)}
-    command = [sys.executable, str(Path(__file__).with_name("command.py")), *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert ended.returncode == 0, ended.stderr[-3000:] + ended.stdout[-1000:]
+def walk(
+    *arguments: object, cwd: Path = PROJECT, code: int = 0, **machine: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of critic-train; it must end with an exit code, without a warning of Python's or a bad launch.
+
+    `machine` is what the device is: `devices=2` for PRETEND_GPU_DEVICES.
+    """
+    environment = {**os.environ, **{f"PRETEND_GPU_{name.upper()}": str(value) for name, value in machine.items()}}
+    ended = program(*map(str, arguments), cwd=cwd, environment=environment, before=accept_values)
+    assert ended.returncode == code, ended.stderr[-3000:] + ended.stdout[-1000:]
     assert "Warning:" not in ended.stderr, ended.stderr
+    assert "pretended CUDA:" not in ended.stderr, ended.stderr
     return ended
 
 
-def fit(out: Path, *arguments: object, **machine: float) -> dict:
+def fit(out: Path, *arguments: object, **machine: object) -> dict:
     """Two steps of training; returns run.json."""
     few = ("--max-steps", 2, "--eval-every", 2, "--batch-size", 16, "--no-report", "--val-fraction", 0.05)
     walk("fit", "--data", DATA, "--out", out, *few, *arguments, **machine)
@@ -160,4 +169,3 @@ def test_memory_that_runs_out_lowers_the_budget(models, tmp_path):
     few = ("--max-steps", 2, "--eval-every", 2, "--no-report", "--max-tokens", 60_000, "--batch-size", 512)
     ended = walk("fit", "--data", DATA, "--out", run, "--model", models("Qwen3"), *few, gib=0.45)
     assert "memory ran out with 60,000 tokens at once" in ended.stderr
-    assert torch.cuda.is_available()
