@@ -29,6 +29,7 @@ from critic_train.layers.attention_kernel import (
     queries_at,
 )
 from critic_train.layers.prefix_tree import TreeLayout
+from critic_train.layers.to_device import to_device
 from critic_train.layers.tree_states import TreeStates
 from critic_train.settings import Attention, Precision
 
@@ -85,7 +86,7 @@ class TreeAttention(Kernel):
     Args:
         queries: whose attention is computed.
         device: where the trunk is.
-        build: makes the kernel; called once, and once more if some layers have soft caps.
+        build: makes the kernel; called at once, and once more if some layers have soft caps.
     """
 
     def __init__(self, queries: Queries, device: torch.device, build: BuildKernel) -> None:
@@ -93,7 +94,7 @@ class TreeAttention(Kernel):
         self._device = device
         self._build = build
         self._longest = int(queries.layout.depth.max()) + 1  # tokens of the longest rollout
-        self._kernels: dict[bool, Kernel] = {}
+        self._kernels: dict[bool, Kernel] = {False: build(queries, device, False)}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         value_size = value.shape[-1]
@@ -150,7 +151,7 @@ class TreeAttentionPlan:
         self.states = TreeStates(layout, device)
         self.attend_needed: TreeAttention | None = None
         self.needed: Tensor | None = None
-        self.depth = torch.from_numpy(layout.depth).to(device, non_blocking=True)
+        self.depth = to_device(layout.depth, device)
         self.calls: set[AttentionCall] | None = None
         self.capture = False
         self.keys_and_values: tuple[Tensor, Tensor] | None = None
@@ -159,7 +160,7 @@ class TreeAttentionPlan:
         self.needed_positions = fill_short_gaps(layout, read) if len(read) else np.arange(len(layout))
         if 0 < len(self.needed_positions) < len(layout):
             self.attend_needed = TreeAttention(queries_at(layout, self.needed_positions), device, build)
-            self.needed = torch.from_numpy(self.needed_positions).to(device, non_blocking=True)
+            self.needed = to_device(self.needed_positions, device)
 
 
 class TreeUnsupportedError(Exception):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from critic_train.layers.attention_kernel import Kernel, KernelLacksError, Queries, QuerySpan, Scoring, within_reach
+from critic_train.layers.to_device import to_device
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
 
@@ -38,7 +39,8 @@ class VarlenKernel(Kernel):
     def __init__(self, queries: Queries, device: torch.device, attend: Callable[..., Any] | None = None) -> None:
         self._queries = queries
         self._device = device
-        self._sequences: dict[int | None, _Sequences] = {}
+        # At once, not in the first layer: micro-batches are made in a thread while the device computes others.
+        self._sequences: dict[int | None, _Sequences] = {None: _Sequences(queries.spans, device)}
         self._attend = attend or _varlen_attn()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
@@ -77,9 +79,9 @@ class _Sequences:
         bounds = np.asarray([bound for span in spans for bound in span.path], dtype=np.int64)
         num_queries = np.asarray([span.queries[1] - span.queries[0] for span in spans], dtype=np.int64)
         num_keys = np.asarray([sum(stop - start for start, stop in span.path) for span in spans], dtype=np.int64)
-        self.paths = torch.from_numpy(repeat_by_length(bounds[:, 0], bounds[:, 1] - bounds[:, 0])).to(device)
-        self.query_offsets = torch.from_numpy(offsets_from_lengths(num_queries).astype(np.int32)).to(device)
-        self.key_offsets = torch.from_numpy(offsets_from_lengths(num_keys).astype(np.int32)).to(device)
+        self.paths = to_device(repeat_by_length(bounds[:, 0], bounds[:, 1] - bounds[:, 0]), device)
+        self.query_offsets = to_device(offsets_from_lengths(num_queries).astype(np.int32), device)
+        self.key_offsets = to_device(offsets_from_lengths(num_keys).astype(np.int32), device)
         self.longest = int(num_queries.max()), int(num_keys.max())
 
 
@@ -129,10 +131,10 @@ class FlexKernel(Kernel):
 
     def __init__(self, queries: Queries, device: torch.device) -> None:
         layout = queries.layout
-        self._end = torch.from_numpy(layout.end).to(device)  # [S]
-        self._depth = torch.from_numpy(layout.depth).to(device)  # [S]
+        self._end = to_device(layout.end, device)  # [S]
+        self._depth = to_device(layout.depth, device)  # [S]
         every = torch.arange(len(layout), device=device)
-        self._positions = every if queries.positions is None else torch.from_numpy(queries.positions).to(device)  # [Q]
+        self._positions = every if queries.positions is None else to_device(queries.positions, device)  # [Q]
         self._masks: dict[tuple[int | None, int | None], BlockMask] = {}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from critic_train.layers.prefix_tree import TreeLayout
+from critic_train.layers.to_device import to_device
 from critic_train.layers.tree_nodes import NodeBatch, node_batches, padded_positions, tree_nodes, with_context
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
 
@@ -95,7 +96,7 @@ class TreeStates:
         return NodeCalls(positions=self._on_device(positions), index=self._on_device(index[:-1]), levels=calls)
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

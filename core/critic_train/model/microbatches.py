@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from critic_train.events import Event, Progress
@@ -241,18 +242,23 @@ def predict_in_parts(
     of_this_rank = max(1, int(rollouts.response_mask.sum())) / compute.ranks.size
     for attempt in attempts(critic, rollouts, compute):
         with attempt:
-            values, done = np.zeros(len(rollouts.input_ids), dtype=np.float32), 0
+            parts: list[tuple[NDArray[np.int64], Tensor]] = []
+            done = 0
             try:
                 # One block around all micro-batches: autocast casts each weight once in it.
                 with compute.autocast():
                     for batch in micro_batches(rollouts, compute, forest=forest):
                         if stop is not None and stop.look():
                             return None
-                        values[batch.response_tokens] = critic(batch).float().cpu().numpy()
+                        parts.append((batch.response_tokens, critic(batch).float()))
                         done += len(batch.response_tokens)
                         yield min(1.0, done / of_this_rank)
             finally:
                 reshard((critic.trunk, critic.head))
+            values = np.zeros(len(rollouts.input_ids), dtype=np.float32)
+            if parts:  # read once all are computed: a device that is read from waits for the next micro-batch
+                tokens = np.concatenate([tokens for tokens, _ in parts])
+                values[tokens] = torch.cat([predicted for _, predicted in parts]).cpu().numpy()
             return compute.ranks.all_reduce_sum(torch.from_numpy(values)).numpy()
     raise AssertionError("attempts end by an error")
 

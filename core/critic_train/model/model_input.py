@@ -18,6 +18,7 @@ from torch import Tensor
 
 from critic_train.layers.attention import TreeAttentionPlan
 from critic_train.layers.prefix_tree import PrefixOrder, build_tree_layout
+from critic_train.layers.to_device import to_device
 from critic_train.rollouts import Rollouts, ragged_take
 from critic_train.settings import Attention
 
@@ -32,6 +33,7 @@ class ModelInput:
         read_in_last_layer: int64 [R], their indices among the positions that the last layer computes; None where it
             computes them and no others, or all positions.
         value_index: int64 [M], for every response token the entry of `read_positions` that holds its value.
+        value_index_on_host: int64 numpy [M], the same.
         response_tokens: int64 numpy [M], indices of those response tokens in the token arrays of the mini-batch.
         computed_tokens: P.
         all_tokens: int64 numpy [A], indices of all tokens of the micro-batch in the token arrays of the mini-batch.
@@ -44,6 +46,7 @@ class ModelInput:
     read_positions: Tensor
     read_in_last_layer: Tensor | None
     value_index: Tensor
+    value_index_on_host: NDArray[np.int64]
     response_tokens: NDArray[np.int64]
     computed_tokens: int
     all_tokens: NDArray[np.int64]
@@ -74,16 +77,17 @@ def tree_input(
     plan = TreeAttentionPlan(layout, reading.positions, device, attention)
     read_in_last_layer = None
     if plan.needed is not None and len(plan.needed_positions) != len(reading.positions):
-        read_in_last_layer = _to(device, np.searchsorted(plan.needed_positions, reading.positions))
+        read_in_last_layer = to_device(np.searchsorted(plan.needed_positions, reading.positions), device)
     return ModelInput(
         trunk_arguments={
-            "input_ids": _to(device, layout.input_ids)[None],  # [1, S]
-            "position_ids": _to(device, layout.depth)[None],  # [1, S]
+            "input_ids": to_device(layout.input_ids, device)[None],  # [1, S]
+            "position_ids": to_device(layout.depth, device)[None],  # [1, S]
             "tree_plan": plan,
         },
-        read_positions=_to(device, reading.positions),
+        read_positions=to_device(reading.positions, device),
         read_in_last_layer=read_in_last_layer,
-        value_index=_to(device, reading.value_index),
+        value_index=to_device(reading.value_index, device),
+        value_index_on_host=reading.value_index,
         response_tokens=reading.response_tokens,
         computed_tokens=len(layout),
         all_tokens=reading.all_tokens,
@@ -115,12 +119,13 @@ def padded_input(
     reading = _reading(rollouts, index, token_positions, len(ids))
     return ModelInput(
         trunk_arguments={
-            "input_ids": _to(device, ids).view(len(index), width),  # [rows, width]
-            **({"attention_mask": _to(device, mask).view(len(index), width)} if masked else {}),  # [rows, width]
+            "input_ids": to_device(ids, device).view(len(index), width),  # [rows, width]
+            **({"attention_mask": to_device(mask, device).view(len(index), width)} if masked else {}),  # [rows, width]
         },
-        read_positions=_to(device, reading.positions),
+        read_positions=to_device(reading.positions, device),
         read_in_last_layer=None,
-        value_index=_to(device, reading.value_index),
+        value_index=to_device(reading.value_index, device),
+        value_index_on_host=reading.value_index,
         response_tokens=reading.response_tokens,
         computed_tokens=len(ids),
         all_tokens=reading.all_tokens,
@@ -166,9 +171,3 @@ def _reading(
     is_read[positions] = True
     rank = np.cumsum(is_read) - 1  # [P], the index of a read position among those that are read
     return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], tokens)
-
-
-def _to(device: torch.device, array: NDArray[np.int64]) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    # A copy from pinned memory to the device does not block.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from critic_train.layers.to_device import to_device
+
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 """Logits that exist at the same time, by device: [R, K] of them are never made."""
 
@@ -36,11 +38,13 @@ class NextTokenHead(nn.Module):
         self.ids = ids
         self.weight = nn.Parameter(torch.empty(len(ids), hidden_size, dtype=torch.float32, device="meta"))
 
-    def labels(self, token_ids: NDArray[np.int32]) -> Tensor:
-        """int64 [M], on the CPU: the row of each id; all of them are among `ids`."""
-        return torch.from_numpy(np.searchsorted(self.ids, token_ids))
+    def labels(self, token_ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """int64 [M]: the row of each id; all of them are among `ids`."""
+        return np.searchsorted(self.ids, token_ids)
 
-    def forward(self, states: Tensor, state_index: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self, states: Tensor, state_index: NDArray[np.int64], labels: NDArray[np.int64], weights: NDArray[np.float32]
+    ) -> Tensor:
         """The weighted sum of the tokens' negative log-likelihoods, float32, 0-d; a micro-batch's part of the loss.
 
         Args:
@@ -68,30 +72,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         states: Tensor,
         weight: Tensor,
-        state_index: Tensor,
-        labels: Tensor,
-        weights: Tensor,
+        state_index: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        weights: NDArray[np.float32],
         dtype: torch.dtype,
     ) -> Tensor:
         count, vocabulary = len(states), len(weight)
-        order = torch.argsort(state_index, stable=True)
-        state_index, labels, weights = state_index[order], labels[order], weights[order]
-        of_state = weights.new_zeros(count).index_add_(0, state_index, weights)
         rows = max(1, LOGITS_AT_ONCE.get(states.device.type, 2**26) // vocabulary)
-        starts = torch.arange(0, count + rows, rows, device=states.device)
-        bounds = torch.searchsorted(state_index, starts).tolist()
+        order = np.argsort(state_index, kind="stable")
+        bounds, device = np.searchsorted(state_index[order], np.arange(0, count + rows, rows)).tolist(), states.device
+        index, label, of_token = (to_device(array[order], device) for array in (state_index, labels, weights))
+        of_state = of_token.new_zeros(count).index_add_(0, index, of_token)
         cast_states, cast_weight = states.to(dtype), weight.to(dtype)
-        loss = weights.new_zeros(())
+        loss = of_token.new_zeros(())
         states_gradient = torch.empty_like(states)
         weight_gradient = torch.zeros_like(weight)
         for number, start in enumerate(range(0, count, rows)):
             part, tokens = slice(start, start + rows), slice(bounds[number], bounds[number + 1])
             logits = (cast_states[part] @ cast_weight.T).float()
             normalizers = logits.logsumexp(1)
-            at = (state_index[tokens] - start, labels[tokens])
-            loss += (of_state[part] * normalizers).sum() - (weights[tokens] * logits[at]).sum()
+            at = (index[tokens] - start, label[tokens])
+            loss += (of_state[part] * normalizers).sum() - (of_token[tokens] * logits[at]).sum()
             gradient = logits.sub_(normalizers[:, None]).exp_().mul_(of_state[part, None])
-            gradient.index_put_(at, -weights[tokens], accumulate=True)
+            gradient.index_put_(at, -of_token[tokens], accumulate=True)
             gradient = gradient.to(dtype)
             states_gradient[part] = gradient @ cast_weight
             weight_gradient += gradient.T @ cast_states[part]

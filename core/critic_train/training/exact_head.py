@@ -23,6 +23,7 @@ from torch import Tensor
 
 from critic_train.data.order import connected_groups, mixed
 from critic_train.events import SOLVING_HEAD, Event, Notice, Progress
+from critic_train.layers.to_device import to_device
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import reshard
@@ -242,7 +243,7 @@ def _add_moments(
         returns: float32 [M].
     """
     device = states.device
-    weight, value = torch.from_numpy(weights).to(device), torch.from_numpy(returns).to(device).double()
+    weight, value = to_device(weights, device), to_device(returns, device).double()
     # Per state: the sums of weight and of weight times return over the tokens that read it.
     sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)
     sums.index_add_(0, value_index, torch.stack([weight, weight * value], dim=1))

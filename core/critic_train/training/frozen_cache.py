@@ -22,6 +22,7 @@ from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks
 from critic_train.errors import MachineError
 from critic_train.events import Event, Notice, Progress
 from critic_train.jsonio import read_json_object
+from critic_train.layers.to_device import to_device
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, last_layers_agree
 from critic_train.model.fsdp import full_precision_params, reshard
@@ -71,11 +72,11 @@ class CachedStates:
         """
         if self.read_only:
             rows = np.full(len(batch.read_positions), NO_STATE, dtype=np.int64)
-            rows[batch.value_index.cpu().numpy()] = self._rows(rollouts, batch.response_tokens)
+            rows[batch.value_index_on_host] = self._rows(rollouts, batch.response_tokens)
         else:
             rows = np.full(batch.trunk_arguments["input_ids"].numel(), NO_STATE, dtype=np.int64)
             rows[batch.token_positions] = self._rows(rollouts, batch.all_tokens)
-        states = torch.from_numpy(self._take(rows)).to(batch.read_positions.device, non_blocking=True)
+        states = to_device(self._take(rows), batch.read_positions.device)
         return replace(batch, cached_states=states)
 
     def _rows(self, rollouts: Rollouts, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -194,7 +195,7 @@ class StatesWriter:
         first, count = (self._ranks.rank << ROW_BITS) + 1, self._count
         for batch, states in parts:
             if self._read_only:
-                rows[batch.response_tokens] = first + count + batch.value_index.cpu().numpy()
+                rows[batch.response_tokens] = first + count + batch.value_index_on_host
             else:
                 rows[batch.all_tokens] = first + count + batch.token_positions
             self._file.write_at(bytes_of(np.ascontiguousarray(states).reshape(-1)), count * self._stride)

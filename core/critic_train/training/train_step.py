@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from critic_train.layers.to_device import to_device
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import set_gradient_sync
@@ -156,7 +157,7 @@ def gradient_pass(
     Raises:
         Stopped: asked to stop.
     """
-    totals, computed_tokens = torch.zeros(5, dtype=torch.float64), 0
+    totals, computed_tokens = torch.zeros(5, dtype=torch.float64, device=compute.device), 0  # read once, at the end
     for batch, last in mark_last(micro_batches(rollouts, compute, forest=forest)):
         stop.check_on_all_ranks()
         set_gradient_sync(critic.parts, last=last or after_each is not None)
@@ -165,20 +166,20 @@ def gradient_pass(
         tokens = batch.response_tokens
         part = value_loss(
             values,
-            _column(rollouts.returns[tokens], compute),
-            None if rollouts.values is None else _column(rollouts.values[tokens], compute),
-            _column(weights[tokens], compute),
+            to_device(rollouts.returns[tokens], compute.device),
+            None if rollouts.values is None else to_device(rollouts.values[tokens], compute.device),
+            to_device(weights[tokens], compute.device),
             recipe.cliprange_value,
         )
         (loss := part.loss / recipe.return_scale**2 + recipe.lm_loss_weight * lm_loss).backward()
         figures = (part.loss.detach(), part.clipped, part.saturated, values.detach().sum(), lm_loss.detach())
-        totals += torch.stack([figure.double() for figure in figures]).cpu()
+        totals += torch.stack([figure.double() for figure in figures])
         computed_tokens += batch.computed_tokens
         if after_each is not None:
             after_each(tokens, loss.detach())
     # Each rank has gone through its share of the mini-batch; the figures are those of all of it.
     response_tokens = int(rollouts.response_mask.sum())
-    totals = torch.cat([totals, torch.tensor([computed_tokens], dtype=torch.float64)])
+    totals = torch.cat([totals.cpu(), torch.tensor([computed_tokens], dtype=torch.float64)])
     loss_sum, clipped, saturated, summed, lm_sum, computed = compute.ranks.all_reduce_sum(totals).tolist()
     return StepResult(
         value_loss=loss_sum,
@@ -199,9 +200,8 @@ def _forward(
     if critic.next_token_head is None:
         return critic(batch), torch.zeros((), device=compute.device)
     states = critic.hidden(batch)
-    labels = critic.next_token_head.labels(rollouts.input_ids[batch.response_tokens]).to(compute.device)
-    of_token = _column(weights[batch.response_tokens], compute)
-    lm_loss = critic.next_token_head(states, batch.value_index, labels, of_token)
+    labels = critic.next_token_head.labels(rollouts.input_ids[batch.response_tokens])
+    lm_loss = critic.next_token_head(states, batch.value_index_on_host, labels, weights[batch.response_tokens])
     return critic.head(states)[batch.value_index], lm_loss
 
 
@@ -232,7 +232,3 @@ def mark_last(batches: Iterable[ModelInput]) -> Iterator[tuple[ModelInput, bool]
         before = batch
     if before is not None:
         yield before, True
-
-
-def _column(array: np.ndarray[tuple[int], np.dtype[np.float32]], compute: Compute) -> torch.Tensor:
-    return torch.from_numpy(array).to(compute.device, non_blocking=True)

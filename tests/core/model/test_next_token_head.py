@@ -12,7 +12,7 @@ from critic_train.model.next_token_head import NextTokenHead
 STATES, HIDDEN, TOKENS = 23, 12, 60
 
 
-def case() -> tuple[NextTokenHead, torch.Tensor, torch.Tensor, np.ndarray, torch.Tensor]:
+def case() -> tuple[NextTokenHead, torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
     """Head, states, index, ids and weights: several tokens follow one state, some alike, and one state has none."""
     draw = np.random.default_rng(0)
     ids = np.sort(draw.choice(1000, 17, replace=False)).astype(np.int64)
@@ -21,9 +21,9 @@ def case() -> tuple[NextTokenHead, torch.Tensor, torch.Tensor, np.ndarray, torch
     with torch.no_grad():
         head.weight.copy_(torch.randn(17, HIDDEN, generator=generator))
     states = torch.randn(STATES, HIDDEN, generator=generator, requires_grad=True)
-    index = torch.from_numpy(draw.integers(0, STATES - 1, TOKENS))
+    index = draw.integers(0, STATES - 1, TOKENS)
     chosen = draw.choice(ids, TOKENS).astype(np.int32)
-    return head, states, index, chosen, torch.rand(TOKENS, generator=generator)
+    return head, states, index, chosen, torch.rand(TOKENS, generator=generator).numpy()
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 17 * 4, 17 * 5 + 3, 2**20])
@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_those_of_all_logits(logits_at_once, monkeypatch)
     position = {int(each): row for row, each in enumerate(head.ids)}
     labels = torch.tensor([position[int(each)] for each in chosen])
     logits = (doubled @ weight.T)[index]
-    expected = (F.cross_entropy(logits, labels, reduction="none") * weights.double()).sum()
+    expected = (F.cross_entropy(logits, labels, reduction="none") * torch.from_numpy(weights).double()).sum()
     (0.3 * expected).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(states.grad.double(), doubled.grad, rtol=1e-5, atol=1e-6)
@@ -65,8 +65,8 @@ def test_all_logits_are_never_made(monkeypatch):
 
 def test_a_rank_without_tokens_adds_nothing():
     head, states, _, _, _ = case()
-    nothing = torch.zeros(0, dtype=torch.int64)
-    loss = head(states[:0], nothing, nothing, torch.zeros(0))
+    nothing = np.zeros(0, dtype=np.int64)
+    loss = head(states[:0], nothing, nothing, np.zeros(0, dtype=np.float32))
     loss.backward()
     assert loss.item() == 0.0
     assert not head.weight.grad.any()
