@@ -12,6 +12,7 @@ A new file in bench/entries is a new benchmark; nothing else has to know of it.
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -27,11 +28,19 @@ class Options:
         device: where to compute.
         rounds: how often each thing is measured; medians are shown.
         size: "quick" to try a benchmark out, "usual", or "full" for every setting.
+        rollouts: a folder with train and val, on which critics are compared in place of drawn worlds.
+        model: what those critics start from.
+        keep: where drawn worlds are kept.
+        steps: the most steps of the yardstick.
     """
 
     device: torch.device
     rounds: int = 5
     size: str = "usual"
+    rollouts: Path | None = None
+    model: Path | None = None
+    keep: Path | None = None
+    steps: int | None = None
 
     @property
     def quick(self) -> bool:
