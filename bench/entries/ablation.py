@@ -53,7 +53,8 @@ def run(options: Options) -> Table:
     for tasks in task_groups(options):
         taken_out = OF_A_MODEL if tasks[0].model else TAKEN_OUT
         rewarded = "reward" in tasks[0].held_out().column_names
-        recipes = {"all defaults": {}} | {f"without {name}": given for name, given in taken_out.items()}
+        recipes: dict[str, dict[str, Any]] = {"all defaults": {}}
+        recipes |= {f"without {name}": given for name, given in taken_out.items()}
         recipes |= {f"with {name}": given for name, given in TRIED.items()} if rewarded and not options.quick else {}
         default: list[Trained] = []
         for name, given in recipes.items():

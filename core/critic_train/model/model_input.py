@@ -32,6 +32,7 @@ class ModelInput:
         read_in_last_layer: int64 [R], their indices among the positions that the last layer computes; None where it
             computes them and no others, or all positions.
         value_index: int64 [M], for every response token the entry of `read_positions` that holds its value.
+        token_index: int64 [M], the index of every response token among those of its rollout, from 0.
         response_tokens: int64 numpy [M], indices of those response tokens in the token arrays of the mini-batch.
         computed_tokens: P.
         all_tokens: int64 numpy [A], indices of all tokens of the micro-batch in the token arrays of the mini-batch.
@@ -44,6 +45,7 @@ class ModelInput:
     read_positions: Tensor
     read_in_last_layer: Tensor | None
     value_index: Tensor
+    token_index: Tensor
     response_tokens: NDArray[np.int64]
     computed_tokens: int
     all_tokens: NDArray[np.int64]
@@ -84,6 +86,7 @@ def tree_input(
         read_positions=_to(device, reading.positions),
         read_in_last_layer=read_in_last_layer,
         value_index=_to(device, reading.value_index),
+        token_index=_to(device, reading.token_index),
         response_tokens=reading.response_tokens,
         computed_tokens=len(layout),
         all_tokens=reading.all_tokens,
@@ -121,6 +124,7 @@ def padded_input(
         read_positions=_to(device, reading.positions),
         read_in_last_layer=None,
         value_index=_to(device, reading.value_index),
+        token_index=_to(device, reading.token_index),
         response_tokens=reading.response_tokens,
         computed_tokens=len(ids),
         all_tokens=reading.all_tokens,
@@ -151,13 +155,14 @@ class _Reading(NamedTuple):
     response_tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     value_index: NDArray[np.int64]
+    token_index: NDArray[np.int64]
     all_tokens: NDArray[np.int64]
 
 
 def _reading(
     rollouts: Rollouts, index: NDArray[np.int64], token_positions: NDArray[np.int64], computed_tokens: int
 ) -> _Reading:
-    tokens, _ = ragged_take(rollouts.offsets, index)
+    tokens, offsets = ragged_take(rollouts.offsets, index)
     response = np.flatnonzero(rollouts.response_mask[tokens])
     # Shift by one: the state in which a token is chosen is that of the token before it, which exists, for the first
     # token of a rollout is never a response token.
@@ -165,7 +170,9 @@ def _reading(
     is_read = np.zeros(computed_tokens, dtype=np.bool_)
     is_read[positions] = True
     rank = np.cumsum(is_read) - 1  # [P], the index of a read position among those that are read
-    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], tokens)
+    firsts = np.searchsorted(response, offsets)
+    token_index = np.arange(len(response)) - np.repeat(firsts[:-1], np.diff(firsts))
+    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], token_index, tokens)
 
 
 def _to(device: torch.device, array: NDArray[np.int64]) -> Tensor:
