@@ -36,6 +36,7 @@ def main() -> int:
     critics.add_argument("--rollouts", type=Path, help="a folder with train and val, in place of drawn worlds")
     critics.add_argument("--model", type=Path, help="what critics of --rollouts start from")
     critics.add_argument("--keep", type=Path, help="where drawn worlds are kept for the next time")
+    critics.add_argument("--yardstick-preset", choices=("tiny", "small"), default="tiny", help="its size")
     critics.add_argument("--yardstick-steps", type=int, help="end the yardstick after so many steps")
     chosen = parser.parse_args()
     unknown = [name for name in chosen.names if name not in known]
@@ -50,7 +51,8 @@ def main() -> int:
         rollouts=chosen.rollouts,
         model=chosen.model,
         keep=chosen.keep,
-        steps=chosen.yardstick_steps,
+        yardstick_preset=chosen.yardstick_preset,
+        yardstick_steps=chosen.yardstick_steps,
     )
     about = machine(options)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)

@@ -22,7 +22,7 @@ from bench.worlds import Shares, Task, response_returns, shares
 from critic_train.events import EvaluationEnded, RunEnded
 from critic_train.inference import load_critic
 from critic_train.model_files.config import LEARNING_RATES, preset_config
-from critic_train.settings import FitSettings
+from critic_train.settings import FitSettings, Preset
 from critic_train.training.fit import fit
 
 VERL_RATE = 1e-5
@@ -87,10 +87,11 @@ class Yardstick:
 
     Args:
         task: what to train on, from what.
+        preset: its size where it starts from no model.
         limit: the most steps to take; None for all of its epochs.
     """
 
-    def __init__(self, task: Task, limit: int | None = None) -> None:
+    def __init__(self, task: Task, preset: Preset = "tiny", limit: int | None = None) -> None:
         torch.manual_seed(task.seed)
         self.task, self.limit = task, limit
         self.rows = pq.read_table(task.folder / "train").to_pylist()
@@ -103,14 +104,14 @@ class Yardstick:
         else:
             every = [*self.rows, *held_out.to_pylist()]
             config: PreTrainedConfig = preset_config(
-                "tiny",
+                preset,
                 max_token_id=max(max(row["input_ids"]) for row in every),
                 max_length=max(len(row["input_ids"]) for row in every),
             )
             config.num_labels, config.classifier_dropout = 1, 0.0
             self.model = AutoModelForTokenClassification.from_config(config)
         torch.nn.init.normal_(self.model.score.weight, std=0.02)
-        self.rate = VERL_RATE if task.model else LEARNING_RATES["tiny"]
+        self.rate = VERL_RATE if task.model else LEARNING_RATES[preset]
 
     def train(self) -> Trained:
         """Train it, and evaluate it along the way."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 
 import bench.entries
+from critic_train.settings import Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class Options:
         rollouts: a folder with train and val, on which critics are compared in place of drawn worlds.
         model: what those critics start from.
         keep: where drawn worlds are kept.
-        steps: the most steps of the yardstick.
+        yardstick_preset: the size of the yardstick where it starts from no model.
+        yardstick_steps: the most steps that it takes.
     """
 
     device: torch.device
@@ -40,7 +42,8 @@ class Options:
     rollouts: Path | None = None
     model: Path | None = None
     keep: Path | None = None
-    steps: int | None = None
+    yardstick_preset: Preset = "tiny"
+    yardstick_steps: int | None = None
 
     @property
     def quick(self) -> bool:

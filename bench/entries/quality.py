@@ -6,7 +6,7 @@
 
 Time to quality is the CPU time until a held-out evaluation finds the explained variance of the yardstick's best
 evaluation, over the yardstick's own time until that one. Of `fit` everything counts: start, reading, evaluations; of
-the yardstick only its steps.
+the yardstick only its steps. A yardstick of size tiny is given what `fit` has chosen: the size and its learning rate.
 """
 
 import tempfile
@@ -28,7 +28,6 @@ SIZES = {"quick": [16], "usual": [768], "full": [64, 768, 6144]}
 """Prompts to train on, 8 rollouts each."""
 SEEDS = {"quick": 1, "usual": 3, "full": 3}
 """Worlds of each kind; fewer with --rounds."""
-YARDSTICK = f"yardstick, {EPOCHS} epochs"
 COLUMNS = {
     "world": "",
     "critic": "",
@@ -45,10 +44,14 @@ COLUMNS = {
 def run(options: Options) -> Table:
     """Train every critic on every world; means over the seeds, and the least of them."""
     table = Table(columns=COLUMNS)
-    steps = 2 if options.quick else options.steps
+    steps, preset = 2 if options.quick else options.yardstick_steps, options.yardstick_preset
     for tasks in task_groups(options):
-        beside = [Yardstick(task, steps).train() for task in tasks]
-        trained = {YARDSTICK: beside, "fit, all defaults": [product(task, {}) for task in tasks]}
+        beside = [Yardstick(task, preset, steps).train() for task in tasks]
+        size = tasks[0].model.name if tasks[0].model else preset
+        trained = {
+            f"yardstick ({size}), {EPOCHS} epochs": beside,
+            "fit, all defaults": [product(task, {}) for task in tasks],
+        }
         for name, found in trained.items():
             table.rows.append({"world": tasks[0].name, "critic": name, **figures(found, beside)})
     table.notes.append(

@@ -142,7 +142,7 @@ def test_a_checkpoint_says_what_its_head_reads(tmp_path):
     by_hand = own[at] + np.cumsum(averaged[at]) / np.arange(1, len(at) + 1)
     np.testing.assert_allclose(by_hand, values[: len(ids)][at + 1], atol=1e-5)
     # What does not know of it, as older versions and other programs, expects one row.
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=1)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("value_head_inputs", "unknown"))
