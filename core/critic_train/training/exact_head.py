@@ -127,6 +127,9 @@ class ExactHead:
                 "strength": head.strength if np.isfinite(head.strength) else None,
                 "explained_variance": head.explained_variance,
             }
+            if runtime.critic.head.inputs != "last":
+                alone = solve_ridge([of_last_state(fold) for fold in moments], runtime.compute.device)
+                answer["explained_variance_last"] = alone.explained_variance
         answer = ranks.broadcast(answer)
         runtime.critic.head.set_linear(torch.tensor(answer.pop("weight"), dtype=torch.float64), answer.pop("bias"))
         yield Progress(stage=SOLVING_HEAD, done=len(self.train), total=len(self.train))
@@ -160,7 +163,9 @@ def sentence(record: dict[str, Any]) -> str:
     validated = f"{record['folds']}-fold cross-validation over {record['folds_of']}"
     if strength is None:
         return f"{what}: in {validated} no strength beats the mean return, which it predicts"
-    return f"{what}: explained variance {figure:.3f} in {validated} (strength {strength:.2g} of the mean eigenvalue)"
+    alone = record.get("explained_variance_last")
+    beside = "" if alone is None else f"; {alone:.3f} with the last state alone"
+    return f"{what}: explained variance {figure:.3f} in {validated} (strength {strength:.2g} of the mean eigenvalue){beside}"
 
 
 def prompt_folds(groups: NDArray[np.int64], prompts: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], str]:
@@ -187,6 +192,13 @@ def prompt_folds(groups: NDArray[np.int64], prompts: NDArray[np.int64], seed: in
 def moments_width(critic: Critic) -> int:
     """Rows of the second moments: what the head reads, 1 and the return."""
     return int(critic.head.weight.numel()) + 2
+
+
+def of_last_state(moments: Tensor) -> Tensor:
+    """The moments of the last state alone, given those of a head with two inputs."""
+    width = len(moments) - 2
+    kept = torch.cat([torch.arange(width // 2), torch.arange(width, width + 2)]).to(moments.device)
+    return moments[kept][:, kept]
 
 
 @torch.no_grad()

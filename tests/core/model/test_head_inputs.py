@@ -1,5 +1,6 @@
 """A head that reads the running mean of states as well, against a loop over transformers' own states."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import ExportSettings, FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.exact_head import _heads, second_moments
+from critic_train.training.exact_head import _heads, of_last_state, second_moments
 from critic_train.training.fit import fit
 from critic_train.training.train_step import LossRecipe, accumulate_gradient
 from critic_train.weights.loading import build_critic, load_critic, read_model
@@ -51,6 +52,10 @@ def two_input_critic() -> Critic:
         critic.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     critic.head.set_linear(critic.head.weight.flatten().clone(), 0.25)
     return critic
+
+
+def critic_of_last() -> Critic:
+    return build_critic(small_config("Llama"), seed=0)
 
 
 def states_by_hand(critic: Critic, made: Rollouts) -> np.ndarray:
@@ -123,6 +128,8 @@ def test_the_exact_head_is_ridge_on_both(tmp_path):
     weight, bias = np.split(_heads(moments, [0.1])[0].numpy(), [read.shape[1]])
     reference = Ridge(alpha=0.1 * mean_eigenvalue * total, solver="svd").fit(read, returns, sample_weight=of_token)
     np.testing.assert_allclose(read @ weight + bias, reference.predict(read), atol=1e-6)
+    alone = second_moments(critic_of_last(), made, weights, CPU, forest=True, stop=StopRequest())
+    torch.testing.assert_close(of_last_state(moments), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_checkpoint_says_what_its_head_reads(tmp_path):
@@ -202,6 +209,8 @@ def test_runs_train_it_and_go_on_with_it(train, settings, tmp_path):
 def test_what_cannot_take_it_refuses_it(settings, tmp_path):
     list(fit(settings.replace(out=str(tmp_path / "run"), train="head"), StopRequest()))
     critic = str(tmp_path / "run")
+    solved = json.loads((tmp_path / "run" / "result.json").read_text())["exact_head"]
+    assert solved["explained_variance"] > 0.5 < solved["explained_variance_last"]
     asked = settings.replace(model=critic, out=str(tmp_path / "other"), head_inputs="last")
     with pytest.raises(ConfigError, match=r"its value head reads last\+mean, and --head-inputs is last"):
         list(fit(asked, StopRequest()))
