@@ -28,11 +28,12 @@ TAKEN_OUT: dict[str, dict[str, Any]] = {
 }
 TRIED: dict[str, dict[str, Any]] = {
     "GAE, lambda 0.95, by epoch": {"returns": "gae", "lam": 0.95, "old_values": "epoch"},
+    "the running mean as a second input": {"head_inputs": "last+mean"},
 }
 OF_A_MODEL: dict[str, dict[str, Any]] = {
     "exact head: at the mean return": {"head_init": "mean"},
     "cosine: constant rate": {"lr_schedule": "constant"},
-    "the trunk's training: head alone": {"train": "head"},
+    "fine-tuning: the head alone": {"train": "head"},
 }
 """What is taken out where there is a model to start from."""
 COLUMNS = {
@@ -52,10 +53,11 @@ def run(options: Options) -> Table:
     table = Table(columns=COLUMNS)
     for tasks in task_groups(options):
         taken_out = OF_A_MODEL if tasks[0].model else TAKEN_OUT
-        rewarded = "reward" in tasks[0].held_out().column_names
         recipes: dict[str, dict[str, Any]] = {"all defaults": {}}
         recipes |= {f"without {name}": given for name, given in taken_out.items()}
-        recipes |= {f"with {name}": given for name, given in TRIED.items()} if rewarded and not options.quick else {}
+        rewarded = "reward" in tasks[0].held_out().column_names
+        tried = {name: given for name, given in TRIED.items() if rewarded or "returns" not in given}
+        recipes |= {f"with {name}": given for name, given in tried.items()}
         default: list[Trained] = []
         for name, given in recipes.items():
             found = [product(task, given) for task in tasks]

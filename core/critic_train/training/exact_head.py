@@ -165,7 +165,8 @@ def sentence(record: dict[str, Any]) -> str:
         return f"{what}: in {validated} no strength beats the mean return, which it predicts"
     alone = record.get("explained_variance_last")
     beside = "" if alone is None else f"; {alone:.3f} with the last state alone"
-    return f"{what}: explained variance {figure:.3f} in {validated} (strength {strength:.2g} of the mean eigenvalue){beside}"
+    of_strength = f"strength {strength:.2g} of the mean eigenvalue"
+    return f"{what}: explained variance {figure:.3f} in {validated} ({of_strength}){beside}"
 
 
 def prompt_folds(groups: NDArray[np.int64], prompts: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], str]:
@@ -197,8 +198,8 @@ def moments_width(critic: Critic) -> int:
 def of_last_state(moments: Tensor) -> Tensor:
     """The moments of the last state alone, given those of a head with two inputs."""
     width = len(moments) - 2
-    kept = torch.cat([torch.arange(width // 2), torch.arange(width, width + 2)]).to(moments.device)
-    return moments[kept][:, kept]
+    rows = torch.cat([torch.arange(width // 2), torch.arange(width, width + 2)]).to(moments.device)
+    return moments[rows][:, rows]
 
 
 @torch.no_grad()
