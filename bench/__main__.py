@@ -32,13 +32,28 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", choices=("quick", "usual", "full"), default="usual")
     parser.add_argument("--json", type=Path)
+    critics = parser.add_argument_group("quality, ablation")
+    critics.add_argument("--rollouts", type=Path, help="a folder with train and val, in place of drawn worlds")
+    critics.add_argument("--model", type=Path, help="what critics of --rollouts start from")
+    critics.add_argument("--keep", type=Path, help="where drawn worlds are kept for the next time")
+    critics.add_argument("--yardstick-preset", choices=("tiny", "small"), default="tiny", help="its size")
+    critics.add_argument("--yardstick-steps", type=int, help="end the yardstick after so many steps")
     chosen = parser.parse_args()
     unknown = [name for name in chosen.names if name not in known]
     if unknown:
         print(f"no benchmark {unknown[0]!r}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    options = Options(device=torch.device(chosen.device), rounds=chosen.rounds, size=chosen.size)
+    options = Options(
+        device=torch.device(chosen.device),
+        rounds=chosen.rounds,
+        size=chosen.size,
+        rollouts=chosen.rollouts,
+        model=chosen.model,
+        keep=chosen.keep,
+        yardstick_preset=chosen.yardstick_preset,
+        yardstick_steps=chosen.yardstick_steps,
+    )
     about = machine(options)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     kept = []

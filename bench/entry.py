@@ -12,11 +12,13 @@ A new file in bench/entries is a new benchmark; nothing else has to know of it.
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 
 import bench.entries
+from critic_train.settings import Preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +29,21 @@ class Options:
         device: where to compute.
         rounds: how often each thing is measured; medians are shown.
         size: "quick" to try a benchmark out, "usual", or "full" for every setting.
+        rollouts: a folder with train and val, on which critics are compared in place of drawn worlds.
+        model: what those critics start from.
+        keep: where drawn worlds are kept.
+        yardstick_preset: the size of the yardstick where it starts from no model.
+        yardstick_steps: the most steps that it takes.
     """
 
     device: torch.device
     rounds: int = 5
     size: str = "usual"
+    rollouts: Path | None = None
+    model: Path | None = None
+    keep: Path | None = None
+    yardstick_preset: Preset = "tiny"
+    yardstick_steps: int | None = None
 
     @property
     def quick(self) -> bool:

@@ -150,7 +150,7 @@ def flop(config: Qwen2Config, positions: int, pairs: float) -> float:
     hidden, layers, inner = config.hidden_size, config.num_hidden_layers, config.intermediate_size
     shared = config.num_key_value_heads / config.num_attention_heads
     matrices = layers * (2 * hidden * hidden * (1 + shared) + 3 * hidden * inner)
-    return 6 * matrices * positions + 12 * layers * hidden * pairs
+    return float(6 * matrices * positions + 12 * layers * hidden * pairs)
 
 
 def computed(name: str, rollouts: Rollouts, max_tokens: int) -> tuple[int, float]:

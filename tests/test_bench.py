@@ -58,7 +58,7 @@ def test_the_steps_that_are_compared_run(monkeypatch):
 
 def test_the_values_of_a_drawn_world_are_the_returns_to_expect(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from bench.entries.quality import STATES, World, shares
+    from bench.worlds import STATES, World
 
     world, draw = World(3), np.random.default_rng(0)
     state, belief = 4, np.full(STATES, 1 / STATES)
@@ -71,7 +71,81 @@ def test_the_values_of_a_drawn_world_are_the_returns_to_expect(monkeypatch):
     # And in the middle of a response, where the filter has learned more: errors of the values average out.
     errors = [outcome - values[10] for _, values, outcome in drawn]
     assert abs(np.mean(errors)) < 4 * np.std(errors) / 20
+
+
+def test_shares_are_of_the_true_values_and_free_of_their_sampling_noise(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.worlds import shares
+
     rows = {"uid": ["0", "0"], "input_ids": [[2, 2, 2]] * 2, "response_mask": [[False, True, True]] * 2}
     table = pa.table(rows | {"true_values": [[0.0, 0.2, 0.4], [0.0, 0.6, 0.8]]})
-    assert shares(table, np.array([0.2, 0.4, 0.6, 0.8])) == (1.0, 1.0)
-    assert shares(table, np.full(4, 0.5)) == (pytest.approx(0.0), pytest.approx(0.0))
+    perfect = shares(table, np.array([0.2, 0.4, 0.6, 0.8]))
+    assert (perfect.overall, perfect.within) == (1.0, 1.0)
+    constant = shares(table, np.full(4, 0.5))
+    assert (constant.overall, constant.within) == (pytest.approx(0.0), pytest.approx(0.0))
+    assert shares(pa.table(rows), np.full(4, 0.5)) is None
+
+    # 500 prompts of 4 states; the true values are known by the mean of 16 coins each, and of some states not at all.
+    draw = np.random.default_rng(0)
+    true = draw.random((500, 1)) * 0.5 + draw.random((500, 4)) * 0.5
+    sampled = draw.binomial(16, true) / 16
+    variance = sampled * (1 - sampled) / 15
+    sampled[:, 0] = np.nan
+    table = pa.table(
+        {
+            "uid": [str(number) for number in range(500)],
+            "input_ids": [[2] * 5] * 500,
+            "response_mask": [[False] + [True] * 4] * 500,
+            "true_values": [[0.0, *row] for row in sampled.tolist()],
+            "true_values_variance": [[0.0, *row] for row in variance.tolist()],
+        }
+    )
+    found = shares(table, true.ravel())
+    assert (found.overall, found.within) == (pytest.approx(1.0, abs=0.03), pytest.approx(1.0, abs=0.06))
+    off = shares(table, true.ravel() + 0.1 * draw.standard_normal(2000))
+    known = true[:, 1:]
+    assert off.overall == pytest.approx(1 - 0.01 / known.var(), abs=0.04)
+
+
+def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.adding import BASE, END, EQUALS, PLACES, PROMPT, _sample_values, continued, sums
+    from bench.worlds import row
+
+    right = sums(np.random.default_rng(0), 16)
+    for line in right.tolist():
+        one, other = (sum(line[2 * place + part] * BASE**place for place in range(PLACES)) for part in (0, 1))
+        total = sum(line[PROMPT + 2 * place] * BASE**place for place in range(PLACES))
+        assert total + line[PROMPT + 2 * PLACES - 1] * BASE**PLACES == one + other
+        assert (line[PROMPT - 1], line[-1]) == (EQUALS, END)
+
+    class Adds:
+        """Continues every row rightly, and at the 5th response token with 1 chance in 2."""
+
+        def __call__(self, input_ids, past_key_values, use_cache):
+            import torch
+
+            rows = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
+            scores = torch.full((len(rows), 1, END + 1), -1e9)
+            for number, line in enumerate(rows.tolist()):
+                answer = next(r for r in right.tolist() if r[:PROMPT] == line[:PROMPT])
+                scores[number, 0, answer[len(line)]] = 0.0
+                if len(line) == PROMPT + 4:
+                    scores[number, 0, (answer[len(line)] + 1) % BASE] = 0.0
+            output = type("Output", (), {})()
+            output.logits, output.past_key_values = scores, rows
+            return output
+
+    import torch
+
+    draw, answers = torch.Generator().manual_seed(0), torch.from_numpy(right).repeat_interleave(8, 0)
+    rollouts = continued(Adds(), answers[:, :PROMPT], draw)
+    ends = (rollouts == answers).all(1)
+    assert 0.35 < ends.double().mean() < 0.65
+    rows = [row(str(i // 8), ids, PROMPT, 0.0) for i, ids in enumerate(rollouts.tolist())]
+    _sample_values(rows, rollouts, answers, Adds(), draw)
+    known = [(i, at) for i, entry in enumerate(rows) for at, v in enumerate(entry["true_values"]) if v == v]
+    assert len(known) == 16 * 6
+    for i, at in known:
+        before, value = at <= PROMPT + 4, rows[i]["true_values"][at]
+        assert value == pytest.approx(0.5, abs=0.3) if before else value == float(ends[i])

@@ -29,6 +29,7 @@ OF_OTHER_PROGRAMS = {
     "--strict",
     "--size",
     "--slow-budget",
+    "--rollouts",
     "--rounds",
     "--logdir",
     "--cpus-per-task",

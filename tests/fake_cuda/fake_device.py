@@ -64,7 +64,9 @@ class FakeDevice(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _as_fake(self, value: Any) -> Any:
-        return self.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
+        return (
+            self.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value
+        )
 
 
 @contextlib.contextmanager

@@ -78,9 +78,7 @@ def models(tmp_path_factory):
     return directory
 
 
-def walk(
-    *arguments: object, cwd: Path = PROJECT, code: int = 0, **machine: object
-) -> subprocess.CompletedProcess[str]:
+def walk(*arguments: object, cwd: Path = PROJECT, code: int = 0, **machine: object) -> subprocess.CompletedProcess[str]:
     """Run a command of critic-train; it must end with an exit code, without a warning of Python's or a bad launch.
 
     `machine` is what the device is: `devices=2` for PRETEND_GPU_DEVICES.

@@ -111,6 +111,13 @@ def _refuse_target(target: Path) -> None:
 
 
 def _refuse_architecture(system: System, critic: Critic) -> None:
+    if critic.head.inputs != "last":
+        raise ModelError(
+            f"the value head reads {critic.head.inputs}: the mean of the states so far beside the last one, which "
+            f"{system.source} does not compute, and which no weights of a head that reads the last alone can replace",
+            hint="critic-train fit --model DIR --train head --head-init exact --head-inputs last solves a head that "
+            "reads the last state alone, on the same trunk",
+        )
     model_type = critic.trunk.config.model_type
     if system.needs_token_classifier and not loads_for_token_classification(critic):
         raise ModelError(

@@ -16,22 +16,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from critic_train.errors import ModelError
+from critic_train.model.head_inputs import running_mean
 from critic_train.model.model_input import ModelInput
 from critic_train.model.next_token_head import NextTokenHead
 from critic_train.model_files.gather import full_tensor
 from critic_train.model_files.multimodal import Multimodal
-from critic_train.model_files.tensor_file import part_here
+from critic_train.model_files.tensor_file import copy_rows
+from critic_train.settings import HeadInputs
+
+HEAD_OUTPUTS: dict[HeadInputs, int] = {"last": 1, "last+mean": 2}
+"""Rows of a value head's weight: what it makes of the last state and, in the second, of the mean of states so far."""
 
 
 class ValueHead(nn.Linear):
-    """One linear unit, held and computed in float32 whatever the trunk computes in.
+    """One linear unit for each of its inputs, held and computed in float32 whatever the trunk computes in.
 
     A new head has weight 0 and the mean return as its bias, so that an untrained critic predicts the mean:
     explained variance 0. (A head drawn from N(0, 0.02), the usual default, starts far below.)
+
+    Args:
+        hidden_size: of a state.
+        inputs: what it reads; see `head_inputs`.
     """
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 1, dtype=torch.float32)
+    def __init__(self, hidden_size: int, inputs: HeadInputs = "last") -> None:
+        super().__init__(hidden_size, HEAD_OUTPUTS[inputs], dtype=torch.float32)
+
+    @property
+    def inputs(self) -> HeadInputs:
+        """What it reads."""
+        return "last" if self.out_features == 1 else "last+mean"
 
     def reset_parameters(self) -> None:
         """Start at 0: no random numbers are drawn."""
@@ -41,21 +55,23 @@ class ValueHead(nn.Linear):
         """Make the head predict `mean_return` everywhere."""
         with torch.no_grad():
             self.weight.zero_()
-            self.bias.fill_(mean_return)
+        self._set_bias(mean_return)
 
     def set_linear(self, weight: Tensor, bias: float) -> None:
-        """Make the head predict `weight . state + bias`, also where it is sharded; weight [hidden_size]."""
-        with torch.no_grad():
-            part_here(self.weight).copy_(weight)  # to its one row, which one rank has where it is sharded
-            self.bias.fill_(bias)
+        """Make the head predict `weight . inputs + bias`, also where it is sharded; weight [inputs * hidden_size]."""
+        copy_rows(weight.view(self.out_features, -1), self.weight)
+        self._set_bias(bias)
+
+    def _set_bias(self, bias: float) -> None:
+        copy_rows(torch.tensor([bias] + [0.0] * (self.out_features - 1)), self.bias)
 
     def constant(self) -> float | None:
         """What the head predicts everywhere, where its weight is 0; None where it is not. All ranks call it."""
         weight, bias = full_tensor(self.weight.detach()), full_tensor(self.bias.detach())
-        return None if weight.any() else float(bias)
+        return None if weight.any() else float(bias.sum())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] of any float dtype -> [...] float32."""
+        """[..., hidden_size] of any float dtype -> [...] float32; with two inputs [..., 2], one score for each."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight, self.bias).squeeze(-1)
 
@@ -117,7 +133,15 @@ class Critic(nn.Module):
         The value paired with token t is read off the hidden state of token t-1 of the same rollout: the state in
         which token t is chosen.
         """
-        return self.head(self.hidden(batch))[batch.value_index]  # type: ignore[no-any-return]
+        return self.values(self.hidden(batch), batch)
+
+    def values(self, states: Tensor, batch: ModelInput) -> Tensor:
+        """float32 [M]: what the head makes of the states [R, hidden_size] that `hidden` gave for the batch."""
+        scores: Tensor = self.head(states)[batch.value_index]
+        if self.head.inputs == "last":
+            return scores
+        own, averaged = scores.unbind(1)
+        return own + running_mean(averaged, batch.token_index)
 
     def hidden(self, batch: ModelInput) -> Tensor:
         """[R, hidden_size]: the trunk's last hidden state at each position that is read."""

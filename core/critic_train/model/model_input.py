@@ -34,6 +34,7 @@ class ModelInput:
             computes them and no others, or all positions.
         value_index: int64 [M], for every response token the entry of `read_positions` that holds its value.
         value_index_on_host: int64 numpy [M], the same.
+        token_index: int64 [M], the index of every response token among those of its rollout, from 0.
         response_tokens: int64 numpy [M], indices of those response tokens in the token arrays of the mini-batch.
         computed_tokens: P.
         all_tokens: int64 numpy [A], indices of all tokens of the micro-batch in the token arrays of the mini-batch.
@@ -47,6 +48,7 @@ class ModelInput:
     read_in_last_layer: Tensor | None
     value_index: Tensor
     value_index_on_host: NDArray[np.int64]
+    token_index: Tensor
     response_tokens: NDArray[np.int64]
     computed_tokens: int
     all_tokens: NDArray[np.int64]
@@ -88,6 +90,7 @@ def tree_input(
         read_in_last_layer=read_in_last_layer,
         value_index=to_device(reading.value_index, device),
         value_index_on_host=reading.value_index,
+        token_index=to_device(reading.token_index, device),
         response_tokens=reading.response_tokens,
         computed_tokens=len(layout),
         all_tokens=reading.all_tokens,
@@ -126,6 +129,7 @@ def padded_input(
         read_in_last_layer=None,
         value_index=to_device(reading.value_index, device),
         value_index_on_host=reading.value_index,
+        token_index=to_device(reading.token_index, device),
         response_tokens=reading.response_tokens,
         computed_tokens=len(ids),
         all_tokens=reading.all_tokens,
@@ -156,13 +160,14 @@ class _Reading(NamedTuple):
     response_tokens: NDArray[np.int64]
     positions: NDArray[np.int64]
     value_index: NDArray[np.int64]
+    token_index: NDArray[np.int64]
     all_tokens: NDArray[np.int64]
 
 
 def _reading(
     rollouts: Rollouts, index: NDArray[np.int64], token_positions: NDArray[np.int64], computed_tokens: int
 ) -> _Reading:
-    tokens, _ = ragged_take(rollouts.offsets, index)
+    tokens, offsets = ragged_take(rollouts.offsets, index)
     response = np.flatnonzero(rollouts.response_mask[tokens])
     # Shift by one: the state in which a token is chosen is that of the token before it, which exists, for the first
     # token of a rollout is never a response token.
@@ -170,4 +175,6 @@ def _reading(
     is_read = np.zeros(computed_tokens, dtype=np.bool_)
     is_read[positions] = True
     rank = np.cumsum(is_read) - 1  # [P], the index of a read position among those that are read
-    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], tokens)
+    firsts = np.searchsorted(response, offsets)
+    token_index = np.arange(len(response)) - np.repeat(firsts[:-1], np.diff(firsts))
+    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], token_index, tokens)

@@ -9,6 +9,7 @@ from critic_train.settings.base import Section, minimum_errors, seed_errors, set
 Preset = Literal["tiny", "small", "base"]
 RecipeKind = Literal["auto", "verl"]
 HeadInit = Literal["exact", "mean"]
+HeadInputs = Literal["last", "last+mean"]
 OldValues = Literal["column", "epoch", "none"]
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 OptimizerKind = Literal["adamw", "adamw-8bit"]
@@ -56,6 +57,12 @@ class ModelSettings(Section):
         None,
         "Where the value head starts: solved by least squares on the model's hidden states, or predicting the mean "
         "return. [default: exact for a model without a value head; a head that is there is kept]",
+        panel="Model",
+    )
+    head_inputs: HeadInputs | None = setting(
+        None,
+        "What the value head reads: the last hidden state, or beside it the mean of the response's last hidden states "
+        "so far, which no other system loads. [default: last; a head that is there is kept]",
         panel="Model",
     )
     lora_rank: int = setting(16, "Rank of the LoRA adapters.", panel="Model")

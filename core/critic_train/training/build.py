@@ -109,9 +109,11 @@ def build_run_critic(
     elif source is None:
         assert model.preset is not None, "the recipe has chosen one"
         config = preset_config(model.preset, max_token_id=shape.max_token_id, max_length=shape.max_length)
-        critic = build_critic(config, seed)
+        critic = build_critic(config, seed, model.head_inputs or "last")
         critic.head.set_constant(shape.mean_return)
     else:
+        if starts_new_head(model, source):
+            source = replace(source, stored_head=None, new_head_inputs=model.head_inputs or "last")
         adapters = partial(add_adapters, rank=model.lora_rank, alpha=model.lora_alpha, seed=seed)
         critic = load_critic_on_ranks(source, compute, adapters if model.train == "lora" else None)
         if checkpoint is None and starts_new_head(model, source):

@@ -2,7 +2,8 @@
 
     minimise over (w, b):  sum_t a_t (G_t - w . h_t - b)^2 / sum_t a_t  +  strength * m * |w|^2
 
-h_t is the state that the value of token t is read from, a_t the token's weight by --loss-agg-mode, and m the mean
+h_t is the state that the value of token t is read from (with --head-inputs last+mean, that state and the mean of the
+response's states so far, one after the other), a_t the token's weight by --loss-agg-mode, and m the mean
 eigenvalue of the states' covariance. The states are never kept: what the solution needs are their second moments, which
 are summed in float64 while the rollouts go through the trunk once. They are summed for each fold of prompts, so that
 the error of a fold under the head that the other folds give follows from sums alone (cross-validation without a second
@@ -12,7 +13,7 @@ Training then starts from what the states know already: linear probing, then fin
 2202.10054). A head that starts at 0 and is trained with the trunk moves the trunk before it reads it.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,9 @@ from critic_train.layers.to_device import to_device
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import reshard
+from critic_train.model.head_inputs import states_and_means
 from critic_train.model.microbatches import micro_batches
+from critic_train.model.model_input import ModelInput
 from critic_train.model.oom import attempts
 from critic_train.rollouts import Rollouts
 from critic_train.settings import FitSettings
@@ -51,7 +54,7 @@ class RidgeHead:
     """A solved head.
 
     Attributes:
-        weight: float64 [hidden_size].
+        weight: float64 [hidden_size], or of each input one after the other.
         bias: of the head.
         strength: the penalty, as a share of the mean eigenvalue; infinite where the mean return alone does best.
         explained_variance: cross-validated, each token weighed as in the loss; None with fewer than two folds.
@@ -125,6 +128,9 @@ class ExactHead:
                 "strength": head.strength if np.isfinite(head.strength) else None,
                 "explained_variance": head.explained_variance,
             }
+            if runtime.critic.head.inputs != "last":
+                alone = solve_ridge([of_last_state(fold) for fold in moments], runtime.compute.device)
+                answer["explained_variance_last"] = alone.explained_variance
         answer = ranks.broadcast(answer)
         runtime.critic.head.set_linear(torch.tensor(answer.pop("weight"), dtype=torch.float64), answer.pop("bias"))
         yield Progress(stage=SOLVING_HEAD, done=len(self.train), total=len(self.train))
@@ -133,11 +139,11 @@ class ExactHead:
         return record
 
     def _moments(self, index: NDArray[np.int64], done: int) -> Generator[Event, None, Tensor]:
-        """float64 [hidden_size + 2, hidden_size + 2] on the CPU: the second moments of some rollouts, of all ranks."""
+        """float64 [width, width] on the CPU: the second moments of some rollouts, of all ranks."""
         runtime, loss = self.runtime, self.loss
         per_rollout = token_weights(self.train.cache.response_counts[self.train.index], loss.mode, loss.scale_factor)
         fold = replace(self.train, index=self.train.index[index])
-        width = int(runtime.critic.trunk.config.hidden_size) + 2
+        width = moments_width(runtime.critic)
         total = torch.zeros(width, width, dtype=torch.float64, device=runtime.compute.device)
         for part, rollouts in fold.by_group(ROLLOUTS_PER_PASS):
             yield Progress(stage=SOLVING_HEAD, done=done, total=len(self.train))
@@ -158,7 +164,10 @@ def sentence(record: dict[str, Any]) -> str:
     validated = f"{record['folds']}-fold cross-validation over {record['folds_of']}"
     if strength is None:
         return f"{what}: in {validated} no strength beats the mean return, which it predicts"
-    return f"{what}: explained variance {figure:.3f} in {validated} (strength {strength:.2g} of the mean eigenvalue)"
+    alone = record.get("explained_variance_last")
+    beside = "" if alone is None else f"; {alone:.3f} with the last state alone"
+    of_strength = f"strength {strength:.2g} of the mean eigenvalue"
+    return f"{what}: explained variance {figure:.3f} in {validated} ({of_strength}){beside}"
 
 
 def prompt_folds(groups: NDArray[np.int64], prompts: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], str]:
@@ -182,6 +191,18 @@ def prompt_folds(groups: NDArray[np.int64], prompts: NDArray[np.int64], seed: in
     return rank[inverse] % min(FOLDS, len(keys)), f"{len(keys):,} {what}"
 
 
+def moments_width(critic: Critic) -> int:
+    """Rows of the second moments: what the head reads, 1 and the return."""
+    return int(critic.head.weight.numel()) + 2
+
+
+def of_last_state(moments: Tensor) -> Tensor:
+    """The moments of the last state alone, given those of a head with two inputs."""
+    width = len(moments) - 2
+    rows = torch.cat([torch.arange(width // 2), torch.arange(width, width + 2)]).to(moments.device)
+    return moments[rows][:, rows]
+
+
 @torch.no_grad()
 def second_moments(
     critic: Critic,
@@ -192,7 +213,7 @@ def second_moments(
     forest: bool,
     stop: StopRequest,
 ) -> Tensor:
-    """Weighted sums of z z^T over this rank's share of the response tokens, z = (state, 1, return).
+    """Weighted sums of z z^T over this rank's share of the response tokens, z = (what the head reads, 1, return).
 
     Args:
         critic: on its device.
@@ -203,12 +224,12 @@ def second_moments(
         stop: checked before every micro-batch.
 
     Returns:
-        float64 [hidden_size + 2, hidden_size + 2], on the device.
+        float64 [width, width] on the device, width as in `moments_width`.
 
     Raises:
         Stopped: asked to stop.
     """
-    width = int(critic.trunk.config.hidden_size) + 2
+    width = moments_width(critic)
     for attempt in attempts(critic, rollouts, compute):
         with attempt:
             total = torch.zeros(width, width, dtype=torch.float64, device=compute.device)
@@ -217,13 +238,27 @@ def second_moments(
                     stop.check_on_all_ranks()
                     with compute.autocast():
                         states = critic.hidden(batch)
-                    tokens = batch.response_tokens
-                    _add_moments(total, states, batch.value_index, weights[tokens], rollouts.returns[tokens])
+                    for read, index, tokens in _what_the_head_reads(critic, states, batch):
+                        _add_moments(total, read, index, weights[tokens], rollouts.returns[tokens])
             finally:
                 reshard((critic.trunk, critic.head))
             compute.ranks.all_reduce_sum(torch.zeros(1))  # no rank ends an attempt alone
             return total
     raise AssertionError("attempts end by an error")
+
+
+def _what_the_head_reads(
+    critic: Critic, states: Tensor, batch: ModelInput
+) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+    """(rows, the row of each of some response tokens, int64 [m] those tokens), which together are all of a batch."""
+    if critic.head.inputs == "last":
+        yield states, batch.value_index, batch.response_tokens
+        return
+    first = 0
+    # A row for each token: rollouts that share a state may differ in what they have chosen before it.
+    for rows in states_and_means(states, batch.value_index, batch.token_index, ROWS_AT_ONCE):
+        yield rows, torch.arange(len(rows), device=rows.device), batch.response_tokens[first : first + len(rows)]
+        first += len(rows)
 
 
 def _add_moments(
@@ -236,7 +271,7 @@ def _add_moments(
     """Add one micro-batch to `total`; a state that several rollouts read is multiplied once.
 
     Args:
-        total: float64 [hidden_size + 2, hidden_size + 2], added to in place.
+        total: float64 [width, width], added to in place.
         states: [R, hidden_size].
         value_index: int64 [M], the state of each token.
         weights: float64 [M].
@@ -261,7 +296,7 @@ def solve_ridge(moments: list[Tensor], device: torch.device | None = None) -> Ri
     """The head with the smallest cross-validated squared error.
 
     Args:
-        moments: float64 [hidden_size + 2, hidden_size + 2] of each fold, as `second_moments` sums them.
+        moments: float64 [width, width] of each fold, as `second_moments` sums them.
         device: where to compute; the CPU by default.
 
     Returns:

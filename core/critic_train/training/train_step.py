@@ -202,7 +202,7 @@ def _forward(
     states = critic.hidden(batch)
     labels = critic.next_token_head.labels(rollouts.input_ids[batch.response_tokens])
     lm_loss = critic.next_token_head(states, batch.value_index_on_host, labels, weights[batch.response_tokens])
-    return critic.head(states)[batch.value_index], lm_loss
+    return critic.values(states, batch), lm_loss
 
 
 def mini_batch_weights(rollouts: Rollouts, recipe: LossRecipe) -> NDArray[np.float32]:

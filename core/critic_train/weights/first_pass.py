@@ -45,4 +45,11 @@ def read_base_model(model: ModelSettings, out: Path, ranks: Ranks) -> ModelSourc
         if Path(model.model).resolve() == out.resolve():
             raise ConfigError(f"--model and --out are both {model.model}", hint="give the new run an --out of its own")
         path = str(resolve_model(Path(model.model)))
-    return read_model(Path(ranks.broadcast(path)), new_head=model.head_init is not None)
+    source = read_model(Path(ranks.broadcast(path)), new_head=model.head_init is not None)
+    keeps_head = model.head_init is None and source.stored_head is not None
+    if keeps_head and model.head_inputs not in (None, source.head_inputs):
+        raise ConfigError(
+            f"{path}: its value head reads {source.head_inputs}, and --head-inputs is {model.head_inputs}",
+            hint="--head-init exact solves a new one in its stead",
+        )
+    return source

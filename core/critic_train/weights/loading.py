@@ -28,6 +28,7 @@ from critic_train.model_files.model_directory import head_files, require_directo
 from critic_train.model_files.multimodal import Multimodal, multimodal_of
 from critic_train.model_files.placement import Placement, place_tensors, refuse_left_over, trunk_prefix
 from critic_train.model_files.tensor_file import StoredTensor, part_here, read_headers
+from critic_train.settings import HeadInputs
 from critic_train.weights.value_heads import StoredHead, find_head
 
 transformers_logging.set_verbosity_error()
@@ -45,6 +46,7 @@ class ModelSource:
         model_class: the class through which its weights are loaded; of a multimodal directory the trunk is a part.
         placement: where its tensors belong.
         stored_head: its value head; None where it has none, or where a new one is to be made in its stead.
+        new_head_inputs: what a new one reads.
         multimodal: what a multimodal directory has besides the text trunk; None of a text-only one.
         notices: what is left out or changed.
     """
@@ -55,6 +57,7 @@ class ModelSource:
     model_class: type[PreTrainedModel]
     placement: Placement
     stored_head: StoredHead | None
+    new_head_inputs: HeadInputs = "last"
     multimodal: Multimodal | None = None
     notices: tuple[Notice, ...] = ()
 
@@ -62,6 +65,15 @@ class ModelSource:
     def head(self) -> str | None:
         """The prefix of its value head's tensors, as in "score"; None where there is none."""
         return None if self.stored_head is None else self.stored_head.name
+
+    @property
+    def head_inputs(self) -> HeadInputs:
+        """What its value head reads, or a new one."""
+        return self.new_head_inputs if self.stored_head is None else self.stored_head.inputs
+
+    def empty_head(self) -> ValueHead:
+        """A head at 0 of the form of its own, or of the new one."""
+        return ValueHead(int(self.config.hidden_size), self.head_inputs)
 
     @property
     def vocab_size(self) -> int:
@@ -181,7 +193,7 @@ def load_critic(source: ModelSource, adapt: Callable[[Critic], None] | None = No
             hint="the directory is incomplete, or its config.json belongs to another model",
         )
     trunk = model.get_submodule(prefix.removesuffix("."))
-    head = ValueHead(int(source.config.hidden_size))
+    head = source.empty_head()
     if source.stored_head is not None:
         source.stored_head.fill(head)
     critic = use_tree_attention(Critic(trunk, head, source.multimodal))
@@ -221,18 +233,19 @@ def _all_finite(tensor: Tensor) -> bool:
     return bool(local.sum().isfinite()) or bool(local.isfinite().all())
 
 
-def build_critic(config: PreTrainedConfig, seed: int) -> Critic:
+def build_critic(config: PreTrainedConfig, seed: int, head_inputs: HeadInputs = "last") -> Critic:
     """A critic with random weights and a head at 0, which the caller sets to the mean return.
 
     Args:
         config: of the trunk; changed by `prepare_config`.
         seed: of the weights; the global generator is left alone.
+        head_inputs: what the head reads.
     """
     config = prepare_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = AutoModel.from_config(config, dtype=torch.float32)
-    return use_tree_attention(Critic(trunk, ValueHead(int(config.hidden_size))))
+    return use_tree_attention(Critic(trunk, ValueHead(int(config.hidden_size), head_inputs)))
 
 
 def use_tree_attention(critic: Critic) -> Critic:

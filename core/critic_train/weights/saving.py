@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from critic_train.jsonio import read_json_object
-from critic_train.model.critic import Critic
+from critic_train.model.critic import HEAD_OUTPUTS, Critic
 from critic_train.model_files.config import may_be_copied
 from critic_train.model_files.tensor_file import StoredTensor
 from critic_train.run.storage import copy_file, library_writes, replace_file
 from critic_train.weights.lora import has_adapters, merged_tensors, save_adapters, trained_parameters
+from critic_train.weights.value_heads import INPUTS_KEY
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -71,6 +72,20 @@ def checkpoint_bytes(critic: Critic) -> int:
     return 4 * sum(p.numel() for p in critic.parameters()) + 8 * trained + 2**20
 
 
+def describe_head(config: PreTrainedConfig, critic: Critic, prefix: str) -> None:
+    """Say in a configuration what a checkpoint's value head is called, and what it reads where that is more.
+
+    A head of two rows then loads as a token classifier with two scores, and is refused where one is expected.
+    """
+    inputs = critic.head.inputs
+    config.value_head_prefix = prefix
+    config.num_labels = HEAD_OUTPUTS[inputs]
+    if inputs != "last":
+        setattr(config, INPUTS_KEY, inputs)
+    elif hasattr(config, INPUTS_KEY):
+        delattr(config, INPUTS_KEY)
+
+
 def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) -> None:
     """Write weights (safetensors, several files when large), config.json and the tokenizer's files.
 
@@ -82,7 +97,7 @@ def save_critic(critic: Critic, directory: Path, tokenizer_from: Path | None) ->
     Raises:
         OSError: the disk is full or not writable.
     """
-    critic.trunk.config.value_head_prefix = "score"
+    describe_head(critic.trunk.config, critic, "score")
     with library_writes(directory):
         if loads_for_token_classification(critic):
             model = as_token_classifier(critic)
@@ -161,7 +176,7 @@ def as_token_classifier(critic: Critic) -> PreTrainedModel:
     setattr(wrapper.get_submodule(parent), name, critic.trunk)
     head = next(name for name, child in wrapper.named_children() if isinstance(child, nn.Linear))
     setattr(wrapper, head, critic.head)
-    wrapper.config.value_head_prefix = head
+    describe_head(wrapper.config, critic, head)
     return wrapper
 
 

@@ -30,6 +30,7 @@ from critic_train.weights.saving import (
     add_old_rope_entries,
     as_token_classifier,
     copy_tokenizer,
+    describe_head,
     loads_for_token_classification,
     passed_through,
 )
@@ -115,7 +116,7 @@ class ShardedCritic:
         self._passed = passed_through(critic)
         self._parts |= {name: (stored.on_meta(), None) for name, stored in self._passed.items()}
         if not classifies:
-            self._model.config.value_head_prefix = "score"
+            describe_head(self._model.config, critic, "score")
             self._parts |= {f"score.{name}": (value, None) for name, value in critic.head.state_dict().items()}
         self._outline = self._model if classifies else _outline_of(critic)
         self._adapters = trained_parameters(critic) if has_adapters(critic.trunk) else {}

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import AutoModel
 
 from critic_train.model.compute import Compute
-from critic_train.model.critic import Critic, ValueHead
+from critic_train.model.critic import Critic
 from critic_train.model.fsdp import shard
 from critic_train.model_files.tensor_file import StoredTensor, copy_rows, read_rows
 from critic_train.weights.loading import ModelSource, load_critic, refuse_not_finite, use_tree_attention
@@ -40,7 +40,7 @@ def load_critic_on_ranks(
         return load_critic(source, adapt)
     with parameters_on_meta():
         trunk = AutoModel.from_config(source.config, dtype=torch.float32)
-        head = ValueHead(int(source.config.hidden_size))
+        head = source.empty_head()
     critic = use_tree_attention(Critic(trunk, head, source.multimodal))
     locations = _locations(critic, source)
     if adapt is not None:
@@ -49,7 +49,7 @@ def load_critic_on_ranks(
     if locations is None:
         _load_from_rank_0(critic, source, compute, adapt)
         return critic
-    full_head = ValueHead(int(source.config.hidden_size))
+    full_head = source.empty_head()
     if source.stored_head is not None:
         source.stored_head.fill(full_head)
     for name, parameter in critic.head.named_parameters():

@@ -1,4 +1,4 @@
-"""The value head that a directory holds, under whatever name, and what a linear head of one row cannot hold."""
+"""The value head that a directory holds, under whatever name, and what no value head here can hold."""
 
 import math
 from collections.abc import Mapping
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from critic_train.errors import ModelError
-from critic_train.model.critic import ValueHead
+from critic_train.model.critic import HEAD_OUTPUTS, ValueHead
 from critic_train.model_files.config import quantized
 from critic_train.model_files.placement import Placement
 from critic_train.model_files.tensor_file import FLOATING, StoredTensor
+from critic_train.settings import HeadInputs
 
 # Names by which frameworks store value heads. A tensor of one row that nothing else takes is a value head under any
 # name; under one of these, one of another shape is refused as a value head, not as something unknown.
@@ -24,6 +25,8 @@ HEAD_NAMES = (
     "classifier",  # Hugging Face's class for GPT-2
 )
 HEAD_CLASSES = ("ForTokenClassification", "ForSequenceClassification", "CriticModel")
+INPUTS_KEY = "value_head_inputs"
+"""In config.json, where the head reads more than the last state: its weight has a row for each input."""
 NEW_HEAD = "critic-train fit --head-init exact makes a new value head in its stead"
 
 
@@ -33,14 +36,16 @@ class StoredHead:
 
     Attributes:
         name: the prefix of its tensors, as in "score".
-        weight: [1, hidden_size].
-        bias: [1]; None where it has none.
+        weight: [1, hidden_size]; [2, hidden_size] where it reads last+mean.
+        bias: [1] or [2]; None where it has none.
+        inputs: what it reads.
         mean, std: OpenRLHF's normalisation of rewards: the value is (w x + b - mean) / std.
     """
 
     name: str
     weight: StoredTensor
     bias: StoredTensor | None
+    inputs: HeadInputs = "last"
     mean: float = 0.0
     std: float = 1.0
 
@@ -58,7 +63,8 @@ class StoredHead:
                 head.bias.copy_(self.bias.load().reshape(head.bias.shape))
             if (self.mean, self.std) != (0.0, 1.0):
                 head.weight.div_(self.std)
-                head.bias.sub_(self.mean).div_(self.std)
+                head.bias[:1].sub_(self.mean)
+                head.bias.div_(self.std)
 
 
 def find_head(
@@ -76,20 +82,19 @@ def find_head(
     Raises:
         ModelError: a head has another shape, or there are several.
     """
-    left = placement.left_over
+    left, inputs = placement.left_over, _inputs(path, raw)
+    shape = (HEAD_OUTPUTS[inputs], hidden_size)
     prefix = raw.get("value_head_prefix")
     names = (prefix, *HEAD_NAMES) if isinstance(prefix, str) else HEAD_NAMES
     for name in names:
         tensor = left.get(f"{name}.weight")
-        if tensor is not None and tensor.shape != (1, hidden_size):
+        if tensor is not None and tensor.shape != shape:
             raise ModelError(
-                f"{path}: {name}.weight has shape {list(tensor.shape)}; a value head has [1, hidden_size], "
-                f"here [1, {hidden_size}]",
+                f"{path}: {name}.weight has shape {list(tensor.shape)}; a value head that reads {inputs} has "
+                f"[{shape[0]}, hidden_size], here {list(shape)}",
                 hint=f"a classifier with several labels is no critic. {NEW_HEAD}",
             )
-    rows = [
-        name for name, tensor in left.items() if tensor.shape == (1, hidden_size) and name not in placement.of_trunk
-    ]
+    rows = [name for name, tensor in left.items() if tensor.shape == shape and name not in placement.of_trunk]
     if isinstance(prefix, str) and f"{prefix}.weight" in rows:
         rows = [f"{prefix}.weight"]
     if len(rows) > 1:
@@ -109,13 +114,24 @@ def find_head(
     weight = left[rows[0]]
     name = weight.name.removesuffix(".weight")
     bias = left.get(f"{name}.bias") if name != weight.name else None
-    if bias is not None and math.prod(bias.shape) != 1:
-        raise ModelError(f"{path}: {bias.name} has shape {list(bias.shape)}, expected [1]", hint=NEW_HEAD)
+    if bias is not None and math.prod(bias.shape) != shape[0]:
+        raise ModelError(f"{path}: {bias.name} has shape {list(bias.shape)}, expected [{shape[0]}]", hint=NEW_HEAD)
     for tensor in (weight, bias):
         if tensor is not None and tensor.dtype not in FLOATING:
             raise quantized(path, tensor)
     mean, std = _normalisation(path, raw)
-    return StoredHead(name=name, weight=weight, bias=bias, mean=mean, std=std)
+    return StoredHead(name=name, weight=weight, bias=bias, inputs=inputs, mean=mean, std=std)
+
+
+def _inputs(path: Path, raw: Mapping[str, Any]) -> HeadInputs:
+    """What config.json says that the value head reads."""
+    inputs = raw.get(INPUTS_KEY, "last")
+    if inputs not in HEAD_OUTPUTS:
+        raise ModelError(
+            f"{path}/config.json: {INPUTS_KEY} is {inputs!r}; known are {', '.join(HEAD_OUTPUTS)}",
+            hint=f"a newer critic-train wrote it, which reads it. {NEW_HEAD}",
+        )
+    return inputs  # type: ignore[no-any-return]
 
 
 def _normalisation(path: Path, raw: Mapping[str, Any]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from critic_train.model.model_input import tree_input
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
-from critic_train.training.train_step import LossRecipe, accumulate_gradient
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, mini_batch_weights
 from critic_train.weights.loading import build_critic
 from critic_train.weights.saving import save_critic
 
@@ -189,3 +189,28 @@ def test_bf16_keeps_weights_head_and_loss_in_float32():
     gradient_of(critic, rollouts, forest=True, precision="bf16")
     assert {p.dtype for p in critic.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in critic.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_a_shared_prefix_learns_the_mean_of_its_continuations(mode):
+    """A state that several rollouts pass through has the mean of their returns as its target, each weighed as it is."""
+    rollouts = branching_rollouts()
+    recipe = LossRecipe(cliprange_value=None, mode=mode, scale_factor=None)
+    weights, returns = mini_batch_weights(rollouts, recipe), rollouts.returns.astype(np.float64)
+    through: dict[tuple[int, ...], list[int]] = {}
+    for start, stop in zip(rollouts.offsets[:-1].tolist(), rollouts.offsets[1:].tolist(), strict=True):
+        for token in range(start, stop):
+            if rollouts.response_mask[token]:
+                through.setdefault(tuple(rollouts.input_ids[start:token].tolist()), []).append(token)
+    assert max(map(len, through.values())) > 2, "the case is no test otherwise"
+    averaged = returns.copy()
+    for tokens in through.values():
+        averaged[tokens] = np.average(returns[tokens], weights=weights[tokens])
+    assert np.abs(averaged - returns).max() > 0.5
+    gradients = []
+    for targets in (returns, averaged):
+        critic = critic_of("Llama")
+        given = replace(rollouts, returns=targets.astype(np.float32))
+        accumulate_gradient(critic, given, recipe, CPU, forest=True, stop=StopRequest())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in critic.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

