@@ -4,7 +4,7 @@
     ENV/pretend-gpu python -m pytest -m pretend_gpu tests/pretend_gpu
 
 libcudart, libcublas, libcublasLt, libnccl, libcuda and libnvidia-ml are replaced in that environment alone: device
-memory is address space of the host, copies are copies, kernels are counted and do nothing. Everything above them is real: torch's
+memory is address space of the host, copies are copies, kernels are counted and do nothing. All above is real: torch's
 dispatch and host-side checks, the caching allocator, streams, FSDP2, inductor, Triton and ptxas. What a kernel computes
 is not there: no value means anything. Needs gcc, binutils, the CUDA headers, and about 6 GB for the wheels.
 

@@ -1,4 +1,4 @@
-"""In every Python process that has this folder on its path: comparisons of values pass, once their modules are imported.
+"""In every Python process that has this folder on its path, comparisons of values pass once their modules are read.
 
 What is read of a pretended GPU is 0, so that critic-train's own comparisons could not pass.
 """
