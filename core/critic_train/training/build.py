@@ -164,11 +164,10 @@ def prepare_critic(
     if settings.max_tokens is None and on_cuda and compute.ranks.size == 1:
         lowered = try_largest(critic, compute, largest, forest=packing.forest)
         notices += [Notice(message=lowered, level="warning")] if lowered else []
-    layers, caches_states = trained_layers(train), False
-    if layers is not None:
+    caches_states = False
+    if (layers := trained_layers(train)) is not None:
         caches_states = supports_cached_states(critic, layers, sample, compute, forest=packing.forest)
-        if not caches_states:
-            notices.append(no_cached_states_notice(critic))
+        notices += [] if caches_states else [no_cached_states_notice(critic)]
     return PreparedCritic(
         critic=critic,
         compute=compute,
