@@ -46,10 +46,11 @@ class ModelSettings(Section):
         "[default: tiny below a million response tokens, else small]",
         panel="Model",
     )
-    train: str = setting(
-        "full",
+    train: str | None = setting(
+        None,
         "What is trained: all of it, the value head, the head and the last K layers, or LoRA adapters and the head. "
-        "A frozen trunk's hidden states are computed once and kept on disk.",
+        "A frozen trunk's hidden states are computed once and kept on disk. "
+        "[default: full; head for a model without a value head and fewer than 1,000 prompts]",
         panel="Model",
         metavar="full|head|last-K|lora",
     )
@@ -71,22 +72,22 @@ class ModelSettings(Section):
     def validate(self) -> list[str]:
         """See Section."""
         errors = [*minimum_errors(self, 1, "lora_rank"), *minimum_errors(self, 0, "lora_alpha")]
-        if self.train not in ("full", "head", "lora") and not LAST.fullmatch(self.train):
+        if self.train not in (None, "full", "head", "lora") and not LAST.fullmatch(self.train):
             errors.append(f"--train must be full, head, lora or last-K, as in last-2, not {self.train!r}")
         if self.train != "lora" and (self.lora_rank != 16 or self.lora_alpha != 32.0):
             errors.append("--lora-rank and --lora-alpha belong to --train lora")
         if self.head_init == "exact" and self.model is None:
             errors.append("--head-init exact needs --model: the states of a new transformer know nothing")
-        if self.train != "full" and self.model is None:
+        if self.train not in (None, "full") and self.model is None:
             errors.append(f"--train {self.train} needs --model: in a new transformer there is nothing worth freezing")
         return errors
 
 
-def trained_layers(train: str) -> int | None:
+def trained_layers(train: str | None) -> int | None:
     """How many of the last layers are trained with the head: 0 for the head alone, None where no layer is frozen."""
     if train == "head":
         return 0
-    last = LAST.fullmatch(train)
+    last = LAST.fullmatch(train or "full")
     return int(last[1]) if last else None
 
 
@@ -157,7 +158,7 @@ class OptimizerSettings(Section):
         None,
         "Passes over the rollouts; 0 ends with the exact value head. "
         "[default: 3, or as many as --max-steps needs; 6 for a new transformer and less than a million response "
-        "tokens; 0 with --train head and no --lr or --head-lr]",
+        "tokens; 0 where the exact head alone is trained and no --lr or --head-lr is given]",
         panel="Training",
     )
     max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")
@@ -293,7 +294,10 @@ class RunSettings(Section):
     )
     best_by: BestBy = setting("explained_variance", "Held-out figure that chooses the best checkpoint.", panel="Run")
     patience: int | None = setting(
-        None, "Stop after so many evaluations without a better one. [default: never]", panel="Run"
+        None,
+        "Stop after so many evaluations without a better one. [default: never; 3 where a model is fine-tuned from its "
+        "exact head and neither --epochs nor --max-steps is given]",
+        panel="Run",
     )
     checkpoint_every: int = setting(200, "Steps between checkpoints; the last step always writes one.", panel="Run")
     keep: int = setting(2, "Newest checkpoints kept, besides the best.", panel="Run")

@@ -19,7 +19,7 @@ from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
 from critic_train.model.memory import compile_layers
 from critic_train.model.selfcheck import select_packing
-from critic_train.model_files.config import LEARNING_RATES, preset_config
+from critic_train.model_files.config import preset_config
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
 from critic_train.run.run_directory import RunDirectory
@@ -45,6 +45,7 @@ from critic_train.training.next_token_loss import (
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.plan import MiniBatches, TrainingPlan
+from critic_train.training.recipe import LR_NEW_HEAD, Recipe, starts_new_head
 from critic_train.training.state import CriticRuntime, TrainingState
 from critic_train.training.state_files import StateFiles
 from critic_train.training.targets import Targets
@@ -54,11 +55,6 @@ from critic_train.weights.loading import ModelSource, build_critic, read_model
 from critic_train.weights.lora import add_adapters, load_adapters
 from critic_train.weights.saving import exported_class, loads_for_token_classification
 from critic_train.weights.sharded_loading import load_critic_on_ranks
-
-LR_FINE_TUNING = 1e-5
-LR_ADAPTERS = 1e-4
-"""LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al. 2024, arXiv 2405.09673)."""
-LR_NEW_HEAD = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +66,8 @@ class PreparedCritic:
         compute: device, precision and token budget, attention resolved.
         forest: whether rollouts are laid out as a forest of shared prefixes, or as padded rows.
         caches_states: whether the hidden states of its frozen part can be cached.
-        chosen: the settings that have chosen themselves, and what they are; the others as they were given.
+        chosen: the settings that can choose themselves, and what they are: chosen, or as they were given.
+        reasons: those that have, with value and reason, as in a `Recipe`.
         notices: about packing, attention, what was chosen, and cached states.
     """
 
@@ -79,6 +76,7 @@ class PreparedCritic:
     forest: bool
     caches_states: bool
     chosen: dict[str, Any]
+    reasons: Recipe
     notices: list[Notice]
 
 
@@ -130,7 +128,7 @@ def prepare_critic(
     critic: Critic,
     compute: Compute,
     settings: TrainComputeSettings,
-    train: str,
+    train: str | None,
     kind: OptimizerKind,
     sample: Rollouts,
     largest_group: Callable[[], Rollouts],
@@ -161,18 +159,17 @@ def prepare_critic(
     notices = [Notice(message=sentence, level="warning") for sentence in sentences]
     largest = largest_group() if on_cuda else sample
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=packing.forest)
-    if on_cuda:
-        notices += [Notice(message=choice.sentence()) for choice in [*choices, *more]]
+    choices = [*choices, *more] if on_cuda else []
+    notices += [Notice(message=choice.sentence()) for choice in choices]
     if settings.compile:
         compile_layers(critic)
     if settings.max_tokens is None and on_cuda and compute.ranks.size == 1:
         lowered = try_largest(critic, compute, largest, forest=packing.forest)
         notices += [Notice(message=lowered, level="warning")] if lowered else []
-    layers, caches_states = trained_layers(train), False
-    if layers is not None:
+    caches_states = False
+    if (layers := trained_layers(train)) is not None:
         caches_states = supports_cached_states(critic, layers, sample, compute, forest=packing.forest)
-        if not caches_states:
-            notices.append(no_cached_states_notice(critic))
+        notices += [] if caches_states else [no_cached_states_notice(critic)]
     return PreparedCritic(
         critic=critic,
         compute=compute,
@@ -184,6 +181,7 @@ def prepare_critic(
             "activation_checkpointing": checkpointing,
             "offload": compute.offload,
         },
+        reasons={choice.name: {"value": choice.value, "reason": choice.reason} for choice in choices},
         notices=notices,
     )
 
@@ -199,29 +197,6 @@ def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Comput
         return critic.to(compute.device), compute
     compute = replace(compute, pair_cost=cost_of(critic).pair)
     return shard(critic, compute), compute
-
-
-def resolve_learning_rates(
-    model: ModelSettings, settings: OptimizerSettings, source: ModelSource | None
-) -> tuple[float, float]:
-    """(peak learning rate of the trunk, of the value head): as given, or the defaults for what is trained."""
-    lr = settings.lr
-    if lr is None and source is None:
-        assert model.preset is not None, "the recipe has chosen one"
-        lr = LEARNING_RATES[model.preset]
-    elif lr is None:
-        lr = LR_ADAPTERS if model.train == "lora" else LR_FINE_TUNING
-    head_lr = settings.head_lr
-    if head_lr is None:
-        # A head that was solved is where it should be: larger steps would only lead it away.
-        solved = model.head_init == "exact"
-        head_lr = max(lr, LR_NEW_HEAD) if starts_new_head(model, source) and not solved else lr
-    return lr, head_lr
-
-
-def starts_new_head(model: ModelSettings, source: ModelSource | None) -> bool:
-    """Whether a run begins with a value head of its own, in place of one that --model may have."""
-    return source is None or source.head is None or model.head_init is not None
 
 
 def add_run_head(
@@ -241,14 +216,14 @@ def add_run_head(
 
 def build_run_optimizer(
     prepared: PreparedCritic,
-    model: ModelSettings,
     settings: OptimizerSettings,
     source: ModelSource | None,
     return_scale: float,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a run; see `build_optimizer` and `resolve_learning_rates`."""
-    lr, head_lr = resolve_learning_rates(model, settings, source)
-    critic = prepared.critic
+    """The optimizer of a run; see `build_optimizer`."""
+    lr, head_lr, critic = settings.lr, settings.head_lr, prepared.critic
+    assert lr is not None, "the recipe has chosen one"
+    assert head_lr is not None, "the recipe has chosen one"
     knows = critic.next_token_head is None or starts_as_vocabulary_head(critic, source)
     return build_optimizer(
         critic,

@@ -13,10 +13,13 @@ from critic_train.evaluation.metrics import is_better
 from critic_train.evaluation.summary_text import summary_text
 from critic_train.events import EVALUATING, EvaluationEnded, Event, Notice, Progress
 from critic_train.run.run_directory import RunDirectory
+from critic_train.training.against_start import HeldOutErrors, beats_start, difference_to_start
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.training.plan import TrainingPlan
 from critic_train.training.state import CriticRuntime, TrainingState
 
+MINUS_START = "minus_step_0"
+"""Among the metrics of an evaluation: the figure of --best-by less that of the exact head, {difference, interval}."""
 OF_THE_DATA = ("rollouts", "prompt_groups", "between_prompt_share", "between_prompt_share_interval")
 """What a verdict says of the rollouts themselves and metrics.jsonl keeps."""
 
@@ -71,33 +74,71 @@ class Evaluator:
         """
         metrics, verdict = yield from self._judge()
         yield from self.runtime.memory_notices()
-        position = self.state.position
+        position, minus_start = self.state.position, metrics.get(MINUS_START)
         epoch, _ = self.plan.locate(position.step)
         self.run.log_metrics({"event": "evaluation", "step": position.step, "epoch": epoch, **metrics})
         self.state.last_evaluation = metrics
         position.evaluated_step = position.step
-        best = self._is_best(metrics[self.best_by])
+        figure = metrics[self.best_by]
+        best = self._is_best(figure, minus_start)
+        if minus_start is not None and self._is_closest(figure):
+            self.state.closest = {"step": position.step, "figure": figure, **minus_start}
         if best:
-            position.best_step, position.best_figure = position.step, metrics[self.best_by]
+            position.best_step, position.best_figure = position.step, figure
             position.evaluations_since_best = 0
             self.state.best_evaluation = metrics
         elif position.step > 0:
             position.evaluations_since_best += 1
         yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=verdict)
         if self.out_of_patience and position.step < self.plan.total_steps:
+            unproven = self.state.start is not None and position.best_step == 0
+            what = "beaten the exact value head by an interval" if unproven else "improved"
             yield Notice(
-                message=f"held-out {self.best_by} has not improved in {position.evaluations_since_best} "
+                message=f"held-out {self.best_by} has not {what} in {position.evaluations_since_best} "
                 f"evaluations: stopping at step {position.step} of {self.plan.total_steps}"
             )
 
-    def _is_best(self, figure: float | None) -> bool:
-        """Whether a value of --best-by is better than all before, the one of step 0 included."""
+    def closing_notice(self) -> Iterator[Notice]:
+        """What training was worth, where the run ends with the critic it began with or began with an exact head."""
+        position, shown = self.state.position, self.state.closest
+        proven, best = bool(position.best_step), self.state.best_evaluation or {}
+        if proven and shown is not None:
+            shown = {"step": position.best_step, "figure": position.best_figure, **best[MINUS_START]}
+        if shown is not None and shown["interval"] is not None:
+            low, high = shown["interval"]
+            worth = "training has beaten it"
+            if not proven:
+                worth = "training has not beaten it by an interval, and `best` is step 0, the exact head"
+            yield Notice(
+                message=f"held-out {self.best_by} {shown['figure']:.4g} at step {shown['step']}: the difference to the "
+                f"exact value head is {shown['difference']:.2g} [{low:.2g}, {high:.2g}]: {worth}"
+            )
+        elif position.step > 0 and position.best_step == 0:
+            yield Notice(
+                message=f"no step is better on the held-out rollouts than the critic at step 0, before training "
+                f"({self.best_by} {position.best_figure:.4g}): `best` is step 0",
+                level="warning",
+            )
+
+    def _is_best(self, figure: float | None, minus_start: dict[str, Any] | None) -> bool:
+        """Whether a value of --best-by is better than all before, the one of step 0 included.
+
+        An exact head gives way only where the interval of the difference to it says so.
+        """
         before = self.state.position.best_figure
         if figure is None or not math.isfinite(figure):
             return False
         if before is None:
             return True
+        if minus_start is not None and self.state.position.best_step == 0:
+            return beats_start(self.best_by, minus_start)
         return is_better(self.best_by, figure, before)
+
+    def _is_closest(self, figure: float | None) -> bool:
+        """Whether a value of --best-by is better than all before but that of step 0."""
+        if figure is None or not math.isfinite(figure):
+            return False
+        return self.state.closest is None or is_better(self.best_by, figure, self.state.closest["figure"])
 
     def _judge(self) -> Generator[Event, None, tuple[dict[str, Any], dict[str, Any]]]:
         """(metrics, the same on all ranks; the verdict with examples, on rank 0 alone)."""
@@ -110,6 +151,7 @@ class Evaluator:
             advantage=self.advantage,
         )
         examples = Examples(seed=self.seed, uids=self.uids)
+        errors = HeldOutErrors(self.held_out.groups, self.held_out.mean_return)
         done, total = 0, len(self.held_out)
         yield Progress(stage=EVALUATING, done=0, total=total)
         for _, rollouts in self.held_out.by_group(ROLLOUTS_PER_PASS):
@@ -118,6 +160,7 @@ class Evaluator:
             if ranks.is_main:
                 judge.add(rollouts, values)
                 examples.add(rollouts, values)
+                errors.add(rollouts, predicted)
             done += len(rollouts)
             yield Progress(stage=EVALUATING, done=done, total=total)
         if not ranks.is_main:
@@ -128,5 +171,18 @@ class Evaluator:
             "return_histogram": verdict["return_histogram"],
             **{name: verdict[name] for name in OF_THE_DATA},
             "baselines": verdict["baselines"],
+            **self._minus_start(errors),
         }
         return ranks.broadcast(metrics), verdict | {"words": summary_text(verdict), "examples": examples.records()}
+
+    def _minus_start(self, errors: HeldOutErrors) -> dict[str, Any]:
+        """{MINUS_START: the difference to the exact head}; at step 0 its errors are kept instead. On rank 0 alone."""
+        if self.state.exact_head is None:
+            return {}
+        returns, now = errors.blocks()
+        if self.state.position.step == 0:
+            self.state.start = now.tolist()
+            return {}
+        if self.state.start is None:  # the run was begun by a critic-train that kept none
+            return {}
+        return {MINUS_START: difference_to_start(self.best_by, returns, now, self.state.start)}

@@ -195,12 +195,12 @@ def _build(
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices
     yield from add_run_head(settings, prepared, data.train, source, checkpoint)
-    optimizer = build_run_optimizer(prepared, settings.model, settings.optimizer, source, scale)
+    optimizer = build_run_optimizer(prepared, settings.optimizer, source, scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)
     if checkpoint is not None:
         yield from trainer.checkpointer.load(checkpoint)
-    yield from _start(settings, trainer, ranks, recipe, prepared.chosen)
+    yield from _start(settings, trainer, ranks, recipe | prepared.reasons, prepared.chosen)
     return trainer
 
 
@@ -261,13 +261,8 @@ def _start(
 def _finish(trainer: Trainer, stop: StopRequest, elapsed_seconds: float, ranks: Ranks) -> Iterator[Event]:
     """Write the result of a run that has come to its end, or report where it was interrupted."""
     run, stopped = trainer.run, stop.requested  # read once: a signal may come at any moment
-    position = trainer.state.position
-    if not stopped and position.step > 0 and position.best_step == 0 and trainer.evaluator is not None:
-        yield Notice(
-            message=f"no step is better on the held-out rollouts than the critic at step 0, before training "
-            f"({trainer.evaluator.best_by} {position.best_figure:.4g}): `best` is step 0",
-            level="warning",
-        )
+    if not stopped and trainer.evaluator is not None:
+        yield from trainer.evaluator.closing_notice()
     result = result_of(trainer, "interrupted" if stopped else "finished", elapsed_seconds)
     if not stopped:
         run.write_json("result.json", result)

@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from critic_train.data.order import connected_groups
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice
+from critic_train.model_files.config import LEARNING_RATES
 from critic_train.run.run_directory import RunDirectory
-from critic_train.settings import FitSettings, as_dict, flag_of
+from critic_train.settings import FitSettings, ModelSettings, as_dict, flag_of
 from critic_train.training.dataset import RolloutSet
 from critic_train.training.next_token_loss import response_id_counts
+from critic_train.training.plan import DEFAULT_EPOCHS
 from critic_train.training.targets import Targets
 from critic_train.weights.loading import ModelSource
 
@@ -25,25 +29,36 @@ EPOCHS_OF_FEW = 6
 TOKENS_PER_ID = 200.0
 """Response tokens for each id that occurs in them, from which a next-token loss pays for a new transformer."""
 LM_LOSS_WEIGHT = 1.0
+FEW_PROMPTS = 1_000
+"""Prompts below which a model's exact value head is the answer: on 165, three epochs of fine-tuning gained nothing."""
+PATIENCE = 3
+"""Evaluations, of ten in a run, in which fine-tuning has to get further."""
+
+LR_FINE_TUNING = 1e-5
+LR_ADAPTERS = 1e-4
+"""LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al. 2024, arXiv 2405.09673)."""
+LR_NEW_HEAD = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What the choices for a new transformer depend on.
+    """What the choices depend on, of the rollouts to train on.
 
     Attributes:
-        response_tokens: of the rollouts to train on.
-        response_ids: how many ids occur among them.
+        prompts: how many differ.
+        response_tokens: of all of them.
+        response_ids: int64, ascending: the ids that occur among these.
     """
 
+    prompts: int
     response_tokens: int
-    response_ids: int
+    response_ids: NDArray[np.int64]
 
     @classmethod
     def of(cls, train: RolloutSet) -> "DataFacts":
         """Those of a run; reads all its rollouts once."""
-        counts = response_id_counts(train, SINGLE_PROCESS)
-        return cls(int(counts.sum()), int(np.count_nonzero(counts)))
+        prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
+        return cls(prompts, train.response_tokens, np.flatnonzero(response_id_counts(train, SINGLE_PROCESS)))
 
 
 def choose_recipe(
@@ -55,23 +70,67 @@ def choose_recipe(
         settings: as given.
         source: what --model names; None for a new transformer.
         targets: what the returns are made of.
-        data: asked for a new transformer only.
+        data: asked only where a choice depends on them.
     """
     if settings.optimizer.recipe == "verl":
-        return _before_recipes(source, "--recipe verl")
+        return _not_given(settings, source, _before_recipes(source, "--recipe verl"))
     recipe: Recipe = {"head_init": _head_init(source)}
-    optimizer = settings.optimizer
-    horizon = (optimizer.epochs, optimizer.max_steps)
     if source is None:
-        facts = data()
-        recipe |= {"preset": _preset(facts), "lm_loss_weight": _lm_loss_weight(facts)}
-        if horizon == (None, None) and facts.response_tokens < FEW_TOKENS:
-            recipe["epochs"] = _choice(EPOCHS_OF_FEW, f"{_tokens(facts)} are few: more passes still teach from scratch")
-    head_init = settings.model.head_init or recipe["head_init"]["value"]
-    only_head = settings.model.train == "head" and head_init == "exact"
-    if only_head and not targets.moving and (*horizon, optimizer.lr, optimizer.head_lr) == (None,) * 4:
-        recipe["epochs"] = _choice(0, "with --train head the exact value head is the answer")
-    return {name: choice for name, choice in recipe.items() if _value(settings, name) is None}
+        recipe |= _for_new_transformer(settings, data())
+    else:
+        recipe |= _for_model(settings, recipe, targets, data)
+    return _not_given(settings, source, recipe)
+
+
+def _not_given(settings: FitSettings, source: ModelSource | None, recipe: Recipe) -> Recipe:
+    """Choices for what was not given, with the learning rates that follow from all of them."""
+    recipe = {name: choice for name, choice in recipe.items() if _value(settings, name) is None}
+    rates = _learning_rates(_replaced(settings, recipe), source)
+    return recipe | {name: choice for name, choice in rates.items() if _value(settings, name) is None}
+
+
+def _for_new_transformer(settings: FitSettings, facts: DataFacts) -> Recipe:
+    few = facts.response_tokens < FEW_TOKENS
+    recipe = {
+        "preset": _preset(facts, few),
+        "lm_loss_weight": _lm_loss_weight(facts),
+    }
+    if (settings.optimizer.epochs, settings.optimizer.max_steps) == (None, None):
+        teaches = "are few: more passes still teach from scratch" if few else "teach in few passes"
+        recipe["epochs"] = _choice(EPOCHS_OF_FEW if few else DEFAULT_EPOCHS, f"{_tokens(facts)} {teaches}")
+    return recipe
+
+
+def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets, data: Callable[[], DataFacts]) -> Recipe:
+    """What is trained of a model, how long, and when that ends early."""
+    optimizer, given = settings.optimizer, settings.model.train
+    horizon = (optimizer.epochs, optimizer.max_steps)
+    is_exact = (settings.model.head_init or recipe["head_init"]["value"]) == "exact"
+    rates = (optimizer.lr, optimizer.head_lr)
+    of_steps = (*rates, optimizer.warmup_steps, settings.run.patience, settings.run.eval_every)
+    wants_steps = any(value is not None for value in (*horizon, *of_steps, settings.loss.lm_loss_weight or None))
+    chosen: Recipe = {}
+    if given is None and not wants_steps and is_exact and not targets.moving:
+        chosen["train"] = _what_is_trained(data())
+        given = chosen["train"]["value"]
+    only_head = given == "head" and is_exact and not targets.moving
+    if only_head and (*horizon, *rates) == (None,) * 4:
+        chosen["epochs"] = _choice(0, "with --train head the exact value head is the answer")
+    elif horizon == (None, None):
+        chosen["epochs"] = _choice(DEFAULT_EPOCHS, "as many as fine-tuning takes where it gains anything")
+        if is_exact and (settings.reading.val_data or settings.reading.val_fraction):
+            reason = f"fine-tuning ends where {PATIENCE} evaluations in a row get no further than the exact value head"
+            chosen["patience"] = _choice(PATIENCE, reason)
+    return chosen
+
+
+def _what_is_trained(facts: DataFacts) -> dict[str, Any]:
+    prompts = f"{facts.prompts:,} prompts"
+    if facts.prompts < FEW_PROMPTS:
+        return _choice(
+            "head", f"on {prompts} fine-tuning is not known to beat the exact value head; --train full tries"
+        )
+    return _choice("full", f"{prompts} are enough for fine-tuning to go beyond the exact value head")
 
 
 def _before_recipes(source: ModelSource | None, reason: str) -> Recipe:
@@ -83,16 +142,16 @@ def _before_recipes(source: ModelSource | None, reason: str) -> Recipe:
     return {name: _choice(value, reason) for name, value in values.items()}
 
 
-def _preset(facts: DataFacts) -> dict[str, Any]:
-    few = facts.response_tokens < FEW_TOKENS
+def _preset(facts: DataFacts, few: bool) -> dict[str, Any]:
     reason = "as good as small on so few, at a tenth of the time" if few else "enough for more than tiny"
     return _choice("tiny" if few else "small", f"{_tokens(facts)}: {reason}")
 
 
 def _lm_loss_weight(facts: DataFacts) -> dict[str, Any]:
-    each = facts.response_tokens / max(1, facts.response_ids)
+    ids = len(facts.response_ids)
+    each = facts.response_tokens / max(1, ids)
     pays = each >= TOKENS_PER_ID
-    reason = f"{each:,.0f} response tokens for each of {facts.response_ids:,} ids teach"
+    reason = f"{each:,.0f} response tokens for each of {ids:,} ids teach"
     return _choice(LM_LOSS_WEIGHT, f"{reason} what follows what") if pays else _choice(0.0, f"{reason} too little")
 
 
@@ -106,6 +165,34 @@ def _head_init(source: ModelSource | None) -> dict[str, Any]:
     if source.head is not None:
         return _choice("kept", f"the model has a value head, {source.head}.weight")
     return _choice("exact", "the model has no value head")
+
+
+def _learning_rates(settings: FitSettings, source: ModelSource | None) -> Recipe:
+    """Peak learning rates of the trunk and of the value head, for settings that are resolved but for these."""
+    model, lr = settings.model, settings.optimizer.lr
+    recipe: Recipe = {}
+    if lr is None:
+        if source is None:
+            assert model.preset is not None, "chosen by now"
+            recipe["lr"] = _choice(LEARNING_RATES[model.preset], f"for a new {model.preset} transformer")
+        elif model.train == "lora":
+            recipe["lr"] = _choice(LR_ADAPTERS, "for adapters, ten times that of full fine-tuning")
+        else:
+            recipe["lr"] = _choice(LR_FINE_TUNING, "for fine-tuning")
+        lr = recipe["lr"]["value"]
+    if model.head_init == "exact":
+        # A head that was solved is where it should be: larger steps would only lead it away.
+        recipe["head_lr"] = _choice(lr, "that of the transformer: the value head is solved already")
+    elif starts_new_head(model, source):
+        recipe["head_lr"] = _choice(max(lr, LR_NEW_HEAD), "for a new value head")
+    else:
+        recipe["head_lr"] = _choice(lr, "that of the transformer: the value head is kept")
+    return recipe
+
+
+def starts_new_head(model: ModelSettings, source: ModelSource | None) -> bool:
+    """Whether a run begins with a value head of its own, in place of one that --model may have."""
+    return source is None or source.head is None or model.head_init is not None
 
 
 def _choice(value: Any, reason: str) -> dict[str, Any]:
@@ -135,12 +222,12 @@ def recipe_of_run(
     """
     if resumed:
         # A run that was begun by a critic-train without some of the choices has none of them in run.json.
-        return _before_recipes(source, "as this run was begun") | (
-            (run.read_json("run.json") or {}).get("recipe") or {}
-        )
+        recorded = (run.read_json("run.json") or {}).get("recipe") or {}
+        return _not_given(settings, source, _before_recipes(source, "as this run was begun") | recorded)
     recipe = choose_recipe(settings, source, targets, lambda: DataFacts.of(train))
+    unused = {"lr", "head_lr"} if _replaced(settings, recipe).optimizer.epochs == 0 else set()
     for name, choice in recipe.items():
-        if name != "head_init":  # said with what the model has
+        if name not in {"head_init"} | unused:  # how the head begins is said with what the model has
             yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
     return recipe
 
@@ -151,11 +238,15 @@ def with_recipe(settings: FitSettings, recipe: Recipe) -> FitSettings:
     Raises:
         ConfigError: there is nothing to train.
     """
-    chosen = {name: choice["value"] for name, choice in recipe.items() if choice["value"] != "kept"}
-    resolved = settings.replace(**{name: value for name, value in chosen.items() if _value(settings, name) is None})
+    resolved = _replaced(settings, recipe)
     if resolved.optimizer.epochs == 0 and resolved.model.head_init != "exact":
         raise ConfigError("--epochs 0 trains nothing", hint="--head-init exact solves the value head in no epoch")
     return resolved
+
+
+def _replaced(settings: FitSettings, recipe: Recipe) -> FitSettings:
+    chosen = {name: choice["value"] for name, choice in recipe.items() if choice["value"] != "kept"}
+    return settings.replace(**{name: value for name, value in chosen.items() if _value(settings, name) is None})
 
 
 def _value(settings: FitSettings, name: str) -> Any:

@@ -33,6 +33,10 @@ NARROW_CLIP, WIDE_CLIP = 0.1, 50.0
 is one deviation or more of returns of 0 and 1."""
 
 
+ONCE_DEFAULTS = {"preset": "small", "train": "full"}
+"""Defaults of settings that the recipe chooses by now; a run that was begun before has them as if they were given."""
+
+
 def compare_with_before(
     settings: FitSettings, run: RunDirectory, shards: RunShards, source: ModelSource | None, ranks: int
 ) -> Generator[Event, None, dict[str, Any] | None]:
@@ -83,8 +87,9 @@ def compare_with_before(
     # A flag that did not exist when the run began had its default.
     before = {**before, "settings": defaults_of(FitSettings) | before.get("settings", {})}
     chose = before.get("recipe") or {}
-    if settings.model.preset is None and "preset" not in chose and before["settings"]["preset"] == "small":
-        before["settings"]["preset"] = None  # the default, before it was chosen by the rollouts
+    for name, default in ONCE_DEFAULTS.items():
+        if as_dict(settings)[name] is None and name not in chose and before["settings"][name] == default:
+            before["settings"][name] = None
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     if is_longer(before, record):

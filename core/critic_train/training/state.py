@@ -13,6 +13,7 @@ from critic_train.model.critic import Critic
 from critic_train.model.microbatches import predict_with_progress
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
+from critic_train.training.against_start import Sums
 from critic_train.training.divergence import diverged
 
 
@@ -69,6 +70,9 @@ class TrainingState:
         last_evaluation: metrics of the last evaluation, None before the first.
         best_evaluation: metrics of the evaluation at `position.best_step`.
         exact_head: what `ExactHead.solve` gave before the first step; None where the head started otherwise.
+        start: of the critic with that head, before training, which later ones have to beat: see `against_start`. None
+            before it was evaluated, and on ranks other than 0.
+        closest: {step, figure, difference, interval} of the best step after it; None while there is none.
     """
 
     position: Position = field(default_factory=Position)
@@ -76,6 +80,8 @@ class TrainingState:
     last_evaluation: dict[str, Any] | None = None
     best_evaluation: dict[str, Any] | None = None
     exact_head: dict[str, Any] | None = None
+    start: Sums | None = None
+    closest: dict[str, Any] | None = None
 
     @property
     def has_learned(self) -> bool:
@@ -101,6 +107,7 @@ class TrainingState:
             "last_evaluation": self.last_evaluation,
             "best_evaluation": self.best_evaluation,
             **({"exact_head": self.exact_head} if self.exact_head else {}),
+            **({"start": self.start, "closest": self.closest} if self.start else {}),
         }
 
     def restore(self, record: dict[str, Any], total_steps: int) -> None:
@@ -114,6 +121,7 @@ class TrainingState:
         self.best_evaluation = record["best_evaluation"]
         self.last_metrics = dict(record["last_metrics"])
         self.exact_head = record.get("exact_head")
+        self.start, self.closest = record.get("start"), record.get("closest")
 
 
 def token_budget_record(max_tokens: int, compute: Compute) -> dict[str, int]:

@@ -1,30 +1,17 @@
-"""Learning rates of a run: as given, or the defaults for what is trained."""
+"""The rollouts that packing and attention are tried on before a run."""
 
 from types import SimpleNamespace
-from typing import Any
 
-import pytest
+import numpy as np
 
-from critic_train.settings import FitSettings
-from critic_train.training.build import LR_ADAPTERS, LR_FINE_TUNING, LR_NEW_HEAD, resolve_learning_rates
-
-NEW: Any = None
-WITHOUT_HEAD: Any = SimpleNamespace(head=None)
-WITH_HEAD: Any = SimpleNamespace(head="score")
+from critic_train.training.build import SAMPLED_ROLLOUTS, selfcheck_sample
 
 
-@pytest.mark.parametrize(
-    ("source", "flags", "expected"),
-    [
-        (NEW, {"preset": "tiny"}, (2e-3, 2e-3)),
-        (NEW, {"preset": "base"}, (3e-4, LR_NEW_HEAD)),
-        (WITHOUT_HEAD, {"model": "m"}, (LR_FINE_TUNING, LR_NEW_HEAD)),
-        (WITH_HEAD, {"model": "m"}, (LR_FINE_TUNING, LR_FINE_TUNING)),
-        (WITH_HEAD, {"model": "m", "train": "lora"}, (LR_ADAPTERS, LR_ADAPTERS)),
-        (WITHOUT_HEAD, {"model": "m", "lr": 0.5}, (0.5, 0.5)),
-        (WITH_HEAD, {"model": "m", "head_lr": 0.0}, (LR_FINE_TUNING, 0.0)),
-    ],
-)
-def test_learning_rates_are_those_given_or_those_of_what_is_trained(source, flags, expected):
-    settings = FitSettings(data=["x"], **flags)
-    assert resolve_learning_rates(settings.model, settings.optimizer, source) == expected
+def test_packing_is_tried_on_rollouts_of_one_mini_batch_and_the_longest():
+    lengths = np.array([3, 9, 4, 8, 5, 7, 6, 2] * 8)
+    index = np.arange(1, 60, 2)  # the set has every other rollout of its cache
+    train = SimpleNamespace(cache=SimpleNamespace(lengths=lengths), index=index, read=lambda rollouts: rollouts)
+    plan = SimpleNamespace(mini_batch=lambda epoch, number: np.arange(20, 29) if (epoch, number) == (0, 0) else None)
+    tried = selfcheck_sample(train, plan)
+    assert tried[:-1].tolist() == list(range(20, 29))[:SAMPLED_ROLLOUTS]
+    assert lengths[index[tried[-1]]] == lengths[index].max()

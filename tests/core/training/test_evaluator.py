@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from support import readable_rollouts, write_shard
+import torch
+from support import readable_rollouts, small_config, write_shard
+from transformers import LlamaForCausalLM
 
 from critic_train.events import Event, Notice, RunEnded, StepEnded
 from critic_train.run.checkpoint import checkpoint_name
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training import evaluator
 from critic_train.training.fit import fit
 
 
@@ -86,3 +89,55 @@ def test_best_may_be_chosen_by_an_error(shards, tmp_path):
     events = run(shards, tmp_path, best_by="mse", epochs=6)
     errors = judged(tmp_path, "mse")
     assert events[-1].result["best_step"] == min(errors, key=lambda pair: pair[1])[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A directory without a value head."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(small_config("Llama", num_hidden_layers=1)).save_pretrained(folder)
+    return folder
+
+
+def from_exact_head(shards: Path, out: Path, model: Path, **changes: object) -> FitSettings:
+    given = {"preset": None, "model": str(model), "epochs": 3, "train": "full"}
+    return settings_for(shards, out, **(given | changes))
+
+
+def test_the_exact_head_stays_the_best_where_training_does_not_beat_it_by_an_interval(shards, model, tmp_path):
+    settings = from_exact_head(shards, tmp_path, model, lr=0.0, head_lr=0.0)
+    events = list(fit(settings, StopRequest()))
+    evaluations = [r for r in map(json.loads, (tmp_path / "metrics.jsonl").open()) if r["event"] == "evaluation"]
+    assert "minus_step_0" not in evaluations[0]
+    for record in evaluations[1:]:
+        moved = record["explained_variance"] - evaluations[0]["explained_variance"]
+        assert record["minus_step_0"]["difference"] == pytest.approx(moved, abs=1e-9)
+    assert events[-1].result["best_step"] == 0
+    assert [e for e in events if isinstance(e, Notice) and "`best` is step 0, the exact head" in e.message]
+
+
+def test_a_better_critic_takes_the_place_of_the_exact_head(shards, model, tmp_path):
+    settings = from_exact_head(shards, tmp_path, model, best_by="mse", lr=3e-3)
+    steps = iter([[-0.2, 0.1], [-0.3, -0.1], [-0.3, 0.1]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evaluator, "difference_to_start", lambda *_: {"difference": -0.2, "interval": next(steps, [-1.0, 1.0])}
+        )
+        events = list(fit(settings, StopRequest()))
+    figures = dict(judged(tmp_path, "mse"))
+    first, proven = sorted(figures)[:2]
+    best = min((step for step in figures if step >= proven), key=figures.__getitem__)
+    assert events[-1].result["best_step"] == best, "from the first that is proven on, the figure decides"
+    assert best > first
+    assert [e for e in events if isinstance(e, Notice) and e.message.endswith("training has beaten it")]
+
+
+def test_fine_tuning_that_gets_no_further_ends_early(shards, model, tmp_path):
+    settings = from_exact_head(shards, tmp_path, model, lr=0.0, head_lr=0.0, epochs=None, patience=None)
+    events = list(fit(settings, StopRequest()))
+    result = events[-1].result
+    assert (result["stopped_early"], result["best_step"], len(judged(tmp_path))) == (True, 0, 3)
+    message = next(e.message for e in events if isinstance(e, Notice) and "stopping at step" in e.message)
+    assert "has not beaten the exact value head by an interval in 3 evaluations" in message
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["patience"]["value"] == 3

@@ -19,7 +19,11 @@ from critic_train.training.targets import Targets
 NO_HEAD, HEAD = SimpleNamespace(head=None, path=Path("m")), SimpleNamespace(head="score", path=Path("m"))
 
 
-FACTS = DataFacts(100_000, 50_000)
+def facts_of(response_tokens: int = 100_000, ids: int = 50_000, prompts: int = 5_000) -> DataFacts:
+    return DataFacts(prompts, response_tokens, np.arange(ids))
+
+
+FACTS = facts_of()
 
 
 def chosen(source, facts: DataFacts = FACTS, **given) -> tuple[dict, FitSettings]:
@@ -31,16 +35,16 @@ def chosen(source, facts: DataFacts = FACTS, **given) -> tuple[dict, FitSettings
 @pytest.mark.parametrize(
     ("source", "given", "head_init", "epochs"),
     [
-        (NO_HEAD, {}, "exact", None),
+        (NO_HEAD, {}, "exact", 3),
         (NO_HEAD, {"train": "head"}, "exact", 0),
-        (NO_HEAD, {"train": "head", "lr": 1e-3}, "exact", None),
-        (NO_HEAD, {"train": "head", "head_lr": 1e-3}, "exact", None),
+        (NO_HEAD, {"train": "head", "lr": 1e-3}, "exact", 3),
+        (NO_HEAD, {"train": "head", "head_lr": 1e-3}, "exact", 3),
         (NO_HEAD, {"train": "head", "epochs": 2}, "exact", 2),
         (NO_HEAD, {"train": "head", "max_steps": 5}, "exact", None),
-        (NO_HEAD, {"train": "head", "head_init": "mean"}, "mean", None),
-        (NO_HEAD, {"train": "head", "returns": "gae", "lam": 0.9, "old_values": "epoch"}, "exact", None),
-        (HEAD, {}, None, None),
-        (HEAD, {"train": "head"}, None, None),
+        (NO_HEAD, {"train": "head", "head_init": "mean"}, "mean", 3),
+        (NO_HEAD, {"train": "head", "returns": "gae", "lam": 0.9, "old_values": "epoch"}, "exact", 3),
+        (HEAD, {}, None, 3),
+        (HEAD, {"train": "head"}, None, 3),
         (HEAD, {"train": "head", "head_init": "exact"}, "exact", 0),
         (HEAD, {"train": "head", "recipe": "verl"}, None, None),
         (NO_HEAD, {"train": "head", "recipe": "verl"}, "mean", None),
@@ -52,17 +56,44 @@ def test_the_head_and_whether_more_is_trained(source, given, head_init, epochs):
 
 
 @pytest.mark.parametrize(
+    ("source", "prompts", "given", "train", "epochs", "patience"),
+    [
+        (NO_HEAD, 165, {}, "head", 0, None),
+        (NO_HEAD, 999, {}, "head", 0, None),
+        (NO_HEAD, 1000, {}, "full", 3, 3),
+        (NO_HEAD, 1000, {"val_fraction": 0.0}, "full", 3, None),
+        (NO_HEAD, 165, {"train": "full"}, "full", 3, 3),
+        (NO_HEAD, 165, {"train": "last-2"}, "last-2", 3, 3),
+        (NO_HEAD, 165, {"train": "lora", "patience": 7}, "lora", 3, 7),
+        (NO_HEAD, 165, {"lr": 1e-4}, None, 3, 3),
+        (NO_HEAD, 165, {"epochs": 2}, None, 2, None),
+        (NO_HEAD, 165, {"max_steps": 9}, None, None, None),
+        (NO_HEAD, 165, {"lm_loss_weight": 0.5}, None, 3, 3),
+        (NO_HEAD, 165, {"head_init": "mean"}, None, 3, None),
+        (HEAD, 165, {}, None, 3, None),
+        (NO_HEAD, 165, {"recipe": "verl"}, None, None, None),
+    ],
+)
+def test_a_model_is_fine_tuned_where_prompts_are_many_or_the_user_asks_for_it(
+    source, prompts, given, train, epochs, patience
+):
+    recipe, settings = chosen(source, facts_of(prompts=prompts), **given)
+    assert (settings.model.train, settings.optimizer.epochs, settings.run.patience) == (train, epochs, patience)
+    assert not recipe.keys() & given.keys(), "only what was not given is chosen"
+
+
+@pytest.mark.parametrize(
     ("facts", "given", "preset", "lm_loss_weight", "epochs"),
     [
-        (DataFacts(217_378, 62), {}, "tiny", 1.0, 6),
-        (DataFacts(61_600, 4_800), {}, "tiny", 0.0, 6),
-        (DataFacts(999_999, 4_999), {}, "tiny", 1.0, 6),
-        (DataFacts(1_000_000, 10_000), {}, "small", 0.0, None),
-        (DataFacts(50_000_000, 60_000), {}, "small", 1.0, None),
-        (DataFacts(217_378, 62), {"preset": "base", "lm_loss_weight": 0.0, "epochs": 2}, "base", 0.0, 2),
-        (DataFacts(217_378, 62), {"max_steps": 10}, "tiny", 1.0, None),
-        (DataFacts(217_378, 62), {"recipe": "verl"}, "small", None, None),
-        (DataFacts(0, 0), {}, "tiny", 0.0, 6),
+        (facts_of(217_378, 62), {}, "tiny", 1.0, 6),
+        (facts_of(61_600, 4_800), {}, "tiny", 0.0, 6),
+        (facts_of(999_999, 4_999), {}, "tiny", 1.0, 6),
+        (facts_of(1_000_000, 10_000), {}, "small", 0.0, 3),
+        (facts_of(50_000_000, 60_000), {}, "small", 1.0, 3),
+        (facts_of(217_378, 62), {"preset": "base", "lm_loss_weight": 0.0, "epochs": 2}, "base", 0.0, 2),
+        (facts_of(217_378, 62), {"max_steps": 10}, "tiny", 1.0, None),
+        (facts_of(217_378, 62), {"recipe": "verl"}, "small", None, None),
+        (facts_of(0, 0), {}, "tiny", 0.0, 6),
     ],
 )
 def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, preset, lm_loss_weight, epochs):
@@ -71,6 +102,25 @@ def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, prese
     assert settings.loss.lm_loss_weight == lm_loss_weight
     assert not recipe.keys() & given.keys(), "only what was not given is chosen"
     assert all(choice["reason"] for choice in recipe.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "expected"),
+    [
+        (None, {"preset": "tiny"}, (2e-3, 2e-3)),
+        (None, {"preset": "base"}, (3e-4, 1e-3)),
+        (NO_HEAD, {"head_init": "mean"}, (1e-5, 1e-3)),
+        (NO_HEAD, {"train": "full"}, (1e-5, 1e-5)),
+        (HEAD, {}, (1e-5, 1e-5)),
+        (HEAD, {"train": "lora"}, (1e-4, 1e-4)),
+        (NO_HEAD, {"recipe": "verl"}, (1e-5, 1e-3)),
+        (NO_HEAD, {"lr": 0.5}, (0.5, 0.5)),
+        (HEAD, {"head_lr": 0.0}, (1e-5, 0.0)),
+    ],
+)
+def test_learning_rates_are_those_given_or_those_of_what_is_trained(source, given, expected):
+    _, settings = chosen(source, **given)
+    assert (settings.optimizer.lr, settings.optimizer.head_lr) == expected
 
 
 def test_the_facts_are_counted_over_the_training_responses(tmp_path):
@@ -96,7 +146,11 @@ def of_resumed(settings: FitSettings, source: object, record: dict, folder: Path
 
 @pytest.mark.parametrize(
     ("source", "values"),
-    [(NO_HEAD, {"head_init": "mean"}), (HEAD, {"head_init": "kept"}), (None, {"head_init": "mean", "preset": "small"})],
+    [
+        (NO_HEAD, {"head_init": "mean", "lr": 1e-5, "head_lr": 1e-3}),
+        (HEAD, {"head_init": "kept", "lr": 1e-5, "head_lr": 1e-5}),
+        (None, {"head_init": "mean", "preset": "small", "lr": 1e-3, "head_lr": 1e-3}),
+    ],
 )
 def test_a_run_begun_without_a_recipe_goes_on_as_it_was(source, values, tmp_path):
     settings = FitSettings(data=["none"], model="m", train="head") if source else FitSettings(data=["none"])
@@ -108,5 +162,6 @@ def test_a_run_begun_without_a_recipe_goes_on_as_it_was(source, values, tmp_path
 def test_a_resumed_run_keeps_what_it_chose(tmp_path):
     settings = FitSettings(data=["none"], model="m", train="head")
     recorded = {"head_init": {"value": "exact", "reason": "..."}, "epochs": {"value": 0, "reason": "..."}}
-    assert of_resumed(settings, HEAD, {"recipe": recorded}, tmp_path) == recorded
+    kept = of_resumed(settings, HEAD, {"recipe": recorded}, tmp_path)
+    assert {name: kept[name] for name in recorded} == recorded
     assert with_recipe(settings.replace(epochs=4), recorded).optimizer.epochs == 4, "what is given stays"
