@@ -105,6 +105,23 @@ def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, prese
 
 
 @pytest.mark.parametrize(
+    ("facts", "new", "model"),
+    [
+        pytest.param(facts_of(1_038, 403, 3), ("tiny", 0.0, 6), ("head", 0, None), id="tiny"),
+        pytest.param(facts_of(217_000, 62, 48), ("tiny", 1.0, 6), ("head", 0, None), id="huge groups"),
+        pytest.param(facts_of(65_044, 4_779, 165), ("tiny", 0.0, 6), ("head", 0, None), id="scores in [0, 1]"),
+        pytest.param(facts_of(141_000, 30, 768), ("tiny", 1.0, 6), ("head", 0, None), id="returns around 0"),
+        pytest.param(facts_of(108_000, 62, 3_000), ("tiny", 1.0, 6), ("full", 3, 3), id="one rollout a prompt"),
+    ],
+)
+def test_five_unlike_data_sets(facts, new, model):
+    _, settings = chosen(None, facts)
+    assert (settings.model.preset, settings.loss.lm_loss_weight, settings.optimizer.epochs) == new
+    _, settings = chosen(NO_HEAD, facts)
+    assert (settings.model.train, settings.optimizer.epochs, settings.run.patience) == model
+
+
+@pytest.mark.parametrize(
     ("source", "given", "expected"),
     [
         (None, {"preset": "tiny"}, (2e-3, 2e-3)),
