@@ -99,7 +99,7 @@ class World:
             for _ in range(PEERS):
                 hidden = int(draw.choice(STATES, p=belief))  # what the prompt leaves open
                 ids, values, outcome = self.rollout(draw, prompt, hidden, belief)
-                rows.append(row(str(number), ids, len(prompt), outcome) | {TRUE: [0.0] * len(prompt) + values})
+                rows.append(row(f"{seed}-{number}", ids, len(prompt), outcome) | {TRUE: [0.0] * len(prompt) + values})
         write_rows(path, rows)
 
 

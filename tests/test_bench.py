@@ -109,43 +109,52 @@ def test_shares_are_of_the_true_values_and_free_of_their_sampling_noise(monkeypa
 
 def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from bench.adding import BASE, END, EQUALS, PLACES, PROMPT, _sample_values, continued, sums
+    import torch
+    from bench.adding import BASE, END, PEERS, PREFIXES, PROMPT, are_right, continued, sample_values, sums
     from bench.worlds import row
 
     right = sums(np.random.default_rng(0), 16)
     for line in right.tolist():
-        one, other = (sum(line[2 * place + part] * BASE**place for place in range(PLACES)) for part in (0, 1))
-        total = sum(line[PROMPT + 2 * place] * BASE**place for place in range(PLACES))
-        assert total + line[PROMPT + 2 * PLACES - 1] * BASE**PLACES == one + other
-        assert (line[PROMPT - 1], line[-1]) == (EQUALS, END)
+        total = line[PROMPT - 1]
+        for digit, added in zip(line[PROMPT:-1:2], line[PROMPT + 1 : -1 : 2], strict=True):
+            total = (total + digit) % BASE
+            assert added == total
+    assert are_right(torch.from_numpy(right)).all()
+    for place in range(PROMPT + 1, right.shape[1], 2):  # a wrong sum, an END too early
+        for token in ((right[:, place] + 1) % BASE, np.full(16, END)):
+            wrong = right.copy()
+            wrong[:, place] = token
+            assert not are_right(torch.from_numpy(wrong)).any()
+    assert not are_right(torch.from_numpy(np.where(right == END, 0, right))).any()
+    wrong_at = PROMPT + 5
 
     class Adds:
-        """Continues every row rightly, and at the 5th response token with 1 chance in 2."""
+        """Draws 1s and adds them, the third sum wrongly with 1 chance in 2."""
 
         def __call__(self, input_ids, past_key_values, use_cache):
-            import torch
-
             rows = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], dim=1)
-            scores = torch.full((len(rows), 1, END + 1), -1e9)
-            for number, line in enumerate(rows.tolist()):
-                answer = next(r for r in right.tolist() if r[:PROMPT] == line[:PROMPT])
-                scores[number, 0, answer[len(line)]] = 0.0
-                if len(line) == PROMPT + 4:
-                    scores[number, 0, (answer[len(line)] + 1) % BASE] = 0.0
+            length, scores = rows.shape[1], torch.full((len(rows), 1, END + 1), -1e9)
+            token = torch.ones(len(rows), dtype=torch.int64)
+            if (length - PROMPT) % 2:
+                token = (rows[:, -2] + rows[:, -1]) % BASE
+            if length == right.shape[1] - 1:
+                token[:] = END
+            scores[torch.arange(len(rows)), 0, token] = 0.0
+            if length == wrong_at:
+                scores[torch.arange(len(rows)), 0, (token + 1) % BASE] = 0.0
             output = type("Output", (), {})()
             output.logits, output.past_key_values = scores, rows
             return output
 
-    import torch
-
-    draw, answers = torch.Generator().manual_seed(0), torch.from_numpy(right).repeat_interleave(8, 0)
-    rollouts = continued(Adds(), answers[:, :PROMPT], draw)
-    ends = (rollouts == answers).all(1)
-    assert 0.35 < ends.double().mean() < 0.65
-    rows = [row(str(i // 8), ids, PROMPT, 0.0) for i, ids in enumerate(rollouts.tolist())]
-    _sample_values(rows, rollouts, answers, Adds(), draw)
+    draw = torch.Generator().manual_seed(0)
+    rollouts = continued(Adds(), torch.from_numpy(right[:, :PROMPT]).repeat_interleave(PEERS, 0), draw)
+    ends = are_right(rollouts)
+    assert 0.3 < ends.double().mean() < 0.7
+    rows = [row(str(i // PEERS), ids, PROMPT, 0.0) for i, ids in enumerate(rollouts.tolist())]
+    sample_values(rows, rollouts, Adds(), draw)
     known = [(i, at) for i, entry in enumerate(rows) for at, v in enumerate(entry["true_values"]) if v == v]
-    assert len(known) == 16 * 6
-    for i, at in known:
-        before, value = at <= PROMPT + 4, rows[i]["true_values"][at]
-        assert value == pytest.approx(0.5, abs=0.3) if before else value == float(ends[i])
+    assert len(known) == 16 * PREFIXES
+    for i, at in known:  # the value is that of the state before the token
+        value, variance = (rows[i][name][at] for name in ("true_values", "true_values_variance"))
+        assert value == pytest.approx(0.5, abs=0.3) if at <= wrong_at else value == float(ends[i])
+        assert variance == pytest.approx(value * (1 - value) / 63)
