@@ -124,6 +124,17 @@ def fit_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> di
     return {"status": last.status, "signal": last.signal_number, "step": steps}
 
 
+def told_run(settings: FitSettings) -> dict[str, Any]:
+    """A run; says how it ended and what it told."""
+    from critic_train.events import Notice
+    from critic_train.training.fit import fit
+
+    events = list(fit(settings, StopRequest()))
+    told = [event.message for event in events if isinstance(event, Notice)]
+    assert isinstance(events[-1], RunEnded)
+    return {"status": events[-1].status, "told": told}
+
+
 def huge_run(settings: FitSettings) -> dict[str, Any]:
     """A run on returns that reading would not let through."""
     from critic_train.data import row_checks as checking

@@ -22,6 +22,7 @@ PRELOADED = [
     "critic_train.verify.model_checks",
     "critic_train_cli.main",
     "rank_work",
+    "sequence_work",
     "peft",
 ]
 context = multiprocessing.get_context("forkserver")

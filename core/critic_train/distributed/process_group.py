@@ -46,6 +46,7 @@ class ProcessGroup:
         self.rank, self.size, self.local_rank = info.rank, info.size, info.local_rank
         self._cuda = on_cuda(device)
         self._broadcasts = 0
+        self._adjacent: dict[int, dist.ProcessGroup] = {}
         self._aborting = threading.Lock()
         self._store: RunStore
         self._watch: OutOfMemoryWatch
@@ -109,6 +110,13 @@ class ProcessGroup:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
+    def adjacent(self, size: int) -> dist.ProcessGroup:
+        """The process group of `size` adjacent ranks that this one is in; the same at every call."""
+        if size not in self._adjacent:
+            # Not by a DeviceMesh, whose groups do not take over the time limit.
+            self._adjacent[size], _ = dist.new_subgroups(size, timeout=TIMEOUT)
+        return self._adjacent[size]
+
     def agreed_stop(self, stop: StopRequest) -> StopRequest:
         """A request that all ranks see together."""
         return AgreedStop(own=stop, ranks=self)
@@ -156,7 +164,8 @@ class ProcessGroup:
         """Have NCCL's collectives that wait in the process group fail; gloo has nothing of the kind."""
         with self._aborting:
             if dist.is_initialized() and dist.group.WORLD is not None:
-                dist.group.WORLD.abort()
+                for group in (*self._adjacent.values(), dist.group.WORLD):
+                    group.abort()
 
 
 @dataclass(slots=True, kw_only=True)

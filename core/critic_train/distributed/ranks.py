@@ -92,6 +92,13 @@ class Ranks(Protocol):
     def all_reduce_sum(self, numbers: "torch.Tensor") -> "torch.Tensor":
         """The sum over all ranks of a CPU tensor, any shape and dtype."""
 
+    def adjacent(self, size: int) -> Any:
+        """The process group of `size` adjacent ranks that this one is in: 0 to size - 1, and so on. All ranks call it.
+
+        Args:
+            size: divides the number of ranks.
+        """
+
     def agreed_stop(self, stop: StopRequest) -> StopRequest:
         """A request that all ranks see together: a signal to one of them stops all, at the same place."""
 
@@ -131,6 +138,9 @@ class SingleProcess:
     def all_reduce_sum(self, numbers: "torch.Tensor") -> "torch.Tensor":
         """The same tensor."""
         return numbers
+
+    def adjacent(self, size: int) -> Any:
+        """There is no process group."""
 
     def agreed_stop(self, stop: StopRequest) -> StopRequest:
         """The same request."""

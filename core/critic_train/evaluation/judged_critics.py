@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from critic_train.model.compute import Compute, resolve_compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import cost_of
 from critic_train.model.microbatches import predict_values
-from critic_train.model.selfcheck import select_packing
+from critic_train.model.sequence_sharing import ChosenLayout, choose_layout, refuse_sequence_parallel
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalComputeSettings
 from critic_train.stopping import Stopped, StopRequest
@@ -52,6 +53,7 @@ class JudgedCritics:
             ConfigError, MachineError: the device is unknown, or not there.
         """
         self._compute = resolve_compute(settings, ranks)
+        refuse_sequence_parallel(settings.sequence_parallel, ranks)
         self.sources = {name: critic_source(Path(name)) for name in dict.fromkeys(models)}
         self._settings, self._stop = settings, stop
         self._loaded: dict[str, _LoadedCritic] = {}
@@ -72,19 +74,25 @@ class JudgedCritics:
         if compute.ranks.size > 1:
             compute.pair_cost = cost_of(next(iter(critics.values()))).pair
         assert checked.sample is not None, "the reader raises where no row is good"
+        longest = int(checked.sample.lengths.max())
+        choose = partial(choose_layout, settings=self._settings, longest=longest, tokens=checked.tokens)
+        layouts: dict[str, ChosenLayout] = {}
         for name, critic in critics.items():
             own = replace(compute)  # critics of several architectures may need several kernels
-            choice, warnings = select_packing(critic, checked.sample, self._settings, own, tokens=checked.tokens)
-            self._loaded[name] = _LoadedCritic(critic, own, choice.forest)
-            for sentence in warnings:
-                yield Notice(message=sentence, level="warning")
+            layouts[name] = choose(critic, checked.sample, compute=own)
+            self._loaded[name] = _LoadedCritic(critic, own, layouts[name].packing.forest)
         if self._settings.max_tokens is None and compute.device.type == "cuda":
             # Of several critics the largest decides: they take turns with the same batches.
             for each in self._loaded.values():
                 choose_tokens(each.critic, each.compute, forest=each.forest, largest=checked.sample)
             budget = min(each.compute.max_tokens for each in self._loaded.values())
-            for each in self._loaded.values():
+            for name, each in list(self._loaded.items()):
                 each.compute.start_at(budget)
+                layouts[name] = choose(each.critic, checked.sample, compute=each.compute, before=layouts[name])
+                self._loaded[name] = _LoadedCritic(each.critic, each.compute, layouts[name].packing.forest)
+        for layout in layouts.values():
+            yield from (Notice(message=choice.sentence()) for choice in layout.cuts)
+            yield from layout.notices
 
     def values(self, batch: Rollouts) -> dict[str, NDArray[np.float32]]:
         """Critic -> its values of a batch, float32 [T].

@@ -29,6 +29,13 @@ from critic_train.layers.attention_kernel import (
     queries_at,
 )
 from critic_train.layers.prefix_tree import TreeLayout
+from critic_train.layers.sequence_parallel import (
+    SequenceRanks,
+    Trade,
+    TradedAttention,
+    counts_between,
+    one_on_each_rank,
+)
 from critic_train.layers.to_device import to_device
 from critic_train.layers.tree_states import TreeStates
 from critic_train.settings import Attention, Precision
@@ -129,13 +136,17 @@ class TreeAttentionPlan:
         read: int64 [R], ascending: the positions whose last hidden state is read.
         device: where the trunk is.
         kernel: the kernel, resolved (not auto).
+        sequence: the ranks over which the positions are cut; None where this process computes all.
 
     Attributes:
         attend: attention of all positions.
         attend_needed: attention of the positions that the last layer has to compute; None where it computes all.
-        needed_positions: int64 numpy [Q], ascending: the positions that the last layer has to compute.
+        needed_positions: int64 numpy [Q], ascending: the positions that the last layer has to compute. Where positions
+            are cut over ranks, these and the two below are of this rank's positions, numbered from the first of them.
         needed: the same on the device; None where they are all positions.
         depth: int64 [S] on the device, the position id of every position.
+        trade: of this rank's positions for heads; None where positions are not cut over ranks.
+        trade_needed: of those of them that the last layer has to compute; None where it computes all.
         calls: what attention was called with, where it is to be noted down; else None.
         capture: whether attention raises KeysAndValues in place of being computed.
         keys_and_values: of all positions, which attention takes where the layer computes some positions only.
@@ -144,23 +155,37 @@ class TreeAttentionPlan:
     """
 
     def __init__(
-        self, layout: TreeLayout, read: NDArray[np.int64], device: torch.device, kernel: Attention = "sdpa"
+        self,
+        layout: TreeLayout,
+        read: NDArray[np.int64],
+        device: torch.device,
+        kernel: Attention = "sdpa",
+        sequence: SequenceRanks | None = None,
     ) -> None:
         build = KERNELS[kernel].build
         self.attend = TreeAttention(all_queries(layout), device, build)
-        self.states = TreeStates(layout, device)
+        self.states = TreeStates(layout, device, sequence)
         self.attend_needed: TreeAttention | None = None
         self.needed: Tensor | None = None
-        self.depth = to_device(layout.depth, device)
+        self.trade = self.states.trade
+        self.trade_needed: Trade | None = None
         self.calls: set[AttentionCall] | None = None
         self.capture = False
         self.keys_and_values: tuple[Tensor, Tensor] | None = None
         self.narrowed = False
+        bounds = np.asarray([0, len(layout)]) if sequence is None else sequence.bounds(len(layout))
+        first, stop = (0, len(layout)) if sequence is None else sequence.span(len(layout))
+        self.depth = to_device(layout.depth[first:stop], device)
         # A rank without work reads nothing, and computes its one position.
-        self.needed_positions = fill_short_gaps(layout, read) if len(read) else np.arange(len(layout))
-        if 0 < len(self.needed_positions) < len(layout):
-            self.attend_needed = TreeAttention(queries_at(layout, self.needed_positions), device, build)
+        needed = np.arange(len(layout))
+        if len(read):
+            needed = fill_short_gaps(layout, one_on_each_rank(read, bounds))
+        self.needed_positions = needed[(first <= needed) & (needed < stop)] - first
+        if 0 < len(needed) < len(layout):
+            self.attend_needed = TreeAttention(queries_at(layout, needed), device, build)
             self.needed = to_device(self.needed_positions, device)
+            if sequence is not None:
+                self.trade_needed = Trade(sequence, counts_between(needed, bounds))
 
 
 class TreeUnsupportedError(Exception):
@@ -218,24 +243,42 @@ def tree_attention(
         TreeUnsupportedError: the layer asks for more than `Scoring` holds.
         KeysAndValues: the plan asks for them.
     """
+    tree_plan = _supported_plan(module, attention_mask, tree_plan, dropout, other)
+    if tree_plan.capture:
+        raise KeysAndValues(key, value)
+    scoring = Scoring(scale=scaling, window=sliding_window, chunk=_chunk_of(module), softcap=softcap, sinks=s_aux)
+    attend, depth, trade = tree_plan.attend, tree_plan.depth, tree_plan.trade
+    if tree_plan.keys_and_values is not None:
+        assert tree_plan.attend_needed is not None
+        key, value = tree_plan.keys_and_values
+        attend, depth, trade = tree_plan.attend_needed, depth[tree_plan.needed], tree_plan.trade_needed
+    query = query * _tuned_for_depth(module, depth) if _tunes_by_place(module) else query
+    # Rotary embeddings may promote queries and keys; the fused kernels need one dtype for all three.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    traded = None
+    if trade is not None and tree_plan.trade is not None:
+        traded = TradedAttention.of(query, key, value, scoring, queries=trade, keys=tree_plan.trade)
+        query, key, value, scoring = traded.query, traded.key, traded.value, traded.scoring
+    if tree_plan.calls is not None:
+        tree_plan.calls.add(_call_of(query, key, value, scoring))
+    output = attend(query, key, value, scoring)
+    return output if traded is None else traded.back(output), None
+
+
+def _supported_plan(
+    module: Any,
+    attention_mask: Tensor | None,
+    tree_plan: TreeAttentionPlan | None,
+    dropout: float,
+    other: dict[str, Any],
+) -> TreeAttentionPlan:
+    """The plan of a call that asks for nothing but what `Scoring` holds; else raises TreeUnsupportedError."""
     unknown = [name for name, given in other.items() if isinstance(given, Tensor) and name not in INERT]
     if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         raise TreeUnsupportedError(", ".join(unknown) or ("dropout" if dropout else "a mask that is not plain causal"))
     if tree_plan is None:
         raise TreeUnsupportedError("no arguments but its own: the layout of the prefix tree does not reach it")
-    if tree_plan.capture:
-        raise KeysAndValues(key, value)
-    scoring = Scoring(scale=scaling, window=sliding_window, chunk=_chunk_of(module), softcap=softcap, sinks=s_aux)
-    attend, depth = tree_plan.attend, tree_plan.depth
-    if tree_plan.keys_and_values is not None:
-        assert tree_plan.attend_needed is not None
-        key, value = tree_plan.keys_and_values
-        attend, depth = tree_plan.attend_needed, depth[tree_plan.needed]
-    if tree_plan.calls is not None:
-        tree_plan.calls.add(_call_of(query, key, value, scoring))
-    query = query * _tuned_for_depth(module, depth) if _tunes_by_place(module) else query
-    # Rotary embeddings may promote queries and keys; the fused kernels need one dtype for all three.
-    return attend(query.to(value.dtype), key.to(value.dtype), value, scoring), None
+    return tree_plan
 
 
 def _chunk_of(module: Any) -> int | None:

@@ -21,7 +21,7 @@ Rollouts are sorted by their tokens. Sorted neighbours have the longest common p
 prefixes that neighbours have in common. `end` is the bound by columns of FlashMask (arXiv 2410.01359).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -223,6 +223,26 @@ def _merge_adjacent(
     last = np.append(first[1:], True)
     counts = np.bincount(owner[first], minlength=len(adding))[adding]
     return np.stack([begin[first], stop[last]], axis=1), offsets_from_lengths(counts)
+
+
+def with_padding(layout: TreeLayout, multiple: int) -> TreeLayout:
+    """The layout and as many positions after it as make their number a multiple of `multiple`: a tree of their own.
+
+    No token stands at them, and no other position attends to them.
+    """
+    size, missing = len(layout), -len(layout) % multiple
+    if not missing:
+        return layout
+    total = size + missing
+    return replace(
+        layout,
+        input_ids=np.append(layout.input_ids, np.repeat(layout.input_ids[:1], missing)),
+        depth=np.append(layout.depth, np.arange(missing)),
+        end=np.append(layout.end, np.full(missing, total)),
+        segment_starts=np.append(layout.segment_starts, total),
+        path_spans=np.concatenate([layout.path_spans, [[size, total]]]),
+        path_offsets=np.append(layout.path_offsets, layout.path_offsets[-1] + 1),
+    )
 
 
 def attention_mask(layout: TreeLayout) -> NDArray[np.bool_]:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from critic_train.layers.sequence_parallel import HeadShares
 from critic_train.layers.tree_states import CHUNK, NodeCalls, TreeStates, rearranged, taken
 
 
@@ -34,6 +35,7 @@ class Recurrence:
         initial_state: the parameter that takes a state for every row.
         final_state: the parameter that asks for the state at the end of every row, as a second result.
         always_a_pair: it returns (output, final state) or (output, None); else, where no state is asked, the output.
+        per_head: parameters of shape [heads, ...], which go with the heads where those are cut over ranks.
         packed: a faster function of an installed package is called once a level with `cu_seqlens`, the bounds of the
             nodes laid end to end, if it takes them; else it is called with padded rows, as torch's is.
         prepare: makes the condition above true of the arguments.
@@ -43,6 +45,7 @@ class Recurrence:
     initial_state: str
     final_state: str
     always_a_pair: bool = True
+    per_head: tuple[str, ...] = ()
     packed: bool = True
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
@@ -75,6 +78,7 @@ RECURRENCES: dict[str, Recurrence] = {
         initial_state="initial_states",
         final_state="return_final_states",
         always_a_pair=False,
+        per_head=("A", "D"),
         packed=False,
         prepare=time_steps,
     ),
@@ -249,9 +253,61 @@ def _on_tree(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_graphs(name: str, function: Callable[..., Any], states: TreeStates, *args: Any, **kwargs: Any) -> Any:
-    given = args[0].shape[2 if name == CONVOLUTION else 1]
+    if name == CONVOLUTION:
+        return _convolve_here(function, states, *args, **kwargs)
+    return _recur_here(RECURRENCES[name], function, states, *args, **kwargs)
+
+
+def _recur_here(
+    recurrence: Recurrence, function: Callable[..., Any], states: TreeStates, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None] | Tensor:
+    """`recur`, where positions are cut over ranks on all positions of this rank's heads."""
+    trade = states.trade
+    if trade is None:
+        _check_positions(states, args[0].shape[1])
+        return recur(recurrence, function, states, *args, **kwargs)
+    positional = list(inspect.signature(function).parameters)[: len(args)]
+    arguments = recurrence.prepare(dict(zip(positional, args, strict=True)) | kwargs)
+    # As in attention, keys may have fewer heads than values (groups of Mamba-2).
+    heads = {name: arguments[name].shape[2] for name in recurrence.sequences}
+    most = max(heads.values())
+    shares = HeadShares(most, min(heads.values()), trade.ranks.size)
+    for name in recurrence.sequences:
+        rows: Tensor = arguments[name][0]
+        filled = shares.queries(rows) if heads[name] == most else shares.keys(rows)
+        arguments[name] = trade.all_positions(filled)[None]
+    for name in recurrence.per_head:
+        if isinstance(arguments.get(name), Tensor):
+            arguments[name] = shares.of_rank(arguments[name], trade.ranks.rank)
+    _check_positions(states, arguments[recurrence.sequences[0]].shape[1])
+    output = recur(recurrence, function, states, *[arguments.pop(name) for name in positional], **arguments)
+    own = output[0] if isinstance(output, tuple) else output
+    own = shares.without_filling(trade.all_heads(own[0]))[None]
+    return (own, None) if isinstance(output, tuple) else own
+
+
+def _convolve_here(
+    function: Callable[..., Any], states: TreeStates, inputs: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """`convolve`, where positions are cut over ranks on all positions of this rank's channels."""
+    trade, channels = states.trade, inputs.shape[1]
+    if trade is None:
+        _check_positions(states, inputs.shape[2])
+        return convolve(function, states, inputs, *args, **kwargs)
+    shares, rank = HeadShares(channels, channels, trade.ranks.size), trade.ranks.rank
+
+    def here(given: Any) -> Any:
+        of_channels = isinstance(given, Tensor) and given.shape[0] == channels  # filters and their bias
+        return shares.of_rank(given, rank) if of_channels else given
+
+    rows = trade.all_positions(shares.queries(inputs[0].transpose(0, 1)))
+    _check_positions(states, len(rows))
+    named = {name: here(given) for name, given in kwargs.items()}
+    outputs = convolve(function, states, rows.transpose(0, 1)[None], *map(here, args), **named)
+    own = shares.without_filling(trade.all_heads(outputs[0].transpose(0, 1)))
+    return own.transpose(0, 1)[None]
+
+
+def _check_positions(states: TreeStates, given: int) -> None:
     if given != len(states):  # on CUDA, indices beyond the end would end the process
         raise ValueError(f"a recurrent layer is given {given:,} of {len(states):,} positions")
-    if name == CONVOLUTION:
-        return convolve(function, states, *args, **kwargs)
-    return recur(RECURRENCES[name], function, states, *args, **kwargs)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from critic_train.layers.prefix_tree import TreeLayout
+from critic_train.layers.sequence_parallel import SequenceRanks, Trade
 from critic_train.layers.to_device import to_device
 from critic_train.layers.tree_nodes import NodeBatch, node_batches, padded_positions, tree_nodes, with_context
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
@@ -33,9 +34,14 @@ class TreeStates:
     Args:
         layout: the layout.
         device: where the trunk is.
+        sequence: the ranks over which the positions are cut, if any.
+
+    Attributes:
+        trade: of this rank's positions for heads or channels; None where positions are not cut over ranks.
     """
 
-    def __init__(self, layout: TreeLayout, device: torch.device) -> None:
+    def __init__(self, layout: TreeLayout, device: torch.device, sequence: SequenceRanks | None = None) -> None:
+        self.trade = None if sequence is None else Trade.of_all(sequence, len(layout))
         self._layout = layout
         self._device = device
         self._contexts: dict[int, ContextSequence] = {}

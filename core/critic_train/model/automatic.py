@@ -105,6 +105,16 @@ def choose_offload(critic: Critic, compute: Compute, kind: OptimizerKind, device
     )
 
 
+def with_offload(
+    critic: Critic, compute: Compute, settings: TrainComputeSettings, kind: OptimizerKind
+) -> tuple[Compute, list[Choice]]:
+    """A run's `compute` with what it offloads, where that chooses itself; and the choice, if something is."""
+    if settings.offload != "auto" or compute.device.type != "cuda":
+        return compute, []
+    choice = choose_offload(critic, compute, kind, torch.cuda.mem_get_info(compute.device)[1])
+    return replace(compute, offload="none" if choice is None else choice.value), [] if choice is None else [choice]
+
+
 def set_memory(
     critic: Critic,
     compute: Compute,
@@ -190,7 +200,7 @@ def choose_memory(
     """
     trained = sum(part_here(p).numel() for p in critic.parameters() if p.requires_grad)
     moments = 0 if compute.offload != "none" else MOMENT_BYTES[optimizer] * trained
-    wanted = max_tokens or _useful_tokens(largest, forest=forest)
+    wanted = max_tokens or -(-_useful_tokens(largest, forest=forest) // compute.sequence_size)
     for kind in kinds:
         set_checkpointing(kind)
         use = measure_memory(critic, compute, forest=forest, training=True)
@@ -264,7 +274,7 @@ def _set_tokens(compute: Compute, use: MemoryUse, moments: float, largest: Rollo
     per_rank = torch.zeros(compute.ranks.size, dtype=torch.float64)
     per_rank[compute.ranks.rank] = fitting
     fitting = int(compute.ranks.all_reduce_sum(per_rank).min())
-    most = max(MOST_TOKENS, int(largest.lengths.max()))
+    most = max(MOST_TOKENS, -(-int(largest.lengths.max()) // compute.sequence_size))
     tokens = max(1, min(fitting, most))
     compute.start_at(tokens)
     reason = (

@@ -7,6 +7,7 @@ import torch
 from critic_train.distributed.ranks import SINGLE_PROCESS, Ranks, on_cuda
 from critic_train.errors import ConfigError, MachineError
 from critic_train.layers.kernel_choice import kernels_to_try
+from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.model_input import StateSource
 from critic_train.settings import (
     CPU_MAX_TOKENS,
@@ -34,6 +35,8 @@ class Compute:
         frequency_limit: rollouts up to so many tokens and longer ones are never computed together; None where they may.
         one_row: padded rows go through the model one at a time, and are not padded.
         offload: what waits in host memory while it is not needed on the device.
+        sequence: the ranks that cut the positions of each micro-batch among them, this one included; None where each
+            rank computes micro-batches of its own.
     """
 
     device: torch.device
@@ -47,10 +50,26 @@ class Compute:
     frequency_limit: int | None = None
     one_row: bool = False
     offload: Offload = "none"
+    sequence: SequenceRanks | None = None
     _announced: int | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._announced = self.max_tokens
+
+    @property
+    def sequence_size(self) -> int:
+        """How many ranks compute one micro-batch together."""
+        return 1 if self.sequence is None else self.sequence.size
+
+    @property
+    def data_size(self) -> int:
+        """How many micro-batches are computed at the same time."""
+        return self.ranks.size // self.sequence_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank computes, or computes a part of."""
+        return self.ranks.rank // self.sequence_size
 
     def lowered(self) -> str:
         """A message for the user where `max_tokens` is lower than when this was last asked; else empty."""

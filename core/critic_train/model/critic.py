@@ -141,7 +141,11 @@ class Critic(nn.Module):
         if self.head.inputs == "last":
             return scores
         own, averaged = scores.unbind(1)
-        return own + running_mean(averaged, batch.token_index)
+        all_ranks = batch.of_all_ranks
+        if all_ranks is None:
+            return own + running_mean(averaged, batch.token_index)
+        averaged = all_ranks.sequence.gathered(averaged, all_ranks.here, len(all_ranks.token_index))
+        return own + running_mean(averaged, all_ranks.token_index)[all_ranks.here]
 
     def hidden(self, batch: ModelInput) -> Tensor:
         """[R, hidden_size]: the trunk's last hidden state at each position that is read."""

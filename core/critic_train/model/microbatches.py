@@ -55,9 +55,9 @@ def _layouts(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[
     if compute.ranks.size > 1:
         for part in shared_micro_batches(rollouts, compute, forest=forest):
             if not len(part):
-                yield empty_input(rollouts, compute.device, forest=forest)
+                yield empty_input(rollouts, compute.device, forest=forest, sequence=compute.sequence)
             elif forest:
-                yield tree_input(rollouts, part, compute.device, compute.attention)
+                yield tree_input(rollouts, part, compute.device, compute.attention, compute.sequence)
             else:
                 yield padded_input(rollouts, part.index, compute.device, masked=not compute.one_row)
         return
@@ -107,18 +107,19 @@ def part_of(order: PrefixOrder, members: NDArray[np.int64]) -> PrefixOrder:
 def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) -> list[PrefixOrder]:
     """This rank's micro-batches; all ranks have the same number of them, and some may be empty.
 
+    Ranks that cut the positions of a micro-batch among them take the same ones, of so many times the budget.
     Rows are shared out as trees of one rollout; padding them fills a micro-batch beyond its tokens, so the budget of
     a row is that of the longest.
     """
     everything = prefix_order(rollouts) if forest else _alone(rollouts)
-    max_tokens = 1 if compute.one_row and not forest else compute.max_tokens
+    max_tokens = 1 if compute.one_row and not forest else compute.max_tokens * compute.sequence_size
     mine: list[PrefixOrder] = []
     for members in same_frequencies(rollouts.lengths, compute.frequency_limit):
         longest = rollouts.lengths[members].max(initial=1)
         lengths = rollouts.lengths if forest else np.full(len(rollouts), longest)
         order = part_of(everything, members)
-        every = shares(Pieces(order, lengths, Cost(pair=compute.pair_cost)), compute.ranks.size, max_tokens)
-        mine += [order.part(positions) for positions in every[compute.ranks.rank]]
+        every = shares(Pieces(order, lengths, Cost(pair=compute.pair_cost)), compute.data_size, max_tokens)
+        mine += [order.part(positions) for positions in every[compute.data_rank]]
     return mine
 
 

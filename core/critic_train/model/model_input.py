@@ -17,10 +17,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from critic_train.layers.attention import TreeAttentionPlan
-from critic_train.layers.prefix_tree import PrefixOrder, build_tree_layout
+from critic_train.layers.prefix_tree import PrefixOrder, Span, build_tree_layout, with_padding
+from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.layers.to_device import to_device
 from critic_train.rollouts import Rollouts, ragged_take
 from critic_train.settings import Attention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensOfAllRanks:
+    """The response tokens of a micro-batch that several ranks cut among them: what a rollout's mean runs over.
+
+    Attributes:
+        sequence: the ranks.
+        token_index: int64 [all], see ModelInput.
+        value_index: int64 [all], for every token the entry of all read positions.
+        here: int64 [M], which of them are this rank's, ascending.
+        reads_here: int64 [R], which of all read positions are this rank's, ascending.
+        read_positions: how many there are.
+    """
+
+    sequence: SequenceRanks
+    token_index: Tensor
+    value_index: Tensor
+    here: Tensor
+    reads_here: Tensor
+    read_positions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +61,7 @@ class ModelInput:
         computed_tokens: P.
         all_tokens: int64 numpy [A], indices of all tokens of the micro-batch in the token arrays of the mini-batch.
         token_positions: int64 numpy [A], the position of each of them, flattened.
+        of_all_ranks: these tokens and those of the other ranks that cut the micro-batch among them; None where none do.
         cached_states: hidden states of the frozen trunk, float32: [P, hidden_size] that enter the trained layers, or
             [R, hidden_size] that enter the head where it alone is trained. None where the trunk computes them.
     """
@@ -53,6 +76,7 @@ class ModelInput:
     computed_tokens: int
     all_tokens: NDArray[np.int64]
     token_positions: NDArray[np.int64]
+    of_all_ranks: TokensOfAllRanks | None = None
     cached_states: Tensor | None = None
 
 
@@ -64,7 +88,11 @@ class StateSource(Protocol):
 
 
 def tree_input(
-    rollouts: Rollouts, order: PrefixOrder, device: torch.device, attention: Attention = "sdpa"
+    rollouts: Rollouts,
+    order: PrefixOrder,
+    device: torch.device,
+    attention: Attention = "sdpa",
+    sequence: SequenceRanks | None = None,
 ) -> ModelInput:
     """Lay out a part of a mini-batch as prefix trees.
 
@@ -73,17 +101,25 @@ def tree_input(
         order: the rollouts of this micro-batch.
         device: where the trunk is.
         attention: the kernel, resolved (not auto).
+        sequence: the ranks over which the positions are cut, if any. What is returned is then the part of this rank:
+            its positions, numbered from the first of them, and the tokens whose value is read there.
     """
     layout = build_tree_layout(rollouts, order)
     reading = _reading(rollouts, np.sort(order.index), layout.token_positions, len(layout))
-    plan = TreeAttentionPlan(layout, reading.positions, device, attention)
+    if sequence is not None:
+        layout = with_padding(layout, sequence.size)
+    first, stop = (0, len(layout)) if sequence is None else sequence.span(len(layout))
+    plan = TreeAttentionPlan(layout, reading.positions, device, attention, sequence)
+    of_all_ranks = None
+    if sequence is not None:
+        reading, of_all_ranks = _of_span(reading, (first, stop), sequence, device)
     read_in_last_layer = None
     if plan.needed is not None and len(plan.needed_positions) != len(reading.positions):
         read_in_last_layer = to_device(np.searchsorted(plan.needed_positions, reading.positions), device)
     return ModelInput(
         trunk_arguments={
-            "input_ids": to_device(layout.input_ids, device)[None],  # [1, S]
-            "position_ids": to_device(layout.depth, device)[None],  # [1, S]
+            "input_ids": to_device(layout.input_ids[first:stop], device)[None],  # [1, S]
+            "position_ids": to_device(layout.depth[first:stop], device)[None],  # [1, S]
             "tree_plan": plan,
         },
         read_positions=to_device(reading.positions, device),
@@ -92,9 +128,10 @@ def tree_input(
         value_index_on_host=reading.value_index,
         token_index=to_device(reading.token_index, device),
         response_tokens=reading.response_tokens,
-        computed_tokens=len(layout),
+        computed_tokens=stop - first,
         all_tokens=reading.all_tokens,
-        token_positions=layout.token_positions,
+        token_positions=reading.token_positions,
+        of_all_ranks=of_all_ranks,
     )
 
 
@@ -133,11 +170,13 @@ def padded_input(
         response_tokens=reading.response_tokens,
         computed_tokens=len(ids),
         all_tokens=reading.all_tokens,
-        token_positions=token_positions,
+        token_positions=reading.token_positions,
     )
 
 
-def empty_input(rollouts: Rollouts, device: torch.device, *, forest: bool) -> ModelInput:
+def empty_input(
+    rollouts: Rollouts, device: torch.device, *, forest: bool, sequence: SequenceRanks | None = None
+) -> ModelInput:
     """One position and no response token, for a rank without work: its layers must be gathered with the others'."""
     one = replace(
         rollouts.take(np.zeros(1, dtype=np.int64)),
@@ -147,7 +186,7 @@ def empty_input(rollouts: Rollouts, device: torch.device, *, forest: bool) -> Mo
     )
     index = np.zeros(1, dtype=np.int64)
     if forest:
-        batch = tree_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device)
+        batch = tree_input(one, PrefixOrder(index=index, shared=np.zeros(1, dtype=np.int64)), device, sequence=sequence)
     else:
         batch = padded_input(one, index, device)
     # The position stands for no token of this rank's share of the mini-batch.
@@ -162,6 +201,7 @@ class _Reading(NamedTuple):
     value_index: NDArray[np.int64]
     token_index: NDArray[np.int64]
     all_tokens: NDArray[np.int64]
+    token_positions: NDArray[np.int64]
 
 
 def _reading(
@@ -177,4 +217,30 @@ def _reading(
     rank = np.cumsum(is_read) - 1  # [P], the index of a read position among those that are read
     firsts = np.searchsorted(response, offsets)
     token_index = np.arange(len(response)) - np.repeat(firsts[:-1], np.diff(firsts))
-    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], token_index, tokens)
+    return _Reading(tokens[response], np.flatnonzero(is_read), rank[positions], token_index, tokens, token_positions)
+
+
+def _of_span(
+    of_all: _Reading, span: Span, sequence: SequenceRanks, device: torch.device
+) -> tuple[_Reading, TokensOfAllRanks]:
+    """The part of a reading that is read at the positions of a span, numbered from the first of them."""
+    first, stop = span
+    reads = np.flatnonzero((of_all.positions >= first) & (of_all.positions < stop))
+    tokens = np.flatnonzero(np.isin(of_all.value_index, reads))
+    placed = (of_all.token_positions >= first) & (of_all.token_positions < stop)
+    part = _Reading(
+        response_tokens=of_all.response_tokens[tokens],
+        positions=of_all.positions[reads] - first,
+        value_index=np.searchsorted(reads, of_all.value_index[tokens]),
+        token_index=of_all.token_index[tokens],
+        all_tokens=of_all.all_tokens[placed],
+        token_positions=of_all.token_positions[placed] - first,
+    )
+    return part, TokensOfAllRanks(
+        sequence=sequence,
+        token_index=to_device(of_all.token_index, device),
+        value_index=to_device(of_all.value_index, device),
+        here=to_device(tokens, device),
+        reads_here=to_device(reads, device),
+        read_positions=len(of_all.positions),
+    )

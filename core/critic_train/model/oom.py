@@ -78,13 +78,15 @@ def attempts(critic: Critic, rollouts: Rollouts, compute: Compute) -> Iterator[A
 
 def _lowered(rollouts: Rollouts, compute: Compute, critic: Critic, error: str) -> int:
     """The next token budget after memory ran out; ends the run where there is none, or other ranks hang."""
-    ranks, longest, tokens = compute.ranks, int(rollouts.lengths.max()), len(rollouts.input_ids)
+    ranks, tokens = compute.ranks, len(rollouts.input_ids)
+    longest = -(-int(rollouts.lengths.max()) // compute.sequence_size)  # on each of the ranks that compute it
     if min(compute.max_tokens, tokens) <= longest:
         release_memory(compute.device)
         ranks.end_out_of_memory(
             _single_rollout_message(longest, critic, compute),
             error.strip()[:200],
-            hint="--activation-checkpointing layer, --precision bf16, a smaller model, or leave such rollouts out",
+            hint="--activation-checkpointing layer, --precision bf16, a smaller model, "
+            f"{_more_sequence_ranks(compute)}, or leave such rollouts out",
             next_start={},
         )
     lowered = max(longest, min(compute.max_tokens, -(-tokens // ranks.size)) // 2)
@@ -97,6 +99,15 @@ def _lowered(rollouts: Rollouts, compute: Compute, critic: Critic, error: str) -
             next_start={"max_tokens": lowered},
         )
     return lowered
+
+
+def _more_sequence_ranks(compute: Compute) -> str:
+    """The next larger --sequence-parallel that this run could have, or with more ranks."""
+    size, number = compute.ranks.size, compute.sequence_size
+    larger = next((n for n in range(number + 1, size + 1) if size % n == 0), None)
+    if larger is not None:
+        return f"--sequence-parallel {larger} to cut it over {larger} ranks"
+    return f"{2 * size} ranks with --sequence-parallel {2 * number} to cut it over them"
 
 
 def release_memory(device: torch.device) -> None:
@@ -127,10 +138,13 @@ def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute) -> int:
 def _single_rollout_message(tokens: int, critic: Critic, compute: Compute) -> str:
     parameters = sum(p.numel() for p in critic.parameters())
     static, activations = 16 * parameters // compute.ranks.size, activation_bytes(critic.trunk, tokens, compute)
+    part = f" of {tokens:,} tokens"
+    if compute.sequence is not None:
+        part = f", {tokens:,} tokens of it on each of {compute.sequence_size} ranks"
     room = ""
     if compute.device.type == "cuda":
         room = f"; {compute.device} has {format_bytes(torch.cuda.mem_get_info(compute.device)[1])}"
     return (
-        f"memory ran out on a single rollout of {tokens:,} tokens: weights, gradients and moments take about "
+        f"memory ran out on a single rollout{part}: weights, gradients and moments take about "
         f"{format_bytes(static)} and its activations {format_bytes(activations)}{room}"
     )

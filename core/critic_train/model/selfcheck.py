@@ -19,6 +19,7 @@ from critic_train.layers.attention_kernel import AttentionCall
 from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.layers.recurrence import unshared_states
+from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.automatic import MOST_TOKENS
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
@@ -82,6 +83,10 @@ def select_packing(
     messages: list[str] = []
     chosen_later = settings.max_tokens is None and compute.device.type == "cuda"
     positions = MOST_TOKENS if chosen_later else compute.max_tokens
+    if compute.sequence is not None:
+        # Each rank computes rollouts alone as well: up to a length that it can.
+        rollouts = cut(rollouts, max(2, compute.max_tokens))
+        positions = compute.max_tokens * compute.sequence_size
     positions = positions if tokens is None else min(positions, tokens)
     if compute.checked_rollouts is not None:  # memory ran out on several ranks, in a start before this one
         rollouts, positions = _shortest(rollouts, compute.checked_rollouts), 0
@@ -132,7 +137,7 @@ def _try_packing(
     messages: list[str],
 ) -> tuple[PackingChoice, list[str]]:
     with full_precision_params((critic.trunk, critic.head)):
-        choice = choose_packing(critic, rollouts, settings.packing, positions=positions)
+        choice = choose_packing(critic, rollouts, settings.packing, positions=positions, sequence=compute.sequence)
     compute.frequency_limit = frequency_limit(critic.trunk.config)
     compute.one_row = bool(choice.one_row)
     if choice.silenced:
@@ -148,7 +153,14 @@ def _try_packing(
     return choice, messages
 
 
-def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, positions: int = 0) -> PackingChoice:
+def choose_packing(
+    critic: Critic,
+    rollouts: Rollouts,
+    packing: Packing,
+    *,
+    positions: int = 0,
+    sequence: SequenceRanks | None = None,
+) -> PackingChoice:
     """Decide between prefix trees and padded rows, and set the trunk's attention accordingly.
 
     Args:
@@ -156,6 +168,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, posi
         rollouts: a few to try, some that share a prompt and the longest among them.
         packing: `--packing`; "forest" raises where "auto" falls back to padded rows.
         positions: how many a micro-batch may have; prefix trees and rows are tried with about as many.
+        sequence: the ranks over which the positions of prefix trees are cut, if any.
 
     Raises:
         ModelError: the trunk is no causal decoder, draws at random, or gives NaN; or "forest" is asked for and computes
@@ -167,7 +180,7 @@ def choose_packing(critic: Critic, rollouts: Rollouts, packing: Packing, *, posi
     shortest = _shortest(rollouts, 1)
     with _architectures_errors(critic):
         silenced = tuple(silence(critic.trunk, lambda: states_alone(critic, shortest)))
-        trial = Trial(critic, rollouts, positions, frequency_limit(critic.trunk.config))
+        trial = Trial(critic, rollouts, positions, frequency_limit(critic.trunk.config), sequence)
     outcome, reason = (None, "") if packing == "rows" else _try_forest(critic, trial)
     if outcome is not None and not reason:
         return PackingChoice(

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from critic_train.errors import ModelError
 from critic_train.layers.attention import TREE_ATTENTION, TreeAttentionPlan
 from critic_train.layers.attention_kernel import SHORT_GAP, AttentionCall
 from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
+from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.critic import Critic
 from critic_train.model.microbatches import part_of, row_micro_batches, same_frequencies
 from critic_train.model.model_input import ModelInput, padded_input, tree_input
@@ -60,13 +62,21 @@ class Trial:
         rollouts: a few, some that share a prompt and the longest among them.
         positions: how many positions a micro-batch may have.
         limit: see `critic_train.model_files.config.frequency_limit`.
+        sequence: the ranks over which the positions of prefix trees are cut, if any.
 
     Raises:
         ModelError: the states are not finite, or depend on what comes after them.
     """
 
-    def __init__(self, critic: Critic, rollouts: Rollouts, positions: int, limit: int | None) -> None:
-        self._critic, self._positions, self._limit = critic, positions, limit
+    def __init__(
+        self,
+        critic: Critic,
+        rollouts: Rollouts,
+        positions: int,
+        limit: int | None,
+        sequence: SequenceRanks | None = None,
+    ) -> None:
+        self._critic, self._positions, self._limit, self._sequence = critic, positions, limit, sequence
         self.rollouts = with_branch(cut(rollouts, _longest_alone(critic)))
         self.alone = Rounding(critic.trunk, self._alone)
         if bool((~torch.isfinite(self.alone.expected)).any()):
@@ -83,13 +93,15 @@ class Trial:
         calls: set[AttentionCall] = set()
         for members in self._parts():
             rollouts, order = with_filler(self.rollouts, members, 0 if few else self._positions)
-            batch = tree_input(rollouts, order, self.alone.expected.device)
+            batch = tree_input(rollouts, order, self.alone.expected.device, sequence=self._sequence)
             plan: TreeAttentionPlan = batch.trunk_arguments["tree_plan"]
             plan.calls = calls
             states = self._critic.hidden(batch)[batch.value_index]
             own = np.flatnonzero(batch.response_tokens < len(self.rollouts.input_ids))  # not the filler's
             states = states[torch.from_numpy(own).to(states.device)]
             at = torch.from_numpy(batch.response_tokens[own] - 1).to(states.device)
+            if self._sequence is not None:
+                states, at = _of_all_ranks(self._sequence, states, at, len(self.rollouts.input_ids))
             differences.append(self.alone.difference(states, at))
             agrees.append(self.alone.explains(states, at))
             narrowed.append(plan.narrowed)
@@ -139,6 +151,14 @@ class Trial:
                 f"{_kind(self._critic)} looks ahead: a state changes when the tokens after it are missing",
                 hint="a critic must be a causal decoder",
             )
+
+
+def _of_all_ranks(sequence: SequenceRanks, states: Tensor, at: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The states [M, hidden_size] of all ranks, and which of some tokens they belong to, int64 [M] ascending."""
+    # A last column says of which tokens there is a state; each token's is on one rank.
+    rows = sequence.gathered(F.pad(states, (0, 1), value=1.0), at, tokens)
+    at = rows[:, -1].nonzero().squeeze(1)
+    return rows[at, :-1], at
 
 
 def use_stock_attention(critic: Critic) -> None:

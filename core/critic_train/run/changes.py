@@ -25,10 +25,12 @@ RESUMABLE = frozenset(
 """Settings that may differ when a run is resumed: they change nothing in its result. Paths are among them because
 fingerprints identify their content."""
 
-ROUNDING_ONLY = frozenset({"max_tokens", "device", "attention", "activation_checkpointing", "compile", "offload"})
+ROUNDING_ONLY = frozenset(
+    {"max_tokens", "device", "attention", "activation_checkpointing", "compile", "offload", "sequence_parallel"}
+)
 """Settings that may differ at the price of bit-identity: sums are taken in another order."""
 
-AUTOMATIC = ("precision", "max_tokens", "activation_checkpointing", "offload")
+AUTOMATIC = ("precision", "max_tokens", "activation_checkpointing", "offload", "sequence_parallel")
 """Settings that choose themselves where they are "auto" or not given: a run goes on with what it chose."""
 
 HORIZON = ("epochs", "max_steps")

@@ -207,6 +207,17 @@ def _nproc_setting() -> Any:
     )
 
 
+def _sequence_parallel_setting() -> Any:
+    """--sequence-parallel, for the same commands."""
+    return setting(
+        None,
+        "Cut the positions of each micro-batch over so many adjacent ranks, for rollouts that one cannot hold; "
+        "--max-tokens stays what one of them takes, and the result the same. "
+        "[default: 1, or the fewest ranks whose --max-tokens hold the longest rollout]",
+        panel="Compute",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings(Section):
     """Where and how a model computes: for every command that runs one."""
@@ -243,10 +254,11 @@ class EvalComputeSettings(ComputeSettings):
     """Where and how `eval` computes: on one process or several."""
 
     nproc: int = _nproc_setting()
+    sequence_parallel: int | None = _sequence_parallel_setting()
 
     def validate(self) -> list[str]:
         """See Section."""
-        return super().validate() + minimum_errors(self, 1, "nproc")
+        return super().validate() + minimum_errors(self, 1, "nproc", "sequence_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +281,7 @@ class TrainComputeSettings(ComputeSettings):
         False, "Compile the layers with torch.compile: slow to start, faster on a GPU.", panel="Compute"
     )
     nproc: int = _nproc_setting()
+    sequence_parallel: int | None = _sequence_parallel_setting()
 
     def validate(self) -> list[str]:
         """See Section."""
@@ -278,7 +291,7 @@ class TrainComputeSettings(ComputeSettings):
                 "--compile does not go with --activation-checkpointing selective, which picks single operations that "
                 "a compiled layer no longer has: none or layer"
             )
-        return errors + minimum_errors(self, 1, "nproc")
+        return errors + minimum_errors(self, 1, "nproc", "sequence_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ from critic_train.data.addresses import UidLookup
 from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Event, Notice, Progress
-from critic_train.model.automatic import Choice, choose_offload, set_memory, try_largest
+from critic_train.model.automatic import set_memory, try_largest, with_offload
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
 from critic_train.model.memory import compile_layers
-from critic_train.model.selfcheck import select_packing
+from critic_train.model.sequence_sharing import choose_layout
 from critic_train.model_files.config import preset_config
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
@@ -132,6 +132,7 @@ def prepare_critic(
     kind: OptimizerKind,
     sample: Rollouts,
     largest_group: Callable[[], Rollouts],
+    longest: int,
     tokens: int | None = None,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
@@ -139,27 +140,25 @@ def prepare_critic(
     Args:
         critic: from `build_run_critic`.
         compute: device, precision and token budget.
-        settings: packing, attention and memory options.
-        train: --train.
-        kind: --optimizer.
+        settings, train, kind: packing, attention and memory options; --train; --optimizer.
         sample: rollouts to try packing and attention on.
         largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
+        longest: tokens of the longest rollout.
         tokens: about the most that a mini-batch holds; None where that is not known.
 
     Raises:
         ModelError: the architecture cannot be trained so.
         MachineError: there is not memory enough for a single rollout.
     """
-    choices, on_cuda = list[Choice](), compute.device.type == "cuda"
-    if settings.offload == "auto" and on_cuda:
-        choices += filter(None, [choose_offload(critic, compute, kind, torch.cuda.mem_get_info(compute.device)[1])])
-        compute = replace(compute, offload=choices[0].value if choices else "none")
+    on_cuda = compute.device.type == "cuda"
+    compute, choices = with_offload(critic, compute, settings, kind)
     critic, compute = to_device_or_shard(critic, compute)
-    packing, sentences = select_packing(critic, sample, settings, compute, tokens=tokens)
-    notices = [Notice(message=sentence, level="warning") for sentence in sentences]
+    choose = partial(choose_layout, critic, sample, settings, compute, longest=longest, tokens=tokens)
+    layout = choose()
     largest = largest_group() if on_cuda else sample
-    checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=packing.forest)
-    choices = [*choices, *more] if on_cuda else []
+    checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=layout.packing.forest)
+    packing, notices, cuts = choose(before=layout) if on_cuda else layout
+    choices = [*choices, *more, *cuts] if on_cuda else cuts
     notices += [Notice(message=choice.sentence()) for choice in choices]
     if settings.compile:
         compile_layers(critic)
@@ -180,6 +179,7 @@ def prepare_critic(
             "max_tokens": compute.max_tokens,
             "activation_checkpointing": checkpointing,
             "offload": compute.offload,
+            "sequence_parallel": compute.sequence_size,
         },
         reasons={choice.name: {"value": choice.value, "reason": choice.reason} for choice in choices},
         notices=notices,

@@ -128,6 +128,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         settings.optimizer.optimizer,
         tried,
         lambda: tried,
+        longest=shape.max_length,
         tokens=settings.optimizer.batch_size * shape.max_length,
     )
     compute = prepared.compute

@@ -254,11 +254,17 @@ def _what_the_head_reads(
     if critic.head.inputs == "last":
         yield states, batch.value_index, batch.response_tokens
         return
-    first = 0
+    first, value_index, token_index = 0, batch.value_index, batch.token_index
+    here = torch.arange(len(value_index), device=value_index.device)
+    if (all_ranks := batch.of_all_ranks) is not None:
+        states = all_ranks.sequence.gathered(states, all_ranks.reads_here, all_ranks.read_positions)
+        value_index, token_index, here = all_ranks.value_index, all_ranks.token_index, all_ranks.here
     # A row for each token: rollouts that share a state may differ in what they have chosen before it.
-    for rows in states_and_means(states, batch.value_index, batch.token_index, ROWS_AT_ONCE):
-        yield rows, torch.arange(len(rows), device=rows.device), batch.response_tokens[first : first + len(rows)]
-        first += len(rows)
+    for rows in states_and_means(states, value_index, token_index, ROWS_AT_ONCE):
+        bounds = torch.tensor([first, first + len(rows)], device=here.device)
+        begin, end = torch.searchsorted(here, bounds).tolist()
+        rows, first = rows[here[begin:end] - first], first + len(rows)
+        yield rows, torch.arange(len(rows), device=rows.device), batch.response_tokens[begin:end]
 
 
 def _add_moments(

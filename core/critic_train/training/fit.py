@@ -13,6 +13,7 @@ from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
+from critic_train.model.sequence_sharing import refuse_sequence_parallel
 from critic_train.run.checkpoint import checkpoint_step, newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings
@@ -101,6 +102,7 @@ class _Beginning(NamedTuple):
 def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
     """What all ranks do once they have met: rank 0 reads, all train."""
     began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
+    refuse_sequence_parallel(settings.compute.sequence_parallel, ranks)
     shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
     source = read_base_model(settings.model, out, ranks)
     with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
@@ -119,7 +121,7 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
         # From here on all ranks do the same, each with its share of the work; rank 0 alone writes.
         stop = ranks.agreed_stop(stop)
         if resumed:
-            settings = resumed_settings(settings, run)
+            settings = resumed_settings(settings, run, ranks.size)
             compute = resolve_compute(settings.compute, ranks)
         checkpoint = run.checkpoints / resumed if resumed else None
         settings = with_recipe(settings, recipe)
@@ -183,6 +185,7 @@ def _build(
             settings.optimizer.optimizer,
             selfcheck_sample(data.train, plan),
             data.train.largest_group,
+            longest=shape.max_length,
             tokens=settings.optimizer.batch_size * shape.max_length,
         )
     except ModelError as error:

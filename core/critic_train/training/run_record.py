@@ -150,10 +150,13 @@ def find_return_scale(
     return 2 * deviation
 
 
-def resumed_settings(settings: FitSettings, run: RunDirectory) -> FitSettings:
+def resumed_settings(settings: FitSettings, run: RunDirectory, ranks: int) -> FitSettings:
     """Settings of a command that resumes a run, in which what chooses itself is what the run chose or was given."""
     given, record = as_dict(settings), run.read_json("run.json") or {}
-    before = chosen_settings(record)
+    # An earlier version has cut no rollout over ranks.
+    before = {"sequence_parallel": 1} | chosen_settings(record)
+    if ranks % before["sequence_parallel"]:  # on another number of ranks it is chosen anew
+        del before["sequence_parallel"]
     # An earlier version may have given padded rows to what gets prefix trees now; the results differ by rounding.
     if record.get("resolved", {}).get("packing") == "rows":
         before["packing"] = "rows"
