@@ -1,10 +1,11 @@
 """A policy whose values are known by sampling: a small transformer that adds up digits, step by step.
 
-A prompt holds four digits. A response draws eight more and gives, after each, the sum of it and the sum before (first
-of all the prompt's last digit), modulo BASE; then it ends. It is right where all sums are. The policy is trained on
-right ones until it samples about three in ten of them right: what a state is worth depends on what was written so far,
-for a wrong sum loses all, and next to nothing differs between prompts. The value of a state is the share of right ones
-among many continuations of it that the policy samples.
+A prompt holds six digits. A response draws six more and gives, after each, the sum of it and the sum before (first of
+all the prompt's last digit), a token for each number; then it ends. It is right where all sums are. The policy is
+trained on right ones until it samples about three in ten of them right: what a state is worth depends on what was
+written so far, for a wrong sum loses all, and next to nothing differs between prompts. The value of a state is the
+share of right ones among many continuations of it that the policy samples. (Sums modulo a number would tell a critic
+nothing by any two tokens, and one of the size that is trained here learns nothing from outcomes alone.)
 """
 
 from pathlib import Path
@@ -18,9 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.worlds import NOISE, PEERS, TRUE, Task, row, write_rows
 
-BASE, TERMS = 5, 8
-END = BASE
-PROMPT, RESPONSE = 4, 2 * TERMS + 1
+BASE, TERMS = 5, 6
+END = (BASE - 1) * (TERMS + 1) + 1
+"""One above the largest sum."""
+PROMPT, RESPONSE = 6, 2 * TERMS + 1
 RIGHT, LEARNING_RATE, SUMS, MOST_STEPS = 0.4, 3e-3, 64, 600
 """The share of responses whose sums the policy gets right in the end; how it is trained."""
 PREFIXES, CONTINUATIONS = 6, 64
@@ -30,7 +32,7 @@ PREFIXES, CONTINUATIONS = 6, 64
 def sums(draw: np.random.Generator, count: int) -> NDArray[np.int64]:
     """int64 [count, PROMPT + RESPONSE]: prompts and right responses."""
     prompt, digits = draw.integers(0, BASE, (count, PROMPT)), draw.integers(0, BASE, (count, TERMS))
-    added = (prompt[:, -1:] + digits.cumsum(axis=1)) % BASE
+    added = prompt[:, -1:] + digits.cumsum(axis=1)
     response = np.stack([digits, added], axis=-1).reshape(count, -1)
     return np.concatenate([prompt, response, np.full((count, 1), END)], axis=1)
 
@@ -39,7 +41,7 @@ def are_right(rows: Tensor) -> Tensor:
     """bool [n] of int64 [n, PROMPT + RESPONSE]: whether all sums are right, and the response ends where it has to."""
     digits, added = rows[:, PROMPT:-1:2], rows[:, PROMPT + 1 : -1 : 2]
     before = torch.cat([rows[:, PROMPT - 1 : PROMPT], added[:, :-1]], dim=1)
-    steps = (digits < BASE) & (added == (before + digits) % BASE)
+    steps = (digits < BASE) & (added == before + digits)
     return steps.all(1) & (rows[:, -1] == END)
 
 

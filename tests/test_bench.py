@@ -110,18 +110,18 @@ def test_shares_are_of_the_true_values_and_free_of_their_sampling_noise(monkeypa
 def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     import torch
-    from bench.adding import BASE, END, PEERS, PREFIXES, PROMPT, are_right, continued, sample_values, sums
+    from bench.adding import END, PEERS, PREFIXES, PROMPT, are_right, continued, sample_values, sums
     from bench.worlds import row
 
     right = sums(np.random.default_rng(0), 16)
     for line in right.tolist():
         total = line[PROMPT - 1]
         for digit, added in zip(line[PROMPT:-1:2], line[PROMPT + 1 : -1 : 2], strict=True):
-            total = (total + digit) % BASE
+            total += digit
             assert added == total
     assert are_right(torch.from_numpy(right)).all()
     for place in range(PROMPT + 1, right.shape[1], 2):  # a wrong sum, an END too early
-        for token in ((right[:, place] + 1) % BASE, np.full(16, END)):
+        for token in (right[:, place] + 1, np.full(16, END)):
             wrong = right.copy()
             wrong[:, place] = token
             assert not are_right(torch.from_numpy(wrong)).any()
@@ -136,12 +136,12 @@ def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):
             length, scores = rows.shape[1], torch.full((len(rows), 1, END + 1), -1e9)
             token = torch.ones(len(rows), dtype=torch.int64)
             if (length - PROMPT) % 2:
-                token = (rows[:, -2] + rows[:, -1]) % BASE
+                token = rows[:, -2] + rows[:, -1]
             if length == right.shape[1] - 1:
                 token[:] = END
             scores[torch.arange(len(rows)), 0, token] = 0.0
             if length == wrong_at:
-                scores[torch.arange(len(rows)), 0, (token + 1) % BASE] = 0.0
+                scores[torch.arange(len(rows)), 0, token + 1] = 0.0
             output = type("Output", (), {})()
             output.logits, output.past_key_values = scores, rows
             return output
