@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support import branching_rollouts, rollouts_of
 
 from critic_train.layers.attention_kernel import PLAIN, Queries, Scoring, all_queries, queries_at
+from critic_train.layers.cuda_kernels import VarlenOperators
 from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 
 CPU = torch.device("cpu")
@@ -17,8 +18,13 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
 def layout_of(seed: int) -> TreeLayout:
-    """Branching rollouts with prompts and responses; rollouts one token long; every form a tree can have."""
+    """Branching rollouts with prompts and responses; rollouts one token long; every form a tree can have; long ones."""
     rollouts = branching_rollouts(seed)
+    if seed == 4:
+        draw = np.random.default_rng(4)
+        first = draw.integers(0, 100, 260)
+        tails = [draw.integers(0, 100, length) for length in (640, 130, 64, 1)]
+        rollouts = rollouts_of([np.concatenate([first, tail]).astype(np.int32) for tail in tails], [260] * len(tails))
     if seed == 2:
         lists = [[1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9], [1, 7, 8], [5], [6, 6, 6, 6], [6, 6, 6, 7]]
         rollouts = rollouts_of([np.asarray(ids, dtype=np.int32) for ids in lists], [1] * len(lists))
@@ -85,6 +91,30 @@ def check(kernel, layout, positions, scoring=PLAIN, value_width=WIDTH):
     assert float((actual - expected).detach().abs().max()) <= 2e-6
     for one, other in zip(torch.autograd.grad(actual, learnt, slope), wanted, strict=True):
         assert float((one - other).abs().max()) <= 1e-5
+
+
+def operators_by_hand(attend=None) -> VarlenOperators:
+    """The operators of variable-length attention, by default as torch documents them; the backward pass by autograd."""
+    attend = attend or varlen_by_hand
+
+    def options(arguments):
+        *lengths, causal, scale, window = arguments
+        assert causal == (window == [-1, 0])
+        return lengths, {"scale": scale, "window_size": tuple(window), "enable_gqa": True}
+
+    def forward(query, key, value, *arguments):
+        lengths, named = options(arguments)
+        output = attend(query, key, value, *lengths, **named)
+        return output, query.new_empty(0), query.new_empty(0)
+
+    def backward(slope, query, key, value, output, lse, *arguments):
+        *lengths, causal, _, scale, window = arguments
+        lengths, named = options([*lengths, causal, scale, window])
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            return torch.autograd.grad(attend(*inputs, *lengths, **named), inputs, slope)
+
+    return VarlenOperators(forward=forward, backward=backward)
 
 
 def varlen_by_hand(query, key, value, query_offsets, key_offsets, max_q, max_k, *, scale, window_size, enable_gqa):

@@ -20,6 +20,7 @@ from bench.measuring import in_turn, ratio
 from bench.models import LAYERS, MODELS, Model
 from bench.steps import bare_pass, fit_step, padded_step
 from critic_train.model.compute import Compute
+from critic_train.model.memory import keep_freed_memory
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import Precision
@@ -65,6 +66,7 @@ def run(options: Options) -> Table:
         ],
     )
     chosen = os.environ.get("BENCH_STEP_MODEL", "")
+    keep_freed_memory()  # as fit does
     for hidden, precision in SETTINGS[options.size]:
         for name, model in MODELS.items():
             if chosen in name:

@@ -6,9 +6,10 @@ FlexKernel    FlexAttention (`--attention flex`; arXiv 2412.05496): any precisio
 Shapes: see `attention_kernel.Kernel`.
 """
 
-import inspect
+import importlib
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,22 +27,22 @@ class VarlenKernel(Kernel):
 
     The operator aligns its causal mask at the lower right, where the last query meets the last key: a span of queries
     is the end of its path, so that is the mask it needs, and a window counts tokens of the rollout. The price is one
-    copy of the keys and values of every path.
+    copy of the keys and values of every path, which is gone when the layer is done: the backward pass makes it again.
 
     With chunks, a span is cut where one ends, and its keys are those of its own.
 
     Args:
         queries: whose attention is computed.
         device: where the trunk is.
-        attend: called as `torch.nn.attention.varlen.varlen_attn` is, and by default that.
+        operators: by default torch's.
     """
 
-    def __init__(self, queries: Queries, device: torch.device, attend: Callable[..., Any] | None = None) -> None:
+    def __init__(self, queries: Queries, device: torch.device, operators: "VarlenOperators | None" = None) -> None:
         self._queries = queries
         self._device = device
         # At once, not in the first layer: micro-batches are made in a thread while the device computes others.
         self._sequences: dict[int | None, _Sequences] = {None: _Sequences(queries.spans, device)}
-        self._attend = attend or _varlen_attn()
+        self._operators = operators or torch_operators()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         if scoring.softcap is not None or scoring.sinks is not None:
@@ -50,19 +51,75 @@ class VarlenKernel(Kernel):
             spans = within_reach(self._queries, chunk=scoring.chunk)
             self._sequences[scoring.chunk] = _Sequences(spans, self._device)
         sequences = self._sequences[scoring.chunk]
-        output: Tensor = self._attend(
-            query[0].transpose(0, 1).contiguous(),  # [Q, heads, head_dim]
-            key[0].transpose(0, 1).index_select(0, sequences.paths),  # [K, kv_heads, head_dim]
-            value[0].transpose(0, 1).index_select(0, sequences.paths),
-            sequences.query_offsets,
-            sequences.key_offsets,
-            *sequences.longest,
-            scale=scoring.scale,
-            # (keys before, keys after) a query's own
-            window_size=(-1 if scoring.window is None else scoring.window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        # [Q, heads, head_dim], [S, kv_heads, head_dim]
+        tensors = [part[0].transpose(0, 1) for part in (query, key, value)]
+        window = -1 if scoring.window is None else scoring.window - 1  # keys before a query's own
+        output: Tensor = _PathAttention.apply(*tensors, sequences, self._operators, scoring.scale, window)  # type: ignore[no-untyped-call]
         return output[None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VarlenOperators:
+    """What `torch.nn.attention.varlen.varlen_attn` calls, on [positions, heads, head_dim].
+
+    Attributes:
+        forward: (query, key, value, query offsets, key offsets, most queries, most keys, causal, scale, window) ->
+            (output, log-sum-exp, state of random numbers).
+        backward: (gradient, query, key, value, output, log-sum-exp, query offsets, key offsets, most queries, most
+            keys, causal, state of random numbers, scale, window) -> the gradients of query, key and value.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+class _PathAttention(torch.autograd.Function):
+    """Gathers the keys of every path, attends, and adds gradients up in float32 where paths share positions.
+
+    Summed in bf16, as autograd would, the gradient of a prompt that 64 rollouts share is off by about 1 %.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequences: "_Sequences",
+        operators: VarlenOperators,
+        scale: float | None,
+        window: int,
+    ) -> Tensor:
+        query = query.contiguous()
+        ctx.options = (window == -1, scale, [window, 0])
+        gathered = (part.index_select(0, sequences.paths) for part in (key, value))
+        output, lse, random_state = operators.forward(query, *gathered, *sequences.bounds, *ctx.options)
+        ctx.save_for_backward(query, key, value, output, lse, random_state)
+        ctx.sequences, ctx.operators = sequences, operators
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse, random_state = ctx.saved_tensors
+        causal, *options = ctx.options
+        paths = ctx.sequences.paths
+        gathered = (part.index_select(0, paths) for part in (key, value))
+        query_gradient, *of_paths = ctx.operators.backward(
+            gradient.contiguous(), query, *gathered, output, lse, *ctx.sequences.bounds, causal, random_state, *options
+        )
+        return query_gradient, *(_summed(part, paths, len(key)) for part in of_paths), None, None, None, None
+
+
+ROWS_AT_ONCE = 2**16
+"""Rows of a gradient that are in float32 at the same time."""
+
+
+def _summed(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """[size, ...]: rows added up by index in float32, in the rows' dtype."""
+    total = rows.new_zeros(size, *rows.shape[1:], dtype=torch.promote_types(rows.dtype, torch.float32))
+    for part, at in zip(rows.split(ROWS_AT_ONCE), index.split(ROWS_AT_ONCE), strict=True):
+        total.index_add_(0, at, part.to(total.dtype))
+    return total.to(rows.dtype)
 
 
 class _Sequences:
@@ -70,9 +127,8 @@ class _Sequences:
 
     Attributes:
         paths: int64 [K] on the device, the positions of all paths, span after span.
-        query_offsets: int32 [spans + 1], the first query of each span.
-        key_offsets: int32 [spans + 1], the first entry of `paths` of each span.
-        longest: (most queries of a span, most keys).
+        bounds: (int32 [spans + 1] on the device, the first query of each span; the same of `paths`; most queries of a
+            span; most keys).
     """
 
     def __init__(self, spans: Sequence[QuerySpan], device: torch.device) -> None:
@@ -80,9 +136,12 @@ class _Sequences:
         num_queries = np.asarray([span.queries[1] - span.queries[0] for span in spans], dtype=np.int64)
         num_keys = np.asarray([sum(stop - start for start, stop in span.path) for span in spans], dtype=np.int64)
         self.paths = to_device(repeat_by_length(bounds[:, 0], bounds[:, 1] - bounds[:, 0]), device)
-        self.query_offsets = to_device(offsets_from_lengths(num_queries).astype(np.int32), device)
-        self.key_offsets = to_device(offsets_from_lengths(num_keys).astype(np.int32), device)
-        self.longest = int(num_queries.max()), int(num_keys.max())
+        self.bounds = (
+            to_device(offsets_from_lengths(num_queries).astype(np.int32), device),
+            to_device(offsets_from_lengths(num_keys).astype(np.int32), device),
+            int(num_queries.max()),
+            int(num_keys.max()),
+        )
 
 
 def varlen_available(device: torch.device) -> bool:
@@ -90,23 +149,22 @@ def varlen_available(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        _varlen_attn()
-    except ImportError:
+        torch_operators()
+    except (ImportError, AttributeError):
         return False
     return True
 
 
-def _varlen_attn() -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn
+@cache
+def torch_operators() -> VarlenOperators:
+    """torch's, which it registers when its module is imported; key heads are shared wherever there are fewer of them.
 
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        return varlen_attn
-    return partial(_without_enable_gqa, varlen_attn)
-
-
-def _without_enable_gqa(attend: Callable[..., Any], *args: Any, enable_gqa: bool, **kwargs: Any) -> Any:
-    """Up to torch 2.11 the operator has no such argument; it shares key heads whenever there are fewer of them."""
-    return attend(*args, **kwargs)
+    Raises:
+        ImportError, AttributeError: this version has none.
+    """
+    importlib.import_module("torch.nn.attention.varlen")
+    operators: Any = torch.ops.torch_attn
+    return VarlenOperators(forward=operators._varlen_attn, backward=operators._varlen_attn_backward)
 
 
 BLOCK = 128

@@ -1,5 +1,8 @@
-"""Memory options of training: activation checkpointing, and compiled layers."""
+"""Memory options of training: activation checkpointing, compiled layers, and what a CPU keeps of freed memory."""
 
+import ctypes
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +26,30 @@ ATTENTION = (
     "_varlen_attn",
     "flex_attention",
 )
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt (malloc.h)."""
+KEPT_BYTES = 2**28
+"""Freed memory of smaller allocations is kept; larger ones are given back as before."""
+ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep memory that tensors on the CPU give back: the next micro-batch takes as much again.
+
+    glibc returns the end of the heap to the system whenever enough of it is free, and the next tensor takes it page by
+    page: up to 20,000 page faults a step. Whoever has set one of ALLOCATOR_VARIABLES has decided already.
+
+    Returns:
+        Whether it is done: the C library is glibc, and the environment does not say otherwise.
+    """
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing) -> None:

@@ -13,6 +13,7 @@ from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
+from critic_train.model.memory import keep_freed_memory
 from critic_train.model.sequence_sharing import refuse_sequence_parallel
 from critic_train.run.checkpoint import checkpoint_step, newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
@@ -125,6 +126,8 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
             compute = resolve_compute(settings.compute, ranks)
         checkpoint = run.checkpoints / resumed if resumed else None
         settings = with_recipe(settings, recipe)
+        if compute.device.type == "cpu":
+            keep_freed_memory()
         trainer = yield from _build(settings, recipe, scale, run, data, shards, source, checkpoint, compute, stop)
         yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
         yield from _finish(trainer, stop, time.monotonic() - began, ranks)

@@ -9,8 +9,8 @@ from attention_cases import (
     check,
     drawn,
     layout_of,
+    operators_by_hand,
     queries_of,
-    varlen_by_hand,
     with_sinks,
 )
 
@@ -24,7 +24,7 @@ from critic_train.settings import Attention
 KERNELS_BY_HAND = {
     "sdpa": lambda queries: SdpaKernel(queries, CPU),
     "flash": CpuFlashKernel,
-    "varlen": lambda queries: VarlenKernel(queries, CPU, attend=varlen_by_hand),
+    "varlen": lambda queries: VarlenKernel(queries, CPU, operators=operators_by_hand()),
 }
 SCORINGS = {
     "plain": Scoring(),

@@ -7,12 +7,11 @@ import pytest
 import torch
 from attention_cases import (
     CPU,
-    check,
     drawn,
     layout_of,
+    operators_by_hand,
     plain,
     queries_of,
-    varlen_by_hand,
     with_sinks,
 )
 from support import rollouts_of
@@ -22,17 +21,20 @@ from critic_train.layers.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
 from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
 
 
-def test_varlen_of_torch_2_11_is_asked_without_a_word_about_shared_heads(monkeypatch):
-    """There varlen_attn has no `enable_gqa`; its kernel shares heads without it."""
-
-    def of_2_11(query, key, value, q, k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
-        shared = query.shape[1] != key.shape[1]
-        more = {"scale": scale, "window_size": window_size, "enable_gqa": shared}
-        return varlen_by_hand(query, key, value, q, k, max_q, max_k, **more)
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_2_11)
+def test_varlen_keeps_no_keys_of_paths_for_the_backward_pass():
+    """Sixty-four rollouts of one prompt have its keys sixty-four times in what the operator is given."""
     layout = layout_of(0)
-    check(VarlenKernel(all_queries(layout), CPU), layout, np.arange(len(layout)))
+    kernel = VarlenKernel(all_queries(layout), CPU, operators=operators_by_hand())
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape[0])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kernel(*drawn(layout, len(layout)), Scoring(scale=0.25))
+    assert kept
+    assert max(kept) == len(layout)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_flex_attention_is_plain_attention(asking, scoring):
 @pytest.mark.parametrize("scoring", [Scoring(softcap=2.0), with_sinks(Scoring())])
 def test_varlen_says_what_it_does_not_compute(scoring):
     layout = layout_of(0)
-    kernel = VarlenKernel(all_queries(layout), CPU, attend=varlen_by_hand)
+    kernel = VarlenKernel(all_queries(layout), CPU, operators=operators_by_hand())
     with pytest.raises(KernelLacksError, match="neither soft caps nor sinks"):
         kernel(*drawn(layout, len(layout)), scoring)
 

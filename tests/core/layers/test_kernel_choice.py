@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import CPU, layout_of, varlen_by_hand
+from attention_cases import CPU, layout_of, operators_by_hand, varlen_by_hand
 
 from critic_train.errors import ConfigError, MachineError
 from critic_train.layers.attention_kernel import AttentionCall, Scoring
@@ -38,13 +38,13 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch):
     from critic_train.layers import kernel_choice
 
     layout = layout_of(0)
-    right = lambda queries, device, softcapped: VarlenKernel(queries, device, attend=varlen_by_hand)  # noqa: E731
+    right = lambda queries, device, softcapped: VarlenKernel(queries, device, operators=operators_by_hand())  # noqa: E731
     assert kernel_error(right, CALL, layout, CPU, torch.float32) == ""
 
     def without_mask(*arguments, window_size, **more):
         return varlen_by_hand(*arguments, window_size=(-1, 10**6), **more)
 
-    wrong = lambda queries, device, softcapped: VarlenKernel(queries, device, attend=without_mask)  # noqa: E731
+    wrong = lambda queries, device, softcapped: VarlenKernel(queries, device, operators=operators_by_hand(without_mask))  # noqa: E731
     assert "it is off by" in kernel_error(wrong, CALL, layout, CPU, torch.float32)
     monkeypatch.setattr(kernel_choice, "kernels_to_try", lambda *_: ["flex", "sdpa"])
     chosen, passed = choose_attention("auto", [CALL], layout, CPU, "fp32")
@@ -62,7 +62,7 @@ def test_a_kernel_is_tried_on_the_heads_that_the_model_has(dtype):
     def build(queries, device, softcapped):
         def attend(query, key, value, scoring):
             tried.append((query.shape[1], key.shape[1], query.shape[-1], scoring.window, scoring.scale))
-            return VarlenKernel(queries, device, attend=varlen_by_hand)(query, key, value, scoring)
+            return VarlenKernel(queries, device, operators=operators_by_hand())(query, key, value, scoring)
 
         return attend
 
@@ -75,7 +75,7 @@ def test_a_kernel_is_tried_on_the_heads_that_the_model_has(dtype):
 
 def test_a_kernel_that_lacks_what_a_layer_asks_for_is_passed_over():
     def build(queries, device, softcapped):
-        return VarlenKernel(queries, device, attend=varlen_by_hand)
+        return VarlenKernel(queries, device, operators=operators_by_hand())
 
     call = AttentionCall(heads=4, kv_heads=2, key_size=16, value_size=16, has_sinks=True)
     assert kernel_error(build, call, layout_of(0), CPU, torch.float32) == "it computes neither soft caps nor sinks"

@@ -1,5 +1,9 @@
 """Less memory, the same gradient."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import branching_rollouts, readable_rollouts, small_config, write_shard
@@ -7,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from critic_train.errors import ConfigError, ModelError
 from critic_train.model.compute import Compute
-from critic_train.model.memory import checkpoint_activations, compile_layers
+from critic_train.model.memory import checkpoint_activations, compile_layers, keep_freed_memory
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -122,3 +126,32 @@ def test_checkpointing_is_a_setting_of_a_run(tmp_path):
         *_, last = fit(settings, StopRequest())
         results.append(last.result["training"]["value_loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from critic_train.model.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for number in range(20):
+    tensors = [torch.zeros(2**20) for _ in range(10)]
+    if number == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_tensors_of_the_next_micro_batch_take_the_memory_of_those_before():
+    def faults(what: str) -> int:
+        ended = subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True)
+        return int(ended.stdout)
+
+    assert faults("keep") < 0.05 * faults("give back")
+
+
+def test_an_allocator_that_the_user_has_set_is_left_as_it_is(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert not keep_freed_memory()
