@@ -205,11 +205,16 @@ def add_run_head(
     train: RolloutSet,
     source: ModelSource | None,
     checkpoint: Path | None,
+    response_ids: list[int] | None,
 ) -> Iterator[Notice]:
-    """Give a run's critic a next-token head, where --lm-loss-weight asks for one. All ranks call it."""
+    """Give a run's critic a next-token head, where --lm-loss-weight asks for one. All ranks call it.
+
+    `response_ids` are those of `train`, ascending; None where they have not been counted yet.
+    """
     if settings.loss.lm_loss_weight:
         compute = prepared.compute
-        ids = np.flatnonzero(response_id_counts(train, compute.ranks))
+        counted = np.flatnonzero(response_id_counts(train, compute.ranks)) if response_ids is None else response_ids
+        ids = np.asarray(counted, dtype=np.int64)
         seed = settings.optimizer.seed
         yield add_next_token_head(prepared.critic, ids, compute, source=source, checkpoint=checkpoint, seed=seed)
 

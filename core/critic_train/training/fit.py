@@ -91,6 +91,7 @@ class _Beginning(NamedTuple):
         resumed: the name of the checkpoint from which the run goes on, if any.
         scale: of the returns.
         recipe: what was chosen for settings that were not given.
+        response_ids: those that occur in the training responses, where they were counted for it.
     """
 
     settings: FitSettings
@@ -98,6 +99,7 @@ class _Beginning(NamedTuple):
     resumed: str | None
     scale: float
     recipe: Recipe
+    response_ids: list[int] | None
 
 
 def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
@@ -114,21 +116,19 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
             if finished is not None:
                 yield from _already_finished(run, finished, ranks)
                 return
-            settings, data, resumed, scale, recipe = yield from _begin(settings, run, shards, source, ranks, stop)
+            begun = yield from _begin(settings, run, shards, source, ranks, stop)
         except Stopped:  # before there is anything to save
             yield RunEnded(status="interrupted", signal_number=stop.signal_number)
             return
 
         # From here on all ranks do the same, each with its share of the work; rank 0 alone writes.
-        stop = ranks.agreed_stop(stop)
-        if resumed:
+        stop, settings = ranks.agreed_stop(stop), begun.settings
+        if begun.resumed:
             settings = resumed_settings(settings, run, ranks.size)
             compute = resolve_compute(settings.compute, ranks)
-        checkpoint = run.checkpoints / resumed if resumed else None
-        settings = with_recipe(settings, recipe)
-        if compute.device.type == "cpu":
-            keep_freed_memory()
-        trainer = yield from _build(settings, recipe, scale, run, data, shards, source, checkpoint, compute, stop)
+        checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
+        settings = with_recipe(settings, begun.recipe)
+        trainer = yield from _build(settings, begun, run, shards, source, checkpoint, compute, stop)
         yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
         yield from _finish(trainer, stop, time.monotonic() - began, ranks)
 
@@ -156,16 +156,14 @@ def _begin(
     resumed = yield from _on_rank_0(ranks, stop, find_resume_checkpoint(run))
     scale = yield from _on_rank_0(ranks, stop, find_return_scale(run, data.train, settings.loss, resumed))
     choosing = recipe_of_run(settings, source, targets, data.train, run, resumed)
-    recipe = yield from _on_rank_0(ranks, stop, choosing)
-    return _Beginning(settings, data, resumed, scale, recipe)
+    recipe, response_ids = yield from _on_rank_0(ranks, stop, choosing)
+    return _Beginning(settings, data, resumed, scale, recipe, response_ids)
 
 
 def _build(
     settings: FitSettings,
-    recipe: Recipe,
-    scale: float,
+    begun: _Beginning,
     run: RunDirectory,
-    data: RunData,
     shards: RunShards,
     source: ModelSource | None,
     checkpoint: Path | None,
@@ -173,11 +171,11 @@ def _build(
     stop: StopRequest,
 ) -> Generator[Event, None, Trainer]:
     """The trainer of a run at its first step, or where its checkpoint was written. All ranks call it."""
-    ranks, shape, seed = compute.ranks, data.shape, settings.optimizer.seed
+    ranks, data, shape = compute.ranks, begun.data, begun.data.shape
     yield from begin_with_remembered_budget(run, compute.max_tokens, compute)
     plan = make_plan(settings.optimizer, data.train.groups, settings.run.eval_every)
     yield from source_notices(source, settings, compute, shape, new=checkpoint is None)
-    critic = build_run_critic(settings.model, source, checkpoint, compute, shape, seed)
+    critic = build_run_critic(settings.model, source, checkpoint, compute, shape, settings.optimizer.seed)
     yield from [*export_notice(critic), *adapter_notice(critic)]
     try:
         prepared = prepare_critic(
@@ -200,13 +198,13 @@ def _build(
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices
-    yield from add_run_head(settings, prepared, data.train, source, checkpoint)
-    optimizer = build_run_optimizer(prepared, settings.optimizer, source, scale)
+    yield from add_run_head(settings, prepared, data.train, source, checkpoint, begun.response_ids)
+    optimizer = build_run_optimizer(prepared, settings.optimizer, source, begun.scale)
     uids = uid_lookup(shards, data, settings.reading)
-    trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, scale, stop)
+    trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, begun.scale, stop)
     if checkpoint is not None:
         yield from trainer.checkpointer.load(checkpoint)
-    yield from _start(settings, trainer, ranks, recipe | prepared.reasons, prepared.chosen)
+    yield from _start(settings, trainer, ranks, begun.recipe | prepared.reasons, prepared.chosen)
     return trainer
 
 

@@ -127,9 +127,7 @@ def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets, data: Ca
 def _what_is_trained(facts: DataFacts) -> dict[str, Any]:
     prompts = f"{facts.prompts:,} prompts"
     if facts.prompts < FEW_PROMPTS:
-        return _choice(
-            "head", f"on {prompts} fine-tuning is not known to beat the exact value head; --train full tries"
-        )
+        return _choice("head", f"{prompts} are few: fine-tuning is not known to beat the exact value head on them")
     return _choice("full", f"{prompts} are enough for fine-tuning to go beyond the exact value head")
 
 
@@ -206,7 +204,7 @@ def recipe_of_run(
     train: RolloutSet,
     run: RunDirectory,
     resumed: str | None,
-) -> Generator[Event, None, Recipe]:
+) -> Generator[Event, None, tuple[Recipe, list[int] | None]]:
     """What a run has chosen when it began, or chooses now. Rank 0 calls it alone.
 
     Args:
@@ -218,18 +216,27 @@ def recipe_of_run(
         resumed: the checkpoint from which the run goes on, if any.
 
     Yields:
-        A notice with the choices.
+        A notice for each choice.
+
+    Returns:
+        (the choices; the ids that occur in the training responses, None where nothing asked for them).
     """
     if resumed:
         # A run that was begun by a critic-train without some of the choices has none of them in run.json.
         recorded = (run.read_json("run.json") or {}).get("recipe") or {}
-        return _not_given(settings, source, _before_recipes(source, "as this run was begun") | recorded)
-    recipe = choose_recipe(settings, source, targets, lambda: DataFacts.of(train))
+        return _not_given(settings, source, _before_recipes(source, "as this run was begun") | recorded), None
+    found: list[DataFacts] = []
+
+    def count() -> DataFacts:
+        found.append(DataFacts.of(train))
+        return found[0]
+
+    recipe = choose_recipe(settings, source, targets, count)
     unused = {"lr", "head_lr"} if _replaced(settings, recipe).optimizer.epochs == 0 else set()
     for name, choice in recipe.items():
         if name not in {"head_init"} | unused:  # how the head begins is said with what the model has
             yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
-    return recipe
+    return recipe, found[0].response_ids.tolist() if found else None
 
 
 def with_recipe(settings: FitSettings, recipe: Recipe) -> FitSettings:

@@ -158,7 +158,9 @@ def of_resumed(settings: FitSettings, source: object, record: dict, folder: Path
         choosing = recipe_of_run(settings, source, targets, None, run, resumed="step-00000001")
         with pytest.raises(StopIteration) as ended:
             next(choosing)
-    return ended.value.value
+    recipe, response_ids = ended.value.value
+    assert response_ids is None
+    return recipe
 
 
 @pytest.mark.parametrize(
