@@ -128,6 +128,8 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
             compute = resolve_compute(settings.compute, ranks)
         checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
         settings = with_recipe(settings, begun.recipe)
+        if compute.device.type == "cpu":
+            keep_freed_memory()
         trainer = yield from _build(settings, begun, run, shards, source, checkpoint, compute, stop)
         yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
         yield from _finish(trainer, stop, time.monotonic() - began, ranks)

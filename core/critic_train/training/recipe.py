@@ -225,18 +225,18 @@ def recipe_of_run(
         # A run that was begun by a critic-train without some of the choices has none of them in run.json.
         recorded = (run.read_json("run.json") or {}).get("recipe") or {}
         return _not_given(settings, source, _before_recipes(source, "as this run was begun") | recorded), None
-    found: list[DataFacts] = []
+    counted: list[DataFacts] = []
 
     def count() -> DataFacts:
-        found.append(DataFacts.of(train))
-        return found[0]
+        counted.append(DataFacts.of(train))
+        return counted[0]
 
     recipe = choose_recipe(settings, source, targets, count)
     unused = {"lr", "head_lr"} if _replaced(settings, recipe).optimizer.epochs == 0 else set()
     for name, choice in recipe.items():
         if name not in {"head_init"} | unused:  # how the head begins is said with what the model has
             yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
-    return recipe, found[0].response_ids.tolist() if found else None
+    return recipe, counted[0].response_ids.tolist() if counted else None
 
 
 def with_recipe(settings: FitSettings, recipe: Recipe) -> FitSettings:
