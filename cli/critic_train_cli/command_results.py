@@ -154,7 +154,8 @@ def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
     keeping = seconds["keeping_states"]
     first = f", {duration(keeping)} the frozen trunk once" if keeping else ""
     device = f" of {format_bytes(memory['device'])}" if memory["device"] else ""
-    elsewhere = {"none": "", "optimizer": " (in host memory)", "all": " (all in host memory)"}[estimate["offload"]]
+    on_host = estimate["offload"].split("+")
+    elsewhere = " (all in host memory)" if "all" in on_host else " (in host memory)" if "optimizer" in on_host else ""
     return [
         ("rollouts", f"{estimate['rollouts']:,} to train on, {estimate['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(estimate['tokens'])}{computed}"),

@@ -6,23 +6,29 @@ to know the architecture, and a third one of the largest micro-batch confirms it
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
-from critic_train.model.compute import Compute
+from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
-from critic_train.model.memory import checkpoint_activations
+from critic_train.model.memory import set_keeping
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.oom import is_out_of_memory, release_memory
+from critic_train.model.tiles import can_compute_in_tiles, tile_size
 from critic_train.model_files.tensor_file import part_here
 from critic_train.rollouts import Rollouts, rollouts_of_tokens
-from critic_train.settings import ActivationCheckpointing, OptimizerKind, TrainComputeSettings
+from critic_train.settings import (
+    KEEPS_LAYER_INPUTS,
+    ActivationCheckpointing,
+    OptimizerKind,
+    TrainComputeSettings,
+    offloads,
+)
 from critic_train.text import format_bytes
 
 MEASURED_TOKENS = (1024, 3072)
@@ -36,7 +42,7 @@ MOST_TOKENS = 65_536
 TRIALS = 4
 MOMENT_BYTES: dict[OptimizerKind, int] = {"adamw": 8, "adamw-8bit": 2}
 """Bytes a trained parameter."""
-CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "selective", "layer")
+CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "selective", "layer", "layer-tiles")
 """From the fastest to the one that holds the least."""
 COMPILED_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "layer")
 """A compiled layer has no single operations to select from."""
@@ -137,22 +143,45 @@ def set_memory(
     Returns:
         (the kind of checkpointing that is set, what was chosen).
     """
-    set_checkpointing = partial(checkpoint_activations, critic)
     given = settings.activation_checkpointing
-    if compute.device.type == "cuda" and (given == "auto" or settings.max_tokens is None):
-        return choose_memory(
+    on_cuda = compute.device.type == "cuda"
+    kinds: Sequence[ActivationCheckpointing] = (given,)
+    if given == "auto":
+        kinds = COMPILED_CHECKPOINTING if settings.compile else CHECKPOINTING
+        if on_cuda and "layer-tiles" in kinds and not can_compute_in_tiles(critic):
+            kinds = kinds[:-1]
+    keepings = _keepings(kinds, settings, on_cuda=on_cuda)
+    choices = list[Choice]()
+    if on_cuda and (given == "auto" or settings.max_tokens is None):
+        keeping, choices = choose_memory(
             critic,
             compute,
             forest=forest,
             optimizer=kind,
-            kinds=(given,) if given != "auto" else COMPILED_CHECKPOINTING if settings.compile else CHECKPOINTING,
+            keepings=keepings,
             max_tokens=settings.max_tokens,
-            set_checkpointing=set_checkpointing,
             largest=largest,
         )
-    resolved = "none" if given == "auto" else given
-    set_checkpointing(resolved)
-    return resolved, []
+    else:
+        keeping = keepings[0]
+        set_keeping(critic, compute, keeping)
+    # Of several ranks, those that do not run out of memory hang meanwhile.
+    if compute.may_keep_less and compute.ranks.size == 1:
+        every = [each for each in _keepings(CHECKPOINTING, settings, on_cuda=on_cuda) if each.kind != "selective"]
+        compute.keep_less = tuple(every[every.index(keeping) + 1 :] if keeping in every else every[1:])
+    return keeping.kind, choices
+
+
+def _keepings(
+    kinds: Sequence[ActivationCheckpointing], settings: TrainComputeSettings, *, on_cuda: bool
+) -> list[Keeping]:
+    """What a run may keep for its backward pass, the fastest first; what --offload activations moves is there then."""
+    if on_cuda and offloads(settings.offload, "activations"):
+        return [Keeping(kind, on_host=True) for kind in kinds if kind in KEEPS_LAYER_INPUTS]
+    keepings = [Keeping(kind) for kind in kinds]
+    if on_cuda and settings.offload == "auto" and kinds[-1] in KEEPS_LAYER_INPUTS:
+        keepings.append(Keeping(kinds[-1], on_host=True))
+    return keepings
 
 
 def choose_tokens(critic: Critic, compute: Compute, *, forest: bool, largest: Rollouts) -> None:
@@ -175,11 +204,10 @@ def choose_memory(
     *,
     forest: bool,
     optimizer: OptimizerKind,
-    kinds: Sequence[ActivationCheckpointing],
+    keepings: Sequence[Keeping],
     max_tokens: int | None,
-    set_checkpointing: Callable[[ActivationCheckpointing], None],
     largest: Rollouts,
-) -> tuple[ActivationCheckpointing, list[Choice]]:
+) -> tuple[Keeping, list[Choice]]:
     """Activation checkpointing and tokens at once of a run on a CUDA device. All ranks call it.
 
     Nothing is computed again where the largest prompt's tree, or USEFUL_TOKENS, fits without; else as little as lets
@@ -190,36 +218,41 @@ def choose_memory(
         compute: of the run; its `max_tokens` is set.
         forest: how rollouts are laid out.
         optimizer: --optimizer.
-        kinds: of activation checkpointing to choose from, the fastest first.
+        keepings: to choose from, the fastest first.
         max_tokens: --max-tokens; None chooses.
-        set_checkpointing: sets the critic up for a kind; called with "none" to undo another.
         largest: the rollouts of the largest prompt.
 
     Returns:
-        (the kind of checkpointing that is set, what was chosen).
+        (what is set, what was chosen).
     """
     trained = sum(part_here(p).numel() for p in critic.parameters() if p.requires_grad)
-    moments = 0 if compute.offload != "none" else MOMENT_BYTES[optimizer] * trained
+    on_device = not (offloads(compute.offload, "optimizer") or offloads(compute.offload, "all"))
+    moments = MOMENT_BYTES[optimizer] * trained if on_device else 0
     wanted = max_tokens or -(-_useful_tokens(largest, forest=forest) // compute.sequence_size)
-    for kind in kinds:
-        set_checkpointing(kind)
-        use = measure_memory(critic, compute, forest=forest, training=True)
+    for keeping in keepings:
+        set_keeping(critic, compute, keeping)
+        # A tile's intermediate results are there once, however many tokens there are: measured beyond one.
+        tile = tile_size(critic) if keeping.kind.endswith("tiles") else 0
+        use = measure_memory(critic, compute, forest=forest, training=True, beyond=tile)
         choice = _set_tokens(compute, use, moments, largest)
         if compute.max_tokens >= wanted:
             break
     choices = []
-    if len(kinds) > 1:
+    if len(keepings) > 1:
         fits = f"{compute.max_tokens:,} tokens fit at once, {wanted:,} are wanted"
         if compute.max_tokens < wanted:
             fits += ", and it holds the least"
-        choices.append(Choice(name="activation_checkpointing", value=kind, reason=fits))
+        choices.append(Choice(name="activation_checkpointing", value=keeping.kind, reason=fits))
+    if keeping.on_host and len(keepings) > 1 and not keepings[0].on_host:
+        reason = "the inputs of the layers wait in host memory, for nothing else lets as much fit"
+        choices.append(Choice(name="offload", value=compute.offload, reason=reason))
     if max_tokens is None:
-        return kind, [*choices, choice]
+        return keeping, [*choices, choice]
     compute.start_at(max_tokens)
-    return kind, choices
+    return keeping, choices
 
 
-def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: bool) -> MemoryUse:
+def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: bool, beyond: int = 0) -> MemoryUse:
     """What a position costs, by the peaks of two passes over random rollouts. All ranks call it.
 
     Args:
@@ -228,9 +261,10 @@ def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: 
         forest: how rollouts are laid out.
         training: whether a backward pass follows; gradients are then there already, as in the second micro-batch of
             a step.
+        beyond: both passes have so many tokens more than they would.
     """
     vocabulary = int(critic.trunk.config.vocab_size)
-    few, many = (_random_rollouts(tokens, vocabulary) for tokens in MEASURED_TOKENS)
+    few, many = (_random_rollouts(beyond + tokens, vocabulary) for tokens in MEASURED_TOKENS)
     compute = replace(compute, max_tokens=10**9)  # each in one micro-batch
     if training:
         _peak(critic, compute, few, forest=forest, training=True)

@@ -1,6 +1,7 @@
 """Where and how the model computes."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -11,12 +12,36 @@ from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.model_input import StateSource
 from critic_train.settings import (
     CPU_MAX_TOKENS,
+    ActivationCheckpointing,
     Attention,
     ComputeSettings,
     Offload,
     Precision,
     TrainComputeSettings,
+    offloads,
 )
+
+WITH_ACTIVATIONS: dict[Offload, Offload] = {
+    "none": "activations",
+    "optimizer": "optimizer+activations",
+    "all": "all+activations",
+}
+"""--offload, and the same with the layer inputs."""
+
+
+class Keeping(NamedTuple):
+    """How much the forward pass keeps for the backward pass.
+
+    Attributes:
+        kind: of activation checkpointing, resolved: not auto.
+        on_host: the layer inputs that it keeps wait in host memory.
+    """
+
+    kind: ActivationCheckpointing
+    on_host: bool = False
+
+    def __str__(self) -> str:
+        return self.kind + (" with the layer inputs in host memory" if self.on_host else "")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +62,11 @@ class Compute:
         offload: what waits in host memory while it is not needed on the device.
         sequence: the ranks that cut the positions of each micro-batch among them, this one included; None where each
             rank computes micro-batches of its own.
+        cut_as_they_come: cut trees as older runs do (see `tree_pieces`).
+        keeping: how much is kept for the backward pass.
+        may_keep_less: whether that may change while the run goes on: it chooses itself, and no layer is compiled.
+        keep_less: what may be tried where memory runs out on a single rollout, the fastest first.
+        kept_less: whether that has happened.
     """
 
     device: torch.device
@@ -51,10 +81,16 @@ class Compute:
     one_row: bool = False
     offload: Offload = "none"
     sequence: SequenceRanks | None = None
+    cut_as_they_come: bool = False
+    keeping: Keeping = Keeping("none")
+    may_keep_less: bool = False
+    keep_less: tuple[Keeping, ...] = ()
+    kept_less: bool = False
     _announced: int | None = field(default=None, repr=False, compare=False)
+    _announced_keeping: Keeping | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._announced = self.max_tokens
+        self._announced, self._announced_keeping = self.max_tokens, self.keeping
 
     @property
     def sequence_size(self) -> int:
@@ -72,7 +108,13 @@ class Compute:
         return self.ranks.rank // self.sequence_size
 
     def lowered(self) -> str:
-        """A message for the user where `max_tokens` is lower than when this was last asked; else empty."""
+        """A message for the user where less goes on at once than when this was last asked; else empty."""
+        if self.kept_less and self._announced_keeping != self.keeping:
+            self._announced_keeping = self.keeping
+            return (
+                f"memory ran out on a single rollout: from now on --activation-checkpointing {self.keeping}; the "
+                "result is the same but for rounding"
+            )
         if self._announced == self.max_tokens:
             return ""
         self._announced, before = self.max_tokens, self._announced
@@ -80,6 +122,12 @@ class Compute:
             f"memory ran out with {before:,} tokens at once: from now on {self.max_tokens:,}; the result is the same. "
             f"--max-tokens {self.max_tokens} starts there"
         )
+
+    def keep(self, keeping: Keeping) -> None:
+        """Note how much is kept from now on."""
+        self.keeping = keeping
+        if keeping.on_host and not offloads(self.offload, "activations"):
+            self.offload = WITH_ACTIVATIONS[self.offload]
 
     def start_at(self, max_tokens: int) -> None:
         """Set `max_tokens` without a message from `lowered`."""
@@ -118,6 +166,9 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) ->
         max_tokens=settings.max_tokens or CPU_MAX_TOKENS,
         ranks=ranks,
         offload=resolve_offload(settings),
+        may_keep_less=isinstance(settings, TrainComputeSettings)
+        and settings.activation_checkpointing == "auto"
+        and not settings.compile,
     )
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.work_sharing import Cost
+from critic_train.settings import offloads
 
 FULL_GRADIENT_SHARE = 0.125
 """The most of a device's memory that a full float32 gradient may take to be kept until the mini-batch's end."""
@@ -63,7 +64,7 @@ def shard_alone(module: nn.Module, compute: Compute) -> None:
 
 def _mesh_and_offload(compute: Compute) -> dict[str, Any]:
     arguments: dict[str, Any] = {"mesh": init_device_mesh(compute.device.type, (compute.ranks.size,))}
-    if compute.offload == "all":
+    if offloads(compute.offload, "all"):
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=compute.device.type == "cuda")
     return arguments
 

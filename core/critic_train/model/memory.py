@@ -13,7 +13,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from critic_train.errors import ModelError
+from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
+from critic_train.model.host_memory import HostActivations
+from critic_train.model.tiles import compute_at_once, compute_in_tiles
 from critic_train.settings import ActivationCheckpointing
 
 MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm")
@@ -52,18 +55,29 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing) -> None:
+def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing, *, on_host: bool = False) -> None:
     """Have the trunk's layers keep less for the backward pass; the gradient is the same.
 
     Args:
         critic: in training mode.
         kind: resolved: not auto. `none` undoes what was set before; `layer` keeps the input of each layer;
-            `selective` also attention and every other matrix product, as torchtitan does.
+            `selective` also attention and every other matrix product, as torchtitan does; `tiles` what `none` keeps
+            but for MLPs and norms (see `tiles`), and `layer-tiles` what `layer` keeps, with the same at work within a
+            layer.
+        on_host: what `layer` and `layer-tiles` keep waits in host memory.
 
     Raises:
         ModelError: the architecture cannot.
     """
-    if kind == "none":
+    if kind in ("tiles", "layer-tiles"):
+        if not compute_in_tiles(critic):
+            raise ModelError(
+                f"{critic.trunk.config.model_type} has no part that can be computed in tiles of positions",
+                hint="--activation-checkpointing layer or none",
+            )
+    else:
+        compute_at_once(critic.trunk)
+    if kind in ("none", "tiles"):
         if any(getattr(module, "gradient_checkpointing", False) for module in critic.trunk.modules()):
             disable: Any = getattr(
                 critic.trunk, "activation_checkpointing_disable", critic.trunk.gradient_checkpointing_disable
@@ -79,6 +93,18 @@ def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing) -> Non
             f"{critic.trunk.config.model_type} has no activation checkpointing",
             hint="--activation-checkpointing none, and a lower --max-tokens where memory is short",
         ) from error
+    if on_host:
+        host = HostActivations(critic.device)
+        for module in critic.trunk.modules():
+            again: Any = getattr(module, "_gradient_checkpointing_func", None)
+            if again is not None:
+                module._gradient_checkpointing_func = partial(host.around, again)
+
+
+def set_keeping(critic: Critic, compute: Compute, keeping: Keeping) -> None:
+    """Set how much a critic keeps for its backward pass, and note it in `compute`; see `checkpoint_activations`."""
+    checkpoint_activations(critic, keeping.kind, on_host=keeping.on_host)
+    compute.keep(keeping)
 
 
 def compile_layers(critic: Critic) -> None:

@@ -20,9 +20,10 @@ from critic_train.model.critic import Critic
 from critic_train.model.fsdp import reshard
 from critic_train.model.model_input import ModelInput, empty_input, padded_input, tree_input
 from critic_train.model.oom import attempts
+from critic_train.model.tree_cuts import tree_pieces
 from critic_train.model.work_sharing import Cost, Pieces, shares
 from critic_train.prefetch import ahead
-from critic_train.rollouts import Rollouts
+from critic_train.rollouts import Rollouts, offsets_from_lengths
 from critic_train.stopping import Stopped, StopRequest
 
 AHEAD = 2
@@ -63,7 +64,9 @@ def _layouts(rollouts: Rollouts, compute: Compute, *, forest: bool) -> Iterator[
         return
     for members in same_frequencies(rollouts.lengths, compute.frequency_limit):
         if forest:
-            for order in forest_micro_batches(rollouts, compute.max_tokens, members):
+            for order in forest_micro_batches(
+                rollouts, compute.max_tokens, members, cut_as_they_come=compute.cut_as_they_come
+            ):
                 yield tree_input(rollouts, order, compute.device, compute.attention)
         else:
             for index in row_micro_batches(rollouts, 1 if compute.one_row else compute.max_tokens, members):
@@ -118,7 +121,8 @@ def shared_micro_batches(rollouts: Rollouts, compute: Compute, *, forest: bool) 
         longest = rollouts.lengths[members].max(initial=1)
         lengths = rollouts.lengths if forest else np.full(len(rollouts), longest)
         order = part_of(everything, members)
-        every = shares(Pieces(order, lengths, Cost(pair=compute.pair_cost)), compute.data_size, max_tokens)
+        pieces = Pieces(order, lengths, Cost(pair=compute.pair_cost), cut_as_they_come=compute.cut_as_they_come)
+        every = shares(pieces, compute.data_size, max_tokens)
         mine += [order.part(positions) for positions in every[compute.data_rank]]
     return mine
 
@@ -130,17 +134,22 @@ def _alone(rollouts: Rollouts) -> PrefixOrder:
 
 
 def forest_micro_batches(
-    rollouts: Rollouts, max_tokens: int, members: NDArray[np.int64] | None = None
+    rollouts: Rollouts,
+    max_tokens: int,
+    members: NDArray[np.int64] | None = None,
+    *,
+    cut_as_they_come: bool = False,
 ) -> list[PrefixOrder]:
     """Pack the prefix trees of a mini-batch, best-fit decreasing.
 
-    Trees stay whole where they fit. One that is larger than the budget is cut between rollouts, at the cost of
-    computing the prefix at each cut again; a single rollout longer than the budget goes alone.
+    Trees stay whole where they fit. One that is larger than the budget is cut between rollouts, where the least is
+    computed twice; a single rollout longer than the budget goes alone.
 
     Args:
         rollouts: the mini-batch.
         max_tokens: forest positions a micro-batch may hold.
         members: int64, numbers of the rollouts that are packed; None for all.
+        cut_as_they_come: see `tree_pieces`.
 
     Returns:
         The micro-batches; together they hold every rollout once.
@@ -149,18 +158,11 @@ def forest_micro_batches(
     if members is not None:
         order = part_of(order, members)
     lengths = rollouts.lengths[order.index]
-    own = lengths - order.shared
-    trees: list[tuple[int, int, int]] = []  # size, first and last+1 position in `order`
-    start = size = 0
-    for position in range(len(order)):
-        starts_tree = order.shared[position] == 0
-        if position and (starts_tree or size + own[position] > max_tokens):
-            trees.append((size, start, position))
-            start, size = position, 0
-        size += int(lengths[position] if position == start else own[position])
-    trees.append((size, start, len(order)))
-    bins = best_fit_decreasing([tree[0] for tree in trees], max_tokens)
-    return [order.part(np.concatenate([np.arange(*trees[t][1:]) for t in sorted(members)])) for members in bins]
+    runs = tree_pieces(lengths, order.shared, max_tokens, as_they_come=cut_as_they_come)
+    before = offsets_from_lengths(lengths - order.shared)
+    sizes = [int(order.shared[start] + before[stop] - before[start]) for start, stop in runs]
+    bins = best_fit_decreasing(sizes, max_tokens)
+    return [order.part(np.concatenate([np.arange(*runs[r]) for r in sorted(members)])) for members in bins]
 
 
 def row_micro_batches(

@@ -6,12 +6,15 @@ A pass over rollouts is a loop that is left by `return`:
         with attempt:
             return gradient_pass(critic, rollouts, compute)
 
-On one process, `compute.max_tokens` is halved for the next attempt, and stays lower. Of several ranks, those that did
+On one process, `compute.max_tokens` is halved for the next attempt, and stays lower; where a single rollout is too
+much, less is kept for the backward pass (layer inputs, tiles), if that chooses itself. Of several ranks, those that did
 not run out hang in a collective by then: the run ends with a checkpoint of the last whole step, and the same command
 begins with the lower budget (see `Ranks.end_out_of_memory`).
 """
 
+import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -20,11 +23,17 @@ import torch
 from torch import nn
 
 from critic_train.distributed.ranks import Ranks
-from critic_train.model.compute import Compute
+from critic_train.errors import ModelError
+from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, reset_after_error
+from critic_train.model.memory import set_keeping
 from critic_train.rollouts import Rollouts
+from critic_train.settings import KEEPS_LAYER_INPUTS
 from critic_train.text import format_bytes
+
+MOST_SEQUENCE_RANKS = 64
+"""The most that a message proposes."""
 
 
 class Attempt:
@@ -60,7 +69,8 @@ def attempts(critic: Critic, rollouts: Rollouts, compute: Compute) -> Iterator[A
     Args:
         critic: its gradients are cleared before another attempt.
         rollouts: what the pass goes through.
-        compute: its `max_tokens` is halved for good, down to the longest rollout.
+        compute: its `max_tokens` is halved for good, down to the longest rollout; then less is kept for the backward
+            pass, as far as `keep_less` goes.
 
     Raises:
         MachineError: a single rollout is too much; or memory ran out on one of several ranks.
@@ -68,12 +78,24 @@ def attempts(critic: Critic, rollouts: Rollouts, compute: Compute) -> Iterator[A
     while True:
         attempt = Attempt(compute.ranks)
         yield attempt
-        lowered = _lowered(rollouts, compute, critic, attempt.error)
+        lowered = _lowered(rollouts, compute, critic, attempt.error)  # 0 where less is kept instead
         critic.zero_grad(set_to_none=True)  # of weights that are gathered, too
         reset_after_error(critic.parts)
         critic.zero_grad(set_to_none=True)
         release_memory(compute.device)
-        compute.max_tokens = lowered
+        if lowered:
+            compute.max_tokens = lowered
+        else:
+            _keep_less(critic, compute)
+
+
+def _keep_less(critic: Critic, compute: Compute) -> None:
+    """Have the next attempt keep less for its backward pass."""
+    keeping, *rest = compute.keep_less
+    compute.keep_less = tuple(rest)
+    with contextlib.suppress(ModelError):  # no part of it can be computed in tiles: what was set stays
+        set_keeping(critic, compute, keeping)
+        compute.kept_less = True
 
 
 def _lowered(rollouts: Rollouts, compute: Compute, critic: Critic, error: str) -> int:
@@ -81,12 +103,13 @@ def _lowered(rollouts: Rollouts, compute: Compute, critic: Critic, error: str) -
     ranks, tokens = compute.ranks, len(rollouts.input_ids)
     longest = -(-int(rollouts.lengths.max()) // compute.sequence_size)  # on each of the ranks that compute it
     if min(compute.max_tokens, tokens) <= longest:
+        if compute.keep_less and torch.is_grad_enabled() and can_reset_after_error(critic.trunk):
+            return 0
         release_memory(compute.device)
         ranks.end_out_of_memory(
             _single_rollout_message(longest, critic, compute),
             error.strip()[:200],
-            hint="--activation-checkpointing layer, --precision bf16, a smaller model, "
-            f"{_more_sequence_ranks(compute)}, or leave such rollouts out",
+            hint=_single_rollout_hint(longest, critic, compute),
             next_start={},
         )
     lowered = max(longest, min(compute.max_tokens, -(-tokens // ranks.size)) // 2)
@@ -101,15 +124,6 @@ def _lowered(rollouts: Rollouts, compute: Compute, critic: Critic, error: str) -
     return lowered
 
 
-def _more_sequence_ranks(compute: Compute) -> str:
-    """The next larger --sequence-parallel that this run could have, or with more ranks."""
-    size, number = compute.ranks.size, compute.sequence_size
-    larger = next((n for n in range(number + 1, size + 1) if size % n == 0), None)
-    if larger is not None:
-        return f"--sequence-parallel {larger} to cut it over {larger} ranks"
-    return f"{2 * size} ranks with --sequence-parallel {2 * number} to cut it over them"
-
-
 def release_memory(device: torch.device) -> None:
     """Give back what an attempt that ran out has left."""
     gc.collect()
@@ -122,29 +136,74 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute) -> int:
-    """About what the backward pass of a gated decoder keeps of some tokens, without activation checkpointing.
+def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute, keeping: Keeping | None = None) -> int:
+    """About what the forward pass of a gated decoder keeps of some tokens, and a layer's backward pass computes again.
 
-    A layer keeps its residual stream twice in float32; and in the compute precision both normed states, queries, keys,
-    values and the attention's output (about 6 hidden_size), and gate, up, activation and product of the MLP.
+    A layer keeps its residual stream twice in float32, and both normed states before they meet their weights; and in
+    the compute precision the normed states, queries, keys, values and the attention's output (about 6 hidden_size),
+    and gate, up, activation and product of the MLP. In tiles, the inputs of norms and MLP remain of these.
+
+    Args:
+        trunk: its sizes are read.
+        tokens: positions of a micro-batch.
+        compute: its precision.
+        keeping: what is kept; None as `compute` has it.
     """
+    keeping = keeping or compute.keeping
     config: Any = trunk.config
-    width = int(config.hidden_size)
+    width, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", 4 * width))
     size = 2 if compute.precision == "bf16" else 4
-    return tokens * int(config.num_hidden_layers) * (2 * 4 * width + size * (6 * width + 4 * inner))
+    layer = 4 * 4 * width + size * (6 * width + 4 * inner)
+    if keeping.kind.endswith("tiles"):
+        layer = 3 * 4 * width + size * 5 * width
+    elif keeping.kind == "selective":
+        layer = 2 * 4 * width + size * (3 * width + 2 * inner)
+    if keeping.kind not in KEEPS_LAYER_INPUTS:
+        return tokens * layers * layer
+    return tokens * (4 * width * (2 if keeping.on_host else layers) + layer)
+
+
+def _more_sequence_ranks(critic: Critic, tokens: int, compute: Compute) -> str:
+    """The --sequence-parallel under which a rollout would about fit, for this run's ranks if they can be cut so."""
+    static = 16 * sum(p.numel() for p in critic.parameters()) // compute.ranks.size
+    activations, room = activation_bytes(critic.trunk, tokens, compute), _device_bytes(compute) - static
+    times = 2
+    while times < MOST_SEQUENCE_RANKS and activations / times > max(room, 0):
+        times *= 2
+    size, number = compute.ranks.size, times * compute.sequence_size
+    divisor = next((n for n in range(number, size + 1) if size % n == 0), None)
+    if divisor is not None:
+        return f"--sequence-parallel {divisor} to cut it over {divisor} ranks"
+    return f"{max(number, 2 * size)} ranks with --sequence-parallel {number} to cut it over them"
+
+
+def _device_bytes(compute: Compute) -> int:
+    """Memory of the device."""
+    if compute.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(compute.device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // compute.ranks.size
+
+
+def _single_rollout_hint(tokens: int, critic: Critic, compute: Compute) -> str:
+    ways = []
+    if torch.is_grad_enabled() and compute.keeping.kind != "layer-tiles":
+        ways.append("--activation-checkpointing layer-tiles")
+    if compute.precision != "bf16":
+        ways.append("--precision bf16")
+    ways += [_more_sequence_ranks(critic, tokens, compute), "a smaller model, or a lower --max-length"]
+    return ", ".join(ways)
 
 
 def _single_rollout_message(tokens: int, critic: Critic, compute: Compute) -> str:
     parameters = sum(p.numel() for p in critic.parameters())
     static, activations = 16 * parameters // compute.ranks.size, activation_bytes(critic.trunk, tokens, compute)
+    room = f"; {compute.device} has {format_bytes(_device_bytes(compute))}" if compute.device.type == "cuda" else ""
     part = f" of {tokens:,} tokens"
     if compute.sequence is not None:
         part = f", {tokens:,} tokens of it on each of {compute.sequence_size} ranks"
-    room = ""
-    if compute.device.type == "cuda":
-        room = f"; {compute.device} has {format_bytes(torch.cuda.mem_get_info(compute.device)[1])}"
     return (
         f"memory ran out on a single rollout{part}: weights, gradients and moments take about "
-        f"{format_bytes(static)} and its activations {format_bytes(activations)}{room}"
+        f"{format_bytes(static)} and its activations {format_bytes(activations)} "
+        f"(--activation-checkpointing {compute.keeping}){room}"
     )

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from critic_train.layers.prefix_tree import PrefixOrder
+from critic_train.model.tree_cuts import Run, tree_pieces
 
 Positions = NDArray[np.int64]
 """int64 [k], ascending: positions in an order, of rollouts that are computed together."""
@@ -138,9 +139,6 @@ def row_work(tokens: NDArray[np.int64], pair: float) -> NDArray[np.float64]:
     return work
 
 
-Run = tuple[int, int]
-"""Positions start:stop of an order; the rollouts there are computed together as one tree."""
-
 LEVEL = 1.005
 """Micro-batches are level when the busiest has at most this much more work than the mean."""
 
@@ -180,9 +178,13 @@ class Pieces:
         order: the rollouts of a mini-batch, those with a common prefix together.
         lengths: int64 [n], tokens of each rollout of the mini-batch (not in the order).
         cost: the measure.
+        cut_as_they_come: see `tree_pieces`.
     """
 
-    def __init__(self, order: PrefixOrder, lengths: NDArray[np.int64], cost: Cost) -> None:
+    def __init__(
+        self, order: PrefixOrder, lengths: NDArray[np.int64], cost: Cost, *, cut_as_they_come: bool = False
+    ) -> None:
+        self._cut_as_they_come = cut_as_they_come
         self.order, self.shared = order, order.shared
         self.full, self.pair = lengths[order.index], cost.pair
         full = self.full.astype(np.float64)
@@ -218,14 +220,7 @@ class Pieces:
 
     def trees(self, max_tokens: int) -> list[Run]:
         """The prefix trees of the order, cut between rollouts where one is larger than `max_tokens`."""
-        runs: list[Run] = []
-        start = 0
-        for position in range(1, len(self.shared)):
-            if self.shared[position] == 0 or self.tokens(start, position + 1) > max_tokens:
-                runs.append((start, position))
-                start = position
-        runs.append((start, len(self.shared)))
-        return runs
+        return tree_pieces(self.full, self.shared, max_tokens, as_they_come=self._cut_as_they_come)
 
 
 def shares(pieces: Pieces, ranks: int, max_tokens: int) -> list[list[Positions]]:

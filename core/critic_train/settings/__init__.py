@@ -49,6 +49,7 @@ from critic_train.settings.data_sections import (
 from critic_train.settings.hand_over_settings import Bias, ExportSettings, ExportTo, ShowSettings
 from critic_train.settings.training_sections import (
     CPU_MAX_TOKENS,
+    KEEPS_LAYER_INPUTS,
     ActivationCheckpointing,
     Attention,
     ComputeSettings,
@@ -68,6 +69,7 @@ from critic_train.settings.training_sections import (
     RunSettings,
     Schedule,
     TrainComputeSettings,
+    offloads,
     trained_layers,
 )
 
@@ -75,6 +77,7 @@ __all__ = [
     "AUTO",
     "CPU_MAX_TOKENS",
     "EXPECTED",
+    "KEEPS_LAYER_INPUTS",
     "ActivationCheckpointing",
     "Attention",
     "Baseline",
@@ -126,6 +129,7 @@ __all__ = [
     "column_renames",
     "defaults_of",
     "flag_of",
+    "offloads",
     "part_of",
     "read_gate",
     "setting",

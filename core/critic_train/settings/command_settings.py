@@ -51,8 +51,10 @@ class FitSettings(Settings):
             errors.append("--patience needs held-out rollouts: --val-data, or --val-fraction above 0")
         if self.loss.lm_loss_weight and self.model.train == "head":
             errors.append("--lm-loss-weight teaches the transformer, which --train head leaves as it is")
-        if self.optimizer.optimizer != "adamw" and self.compute.offload not in ("auto", "none"):
-            errors.append(f"--optimizer {self.optimizer.optimizer} cannot be combined with --offload")
+        if self.optimizer.optimizer != "adamw" and self.compute.offload not in ("auto", "none", "activations"):
+            errors.append(
+                f"--optimizer {self.optimizer.optimizer} cannot be combined with --offload {self.compute.offload}"
+            )
         return errors
 
 

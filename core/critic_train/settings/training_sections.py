@@ -18,14 +18,23 @@ OnNonFinite = Literal["stop", "skip"]
 Packing = Literal["auto", "forest", "rows"]
 Attention = Literal["auto", "sdpa", "flex", "varlen"]
 Precision = Literal["auto", "fp32", "bf16"]
-ActivationCheckpointing = Literal["auto", "none", "layer", "selective"]
-Offload = Literal["auto", "none", "optimizer", "all"]
+ActivationCheckpointing = Literal["auto", "none", "layer", "selective", "tiles", "layer-tiles"]
+Offload = Literal["auto", "none", "optimizer", "all", "activations", "optimizer+activations", "all+activations"]
 # The metrics of evaluation.metrics with `best_by`; settings import nothing above them, so a test holds the two equal.
 BestBy = Literal["explained_variance", "explained_variance_within_group", "mse", "value_loss"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 
+KEEPS_LAYER_INPUTS: tuple[ActivationCheckpointing, ...] = ("layer", "layer-tiles")
+"""Kinds of activation checkpointing that keep the input of each layer, which can wait in host memory."""
+
 CPU_MAX_TOKENS = 4096
 """--max-tokens where it is not given, on a CPU."""
+
+
+def offloads(offload: Offload, what: Literal["optimizer", "all", "activations"]) -> bool:
+    """Whether this is among what waits in host memory."""
+    return what in offload.split("+")
+
 
 LAST = re.compile(r"last-([1-9]\d*)")
 
@@ -267,14 +276,18 @@ class TrainComputeSettings(ComputeSettings):
 
     activation_checkpointing: ActivationCheckpointing = setting(
         "auto",
-        "Keep only each layer's input and compute the rest again (layer), or all but half of the matrix products and "
-        "attention (selective): less memory, more time. auto: none on a CPU, what memory asks for on a GPU.",
+        "Less memory, more time: keep only each layer's input and compute the rest again (layer); attention and half "
+        "of the matrix products (selective); all but the inside of MLPs and norms, which are computed in tiles of "
+        "positions (tiles); or layer inputs, with tiles inside (layer-tiles). "
+        "auto: none on a CPU, what memory asks for on a GPU.",
         panel="Compute",
     )
     offload: Offload = setting(
         "auto",
         "What waits in host memory instead of the GPU's: AdamW's two moments, updated on the GPU (optimizer), or "
-        "weights and gradients as well, updated on the host (all). auto: the moments where the GPU does not hold them.",
+        "weights and gradients as well, updated on the host (all); the layer inputs that activation checkpointing "
+        "keeps (activations), alone or with one of those. auto: the moments where the GPU does not hold them, and the "
+        "layer inputs where nothing else lets the largest prompt fit.",
         panel="Compute",
     )
     compile: bool = setting(
@@ -286,10 +299,15 @@ class TrainComputeSettings(ComputeSettings):
     def validate(self) -> list[str]:
         """See Section."""
         errors = super().validate()
-        if self.compile and self.activation_checkpointing == "selective":
+        if self.compile and self.activation_checkpointing not in ("auto", "none", "layer"):
             errors.append(
-                "--compile does not go with --activation-checkpointing selective, which picks single operations that "
-                "a compiled layer no longer has: none or layer"
+                f"--compile does not go with --activation-checkpointing {self.activation_checkpointing}, which changes "
+                "what happens inside a layer, which is compiled as one: none or layer"
+            )
+        if offloads(self.offload, "activations") and self.activation_checkpointing not in ("auto", *KEEPS_LAYER_INPUTS):
+            errors.append(
+                "--offload activations moves the layer inputs that --activation-checkpointing layer or layer-tiles "
+                f"keeps: not with {self.activation_checkpointing}"
             )
         return errors + minimum_errors(self, 1, "nproc", "sequence_parallel")
 

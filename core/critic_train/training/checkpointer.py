@@ -14,7 +14,13 @@ from critic_train.run.storage import write_json
 from critic_train.training.old_values import OldValues
 from critic_train.training.optimizer import load_optimizer
 from critic_train.training.plan import TrainingPlan
-from critic_train.training.state import CriticRuntime, TrainingState, restore_token_budget, token_budget_record
+from critic_train.training.state import (
+    CriticRuntime,
+    TrainingState,
+    restore_keeping,
+    restore_token_budget,
+    token_budget_record,
+)
 from critic_train.training.state_files import LastStepSaver, StateFiles
 from critic_train.weights.loading import read_model
 from critic_train.weights.saving import checkpoint_bytes
@@ -84,6 +90,7 @@ class Checkpointer:
         try:
             self.state.restore(record, self.plan.total_steps)
             lowered = restore_token_budget(record.get("token_budget"), self.max_tokens, self.runtime.compute)
+            restore_keeping(record.get("token_budget"), self.max_tokens, self.runtime)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{checkpoint / 'trainer.json'} is not as critic-train writes it: {error}") from error
         best = self.run.checkpoints / checkpoint_name(self.state.position.best_step or 0)

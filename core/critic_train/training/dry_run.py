@@ -22,7 +22,7 @@ from critic_train.model.compute import Compute, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import free_bytes
-from critic_train.settings import FitSettings, TrainReadingSettings, column_renames
+from critic_train.settings import FitSettings, TrainReadingSettings, column_renames, offloads
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import (
     PreparedCritic,
@@ -67,8 +67,8 @@ def dry_run(settings: FitSettings, out: Path, stop: StopRequest) -> Iterator[Eve
         CriticTrainError: what would stop the run before its first step.
     """
     single = nullcontext(SINGLE_PROCESS)
-    offloads = resolve_offload(settings.compute) == "all"
-    with init_ranks(settings, nproc=1, device=settings.compute.device, sharded=True) if offloads else single as ranks:
+    on_host = offloads(resolve_offload(settings.compute), "all")
+    with init_ranks(settings, nproc=1, device=settings.compute.device, sharded=True) if on_host else single as ranks:
         try:
             yield from _estimate(settings, out, resolve_compute(settings.compute, ranks), stop)
         except Stopped:

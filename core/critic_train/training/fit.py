@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from critic_train.model.memory import keep_freed_memory
 from critic_train.model.sequence_sharing import refuse_sequence_parallel
 from critic_train.run.checkpoint import checkpoint_step, newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
-from critic_train.settings import FitSettings, RunSettings
+from critic_train.settings import FitSettings, RunSettings, offloads
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import (
     add_run_head,
@@ -35,6 +36,7 @@ from critic_train.training.plan import make_plan
 from critic_train.training.recipe import Recipe, recipe_of_run, with_recipe
 from critic_train.training.run_record import (
     compare_with_before,
+    cuts_as_they_come,
     find_resume_checkpoint,
     find_return_scale,
     require_room_for_checkpoints,
@@ -74,7 +76,7 @@ def fit(settings: FitSettings, stop: StopRequest | None = None) -> Iterator[Even
     """
     stop = stop or StopRequest()
     require_packages(settings.run)
-    sharded, nproc = resolve_offload(settings.compute) == "all", settings.compute.nproc
+    sharded, nproc = offloads(resolve_offload(settings.compute), "all"), settings.compute.nproc
     try:
         with init_ranks(settings, nproc=nproc, device=settings.compute.device, sharded=sharded, stop=stop) as ranks:
             yield from _run(settings, ranks, stop)
@@ -125,7 +127,9 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
         stop, settings = ranks.agreed_stop(stop), begun.settings
         if begun.resumed:
             settings = resumed_settings(settings, run, ranks.size)
-            compute = resolve_compute(settings.compute, ranks)
+            # What had chosen itself is given by now, and still may change as it might have.
+            compute = replace(resolve_compute(settings.compute, ranks), may_keep_less=compute.may_keep_less)
+            compute.cut_as_they_come = cuts_as_they_come(run)
         checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
         settings = with_recipe(settings, begun.recipe)
         if compute.device.type == "cpu":
@@ -253,7 +257,9 @@ def _start(
         require_room_for_checkpoints(trainer, settings.run)
     run.open_logs(position.metrics_bytes)
     yield from data_notices(trainer.data, Targets.of(settings.returns, settings.loss))
-    record = {"resolved": resolved_summary(settings, trainer), "recipe": recipe, "chosen": chosen}
+    record: dict[str, Any] = {"resolved": resolved_summary(settings, trainer), "recipe": recipe, "chosen": chosen}
+    if not trainer.runtime.compute.cut_as_they_come:
+        record["tree_cuts"] = "least"
     run.write_json("run.json", (run.read_json("run.json") or {}) | record)
     yield RunStarted(
         out=str(run.path),

@@ -6,9 +6,7 @@ on its way out (ZeRO-Offload, Ren et al. 2021, arXiv 2101.06840, moves the updat
 on the device, in the same kernel, so that the result is that of AdamW to the bit).
 """
 
-import math
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from critic_train.errors import MachineError
+from critic_train.model.host_memory import page_locked_zeros
 from critic_train.model_files.tensor_file import part_here
-from critic_train.text import format_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**25
@@ -67,7 +64,11 @@ class HostAdamW(torch.optim.AdamW):
         moment = torch.zeros_like(parameter, device="cpu", requires_grad=False, memory_format=torch.contiguous_format)
         local = part_here(moment)
         if parameter.device.type == "cuda" and local.numel():
-            local.data = page_locked_zeros(local.shape)
+            local.data = page_locked_zeros(
+                local.shape,
+                "the optimizer's moments",
+                "use --optimizer adamw-8bit, which needs 2 bytes a trained parameter on the device (they are 8 here)",
+            )
         return moment
 
     @torch.no_grad()
@@ -117,43 +118,6 @@ class HostAdamW(torch.optim.AdamW):
                 last = start + self._piece >= own.numel()
                 step = state["step"] if last else state["step"].clone()
                 yield Part(flat[cut], gradient[cut], (first[cut], second[cut]), step)
-
-
-class _PageLockedMemory(mmap.mmap):
-    """Anonymous memory that CUDA has page-locked; it is unlocked before it is given back."""
-
-    address = 0
-
-    def __del__(self) -> None:
-        if self.address:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
-
-
-def page_locked_zeros(shape: Sequence[int]) -> Tensor:
-    """float32 zeros in page-locked memory of exactly their size, rounded up to pages.
-
-    torch's own pinned memory comes in powers of two: the moments of a 7B model are 53 GiB and would take 100.
-
-    Args:
-        shape: not of an empty tensor.
-
-    Raises:
-        MachineError: the host cannot lock so much memory.
-    """
-    size = 4 * math.prod(shape)
-    memory = _PageLockedMemory(-1, size)
-    tensor = torch.frombuffer(memory, dtype=torch.float32).view(tuple(shape))
-    runtime: Any = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(tensor.data_ptr(), size, 0)
-    if int(status):
-        raise MachineError(
-            f"{format_bytes(size)} of host memory cannot be page-locked for the optimizer's moments: "
-            f"{runtime.cudaGetErrorString(status)}",
-            hint="--offload keeps 8 bytes a trained parameter in locked host memory: raise the machine's limit "
-            "(ulimit -l, a container's memory), or use --optimizer adamw-8bit, which needs 2 bytes on the device",
-        )
-    memory.address = tensor.data_ptr()
-    return tensor
 
 
 def _update(group: dict[str, Any], parts: list[Part], moments: list[list[Tensor]]) -> None:

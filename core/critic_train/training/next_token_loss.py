@@ -21,6 +21,7 @@ from critic_train.model_files.gather import Gather
 from critic_train.model_files.model_directory import weight_files
 from critic_train.model_files.tensor_file import part_here, read_headers, read_rows, rows_here, write_tensors
 from critic_train.run.storage import library_writes
+from critic_train.settings import offloads
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.weights.loading import ModelSource
 from critic_train.weights.lora import name_without_adapter
@@ -69,7 +70,7 @@ def add_next_token_head(
     head = NextTokenHead(ids, int(critic.trunk.config.hidden_size))
     if compute.ranks.sharded:
         shard_alone(head, compute)
-    head.to_empty(device="cpu" if compute.offload == "all" else compute.device)
+    head.to_empty(device="cpu" if offloads(compute.offload, "all") else compute.device)
     critic.next_token_head = head
     sentence = f"next-token loss over the {len(ids):,} ids of the training responses"
     if checkpoint is not None:

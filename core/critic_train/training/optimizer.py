@@ -14,7 +14,7 @@ from critic_train.model.critic import Critic
 from critic_train.model_files.gather import Gather, full_tensor
 from critic_train.model_files.tensor_file import read_rows, write_tensors
 from critic_train.run.storage import library_writes
-from critic_train.settings import Offload, OptimizerKind, Schedule
+from critic_train.settings import Offload, OptimizerKind, Schedule, offloads
 from critic_train.training.eight_bit import CODES, PARTS, AdamWOfParts, gathered_state, in_8_bits, stored_state
 from critic_train.training.host_adamw import MOMENTS, HostAdamW
 
@@ -62,7 +62,7 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     if kind != "adamw":
         return in_8_bits(groups)
-    return HostAdamW(groups) if offload == "optimizer" else torch.optim.AdamW(groups, fused=True)
+    return HostAdamW(groups) if offloads(offload, "optimizer") else torch.optim.AdamW(groups, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

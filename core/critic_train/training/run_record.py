@@ -163,6 +163,11 @@ def resumed_settings(settings: FitSettings, run: RunDirectory, ranks: int) -> Fi
     return settings.replace(**{name: value for name, value in before.items() if given[name] in (None, "auto")})
 
 
+def cuts_as_they_come(run: RunDirectory) -> bool:
+    """Whether a run was begun by a version that cut large trees where the next rollout no longer fitted."""
+    return "tree_cuts" not in (run.read_json("run.json") or {})
+
+
 def resolved_summary(settings: FitSettings, trainer: Trainer) -> dict[str, Any]:
     """What RunStarted shows and run.json keeps as "resolved": data, model and plan, in display order."""
     data, plan, critic = trainer.data, trainer.plan, trainer.runtime.critic

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from critic_train.events import Event, Notice
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
+from critic_train.model.memory import set_keeping
 from critic_train.model.microbatches import predict_with_progress
 from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
@@ -88,7 +89,7 @@ class TrainingState:
         """Whether the critic has taken a step or its head was solved: it is worth a checkpoint, and may be the best."""
         return self.position.step > 0 or self.exact_head is not None
 
-    def as_record(self, *, epoch: int, mini_batch: int, seed: int, token_budget: dict[str, int]) -> dict[str, Any]:
+    def as_record(self, *, epoch: int, mini_batch: int, seed: int, token_budget: dict[str, Any]) -> dict[str, Any]:
         """The content of `trainer.json`, JSON-able.
 
         Args:
@@ -124,14 +125,32 @@ class TrainingState:
         self.start, self.closest = record.get("start"), record.get("closest")
 
 
-def token_budget_record(max_tokens: int, compute: Compute) -> dict[str, int]:
+def token_budget_record(max_tokens: int, compute: Compute) -> dict[str, Any]:
     """What a checkpoint remembers of the token budget, so that a resumed run starts with what memory had room for.
 
     Args:
         max_tokens: --max-tokens.
         compute: its `max_tokens` may be lower by now, on each of its `ranks`.
     """
-    return {"asked": max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
+    record = {"asked": max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
+    return record | ({"keeping": list(compute.keeping)} if compute.kept_less else {})
+
+
+def restore_keeping(record: dict[str, Any] | None, max_tokens: int, runtime: "CriticRuntime") -> None:
+    """Keep as little for the backward pass as a checkpoint remembers, for the same --max-tokens on as many ranks.
+
+    Raises:
+        KeyError, TypeError, ValueError: see `restore_token_budget`.
+    """
+    compute = runtime.compute
+    if record is None or "keeping" not in record:
+        return
+    keeping = next((each for each in compute.keep_less if list(each) == record["keeping"]), None)
+    if keeping is None or (record["asked"], record["ranks"]) != (max_tokens, compute.ranks.size):
+        return  # it is set by the command, or was chosen so
+    set_keeping(runtime.critic, compute, keeping)
+    compute.keep_less = compute.keep_less[compute.keep_less.index(keeping) + 1 :]
+    compute.kept_less = True
 
 
 def restore_token_budget(record: dict[str, Any] | None, max_tokens: int, compute: Compute) -> str:

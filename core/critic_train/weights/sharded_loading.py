@@ -18,6 +18,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import shard
 from critic_train.model_files.tensor_file import StoredTensor, copy_rows, read_rows
+from critic_train.settings import offloads
 from critic_train.weights.loading import ModelSource, load_critic, refuse_not_finite, use_tree_attention
 from critic_train.weights.lora import name_without_adapter
 
@@ -94,7 +95,7 @@ def _allocate(critic: Critic, compute: Compute) -> None:
     buffers = [
         (module, name, buffer) for module in critic.modules() for name, buffer in module.named_buffers(recurse=False)
     ]
-    critic.to_empty(device="cpu" if compute.offload == "all" else compute.device)
+    critic.to_empty(device="cpu" if offloads(compute.offload, "all") else compute.device)
     if drawn:
         critic.load_state_dict(drawn, strict=False)
     for module, name, buffer in buffers:

@@ -11,12 +11,14 @@ from critic_train.distributed.ranks import SingleProcess
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model import automatic
 from critic_train.model.automatic import MemoryUse, choose_memory, choose_offload, choose_tokens, try_largest
-from critic_train.model.compute import Compute
+from critic_train.model.compute import Compute, Keeping
 from critic_train.rollouts import Rollouts
 from critic_train.weights.loading import build_critic
 
 GIB = 2**30
 CUDA = torch.device("cuda", 0)
+
+KEEPINGS = [*map(Keeping, automatic.CHECKPOINTING), Keeping("layer-tiles", on_host=True)]
 
 
 def compute_of(**changes):
@@ -57,6 +59,7 @@ class Device:
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         monkeypatch.setattr(automatic, "release_memory", lambda device: None)
         monkeypatch.setattr(automatic, "_peak", self.peak)
+        monkeypatch.setattr(automatic, "set_keeping", self.set_keeping)
 
     def peak(self, critic, compute, rollouts, *, forest, training):
         positions = len(build_tree_layout(rollouts, prefix_order(rollouts)))
@@ -66,45 +69,58 @@ class Device:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return positions, int(self.fixed + self.per_token[self.kind] * positions)
 
-    def set_checkpointing(self, kind):
-        self.kind = kind
+    def set_keeping(self, critic, compute, keeping):
+        self.kind = str(keeping)
+        compute.keep(keeping)
 
 
 def choose(device, compute, largest, **changes):
-    asked = {"optimizer": "adamw", "kinds": automatic.CHECKPOINTING, "max_tokens": None} | changes
-    return choose_memory(
-        tiny_critic(), compute, forest=True, largest=largest, set_checkpointing=device.set_checkpointing, **asked
-    )
+    asked = {"optimizer": "adamw", "keepings": KEEPINGS, "max_tokens": None} | changes
+    return choose_memory(tiny_critic(), compute, forest=True, largest=largest, **asked)
 
 
 def test_the_fastest_kind_of_checkpointing_is_taken_that_holds_the_largest_prompt(monkeypatch):
-    per_token = {"none": 4e6, "selective": 1.2e6, "layer": 2.5e5}
-    # 80 GiB but for 8 % of them and 10 fixed: 17,000 tokens, 57,000 or (capped) 65,536.
-    for prompt, expected in (((1000, 100, 8), "none"), ((4000, 3000, 8), "selective"), ((4000, 8000, 8), "layer")):
+    hosted = str(KEEPINGS[-1])
+    per_token = {"none": 4e6, "selective": 1.2e6, "layer": 1.1e6, "layer-tiles": 8e5, hosted: 2.5e5}
+    # 80 GiB but for 8 % of them and 10 fixed: 17,000 tokens, 57,000, 62,000, or (capped) 65,536; or one long rollout.
+    cases = {
+        "none": (1000, 100, 8),
+        "selective": (4000, 3000, 8),
+        "layer": (4000, 7000, 8),
+        "layer-tiles": (4000, 8000, 8),
+        hosted: (200_000, 10, 2),
+    }
+    for expected, prompt in cases.items():
         device = Device(monkeypatch, 80 * GIB, 10 * GIB, per_token)
         compute = compute_of()
         kind, choices = choose(device, compute, group_of(*prompt))
-        assert kind == expected == device.kind
+        assert str(kind) == expected == device.kind
         room = 80 * GIB * (1 - automatic.RESERVED_SHARE) - 10 * GIB
         trained = sum(p.numel() for p in tiny_critic().parameters())
         fits = int((room - 8 * trained) / per_token[expected])
-        assert compute.max_tokens == pytest.approx(min(fits, 65_536), rel=1e-3)
-        assert [choice.name for choice in choices] == ["activation_checkpointing", "max_tokens"]
-        assert f"--max-tokens {compute.max_tokens}: a token takes" in choices[1].sentence()
+        assert compute.max_tokens == pytest.approx(min(fits, max(65_536, prompt[0] + prompt[1])), rel=1e-3)
+        names = [choice.name for choice in choices]
+        assert names == ["activation_checkpointing", *(["offload"] if expected == hosted else []), "max_tokens"]
+        assert f"--max-tokens {compute.max_tokens}: a token takes" in choices[-1].sentence()
+        assert compute.offload == ("activations" if expected == hosted else "none")
 
 
 def test_what_is_given_is_not_chosen(monkeypatch):
     device = Device(monkeypatch, 80 * GIB, 10 * GIB, {"none": 4e6, "selective": 1e6, "layer": 2.5e5})
     compute = compute_of()
-    kind, choices = choose(device, compute, group_of(100, 10, 4), kinds=("layer",))
-    assert (kind, [c.name for c in choices], compute.max_tokens) == ("layer", ["max_tokens"], 65_536)
+    kind, choices = choose(device, compute, group_of(100, 10, 4), keepings=(Keeping("layer"),))
+    assert (kind.kind, [c.name for c in choices], compute.max_tokens) == ("layer", ["max_tokens"], 65_536)
     compute = compute_of()
     kind, choices = choose(device, compute, group_of(100, 10, 4), max_tokens=50_000)
-    assert (kind, [c.name for c in choices], compute.max_tokens) == ("selective", ["activation_checkpointing"], 50_000)
+    assert (kind.kind, [c.name for c in choices], compute.max_tokens) == (
+        "selective",
+        ["activation_checkpointing"],
+        50_000,
+    )
 
 
 def test_moments_that_wait_on_the_host_leave_their_room_to_tokens(monkeypatch):
-    per_token = dict.fromkeys(automatic.CHECKPOINTING, 1e5)
+    per_token = dict.fromkeys(map(str, KEEPINGS), 1e5)
     trained = sum(p.numel() for p in tiny_critic().parameters())
     budgets = {}
     for offload, kind in (("none", "adamw"), ("none", "adamw-8bit"), ("optimizer", "adamw")):
@@ -122,7 +138,7 @@ def test_the_rank_with_the_least_memory_decides(monkeypatch):
         def all_reduce_sum(self, numbers):
             return numbers + torch.tensor([0.0, 700.0], dtype=torch.float64)
 
-    device = Device(monkeypatch, 80 * GIB, 0, dict.fromkeys(automatic.CHECKPOINTING, 1e6))
+    device = Device(monkeypatch, 80 * GIB, 0, dict.fromkeys(map(str, KEEPINGS), 1e6))
     compute = compute_of(ranks=Two())
     choose(device, compute, group_of(100, 10, 2))
     assert compute.max_tokens == 700

@@ -7,14 +7,16 @@ import pytest
 import torch
 from rank_work import run_out_alone
 from ranks import on_ranks
-from support import branching_rollouts, readable_rollouts, small_config, write_shard
+from support import branching_rollouts, readable_rollouts, rollouts_of, small_config, write_shard
 
 from critic_train.errors import MachineError
 from critic_train.events import Notice, RunEnded
-from critic_train.model.compute import Compute
+from critic_train.model import oom
+from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
+from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import predict_values
-from critic_train.model.oom import is_out_of_memory
+from critic_train.model.oom import activation_bytes, is_out_of_memory
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -151,3 +153,68 @@ def test_a_single_process_whose_weights_are_sharded_begins_again(kind):
     ((far, max_tokens),) = on_ranks(1, run_out_alone, kind)
     assert far <= 1e-5
     assert max_tokens == max(35, int(branching_rollouts().lengths.max()))
+
+
+def test_where_a_single_rollout_is_too_much_less_is_kept_before_it_is_refused(monkeypatch):
+    rollouts = branching_rollouts()
+    alone = rollouts.take(np.asarray([int(rollouts.lengths.argmax())]))
+    critic, tried = critic_of(), []
+    expected, _ = gradient_of(critic, compute_of(), alone)
+    hidden = Critic.hidden
+
+    def until_tiles(self, batch):
+        states = hidden(self, batch)
+        tried.append(self.trunk.layers[0].gradient_checkpointing)
+        if "forward" not in vars(self.trunk.layers[0].mlp):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return states
+
+    monkeypatch.setattr(Critic, "hidden", until_tiles)
+    less = (Keeping("layer"), Keeping("layer-tiles"))
+    compute = replace(compute_of(), keep_less=less)
+    found, _ = gradient_of(critic, compute, alone)
+    assert difference(found, expected) <= 1e-6
+    assert tried == [False, True, True]
+    assert (compute.keeping, compute.keep_less, compute.max_tokens) == (less[1], (), 10_000)
+    assert "from now on --activation-checkpointing layer-tiles" in compute.lowered()
+    assert compute.lowered() == ""
+
+
+def test_the_refusal_names_what_would_do(monkeypatch):
+    rollouts = branching_rollouts()
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    critic, longest = critic_of(), int(rollouts.lengths.max())
+    monkeypatch.setattr(Critic, "hidden", fail)
+    # Room for a quarter of the activations beside weights, gradients and moments.
+    static = 16 * sum(p.numel() for p in critic.parameters())
+    held = activation_bytes(critic.trunk, longest, compute_of())
+    monkeypatch.setattr(oom, "_device_bytes", lambda compute: static + held // 4)
+    with pytest.raises(MachineError, match=f"a single rollout of {longest} tokens") as caught:
+        gradient_of(critic, compute_of(), rollouts)
+    for way in ("--activation-checkpointing layer-tiles", "4 ranks with --sequence-parallel 4", "--max-length"):
+        assert way in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["none", "tiles"])
+def test_the_bytes_expected_are_about_those_held(kind):
+    """Of a layer that is wide enough for its sizes to count; the embeddings and the last layer beside."""
+    config = small_config("Llama", hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_key_value_heads=4)
+    critic = build_critic(config, seed=0).train()
+    choose_packing(critic, branching_rollouts(), "auto")
+    checkpoint_activations(critic, kind)
+    tokens = 400
+    rollout = rollouts_of([np.random.default_rng(0).integers(1, 100, tokens).astype(np.int32)], [4])
+    owned, storages = {p.untyped_storage().data_ptr() for p in critic.parameters()}, {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gradient_of(critic, compute_of(), rollout)
+    held = sum(storage.nbytes() for address, storage in storages.items() if address not in owned)
+    expected = activation_bytes(critic.trunk, tokens, replace(compute_of(), keeping=Keeping(kind)))
+    assert held == pytest.approx(expected, rel=0.15)

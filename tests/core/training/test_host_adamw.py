@@ -1,6 +1,5 @@
 """Moments that wait on the host: parameters, moments, files and runs are those of torch's own AdamW, to the bit."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from support import StopAfter, readable_rollouts, write_shard
 
-from critic_train.errors import MachineError
 from critic_train.events import Event, Notice, StepEnded
 from critic_train.model import compute
 from critic_train.run.checkpoint import checkpoints
@@ -82,53 +80,6 @@ def test_no_more_than_a_piece_visits_the_device_at_a_time(monkeypatch):
         made[1]["params"] = made[1]["params"][:1]
         HostAdamW(made, piece).step()
         assert sizes.pop() == largest
-
-
-class Cudart:
-    """Stands in for CUDA's runtime: remembers which memory is locked; locks no more than `room` bytes."""
-
-    def __init__(self, room=2**40):
-        self.locked, self.room = {}, room
-
-    def cudaHostRegister(self, address, size, flags):  # noqa: N802
-        if sum(self.locked.values()) + size > self.room:
-            return 2
-        self.locked[address] = size
-        return 0
-
-    def cudaHostUnregister(self, address):  # noqa: N802
-        return 0 if self.locked.pop(address) else 1
-
-    def cudaGetErrorString(self, status):  # noqa: N802
-        return "out of memory"
-
-
-def test_locked_memory_is_no_more_than_the_moments_and_is_given_back(monkeypatch):
-    cudart = Cudart()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    tensors = [offloading.page_locked_zeros(shape) for shape in ((300, 1000), (7,), ())]
-    assert [tuple(t.shape) for t in tensors] == [(300, 1000), (7,), ()]
-    # Exact sizes, on pages of their own: torch's pinned memory would round 1,200,000 up to 2,097,152 bytes.
-    assert sorted(cudart.locked.values()) == [4, 28, 1_200_000]
-    assert all(address % 4096 == 0 for address in cudart.locked)
-    tensors[0] += 1
-    view = tensors[0][5]
-    del tensors
-    gc.collect()
-    assert list(cudart.locked.values()) == [1_200_000]
-    assert view.sum() == 1000
-    del view
-    gc.collect()
-    assert cudart.locked == {}
-
-
-def test_memory_that_cannot_be_locked_is_not_blamed_on_the_token_budget(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(room=1000))
-    with pytest.raises(
-        MachineError, match="cannot be page-locked for the optimizer's moments: out of memory"
-    ) as caught:
-        offloading.page_locked_zeros((300,))
-    assert "--max-tokens" not in caught.value.hint
 
 
 def one_step(critic, optimizer, seed):
