@@ -166,8 +166,9 @@ class OptimizerSettings(Section):
     epochs: int | None = setting(
         None,
         "Passes over the rollouts; 0 ends with the exact value head. "
-        "[default: 3, or as many as --max-steps needs; 6 for a new transformer and less than a million response "
-        "tokens; 0 where the exact head alone is trained and no --lr or --head-lr is given]",
+        "[default: 3, or as many as --max-steps needs; for a new transformer and less than a million response "
+        "tokens 6, or 12 with the next-token loss; 0 where the exact head alone is trained and no --lr or --head-lr is "
+        "given]",
         panel="Training",
     )
     max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")

@@ -26,6 +26,10 @@ Recipe = dict[str, dict[str, Any]]
 FEW_TOKENS = 1_000_000
 """Response tokens below which a new transformer is tiny, and goes through them more often."""
 EPOCHS_OF_FEW = 6
+EPOCHS_WITH_LM_LOSS = 12
+"""Of few tokens, where a next-token loss pays: on a drawn world twice as many passes explain 97.4 % in place of 96.7 %
+of what can be explained, and 92.2 % in place of 89.3 % within prompts. Without that loss, on real text, six are no
+better than four."""
 TOKENS_PER_ID = 200.0
 """Response tokens for each id that occurs in them, from which a next-token loss pays for a new transformer."""
 LM_LOSS_WEIGHT = 1.0
@@ -91,14 +95,19 @@ def _not_given(settings: FitSettings, source: ModelSource | None, recipe: Recipe
 
 def _for_new_transformer(settings: FitSettings, facts: DataFacts) -> Recipe:
     few = facts.response_tokens < FEW_TOKENS
-    recipe = {
-        "preset": _preset(facts, few),
-        "lm_loss_weight": _lm_loss_weight(facts),
-    }
+    recipe = {"preset": _preset(facts, few), "lm_loss_weight": _lm_loss_weight(facts)}
     if (settings.optimizer.epochs, settings.optimizer.max_steps) == (None, None):
-        teaches = "are few: more passes still teach from scratch" if few else "teach in few passes"
-        recipe["epochs"] = _choice(EPOCHS_OF_FEW if few else DEFAULT_EPOCHS, f"{_tokens(facts)} {teaches}")
+        recipe["epochs"] = _epochs(facts, few, bool(_replaced(settings, recipe).loss.lm_loss_weight))
     return recipe
+
+
+def _epochs(facts: DataFacts, few: bool, has_lm_loss: bool) -> dict[str, Any]:
+    if not few:
+        return _choice(DEFAULT_EPOCHS, f"{_tokens(facts)} teach in few passes")
+    if has_lm_loss:
+        reason = "are few: with the next-token loss, many passes still teach from scratch"
+        return _choice(EPOCHS_WITH_LM_LOSS, f"{_tokens(facts)} {reason}")
+    return _choice(EPOCHS_OF_FEW, f"{_tokens(facts)} are few: more passes still teach from scratch")
 
 
 def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets, data: Callable[[], DataFacts]) -> Recipe:

@@ -85,9 +85,11 @@ def test_a_model_is_fine_tuned_where_prompts_are_many_or_the_user_asks_for_it(
 @pytest.mark.parametrize(
     ("facts", "given", "preset", "lm_loss_weight", "epochs"),
     [
-        (facts_of(217_378, 62), {}, "tiny", 1.0, 6),
+        (facts_of(217_378, 62), {}, "tiny", 1.0, 12),
         (facts_of(61_600, 4_800), {}, "tiny", 0.0, 6),
-        (facts_of(999_999, 4_999), {}, "tiny", 1.0, 6),
+        (facts_of(999_999, 4_999), {}, "tiny", 1.0, 12),
+        (facts_of(217_378, 62), {"lm_loss_weight": 0.0}, "tiny", 0.0, 6),
+        (facts_of(61_600, 4_800), {"lm_loss_weight": 0.3}, "tiny", 0.3, 12),
         (facts_of(1_000_000, 10_000), {}, "small", 0.0, 3),
         (facts_of(50_000_000, 60_000), {}, "small", 1.0, 3),
         (facts_of(217_378, 62), {"preset": "base", "lm_loss_weight": 0.0, "epochs": 2}, "base", 0.0, 2),
@@ -108,10 +110,10 @@ def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, prese
     ("facts", "new", "model"),
     [
         pytest.param(facts_of(1_038, 403, 3), ("tiny", 0.0, 6), ("head", 0, None), id="tiny"),
-        pytest.param(facts_of(217_000, 62, 48), ("tiny", 1.0, 6), ("head", 0, None), id="huge groups"),
+        pytest.param(facts_of(217_000, 62, 48), ("tiny", 1.0, 12), ("head", 0, None), id="huge groups"),
         pytest.param(facts_of(65_044, 4_779, 165), ("tiny", 0.0, 6), ("head", 0, None), id="scores in [0, 1]"),
-        pytest.param(facts_of(141_000, 30, 768), ("tiny", 1.0, 6), ("head", 0, None), id="returns around 0"),
-        pytest.param(facts_of(108_000, 62, 3_000), ("tiny", 1.0, 6), ("full", 3, 3), id="one rollout a prompt"),
+        pytest.param(facts_of(141_000, 30, 768), ("tiny", 1.0, 12), ("head", 0, None), id="returns around 0"),
+        pytest.param(facts_of(108_000, 62, 3_000), ("tiny", 1.0, 12), ("full", 3, 3), id="one rollout a prompt"),
     ],
 )
 def test_five_unlike_data_sets(facts, new, model):
