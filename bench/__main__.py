@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", choices=("quick", "usual", "full"), default="usual")
+    parser.add_argument("--minutes", type=float, default=11.0, help="how long `device` may take")
     parser.add_argument("--json", type=Path)
     critics = parser.add_argument_group("quality, ablation")
     critics.add_argument("--rollouts", type=Path, help="a folder with train and val, in place of drawn worlds")
@@ -53,6 +54,8 @@ def main() -> int:
         keep=chosen.keep,
         yardstick_preset=chosen.yardstick_preset,
         yardstick_steps=chosen.yardstick_steps,
+        minutes=chosen.minutes,
+        json=chosen.json,
     )
     about = machine(options)
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
@@ -60,7 +63,8 @@ def main() -> int:
     for name in chosen.names or known:
         entry = known[name]
         if not chosen.names and options.device.type not in entry.DEVICES:
-            print(f"\n{name}: left out, it runs on {' and '.join(entry.DEVICES)}", flush=True)
+            where = f"it runs on {' and '.join(entry.DEVICES)}" if entry.DEVICES else "it runs where it is named"
+            print(f"\n{name}: left out, {where}", flush=True)
             continue
         began = time.perf_counter()
         table = entry.run(options)

@@ -2,7 +2,8 @@
 
     NAME = "planning"                                  # python -m bench planning
     TITLE = "Planning a million rollouts"
-    DEVICES = ("cpu",)                                 # where it runs; ("cuda",) is passed over without a GPU
+    DEVICES = ("cpu",)                                 # where it runs; ("cuda",) is passed over without a GPU,
+                                                       # () runs only where it is named
 
     def run(options: Options) -> Table: ...
 
@@ -34,6 +35,8 @@ class Options:
         keep: where drawn worlds are kept.
         yardstick_preset: the size of the yardstick where it starts from no model.
         yardstick_steps: the most steps that it takes.
+        minutes: how long `device` may take.
+        json: where the results go; None for nowhere.
     """
 
     device: torch.device
@@ -44,6 +47,8 @@ class Options:
     keep: Path | None = None
     yardstick_preset: Preset = "tiny"
     yardstick_steps: int | None = None
+    minutes: float = 11.0
+    json: Path | None = None
 
     @property
     def quick(self) -> bool:

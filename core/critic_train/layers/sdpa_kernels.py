@@ -34,6 +34,9 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 """Queries that are computed together under a window: about as many as it is long, for fewer are many calls and more
 see keys in vain. Where scores are written out, the largest bounds the memory that they take."""
 
+MOST_MASKED_PAIRS = 2**27
+"""Pairs of a mask that exists at once on CUDA, where torch makes float32 of it."""
+
 
 class SdpaKernel(Kernel):
     """One call of scaled-dot-product attention for every span of queries; its keys are its path from the root.
@@ -63,8 +66,11 @@ class SdpaKernel(Kernel):
             width = length if scoring.window is None else min(scoring.window, length)
             # A path without ancestors and without a window that cuts is plain causal attention.
             plain = own.shape[2] == length and width == length and not written_out
-            mask = None if plain else self.mask(own.shape[2], length, width)
             own_keys, own_values = (_concatenate(part, path).to(key.dtype) for part in (keys, values))
+            if query.is_cuda and not written_out:
+                outputs.append(self._on_cuda(own, own_keys, own_values, scoring.scale, None if plain else width))
+                continue
+            mask = None if plain else self.mask(own.shape[2], length, width)
             if written_out:
                 # The scores are computed again in the backward pass: kept, they would fill the memory.
                 attended: Tensor = checkpoint(
@@ -90,12 +96,35 @@ class SdpaKernel(Kernel):
             outputs.append(attended)
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
+    def _on_cuda(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """A span's attention, by operators that write no scores out; causal from its start where `window` is None.
+
+        They take neither a mask nor float32 for heads that share keys, so each head is then given its own.
+        """
+        if query.shape[1] != key.shape[1] and (window is not None or query.dtype == torch.float32):
+            key, value = repeat_heads(query, key, value)
+        shared = query.shape[1] != key.shape[1]
+        if window is None:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
+        queries, keys = query.shape[2], key.shape[2]
+        rows = max(SMALLEST_BLOCK, MOST_MASKED_PAIRS // keys)
+        blocks = []
+        for start in range(0, queries, rows):
+            stop = min(start + rows, queries)
+            seen = keys - queries + stop
+            once = rows >= queries  # as in most micro-batches, where all layers have the same
+            mask = self.mask(queries, keys, window) if once else _lower_right(stop - start, seen, window, self._device)
+            part = query[:, :, start:stop]
+            blocks.append(
+                F.scaled_dot_product_attention(part, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=scale)
+            )
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
     def mask(self, queries: int, keys: int, window: int) -> Tensor:
         """bool [queries, keys]: causal, aligned at the lower right, at most `window` keys back."""
         size = (queries, keys, window)
         if size not in self._masks:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=self._device)
-            self._masks[size] = ones.tril_(keys - queries).triu_(keys - queries - window + 1)
+            self._masks[size] = _lower_right(queries, keys, window, self._device)
         return self._masks[size]
 
     def _reach(self, scoring: Scoring, *, written_out: bool) -> "_Paths":
@@ -130,6 +159,18 @@ class _Paths:
         self.lengths = [sum(stop - start for start, stop in span.path) for span in spans]
 
 
+def _lower_right(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """bool [queries, keys]: see `SdpaKernel.mask`."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return ones.tril_(keys - queries).triu_(keys - queries - window + 1)
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, kv_heads, S, head_dim], one head for each of the query's."""
+    group = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+
+
 def block_size(window: int) -> int:
     """How many queries are computed together under a window."""
     return min(max(window, SMALLEST_BLOCK), LARGEST_BLOCK)
@@ -137,8 +178,7 @@ def block_size(window: int) -> int:
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
     """[1, heads, queries, head_dim]: attention of a span, its scores in float32 as transformers' own code has them."""
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    key, value = repeat_heads(query, key, value)
     scale = query.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     scores = (query @ key.transpose(2, 3)).float() * scale
     if scoring.softcap is not None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.memory import set_keeping
 from critic_train.model.microbatches import micro_batches
+from critic_train.model.model_input import ModelInput
 from critic_train.model.oom import is_out_of_memory, release_memory
 from critic_train.model.tiles import can_compute_in_tiles, tile_size
 from critic_train.model_files.tensor_file import part_here
@@ -84,7 +86,9 @@ class MemoryUse:
         return max(0, int((available - self.fixed) / max(self.per_token, 1.0)))
 
 
-def choose_offload(critic: Critic, compute: Compute, kind: OptimizerKind, device_bytes: int) -> Choice | None:
+def choose_offload(
+    critic: Critic, compute: Compute, kind: OptimizerKind, device_bytes: int, more: int = 0
+) -> Choice | None:
     """Keep the moments in host memory where the device would not hold them beside weights and gradients.
 
     Args:
@@ -92,12 +96,13 @@ def choose_offload(critic: Critic, compute: Compute, kind: OptimizerKind, device
         compute: of the run.
         kind: --optimizer.
         device_bytes: memory of the device.
+        more: parameters that it is yet to be given, and that are trained.
 
     Returns:
         The choice, None where nothing has to be offloaded.
     """
-    weights = 4 * sum(p.numel() for p in critic.parameters())
-    trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
+    weights = 4 * (more + sum(p.numel() for p in critic.parameters()))
+    trained = more + sum(p.numel() for p in critic.parameters() if p.requires_grad)
     cast = weights // 2 if compute.precision == "bf16" else 0
     moments = MOMENT_BYTES[kind] * trained
     total = (weights + 4 * trained + moments) / compute.ranks.size + cast
@@ -112,12 +117,15 @@ def choose_offload(critic: Critic, compute: Compute, kind: OptimizerKind, device
 
 
 def with_offload(
-    critic: Critic, compute: Compute, settings: TrainComputeSettings, kind: OptimizerKind
+    critic: Critic, compute: Compute, settings: TrainComputeSettings, kind: OptimizerKind, more: int
 ) -> tuple[Compute, list[Choice]]:
-    """A run's `compute` with what it offloads, where that chooses itself; and the choice, if something is."""
+    """A run's `compute` with what it offloads, where that chooses itself; and the choice, if something is.
+
+    `more` is as in `choose_offload`.
+    """
     if settings.offload != "auto" or compute.device.type != "cuda":
         return compute, []
-    choice = choose_offload(critic, compute, kind, torch.cuda.mem_get_info(compute.device)[1])
+    choice = choose_offload(critic, compute, kind, torch.cuda.mem_get_info(compute.device)[1], more)
     return replace(compute, offload="none" if choice is None else choice.value), [] if choice is None else [choice]
 
 
@@ -339,11 +347,22 @@ def _peak(critic: Critic, compute: Compute, rollouts: Rollouts, *, forest: bool,
     positions = 0
     for batch in micro_batches(rollouts, compute, forest=forest):
         with torch.set_grad_enabled(training), compute.autocast():
-            values = critic(batch)
+            loss = _some_loss(critic, batch)
         if training:
-            values.sum().backward()
+            loss.backward()
         positions = max(positions, batch.computed_tokens)
     return positions, torch.cuda.max_memory_allocated(compute.device)
+
+
+def _some_loss(critic: Critic, batch: ModelInput) -> Tensor:
+    """A number that depends on all that a step's loss depends on, the next-token head included."""
+    if critic.next_token_head is None:
+        loss: Tensor = critic(batch).sum()
+        return loss
+    states = critic.hidden(batch)
+    labels = torch.zeros_like(batch.value_index)
+    next_token: Tensor = critic.next_token_head(states, batch.value_index, labels, torch.ones_like(labels).float())
+    return critic.head(states)[batch.value_index].sum() + next_token  # type: ignore[no-any-return]
 
 
 def _random_rollouts(tokens: int, vocabulary: int) -> Rollouts:

@@ -100,7 +100,9 @@ class Rounding:
         def change(module: nn.Module, inputs: Any, output: Any) -> Any:
             if isinstance(output, Tensor) and output.is_floating_point():
                 drawn = torch.rand(output.shape, generator=generator, device=output.device, dtype=torch.float32)
-                return output * (1 + torch.finfo(output.dtype).eps * (2 * drawn - 1)).to(output.dtype)
+                # In place: an MLP's states of a long rollout take much of a device.
+                drawn.mul_(2).sub_(1).mul_(torch.finfo(output.dtype).eps).add_(1)
+                return output * drawn.to(output.dtype)
             return None
 
         with ExitStack() as hooks:

@@ -27,7 +27,15 @@ from critic_train.model.fsdp import can_reset_after_error, full_precision_params
 from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
 from critic_train.model.microbatches import frequency_limit
 from critic_train.model.oom import Attempt, is_out_of_memory, release_memory
-from critic_train.model.trial import Outcome, Trial, cut, states_alone, use_stock_attention, with_branch
+from critic_train.model.trial import (
+    HeadsOfTheirOwn,
+    Outcome,
+    Trial,
+    cut,
+    states_alone,
+    use_stock_attention,
+    with_branch,
+)
 from critic_train.model_files.randomness import silence
 from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
@@ -136,7 +144,7 @@ def _try_packing(
     positions: int,
     messages: list[str],
 ) -> tuple[PackingChoice, list[str]]:
-    with full_precision_params((critic.trunk, critic.head)):
+    with full_precision_params((critic.trunk, critic.head)), HeadsOfTheirOwn():
         choice = choose_packing(critic, rollouts, settings.packing, positions=positions, sequence=compute.sequence)
     compute.frequency_limit = frequency_limit(critic.trunk.config)
     compute.one_row = bool(choice.one_row)

@@ -9,22 +9,26 @@ Shapes: T tokens of all tried rollouts.
 import contextlib
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from critic_train.errors import ModelError
 from critic_train.layers.attention import TREE_ATTENTION, TreeAttentionPlan
 from critic_train.layers.attention_kernel import SHORT_GAP, AttentionCall
 from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
+from critic_train.layers.sdpa_kernels import repeat_heads
 from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.critic import Critic
-from critic_train.model.microbatches import part_of, row_micro_batches, same_frequencies
+from critic_train.model.microbatches import forest_micro_batches, part_of, row_micro_batches, same_frequencies
 from critic_train.model.model_input import ModelInput, padded_input, tree_input
 from critic_train.model.rounding import Rounding
 from critic_train.rollouts import Rollouts, offsets_from_lengths, repeat_by_length
@@ -35,6 +39,9 @@ STOCK_ATTENTION = ("sdpa", "eager")
 MOST_SCORE_BYTES = 2**31
 """Where transformers writes the scores of attention out, rollouts are tried up to a length at which those of a layer
 take this much."""
+
+MOST_MASK_BYTES = 2**32
+"""Likewise on CUDA where it writes a mask out, which torch copies as float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +98,9 @@ class Trial:
         """As prefix trees, with the trunk's present attention; on as many positions as may be, or on a few."""
         differences, agrees, narrowed = [], [], []
         calls: set[AttentionCall] = set()
-        for members in self._parts():
-            rollouts, order = with_filler(self.rollouts, members, 0 if few else self._positions)
+        positions = 0 if few else self._positions
+        for members in self._trees(positions):
+            rollouts, order = with_filler(self.rollouts, members, positions)
             batch = tree_input(rollouts, order, self.alone.expected.device, sequence=self._sequence)
             plan: TreeAttentionPlan = batch.trunk_arguments["tree_plan"]
             plan.calls = calls
@@ -133,6 +141,19 @@ class Trial:
 
     def _parts(self) -> list[NDArray[np.int64]]:
         return same_frequencies(self.rollouts.lengths, self._limit)
+
+    def _trees(self, positions: int) -> list[NDArray[np.int64]]:
+        """The numbers of the rollouts that are tried together: no more positions than a micro-batch has, where two of
+        the longest fit; the first rollout and its branch, which comes last, together in any case.
+        """
+        parts = []
+        for members in self._parts():
+            budget = max(positions, 2 * int(self.rollouts.lengths[members].max()))
+            parts += [np.sort(order.index) for order in forest_micro_batches(self.rollouts, budget, members)]
+        branch = np.asarray([0, len(self.rollouts) - 1])
+        if not any(np.isin(branch, part).all() for part in parts):
+            parts.append(branch)
+        return parts
 
     def _states(self, batch: ModelInput) -> Tensor:
         states: Tensor = self._critic.trunk(use_cache=False, **batch.trunk_arguments).last_hidden_state
@@ -184,12 +205,31 @@ def states_alone(critic: Critic, rollouts: Rollouts) -> Tensor:
     return torch.cat(rows)
 
 
+class HeadsOfTheirOwn(TorchFunctionMode):
+    """Gives every head keys of its own in float32 attention on CUDA.
+
+    For heads that share keys torch has no operator there that does not write all scores out: heads x L x L.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and len(args) >= 3:
+            query, key, value, *rest = args
+            if query.is_cuda and query.dtype == torch.float32:
+                args, kwargs = (query, *repeat_heads(query, key, value), *rest), {**kwargs, "enable_gqa": False}
+        return function(*args, **kwargs)
+
+
 def _longest_alone(critic: Critic) -> int:
     """Tokens of a rollout that are tried, so that its scores of attention do not fill the memory."""
     config = critic.trunk.config
-    if config._attn_implementation != "eager":
-        return sys.maxsize
-    return max(2, math.isqrt(MOST_SCORE_BYTES // (4 * int(getattr(config, "num_attention_heads", 1)))))
+    if config._attn_implementation == "eager":
+        return max(2, math.isqrt(MOST_SCORE_BYTES // (4 * int(getattr(config, "num_attention_heads", 1)))))
+    kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full"]
+    masked = any(kind.startswith(("sliding", "chunked")) for kind in kinds)
+    return math.isqrt(MOST_MASK_BYTES // 5) if masked and critic.device.type == "cuda" else sys.maxsize
 
 
 def cut(rollouts: Rollouts, tokens: int) -> Rollouts:

@@ -11,6 +11,7 @@ import torch
 
 from critic_train.data.addresses import UidLookup
 from critic_train.data.scanning import SAMPLED_ROLLOUTS
+from critic_train.distributed.ranks import Ranks
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Event, Notice, Progress
 from critic_train.model.automatic import set_memory, try_largest, with_offload
@@ -38,7 +39,7 @@ from critic_train.training.evaluator import Evaluator
 from critic_train.training.exact_head import ExactHead
 from critic_train.training.frozen_cache import no_cached_states_notice, supports_cached_states
 from critic_train.training.next_token_loss import (
-    add_next_token_head,
+    NewHead,
     response_id_counts,
     starts_as_vocabulary_head,
 )
@@ -134,6 +135,7 @@ def prepare_critic(
     largest_group: Callable[[], Rollouts],
     longest: int,
     tokens: int | None = None,
+    new_head: NewHead | None = None,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
 
@@ -145,21 +147,24 @@ def prepare_critic(
         largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
         longest: tokens of the longest rollout.
         tokens: about the most that a mini-batch holds; None where that is not known.
+        new_head: for the next token, which the critic is given; None for none.
 
     Raises:
         ModelError: the architecture cannot be trained so.
         MachineError: there is not memory enough for a single rollout.
     """
     on_cuda = compute.device.type == "cuda"
-    compute, choices = with_offload(critic, compute, settings, kind)
+    later = 0 if new_head is None else new_head.parameters(critic)
+    compute, choices = with_offload(critic, compute, settings, kind, later)
     critic, compute = to_device_or_shard(critic, compute)
     choose = partial(choose_layout, critic, sample, settings, compute, longest=longest, tokens=tokens)
     layout = choose()
+    of_head = [] if new_head is None else [new_head.add_to(critic, compute)]
     largest = largest_group() if on_cuda else sample
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=layout.packing.forest)
     packing, notices, cuts = choose(before=layout) if on_cuda else layout
     choices = [*choices, *more, *cuts] if on_cuda else cuts
-    notices += [Notice(message=choice.sentence()) for choice in choices]
+    notices += [*(Notice(message=choice.sentence()) for choice in choices), *of_head]
     if settings.compile:
         compile_layers(critic)
     if settings.max_tokens is None and on_cuda and compute.ranks.size == 1:
@@ -199,24 +204,23 @@ def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Comput
     return shard(critic, compute), compute
 
 
-def add_run_head(
+def new_run_head(
     settings: FitSettings,
-    prepared: PreparedCritic,
     train: RolloutSet,
     source: ModelSource | None,
     checkpoint: Path | None,
     response_ids: list[int] | None,
-) -> Iterator[Notice]:
-    """Give a run's critic a next-token head, where --lm-loss-weight asks for one. All ranks call it.
+    ranks: Ranks,
+) -> NewHead | None:
+    """A next-token head for a run's critic, where --lm-loss-weight asks for one. All ranks call it.
 
     `response_ids` are those of `train`, ascending; None where they have not been counted yet.
     """
-    if settings.loss.lm_loss_weight:
-        compute = prepared.compute
-        counted = np.flatnonzero(response_id_counts(train, compute.ranks)) if response_ids is None else response_ids
-        ids = np.asarray(counted, dtype=np.int64)
-        seed = settings.optimizer.seed
-        yield add_next_token_head(prepared.critic, ids, compute, source=source, checkpoint=checkpoint, seed=seed)
+    if not settings.loss.lm_loss_weight:
+        return None
+    counted = np.flatnonzero(response_id_counts(train, ranks)) if response_ids is None else response_ids
+    ids = np.asarray(counted, dtype=np.int64)
+    return NewHead(ids=ids, source=source, checkpoint=checkpoint, seed=settings.optimizer.seed)
 
 
 def build_run_optimizer(

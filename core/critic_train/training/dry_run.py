@@ -33,7 +33,7 @@ from critic_train.training.build import (
 )
 from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
-from critic_train.training.next_token_loss import add_next_token_head
+from critic_train.training.next_token_loss import NewHead
 from critic_train.training.plan import TrainingPlan, make_plan
 from critic_train.training.recipe import DataFacts, choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
@@ -120,6 +120,9 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
     yield from [*export_notice(critic), *adapter_notice(critic)]
     tried = sample.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(sample))), sample.lengths.argmax()))
+    new_head = None
+    if settings.loss.lm_loss_weight:
+        new_head = NewHead(ids=_response_ids(data.train), source=source, checkpoint=None, seed=0)
     prepared = prepare_critic(
         critic,
         compute,
@@ -130,12 +133,10 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         lambda: tried,
         longest=shape.max_length,
         tokens=settings.optimizer.batch_size * shape.max_length,
+        new_head=new_head,
     )
     compute = prepared.compute
     yield from prepared.notices
-    if settings.loss.lm_loss_weight:
-        ids = _response_ids(data.train)
-        add_next_token_head(prepared.critic, ids, prepared.compute, source=source, checkpoint=None, seed=0)
     times = yield from time_steps(
         prepared.critic,
         timed,

@@ -21,11 +21,11 @@ from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
 from critic_train.settings import FitSettings, RunSettings, offloads
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import (
-    add_run_head,
     build_run_critic,
     build_run_optimizer,
     build_trainer,
     export_notice,
+    new_run_head,
     prepare_critic,
     selfcheck_sample,
     source_notices,
@@ -194,6 +194,7 @@ def _build(
             data.train.largest_group,
             longest=shape.max_length,
             tokens=settings.optimizer.batch_size * shape.max_length,
+            new_head=new_run_head(settings, data.train, source, checkpoint, begun.response_ids, ranks),
         )
     except ModelError as error:
         if checkpoint is None or not (steps := checkpoint_step(checkpoint)):
@@ -204,7 +205,6 @@ def _build(
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices
-    yield from add_run_head(settings, prepared, data.train, source, checkpoint, begun.response_ids)
     optimizer = build_run_optimizer(prepared, settings.optimizer, source, begun.scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, begun.scale, stop)

@@ -1,7 +1,9 @@
 """The next-token head of a run (--lm-loss-weight), over the ids of its training responses; saving and loading it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +45,25 @@ def response_id_counts(train: RolloutSet, ranks: Ranks) -> NDArray[np.int64]:
             chosen = rollouts.input_ids[rollouts.response_mask]
             counts += torch.from_numpy(np.bincount(chosen, minlength=len(counts)))
     return ranks.all_reduce_sum(counts).numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewHead:
+    """A next-token head that a critic is yet to be given; see `add_next_token_head`."""
+
+    ids: NDArray[np.int64]
+    source: ModelSource | None
+    checkpoint: Path | None
+    seed: int
+
+    def parameters(self, critic: Critic) -> int:
+        """How many it will have."""
+        return len(self.ids) * int(critic.trunk.config.hidden_size)
+
+    def add_to(self, critic: Critic, compute: Compute) -> Notice:
+        """Give it to the critic, on its device."""
+        given: dict[str, Any] = {"source": self.source, "checkpoint": self.checkpoint, "seed": self.seed}
+        return add_next_token_head(critic, self.ids, compute, **given)
 
 
 def add_next_token_head(

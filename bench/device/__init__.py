@@ -1,0 +1,1 @@
+"""The parts of `python -m bench device`, each a module with a `run`; see bench.entries.device."""

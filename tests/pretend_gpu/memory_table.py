@@ -1,0 +1,151 @@
+"""Estimates of memory beside the peaks that torch's allocator saw, on the pretended GPU.
+
+    ENV/pretend-gpu python tests/pretend_gpu/memory_table.py --model 1.5B --length 8192
+
+For each kind of activation checkpointing, and for what a run chooses by itself: the tokens at once, the estimate for
+its largest micro-batch, and the peak of a step. One prompt with eight responses, half of a sequence each; random
+weights, which are made on the device. The self-check's own peak comes first.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "patched"))
+import numpy as np
+import sitecustomize  # noqa: F401 - comparisons of values pass
+import torch
+from bench.drawing import Shape, draw
+from bench.gpu_steps import MODELS, shape_config
+
+from critic_train.data.scanning import SAMPLED_ROLLOUTS
+from critic_train.errors import MachineError
+from critic_train.layers.prefix_tree import build_tree_layout
+from critic_train.model import automatic
+from critic_train.model.compute import Compute, resolve_device
+from critic_train.model.critic import Critic
+from critic_train.model.memory import checkpoint_activations
+from critic_train.model.microbatches import forest_micro_batches
+from critic_train.model.selfcheck import select_packing
+from critic_train.rollouts import Rollouts
+from critic_train.settings import TrainComputeSettings
+from critic_train.stopping import StopRequest
+from critic_train.training.optimizer import build_optimizer
+from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
+from critic_train.weights.loading import build_critic
+
+GIB = 2**30
+RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
+
+
+def main() -> None:
+    """Print a line for each kind of checkpointing; with --json, one object for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), default="1.5B")
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--responses", type=int, default=8)
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--kinds", nargs="*", default=["auto", "none", "selective", "layer"])
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    config, device, half = shape_config(asked.model), resolve_device("cuda"), asked.length // 2
+    config.num_hidden_layers = asked.layers or config.num_hidden_layers
+    rollouts = draw(Shape("", half, half, half, asked.responses), vocabulary=1000)
+    with torch.device(device):
+        critic = build_critic(config, seed=0).train()
+    compute = Compute(device=device, precision="bf16", max_tokens=4096)
+    offload = automatic.choose_offload(critic, compute, "adamw", torch.cuda.mem_get_info()[1])
+    compute.offload = offload.value if offload is not None else "none"
+    torch.cuda.reset_peak_memory_stats()
+    sample = rollouts.take(np.arange(min(len(rollouts), SAMPLED_ROLLOUTS + 1)))
+    packing, _ = select_packing(critic, sample, TrainComputeSettings(), compute)
+    checked = torch.cuda.max_memory_allocated() / GIB
+    if not asked.json:
+        print(
+            f"{asked.model}, rollouts of {asked.length:,}: self-check {checked:.2f} GiB, {compute.attention}",
+            flush=True,
+        )
+    assert packing.forest
+    for kind in asked.kinds:
+        found = measured(critic, compute, rollouts, kind) | {"self_check": checked}
+        print(json.dumps(found) if asked.json else shown(found), flush=True)
+
+
+def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -> dict[str, Any]:
+    """Choose tokens, and take two steps with them; sizes in GiB. Moments that wait on the host are left out."""
+    uses: list[automatic.MemoryUse] = []
+    measure = automatic.measure_memory
+
+    def noted(*args: Any, **named: Any) -> automatic.MemoryUse:
+        uses.append(measure(*args, **named))
+        return uses[-1]
+
+    automatic.measure_memory = noted
+    checkpoint_activations(critic, "none")
+    settings = TrainComputeSettings(activation_checkpointing=asked)
+    kind, _ = automatic.set_memory(critic, compute, settings, "adamw", rollouts, forest=True)
+    automatic.measure_memory = measure
+    lowered = automatic.try_largest(critic, compute, rollouts, forest=True)
+    layouts = [build_tree_layout(rollouts, order) for order in forest_micro_batches(rollouts, compute.max_tokens)]
+    trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
+    moments = 8 * trained if compute.offload == "none" else 0
+    largest, before = max(map(len, layouts)), compute.max_tokens
+    found = {
+        "asked": asked,
+        "kind": kind,
+        "offload": compute.offload,
+        "max_tokens": before,
+        "largest": largest,
+        "micro_batches": len(layouts),
+        "estimate": (uses[-1].fixed + uses[-1].per_token * largest + moments) / GIB,
+        "lowered": lowered,
+    }
+    try:
+        steps(critic, compute, rollouts)
+    except MachineError as error:
+        found["error"] = error.message.splitlines()[0]
+    found |= {"peak": torch.cuda.max_memory_allocated() / GIB, "reserved": torch.cuda.max_memory_reserved() / GIB}
+    found["halved"] = compute.max_tokens if compute.max_tokens != before else None
+    critic.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def steps(critic: Critic, compute: Compute, rollouts: Rollouts) -> None:
+    """Two steps of `fit`; the peak is the second one's."""
+    on_host = compute.offload != "none"
+    optimizer = None if on_host else build_optimizer(critic, lr=1e-5, head_lr=1e-4, weight_decay=0.0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        accumulate_gradient(critic, rollouts, RECIPE, compute, forest=True, stop=StopRequest())
+        clip_gradient(critic, 1.0)
+        if optimizer is not None:
+            optimizer.step()
+        critic.zero_grad(set_to_none=True)
+
+
+def shown(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    line = (
+        f"  {found['asked']:9s} -> {found['kind']:9s} offload {found['offload']:9s} {found['max_tokens']:7,} at once, "
+        f"largest {found['largest']:7,} of {found['micro_batches']}: "
+    )
+    if "error" in found:
+        return f"{line}does not fit: estimate {found['estimate']:.1f} GiB; {found['error']}"
+    return (
+        f"{line}estimate {found['estimate']:5.1f}, peak {found['peak']:5.1f} GiB, ratio "
+        f"{found['estimate'] / found['peak']:.3f}, reserved {found['reserved']:5.1f}, self-check / peak "
+        f"{found['self_check'] / found['peak']:.2f}"
+        + (f"; HALVED to {found['halved']:,}" if found["halved"] else "")
+        + (f"; {found['lowered']}" if found["lowered"] else "")
+    )
+
+
+if __name__ == "__main__":
+    main()
