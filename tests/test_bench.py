@@ -158,3 +158,35 @@ def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):
         value, variance = (rows[i][name][at] for name in ("true_values", "true_values_variance"))
         assert value == pytest.approx(0.5, abs=0.3) if at <= wrong_at else value == float(ends[i])
         assert variance == pytest.approx(value * (1 - value) / 63)
+    assert shares(table, np.array([0.2, 0.4, 0.6, 0.8])) == (1.0, 1.0)
+    assert shares(table, np.full(4, 0.5)) == (pytest.approx(0.0), pytest.approx(0.0))
+
+
+def test_a_part_of_the_device_benchmark_that_is_cut_off_or_fails_still_tells_and_is_tried_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT)
+    import torch
+    from bench.entries import device
+    from bench.entry import Options
+
+    tells = "import sys, time; from bench.device.telling import tell; tell('found', number=3); print('other'); "
+    ways = {"good": "pass", "slow": "time.sleep(60)", "bad": "sys.exit(3)"}
+    started = []
+
+    def command_of(part, options):
+        started.append(part.name)
+        return [sys.executable, "-c", tells + ways[part.name]]
+
+    monkeypatch.setattr(device, "command_of", command_of)
+    monkeypatch.setattr(device, "PARTS", [device.Part(name, 5 if name == "slow" else 50, 1) for name in ways])
+    options = Options(device=torch.device("cpu"), json=tmp_path / "found.json")
+    rows = device.run(options).rows
+    assert [row["how"] for row in rows] == ["ended", "cut off at its limit", "failed with exit code 3"]
+    assert [row["all"] for row in rows] == [[{"line": "found", "number": 3}]] * 3
+    ways["slow"] = ways["bad"] = "pass"
+    assert [row["how"] for row in device.run(options).rows] == ["done before", "ended", "ended"]
+    assert started == ["good", "slow", "bad", "slow", "bad"]
+    kept = [json.loads(line) for line in (tmp_path / "found.parts.jsonl").read_text().splitlines()]
+    assert sum("finding" in fact for fact in kept) == 5
+    assert all("other" in fact["output"] for fact in kept if "how" in fact)
+    little = Options(device=torch.device("cpu"), minutes=0.001)
+    assert {row["how"] for row in device.run(little).rows} == {"left out: no time"}

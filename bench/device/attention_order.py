@@ -1,7 +1,14 @@
 """The kernels of attention by themselves, and so the order in which `--attention auto` should try them."""
 
+import importlib.util
+
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.device.card import timed
@@ -11,6 +18,7 @@ from bench.gpu_steps import pairs_of
 from critic_train.layers.attention import KERNELS
 from critic_train.layers.attention_kernel import Scoring, all_queries
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
+from critic_train.model.compute import resolve_device
 from critic_train.settings import Attention
 
 ORDER: tuple[Attention, ...] = ("varlen", "sdpa", "flex")
@@ -25,12 +33,19 @@ QUICK = {"4 responses of 100 on 200": Shape("", 200, 100, 100, 4)}
 
 def run(quick: bool) -> None:
     """Forward and backward of each kernel on each shape; what compiles comes last."""
+    resolve_device("cuda")  # cuDNN is then not chosen for sdpa, as in a run
     for kernel in ORDER:
         for name, shape in (QUICK if quick else SHAPES).items():
             try:
                 tell_kernel(kernel, name, shape)
             except Exception as error:
                 tell(f"{kernel}, {name}: FAILED {type(error).__name__}: {str(error)[:200]}")
+        if kernel == "varlen" and importlib.util.find_spec("flash_attn_interface"):
+            tell("varlen by FlashAttention-3:")
+            activate_flash_attention_impl("FA3")
+            for name, shape in (QUICK if quick else SHAPES).items():
+                tell_kernel("varlen", name, shape)
+            restore_flash_attention_impl()
         if kernel == "sdpa":
             dense_blocks(512 if quick else 32_768, 128 if quick else 4096)
 

@@ -55,9 +55,7 @@ def run(quick: bool) -> None:
             compare(name, layout, case, exact[key], shape.prompt, device)
 
 
-def compare(
-    name: str, layout: TreeLayout, case: Case, exact: list[Tensor], prompt: int, device: torch.device
-) -> None:
+def compare(name: str, layout: TreeLayout, case: Case, exact: list[Tensor], prompt: int, device: torch.device) -> None:
     """Tell how far a kernel is off."""
     how = f"{case.kernel} {str(case.dtype).removeprefix('torch.')}, {case.scoring}, {name}, {len(layout)} positions"
     try:

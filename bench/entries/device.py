@@ -78,6 +78,11 @@ def run(options: Options) -> Table:
     return table
 
 
+def command_of(part: Part, options: Options) -> list[str]:
+    """The program of a part."""
+    return [sys.executable, "-m", "bench.device", part.name, *(["--quick"] if options.quick else [])]
+
+
 def _run(part: Part, limit: float, options: Options, record: Path | None) -> dict[str, Any]:
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "core", "cli", "tests"))
     environment = {
@@ -87,10 +92,14 @@ def _run(part: Part, limit: float, options: Options, record: Path | None) -> dic
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
     }
-    command = [sys.executable, "-m", "bench.device", part.name, *(["--quick"] if options.quick else [])]
     began = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command_of(part, options),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     findings, rest = [], []
     for line in _lines(process, began + limit):

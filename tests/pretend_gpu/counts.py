@@ -24,6 +24,7 @@ def _names() -> list[str]:
 
 NAMES = _names()
 _COUNTS = (ctypes.c_long * len(NAMES)).in_dll(runtime, "pretended_counts")
+_BYTES = (ctypes.c_long * len(NAMES)).in_dll(runtime, "pretended_bytes")
 
 
 class Watch:
@@ -31,11 +32,13 @@ class Watch:
 
     Attributes:
         counts: name -> how often.
+        sizes: name -> bytes of all of them.
         waits: (kind, function of critic_train that led to it) -> how often the main thread waited.
     """
 
     def __enter__(self) -> "Watch":
         self.counts: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         self.waits: collections.Counter[tuple[str, str]] = collections.Counter()
         self._callback = _CALLBACK(self._called)
         runtime.pretended_reset()
@@ -45,6 +48,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         runtime.pretended_set_callback(self._callback, 0)
         self.counts = {name: count for name, count in zip(NAMES, _COUNTS, strict=True) if count}
+        self.sizes = {name: size for name, size in zip(NAMES, _BYTES, strict=True) if size}
 
     def _called(self, what: bytes, size: int, extra: int) -> None:
         kind = what.decode()

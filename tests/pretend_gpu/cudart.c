@@ -358,6 +358,7 @@ cudaError_t cudaFreeHost(void *p) {
     return 0;
 }
 cudaError_t cudaHostRegister(void *p, size_t n, unsigned f) {
+    ADD(HOSTALLOC, n);
     region_add(p, n, 1);
     return 0;
 }

@@ -7,11 +7,13 @@ import ctypes
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
-from pretend_gpu_work import accept_values
+from pretend_gpu_work import PATCHED, accept_values
 from warm import PRELOADED, context, program
 
 PROJECT = Path(__file__).parents[2]
@@ -85,13 +87,13 @@ def walk(*arguments: object, cwd: Path = PROJECT, code: int = 0, **machine: obje
     """
     environment = {**os.environ, **{f"PRETEND_GPU_{name.upper()}": str(value) for name, value in machine.items()}}
     ended = program(*map(str, arguments), cwd=cwd, environment=environment, before=accept_values)
-    assert ended.returncode == code, ended.stderr[-3000:] + ended.stdout[-1000:]
+    assert ended.returncode == 0, ended.stderr[-3000:] + ended.stdout[-1000:]
     assert "Warning:" not in ended.stderr, ended.stderr
     assert "pretended CUDA:" not in ended.stderr, ended.stderr
     return ended
 
 
-def fit(out: Path, *arguments: object, **machine: object) -> dict:
+def fit(out: Path, *arguments: object, **machine: Any) -> dict:
     """Two steps of training; returns run.json."""
     few = ("--max-steps", 2, "--eval-every", 2, "--batch-size", 16, "--no-report", "--val-fraction", 0.05)
     walk("fit", "--data", DATA, "--out", out, *few, *arguments, **machine)
@@ -131,8 +133,9 @@ def test_architectures(family, models, tmp_path):
         ("--train", "last-1"),
         ("--train", "lora"),
         ("--old-values", "epoch"),
+        ("--lm-loss-weight", 0.1),
     ],
-    ids=" ".join,
+    ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_what_is_trained_and_kept(flags, models, tmp_path):
     fit(tmp_path / "run", "--model", models("Qwen3"), *flags)
@@ -157,13 +160,95 @@ def test_a_run_that_was_stopped_goes_on_and_is_judged_and_predicts(models, tmp_p
     assert list((tmp_path / "predicted").glob("*.parquet"))
 
 
-@pytest.mark.parametrize("flags", [(), ("--offload", "optimizer"), ("--train", "lora")], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--offload", "optimizer"),
+        ("--offload", "all"),
+        ("--optimizer", "adamw-8bit"),
+        ("--train", "lora"),
+        ("--train", "head"),
+    ],
+    ids=" ".join,
+)
 def test_two_ranks(flags, models, tmp_path):
     fit(tmp_path / "run", "--model", models("Qwen3"), "--nproc", 2, *flags, devices=2)
+
+
+def test_two_ranks_evaluate(models, tmp_path):
+    fit(tmp_path / "run", "--model", models("Qwen3"), "--nproc", 2, "--checkpoint-every", 1, devices=2)
+    walk("eval", "--model", tmp_path / "run", "--data", DATA, "--nproc", 2, devices=2)
+
+
+def test_a_dry_run(models, tmp_path):
+    ended = walk("fit", "--dry-run", "--data", DATA, "--model", models("Qwen3"), "--out", tmp_path / "run", "--json")
+    assert json.loads(ended.stdout)["memory"]["device"] == pytest.approx(79.1 * 2**30)
+
+
+def test_expandable_segments(models, tmp_path):
+    allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    fit(tmp_path / "run", "--model", models("Qwen3"), environment=allocator)
 
 
 def test_memory_that_runs_out_lowers_the_budget(models, tmp_path):
     run = tmp_path / "run"
     few = ("--max-steps", 2, "--eval-every", 2, "--no-report", "--max-tokens", 60_000, "--batch-size", 512)
-    ended = walk("fit", "--data", DATA, "--out", run, "--model", models("Qwen3"), *few, gib=0.45)
+    ended = walk("fit", "--data", DATA, "--out", run, "--model", models("Qwen3"), *few, gib=0.3)
     assert "memory ran out with 60,000 tokens at once" in ended.stderr
+
+
+def of_python(*arguments: object) -> str:
+    """What a Python program prints on the pretended GPU; its comparisons of values pass."""
+    path = os.pathsep.join([str(PATCHED), str(PROJECT / "tests" / "pretend_gpu"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *map(str, arguments)]
+    ended = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:] + ended.stdout[-1000:]
+    return ended.stdout
+
+
+def test_long_rollouts_are_checked_within_the_memory_of_a_step():
+    """Heads that share keys have no operator in float32 that does not write the scores out: 48 GiB a layer here."""
+    table = "tests/pretend_gpu/memory_table.py"
+    found = of_python(table, "--model", "1.5B", "--layers", 2, "--length", 32_768, "--kinds", "auto", "--json")
+    row = json.loads(found.splitlines()[-1])
+    assert row["self_check"] <= 1.1 * row["peak"] < 30
+
+
+def test_attention_with_a_mask_is_not_left_to_cudnn():
+    """Gradients that are not finite have been reported of it (pytorch/pytorch#196678)."""
+    code = """
+import torch
+from critic_train.model.compute import resolve_device
+device = resolve_device("cuda")
+query, key, value = torch.randn(3, 1, 4, 640, 64, device=device, dtype=torch.bfloat16)
+mask = torch.ones(640, 640, dtype=torch.bool, device=device).tril()[None, None]
+print(torch.nn.attention.SDPBackend(torch._fused_sdp_choice(query, key, value, mask)).name)
+"""
+    assert of_python("-c", code).split() == ["EFFICIENT_ATTENTION"]
+
+
+def test_moments_on_the_host_lock_no_more_memory_than_they_have():
+    """torch's own pinned memory comes in powers of two."""
+    code = """
+import torch
+from counts import Watch
+from critic_train.training.host_adamw import HostAdamW
+parameter = torch.nn.Parameter(torch.empty(9_000_000, device="cuda"))
+with Watch() as watch:
+    state = HostAdamW([{"params": [parameter]}]).new_state(parameter)
+print(watch.sizes["hostalloc"] / (8 * parameter.numel()))
+"""
+    assert 1 <= float(of_python("-c", code)) < 1.01
+
+
+@pytest.mark.parametrize("name", ["gpu", "device"])
+def test_the_benchmarks_end(name, tmp_path):
+    kept = tmp_path / "found.json"
+    more = ("--size", "quick", "--rounds", 1, "--minutes", 120, "--json", kept)
+    of_python("-m", "bench", name, *more)
+    rows = json.loads(kept.read_text())["benchmarks"][0]["rows"]
+    if name == "device":
+        assert {row["how"] for row in rows} == {"ended"}

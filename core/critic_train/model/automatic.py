@@ -241,7 +241,9 @@ def choose_memory(
         set_keeping(critic, compute, keeping)
         # A tile's intermediate results are there once, however many tokens there are: measured beyond one.
         tile = tile_size(critic) if keeping.kind.endswith("tiles") else 0
-        use = measure_memory(critic, compute, forest=forest, training=True, beyond=tile)
+        use = _measured(critic, compute, forest=forest, beyond=tile, last=keeping == keepings[-1])
+        if use is None:
+            continue
         choice = _set_tokens(compute, use, moments, largest)
         if compute.max_tokens >= wanted:
             break
@@ -258,6 +260,18 @@ def choose_memory(
         return keeping, [*choices, choice]
     compute.start_at(max_tokens)
     return keeping, choices
+
+
+def _measured(critic: Critic, compute: Compute, *, forest: bool, beyond: int, last: bool) -> MemoryUse | None:
+    """What a position costs; None where even the few of a measurement do not fit, and something is left to try."""
+    try:
+        return measure_memory(critic, compute, forest=forest, training=True, beyond=beyond)
+    except Exception as error:
+        if last or compute.ranks.size > 1 or not is_out_of_memory(error):
+            raise
+    critic.zero_grad(set_to_none=True)
+    release_memory(compute.device)
+    return None
 
 
 def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: bool, beyond: int = 0) -> MemoryUse:

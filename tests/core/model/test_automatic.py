@@ -8,10 +8,13 @@ import torch
 from support import small_config
 
 from critic_train.distributed.ranks import SingleProcess
+from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model import automatic
 from critic_train.model.automatic import MemoryUse, choose_memory, choose_offload, choose_tokens, try_largest
 from critic_train.model.compute import Compute, Keeping
+from critic_train.model.microbatches import micro_batches
+from critic_train.model.next_token_head import NextTokenHead
 from critic_train.rollouts import Rollouts
 from critic_train.weights.loading import build_critic
 
@@ -105,6 +108,21 @@ def test_the_fastest_kind_of_checkpointing_is_taken_that_holds_the_largest_promp
         assert compute.offload == ("activations" if expected == hosted else "none")
 
 
+def test_a_kind_that_runs_out_of_memory_while_it_is_measured_is_passed_over(monkeypatch):
+    device = Device(monkeypatch, 80 * GIB, 10 * GIB, {"selective": 1.2e6})
+
+    def peak(*given, **named):
+        if device.kind == "none":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return device.peak(*given, **named)
+
+    monkeypatch.setattr(automatic, "_peak", peak)
+    keeping, choices = choose(device, compute_of(), group_of(1000, 100, 8))
+    assert (str(keeping), choices[0].value) == ("selective", "selective")
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(device, compute_of(), group_of(1000, 100, 8), keepings=(Keeping("none"),))
+
+
 def test_what_is_given_is_not_chosen(monkeypatch):
     device = Device(monkeypatch, 80 * GIB, 10 * GIB, {"none": 4e6, "selective": 1e6, "layer": 2.5e5})
     compute = compute_of()
@@ -129,6 +147,26 @@ def test_moments_that_wait_on_the_host_leave_their_room_to_tokens(monkeypatch):
         choose(device, compute, group_of(10, 10, 2), optimizer=kind)
         budgets[offload, kind] = compute.max_tokens
     assert budgets["none", "adamw"] < budgets["none", "adamw-8bit"] < budgets["optimizer", "adamw"]
+
+
+def test_a_head_for_the_next_token_counts(monkeypatch):
+    """Before it is there, by its number of parameters; once it is, with the logits that a pass makes."""
+    critic, trained = tiny_critic(), sum(p.numel() for p in tiny_critic().parameters())
+    room = int(1.2 * 18 * trained / 0.84)
+    assert choose_offload(critic, compute_of(), "adamw", room) is None
+    choice = choose_offload(critic, compute_of(), "adamw", room, trained)
+    assert (choice.name, choice.value) == ("offload", "optimizer")
+    critic.next_token_head = NextTokenHead(np.arange(50), 64)
+    critic.next_token_head.to_empty(device="cpu")
+    torch.nn.init.normal_(critic.next_token_head.weight)
+    rollouts = automatic._random_rollouts(64, 100)
+    compute = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
+    (batch,) = micro_batches(rollouts, compute, forest=True)
+    critic.trunk.set_attn_implementation(TREE_ATTENTION)
+    automatic._some_loss(critic, batch).backward()
+    assert all(
+        p.grad is not None and bool(p.grad.any()) for p in (*critic.head.parameters(), critic.next_token_head.weight)
+    )
 
 
 def test_the_rank_with_the_least_memory_decides(monkeypatch):

@@ -65,3 +65,55 @@ def test_the_trunk_has_the_attention_that_it_was_given_after_a_measurement():
     assert tried.alone.explains(tried.alone.expected)
     assert critic.trunk.config._attn_implementation == TREE_ATTENTION
     assert tried.alone.expected.shape == torch.Size([len(tried.rollouts.input_ids), 64])
+
+
+def test_no_more_is_laid_out_together_than_a_micro_batch_has_and_the_branch_always_stands_by_its_rollout(monkeypatch):
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(1, 100, 60)
+    sequences = [np.concatenate([prompt, rng.integers(1, 100, 60)]).astype(np.int32) for _ in range(6)]
+    critic = build_critic(small_config("Llama"), seed=0)
+    use_stock_attention(critic)
+    tried = Trial(critic, rollouts_of(sequences, [60] * 6), 0, None)
+    critic.trunk.set_attn_implementation(TREE_ATTENTION)
+    laid_out, orders = [], []
+    plain, filler = type(critic).hidden, trial.with_filler
+    monkeypatch.setattr(
+        type(critic), "hidden", lambda self, batch: laid_out.append(batch.computed_tokens) or plain(self, batch)
+    )
+    monkeypatch.setattr(trial, "with_filler", lambda *given: orders.append(given[1].tolist()) or filler(*given))
+    assert tried.forest(few=True).agrees
+    longest = 120
+    assert len(laid_out) > 1
+    assert max(laid_out) <= 2 * longest + longest  # beside what is not read
+    assert sorted({number for order in orders for number in order}) == list(range(7))
+    assert any({0, 6} <= set(order) for order in orders)
+
+
+def test_every_head_has_keys_of_its_own_in_float32_on_a_gpu():
+    """Torch's operators for shared heads write the scores out there; what is computed is the same."""
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    asked = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    with _Asked(asked), trial.HeadsOfTheirOwn():
+        found = torch.nn.functional.scaled_dot_product_attention(
+            query.as_subclass(OnGpu), key, value, is_causal=True, enable_gqa=True
+        )
+    assert asked == [((1, 4, 6, 8), False)]
+    assert torch.allclose(found.as_subclass(torch.Tensor), expected, atol=1e-6)
+
+
+class _Asked(torch.overrides.TorchFunctionMode):
+    """Notes the keys' shape and whether heads are shared."""
+
+    def __init__(self, asked):
+        super().__init__()
+        self.asked = asked
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.asked.append((tuple(args[1].shape), kwargs["enable_gqa"]))
+        return function(*args, **(kwargs or {}))
