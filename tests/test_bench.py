@@ -168,7 +168,8 @@ def test_a_part_of_the_device_benchmark_that_is_cut_off_or_fails_still_tells_and
     from bench.entries import device
     from bench.entry import Options
 
-    tells = "import sys, time; from bench.device.telling import tell; tell('found', number=3); print('other'); "
+    tells = "import sys, time; from bench.device.telling import tell; print('.', end=''); "
+    tells += "tell('found', number=3); print('other'); "
     ways = {"good": "pass", "slow": "time.sleep(60)", "bad": "sys.exit(3)"}
     started = []
 

@@ -103,10 +103,12 @@ def _run(part: Part, limit: float, options: Options, record: Path | None) -> dic
     )
     findings, rest = [], []
     for line in _lines(process, began + limit):
-        if not line.startswith(MARK):
-            rest.append(line)
+        other, mark, told = line.partition(MARK)  # a test runner's dot may stand before it
+        if other:
+            rest.append(other)
+        if not mark:
             continue
-        finding = json.loads(line[len(MARK) :])
+        finding = json.loads(told)
         findings.append(finding)
         print(f"[{time.monotonic() - began:5.1f}] {finding['line']}", flush=True)
         _keep(record, {"part": part.name, "finding": finding})

@@ -40,6 +40,8 @@ pytestmark = [
 MODELS = {
     "Qwen3": {},
     "Llama": {},
+    "Llama with heads of 320": {"head_dim": 320},
+    "Llama with heads of 20": {"head_dim": 20},
     "Gemma2": {},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
@@ -47,7 +49,7 @@ MODELS = {
         "q_lora_rank": 32,
         "kv_lora_rank": 32,
         "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 32,
+        "qk_nope_head_dim": 64,
         "v_head_dim": 64,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -68,12 +70,10 @@ def models(tmp_path_factory):
         path = folder / family
         if not path.exists():
             shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-            heads = {"num_key_value_heads": 2 if family == "DeepseekV3" else 1}
-            if family != "DeepseekV3":
-                heads["head_dim"] = 64
-            config = getattr(transformers, f"{family}Config")(
-                vocab_size=50_000, max_position_embeddings=4096, **shape, **heads, **MODELS[family]
-            )
+            latent = {"num_key_value_heads": 2}
+            heads = latent if family == "DeepseekV3" else {"num_key_value_heads": 1, "head_dim": 64}
+            given = {"vocab_size": 50_000, "max_position_embeddings": 4096} | shape | heads | MODELS[family]
+            config = getattr(transformers, f"{family.split()[0]}Config")(**given)
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
         return path
 

@@ -12,7 +12,7 @@ from critic_train.events import RunEnded
 from critic_train.layers.attention_kernel import AttentionCall
 from critic_train.layers.kernel_choice import choose_attention
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
-from critic_train.model.compute import Compute, resolve_compute
+from critic_train.model.compute import Compute, resolve_compute, resolve_device
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import choose_packing, select_packing
 from critic_train.settings import FitSettings
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def compute_on(device: str, precision: str = "fp32") -> Compute:
-    return Compute(device=torch.device(device), precision=precision, max_tokens=10_000)
+    return Compute(device=resolve_device(device), precision=precision, max_tokens=10_000)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral"])
