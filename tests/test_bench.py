@@ -158,8 +158,6 @@ def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):
         value, variance = (rows[i][name][at] for name in ("true_values", "true_values_variance"))
         assert value == pytest.approx(0.5, abs=0.3) if at <= wrong_at else value == float(ends[i])
         assert variance == pytest.approx(value * (1 - value) / 63)
-    assert shares(table, np.array([0.2, 0.4, 0.6, 0.8])) == (1.0, 1.0)
-    assert shares(table, np.full(4, 0.5)) == (pytest.approx(0.0), pytest.approx(0.0))
 
 
 def test_a_part_of_the_device_benchmark_that_is_cut_off_or_fails_still_tells_and_is_tried_again(monkeypatch, tmp_path):

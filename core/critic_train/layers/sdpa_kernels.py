@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from critic_train.layers.attention_kernel import Kernel, KernelLacksError, Queries, QuerySpan, Scoring, within_reach
+from critic_train.layers.masked_attention import attend_without_scores, lower_right_mask, repeat_heads
 from critic_train.layers.prefix_tree import Span
 
 CPU_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
@@ -33,9 +34,6 @@ their own. Of 384 positions that is 28 % faster than one call."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 """Queries that are computed together under a window: about as many as it is long, for fewer are many calls and more
 see keys in vain. Where scores are written out, the largest bounds the memory that they take."""
-
-MOST_MASKED_PAIRS = 2**27
-"""Pairs of a mask that exists at once on CUDA, where torch makes float32 of it."""
 
 
 class SdpaKernel(Kernel):
@@ -68,7 +66,8 @@ class SdpaKernel(Kernel):
             plain = own.shape[2] == length and width == length and not written_out
             own_keys, own_values = (_concatenate(part, path).to(key.dtype) for part in (keys, values))
             if query.is_cuda and not written_out:
-                outputs.append(self._on_cuda(own, own_keys, own_values, scoring.scale, None if plain else width))
+                seen = None if plain else width
+                outputs.append(attend_without_scores(own, own_keys, own_values, scoring.scale, seen, self.mask))
                 continue
             mask = None if plain else self.mask(own.shape[2], length, width)
             if written_out:
@@ -96,35 +95,11 @@ class SdpaKernel(Kernel):
             outputs.append(attended)
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
-    def _on_cuda(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """A span's attention, by operators that write no scores out; causal from its start where `window` is None.
-
-        They take neither a mask nor float32 for heads that share keys, so each head is then given its own.
-        """
-        if query.shape[1] != key.shape[1] and (window is not None or query.dtype == torch.float32):
-            key, value = repeat_heads(query, key, value)
-        shared = query.shape[1] != key.shape[1]
-        if window is None:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
-        queries, keys = query.shape[2], key.shape[2]
-        rows = max(SMALLEST_BLOCK, MOST_MASKED_PAIRS // keys)
-        blocks = []
-        for start in range(0, queries, rows):
-            stop = min(start + rows, queries)
-            seen = keys - queries + stop
-            once = rows >= queries  # as in most micro-batches, where all layers have the same
-            mask = self.mask(queries, keys, window) if once else _lower_right(stop - start, seen, window, self._device)
-            part = query[:, :, start:stop]
-            blocks.append(
-                F.scaled_dot_product_attention(part, key[:, :, :seen], value[:, :, :seen], attn_mask=mask, scale=scale)
-            )
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-
     def mask(self, queries: int, keys: int, window: int) -> Tensor:
         """bool [queries, keys]: causal, aligned at the lower right, at most `window` keys back."""
         size = (queries, keys, window)
         if size not in self._masks:
-            self._masks[size] = _lower_right(queries, keys, window, self._device)
+            self._masks[size] = lower_right_mask(queries, keys, window, self._device)
         return self._masks[size]
 
     def _reach(self, scoring: Scoring, *, written_out: bool) -> "_Paths":
@@ -157,18 +132,6 @@ class _Paths:
             [piece for start, stop in span.path for piece in range(piece_at[start], piece_at[stop])] for span in spans
         ]
         self.lengths = [sum(stop - start for start, stop in span.path) for span in spans]
-
-
-def _lower_right(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """bool [queries, keys]: see `SdpaKernel.mask`."""
-    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    return ones.tril_(keys - queries).triu_(keys - queries - window + 1)
-
-
-def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, kv_heads, S, head_dim], one head for each of the query's."""
-    group = query.shape[1] // key.shape[1]
-    return key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
 
 
 def block_size(window: int) -> int:

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from critic_train.errors import ModelError
 from critic_train.layers.attention import TREE_ATTENTION, TreeAttentionPlan
 from critic_train.layers.attention_kernel import SHORT_GAP, AttentionCall
+from critic_train.layers.masked_attention import repeat_heads
 from critic_train.layers.prefix_tree import PrefixOrder, prefix_order
-from critic_train.layers.sdpa_kernels import repeat_heads
 from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.critic import Critic
 from critic_train.model.microbatches import forest_micro_batches, part_of, row_micro_batches, same_frequencies

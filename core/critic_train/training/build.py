@@ -145,8 +145,7 @@ def prepare_critic(
         settings, train, kind: packing, attention and memory options; --train; --optimizer.
         sample: rollouts to try packing and attention on.
         largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
-        longest: tokens of the longest rollout.
-        tokens: about the most that a mini-batch holds; None where that is not known.
+        longest, tokens: of the longest rollout; about the most of a mini-batch, None where that is not known.
         new_head: for the next token, which the critic is given; None for none.
 
     Raises:
@@ -154,8 +153,7 @@ def prepare_critic(
         MachineError: there is not memory enough for a single rollout.
     """
     on_cuda = compute.device.type == "cuda"
-    later = 0 if new_head is None else new_head.parameters(critic)
-    compute, choices = with_offload(critic, compute, settings, kind, later)
+    compute, choices = with_offload(critic, compute, settings, kind, new_head.parameters(critic) if new_head else 0)
     critic, compute = to_device_or_shard(critic, compute)
     choose = partial(choose_layout, critic, sample, settings, compute, longest=longest, tokens=tokens)
     layout = choose()
@@ -179,16 +177,21 @@ def prepare_critic(
         compute=compute,
         forest=packing.forest,
         caches_states=caches_states,
-        chosen={
-            "precision": compute.precision,
-            "max_tokens": compute.max_tokens,
-            "activation_checkpointing": checkpointing,
-            "offload": compute.offload,
-            "sequence_parallel": compute.sequence_size,
-        },
+        chosen=_chosen(compute, checkpointing),
         reasons={choice.name: {"value": choice.value, "reason": choice.reason} for choice in choices},
         notices=notices,
     )
+
+
+def _chosen(compute: Compute, checkpointing: str) -> dict[str, Any]:
+    """The settings that have chosen themselves or were given, as run.json has them."""
+    return {
+        "precision": compute.precision,
+        "max_tokens": compute.max_tokens,
+        "activation_checkpointing": checkpointing,
+        "offload": compute.offload,
+        "sequence_parallel": compute.sequence_size,
+    }
 
 
 def to_device_or_shard(critic: Critic, compute: Compute) -> tuple[Critic, Compute]:

@@ -13,11 +13,10 @@ from attention_cases import (
 )
 from support import rollouts_of
 
-from critic_train.layers import sdpa_kernels
 from critic_train.layers.attention import TreeAttentionPlan
 from critic_train.layers.attention_kernel import Scoring, all_queries, fill_short_gaps
 from critic_train.layers.prefix_tree import attention_mask, build_tree_layout, prefix_order
-from critic_train.layers.sdpa_kernels import CpuFlashKernel, SdpaKernel, tiles_of
+from critic_train.layers.sdpa_kernels import CpuFlashKernel, tiles_of
 
 
 @pytest.mark.parametrize("asking", ["all", "some"])
@@ -74,25 +73,3 @@ def test_a_plan_takes_tiles_where_no_window_cuts_and_masks_where_one_does():
     for window in (None, 10_000, 5):
         expected = plain(layout, np.arange(len(layout)), Scoring(window=window), tensors)
         assert float((plan.attend(*tensors, Scoring(window=window)) - expected).detach().abs().max()) <= 2e-6
-
-
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("pairs", [2**27, 400])
-def test_on_a_gpu_a_long_mask_is_made_in_blocks_and_the_result_is_the_same(pairs, window, monkeypatch):
-    """What the kernel does with a span there, on a CPU: the end of a path as queries, heads that share keys."""
-    monkeypatch.setattr(sdpa_kernels, "MOST_MASKED_PAIRS", pairs)
-    monkeypatch.setattr(sdpa_kernels, "SMALLEST_BLOCK", 4)
-    fixed = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, size, 8, generator=fixed) for heads, size in ((4, 30), (2, 50), (2, 50)))
-    layout = layout_of(0)
-    kernel = SdpaKernel(all_queries(layout), CPU)
-    made = []
-    of_size = sdpa_kernels._lower_right
-    monkeypatch.setattr(sdpa_kernels, "_lower_right", lambda *size: made.append(size[:2]) or of_size(*size))
-    found = kernel._on_cuda(query, key, value, None, window or 50)
-    assert max(rows * keys for rows, keys in made) <= (30 * 50 if pairs > 400 else 400)
-    at = torch.arange(20, 50)[:, None] - torch.arange(50)[None]
-    mask = (at >= 0) & (at < (window or 50))
-    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3)) * 8**-0.5
-    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
-    assert torch.allclose(found, expected, atol=1e-5)
