@@ -45,7 +45,13 @@ MODELS = {
 }
 """Those of Qwen2.5."""
 VOCABULARY = 151_936
-KEPT = {"none": "kept", "selective": "half computed again", "layer": "computed again"}
+KEPT = {
+    "none": "kept",
+    "tiles": "kept but for MLPs and norms",
+    "selective": "half computed again",
+    "layer": "computed again",
+    "layer-tiles": "computed again in tiles",
+}
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bf16, from the data sheets; SXM."""
 

@@ -5,10 +5,10 @@ import torch
 from bench.device.telling import tell
 from bench.drawing import Shape, draw
 from bench.gpu_steps import GpuSteps, Way, critic_on_device, shape_config
-from critic_train.model.automatic import CHECKPOINTING, choose_memory
+from critic_train.model.automatic import set_memory
 from critic_train.model.compute import Compute, resolve_device
-from critic_train.model.memory import checkpoint_activations
 from critic_train.rollouts import Rollouts
+from critic_train.settings import TrainComputeSettings
 
 WAYS = [Way(activations="layer", max_tokens=40_960), Way(activations="selective", max_tokens=40_960)]
 COMPILED = [Way(max_tokens=20_480, compiled=True), Way(activations="layer", max_tokens=40_960, compiled=True)]
@@ -36,17 +36,7 @@ def chosen_way(steps: GpuSteps, rollouts: Rollouts) -> Way:
     """What `fit` chooses for these rollouts."""
     assert steps.critic is not None
     compute = Compute(device=steps.device, precision="bf16", max_tokens=1, attention=steps.attention)
-    critic = steps.critic
-    kind, choices = choose_memory(
-        critic,
-        compute,
-        forest=True,
-        optimizer="adamw",
-        kinds=CHECKPOINTING,
-        max_tokens=None,
-        set_checkpointing=lambda kind: checkpoint_activations(critic, kind),
-        largest=rollouts,
-    )
+    kind, choices = set_memory(steps.critic, compute, TrainComputeSettings(), "adamw", rollouts, forest=True)
     tell("chosen: " + "; ".join(choice.sentence() for choice in choices))
     return Way(activations=kind, max_tokens=compute.max_tokens)
 

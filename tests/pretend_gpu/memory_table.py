@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.selfcheck import select_packing
 from critic_train.rollouts import Rollouts
-from critic_train.settings import TrainComputeSettings
+from critic_train.settings import TrainComputeSettings, offloads
 from critic_train.stopping import StopRequest
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--layers", type=int, help="fewer than the model has")
-    parser.add_argument("--kinds", nargs="*", default=["auto", "none", "selective", "layer"])
+    parser.add_argument("--kinds", nargs="*", default=["auto", "none", "selective", "layer", "layer-tiles"])
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     config, device, half = shape_config(asked.model), resolve_device("cuda"), asked.length // 2
@@ -73,7 +74,7 @@ def main() -> None:
     for kind in asked.kinds:
         if kind == chosen:
             continue
-        found = measured(critic, compute, rollouts, kind) | {"self_check": checked}
+        found = measured(critic, replace(compute), rollouts, kind) | {"self_check": checked}
         chosen = found["kind"] if kind == "auto" else chosen
         print(json.dumps(found) if asked.json else shown(found), flush=True)
 
@@ -95,7 +96,7 @@ def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -
     lowered = automatic.try_largest(critic, compute, group, forest=True)
     layouts = [build_tree_layout(rollouts, order) for order in forest_micro_batches(rollouts, compute.max_tokens)]
     trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
-    moments = 8 * trained if compute.offload == "none" else 0
+    moments = 0 if offloads(compute.offload, "optimizer") else 8 * trained
     largest, before = max(map(len, layouts)), compute.max_tokens
     found = {
         "asked": asked,
@@ -121,7 +122,7 @@ def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -
 
 def steps(critic: Critic, compute: Compute, rollouts: Rollouts) -> None:
     """Two steps of `fit`; the peak is the second one's."""
-    on_host = compute.offload != "none"
+    on_host = offloads(compute.offload, "optimizer")
     optimizer = None if on_host else build_optimizer(critic, lr=1e-5, head_lr=1e-4, weight_decay=0.0)
     gc.collect()
     torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from torch import Tensor
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
+from critic_train.model.fsdp import can_reset_after_error, reset_after_error
 from critic_train.model.memory import set_keeping
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.model_input import ModelInput
@@ -267,8 +268,9 @@ def _measured(critic: Critic, compute: Compute, *, forest: bool, beyond: int, la
     try:
         return measure_memory(critic, compute, forest=forest, training=True, beyond=beyond)
     except Exception as error:
-        if last or compute.ranks.size > 1 or not is_out_of_memory(error):
+        if last or compute.ranks.size > 1 or not (is_out_of_memory(error) and can_reset_after_error(critic.trunk)):
             raise
+    reset_after_error(critic.parts)
     critic.zero_grad(set_to_none=True)
     release_memory(compute.device)
     return None
