@@ -12,6 +12,7 @@ A new file in bench/entries is a new benchmark; nothing else has to know of it.
 
 import importlib
 import pkgutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -69,6 +70,12 @@ class Table:
     columns: dict[str, str]
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row and show it on stderr: some take minutes, and what was found must not wait for the rest."""
+        self.rows.append(row)
+        cells = [f"{name} {_shown(row[name], form)}" for name, form in self.columns.items() if name in row]
+        print(", ".join(cells), file=sys.stderr, flush=True)
 
     def lines(self) -> list[str]:
         """The table as text, columns aligned."""

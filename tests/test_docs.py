@@ -31,6 +31,7 @@ OF_OTHER_PROGRAMS = {
     "--slow-budget",
     "--rollouts",
     "--rounds",
+    "--yardstick-preset",
     "--logdir",
     "--cpus-per-task",
     "--gpus-per-node",

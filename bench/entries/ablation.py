@@ -62,7 +62,7 @@ def run(options: Options) -> Table:
         for name, given in recipes.items():
             found = [product(task, given) for task in tasks]
             default = default or found
-            table.rows.append({"world": tasks[0].name, "critic": name, **figures(found, default)})
+            table.add({"world": tasks[0].name, "critic": name, **figures(found, default)})
     table.notes.append(
         "The loss is in shares of the ceiling where true values are known, else in explained variance; its spread is "
         "the standard deviation over seeds."

@@ -46,14 +46,12 @@ def run(options: Options) -> Table:
     table = Table(columns=COLUMNS)
     steps, preset = 2 if options.quick else options.yardstick_steps, options.yardstick_preset
     for tasks in task_groups(options):
-        beside = [Yardstick(task, preset, steps).train() for task in tasks]
         size = tasks[0].model.name if tasks[0].model else preset
-        trained = {
-            f"yardstick ({size}), {EPOCHS} epochs": beside,
-            "fit, all defaults": [product(task, {}) for task in tasks],
-        }
-        for name, found in trained.items():
-            table.rows.append({"world": tasks[0].name, "critic": name, **figures(found, beside)})
+        yardstick, ours = f"yardstick ({size}), {EPOCHS} epochs", "fit, all defaults"
+        beside = [Yardstick(task, preset, steps).train() for task in tasks]
+        table.add({"world": tasks[0].name, "critic": yardstick, **figures(beside, beside)})
+        found = [product(task, {}) for task in tasks]
+        table.add({"world": tasks[0].name, "critic": ours, **figures(found, beside)})
     table.notes.append(
         "Shares are free of the returns' noise. The yardstick's seconds are those until its best evaluation."
     )
