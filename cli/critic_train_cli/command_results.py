@@ -156,6 +156,8 @@ def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
     device = f" of {format_bytes(memory['device'])}" if memory["device"] else ""
     on_host = estimate["offload"].split("+")
     elsewhere = " (all in host memory)" if "all" in on_host else " (in host memory)" if "optimizer" in on_host else ""
+    sizes = [f"{format_bytes(held)} ({kind})" for kind, held in memory.get("activations", {}).items()]
+    longest = [("  longest", f"{memory['longest_rollout']:,} tokens keep about {', '.join(sizes)}")] if sizes else []
     return [
         ("rollouts", f"{estimate['rollouts']:,} to train on, {estimate['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(estimate['tokens'])}{computed}"),
@@ -164,6 +166,7 @@ def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{format_bytes(memory['peak'])}{device} at the peak of the timed steps, on {estimate['device']}"),
         ("  of it", f"weights {format_bytes(memory['weights'])}, gradients {format_bytes(memory['gradients'])}, "
                     f"moments {format_bytes(memory['moments'])}{elsewhere}"),
+        *longest,
         ("disk", f"{format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {estimate['out']}"),
         (
             "  of it",

@@ -126,6 +126,7 @@ def test_architectures(family, models, tmp_path):
         ("--activation-checkpointing", "selective"),
         ("--offload", "optimizer"),
         ("--offload", "all"),
+        ("--offload", "activations", "--activation-checkpointing", "layer-tiles"),
         ("--optimizer", "adamw-8bit"),
         ("--compile",),
         ("--compile", "--activation-checkpointing", "layer"),

@@ -90,6 +90,8 @@ def choose_layout(
             handle.remove()
         notices.append(Notice(message="padded rows are not cut over ranks: each of them computes whole rollouts"))
         choice = None
+    if compute.sequence is None and packing.forest and longest > (settings.max_tokens or longest):
+        notices.append(Notice(message=_goes_alone(longest, settings.max_tokens or 1)))
     return ChosenLayout(packing, notices, [] if choice is None else [choice])
 
 
@@ -118,6 +120,14 @@ def _share_long_rollouts(
         group=compute.ranks.adjacent(number), size=number, rank=compute.ranks.rank % number
     )
     return Choice(name="sequence_parallel", value=number, reason=reason + _filling(critic, number))
+
+
+def _goes_alone(longest: int, max_tokens: int) -> str:
+    number = 2 ** (-(-longest // max_tokens) - 1).bit_length()
+    return (
+        f"the longest rollout has {longest:,} tokens: beyond --max-tokens {max_tokens:,} a rollout goes through the "
+        f"model alone; --sequence-parallel {number} cuts it over {number} ranks"
+    )
 
 
 def _refuse_rows(packing: PackingChoice, settings: TrainComputeSettings | EvalComputeSettings) -> None:

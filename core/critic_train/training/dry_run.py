@@ -18,11 +18,12 @@ from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
-from critic_train.model.compute import Compute, resolve_compute, resolve_offload
+from critic_train.model.compute import Compute, Keeping, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
+from critic_train.model.oom import activation_bytes
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import free_bytes
-from critic_train.settings import FitSettings, TrainReadingSettings, column_renames, offloads
+from critic_train.settings import ActivationCheckpointing, FitSettings, TrainReadingSettings, column_renames, offloads
 from critic_train.stopping import Stopped, StopRequest
 from critic_train.training.build import (
     PreparedCritic,
@@ -254,7 +255,7 @@ def _result(
         "packing": "forest" if prepared.forest else "rows",
         "device": str(compute.device),
         "offload": compute.offload,
-        "memory": _memory(critic, compute, times),
+        "memory": _memory(critic, compute, times) | _longest(critic, compute, data.train.longest),
         "disk": _disk(critic, settings.run.keep, data.tokens, states, out),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": 1 / (times.train_seconds_per_token * computed_share),
@@ -275,6 +276,19 @@ def _memory(critic: Critic, compute: Compute, times: StepTimes) -> dict[str, Any
         "moments": times.moment_bytes,
         "peak": times.peak_memory_bytes,
         "device": available,
+    }
+
+
+def _longest(critic: Critic, compute: Compute, tokens: int) -> dict[str, Any]:
+    """What the longest rollout keeps for its backward pass on a rank, in bytes, in each way of keeping less."""
+    share = -(-tokens // compute.sequence_size)
+    kinds: tuple[ActivationCheckpointing, ...] = ("none", "tiles", "layer", "layer-tiles")
+    held = {kind: activation_bytes(critic.trunk, share, compute, Keeping(kind)) for kind in kinds}
+    offloaded = activation_bytes(critic.trunk, share, compute, Keeping("layer-tiles", on_host=True))
+    return {
+        "longest_rollout": tokens,
+        "keeping": str(compute.keeping),
+        "activations": {**held, "layer-tiles, --offload activations": offloaded},
     }
 
 

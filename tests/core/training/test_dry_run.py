@@ -57,6 +57,9 @@ def test_its_figures_add_up(shards, tmp_path):
     found = estimated(settings_for(shards, tmp_path / "run")).result
     weights = 4 * found["parameters"]
     assert (found["memory"]["weights"], found["memory"]["moments"]) == (weights, 2 * weights)
+    held = found["memory"]["activations"]
+    assert held["none"] > held["tiles"] > held["layer-tiles"] >= held["layer-tiles, --offload activations"] > 0
+    assert found["memory"]["keeping"] == "none"
     seconds = found["seconds"]
     assert seconds["total"] == seconds["training"] + seconds["evaluating"] > 0
     assert (seconds["keeping_states"], found["disk"]["states"]) == (0, 0)
