@@ -145,6 +145,7 @@ def test_what_a_run_chooses_for_a_gpu(models, tmp_path):
         "max_tokens": 65_536,
         "activation_checkpointing": "none",
         "offload": "none",
+        "sequence_parallel": 1,
     }
 
 
@@ -157,9 +158,18 @@ def test_a_run_that_was_stopped_goes_on_and_is_judged_and_predicts(models, tmp_p
     assert list((tmp_path / "predicted").glob("*.parquet"))
 
 
-@pytest.mark.parametrize("flags", [(), ("--offload", "optimizer"), ("--train", "lora")], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--offload", "optimizer"), ("--train", "lora"), ("--sequence-parallel", 2)],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
 def test_two_ranks(flags, models, tmp_path):
     fit(tmp_path / "run", "--model", models("Qwen3"), "--nproc", 2, *flags, devices=2)
+
+
+def test_a_rollout_beyond_the_budget_is_cut_over_two_of_four_ranks(models, tmp_path):
+    record = fit(tmp_path / "run", "--model", models("Qwen3"), "--nproc", 4, "--max-tokens", 80, devices=4)
+    assert record["chosen"]["sequence_parallel"] == 2
 
 
 def test_memory_that_runs_out_lowers_the_budget(models, tmp_path):
