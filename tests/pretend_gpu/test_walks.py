@@ -149,6 +149,7 @@ def test_what_a_run_chooses_for_a_gpu(models, tmp_path):
         "max_tokens": 65_536,
         "activation_checkpointing": "none",
         "offload": "none",
+        "sequence_parallel": 1,
     }
 
 
@@ -170,6 +171,7 @@ def test_a_run_that_was_stopped_goes_on_and_is_judged_and_predicts(models, tmp_p
         ("--optimizer", "adamw-8bit"),
         ("--train", "lora"),
         ("--train", "head"),
+        ("--sequence-parallel", "2"),
     ],
     ids=" ".join,
 )
@@ -190,6 +192,11 @@ def test_a_dry_run(models, tmp_path):
 def test_expandable_segments(models, tmp_path):
     allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     fit(tmp_path / "run", "--model", models("Qwen3"), environment=allocator)
+
+
+def test_a_rollout_beyond_the_budget_is_cut_over_two_of_four_ranks(models, tmp_path):
+    record = fit(tmp_path / "run", "--model", models("Qwen3"), "--nproc", 4, "--max-tokens", 80, devices=4)
+    assert record["chosen"]["sequence_parallel"] == 2
 
 
 def test_memory_that_runs_out_lowers_the_budget(models, tmp_path):
