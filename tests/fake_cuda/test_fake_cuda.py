@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-MICRO_BATCHES = 2
-"""Of the walk's step."""
 HERE, PROJECT = Path(__file__).parent, Path(__file__).parents[2]
 LIBRARIES = Path(torch.__file__).parent
 
@@ -45,7 +43,6 @@ def test_a_step_and_a_prediction_mix_no_devices_and_wait_only_for_their_figures(
     ways = json.loads(ended.stdout)
     assert len(ways) == 3
     for reads in ways.values():
-        assert set(reads["step"]) == {"train_step.gradient_pass", "train_step.clip_gradient"}
-        assert reads["step"]["train_step.clip_gradient"] == 1
-        assert reads["step"]["train_step.gradient_pass"] <= MICRO_BATCHES
+        # Once for the figures of all micro-batches, and once for the norm.
+        assert reads["step"] == {"train_step.gradient_pass": 1, "train_step.clip_gradient": 1}
         assert set(reads["prediction"]) == {"microbatches.predict_in_parts"}
