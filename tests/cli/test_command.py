@@ -14,12 +14,12 @@ OWN_FLAGS = words("--config --print-config --json --quiet -q --debug --help -h")
 FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length --group-by --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
---model --preset --train --head-init --lora-rank --lora-alpha
+--model --preset --train --head-init --head-inputs --lora-rank --lora-alpha
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor --lm-loss-weight
 --recipe --epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps
 --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
---device --precision --packing --attention --max-tokens --activation-checkpointing --offload --compile --nproc
+--device --precision --packing --attention --max-tokens --activation-checkpointing --offload --compile --nproc --sequence-parallel
 --out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
 --log-to --log-project
 """)
@@ -27,7 +27,7 @@ EVAL_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length --group-by
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model
---device --precision --packing --attention --max-tokens --nproc
+--device --precision --packing --attention --max-tokens --nproc --sequence-parallel
 --by --cliprange-value --resamples --seed --fail-under --fail-over
 --report
 """)

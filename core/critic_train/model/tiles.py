@@ -5,7 +5,7 @@ input, and its intermediate results exist for one tile at a time (TiledMLP of Ar
 et al. 2025, arXiv 2506.13996). Which parts these are is found by what they do, on a few random tokens, not by name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,12 +95,14 @@ class _Trials:
             parts.append(answer if isinstance(answer, tuple) else (answer,))
         joined = [torch.cat(each, dim) for each, dim in zip(zip(*parts, strict=True), cut.outputs, strict=True)]
         expected = [each.index_select(dim, order) for each, dim in zip(outputs, cut.outputs, strict=True)]
-        same = all(
-            (one - other).abs().max() <= SAME * other.abs().max() for one, other in zip(joined, expected, strict=True)
-        )
         # One that counts what it sees in a buffer has to see all at once.
-        counts = any(not torch.equal(*pair) for pair in zip(buffers, module.buffers(), strict=True))
-        return cut if same and not counts else None
+        unchanged = all(torch.equal(*pair) for pair in zip(buffers, module.buffers(), strict=True))
+        return cut if unchanged and _agree(joined, expected) else None
+
+
+def _agree(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    pairs = zip(outputs, expected, strict=True)
+    return all((one - other).abs().max() <= SAME * other.abs().max() for one, other in pairs)
 
 
 def compute_in_tiles(critic: Critic) -> list[str]:

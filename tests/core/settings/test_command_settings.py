@@ -14,7 +14,7 @@ def test_broken_rules_of_all_sections_and_between_them_are_reported_at_once() ->
         "--lr must be at least 0, not -1.0",
         "--nproc must be at least 1, not 0",
         "--keep must be at least 1, not 0",
-        "--optimizer adamw-8bit cannot be combined with --offload",
+        "--optimizer adamw-8bit cannot be combined with --offload all",
     ]
 
 
