@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch 2.11.0, numpy 2.3.5, one thread of an AMD EPYC with avx512_bf16.
+# torch 2.13.0, numpy 2.3.5, one thread of an AMD EPYC with avx512_bf16.
 #
 # On a CPU the backward pass of scaled_dot_product_attention takes several times as long in bf16 as in float32, where the
 # forward pass takes about the same in both. Casting queries, keys, values, output and gradient to float32 for the backward
@@ -13,7 +13,7 @@ set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install --quiet --disable-pip-version-check torch==2.11.0 numpy==2.3.5
+"$folder/env/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.3.5
 OMP_NUM_THREADS=1 "$folder/env/bin/python" - <<'PYTHON'
 import time
 

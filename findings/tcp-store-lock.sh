@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch 2.11.0, numpy 2.3.5, Linux x86-64.
+# torch 2.13.0, numpy 2.3.5, Linux x86-64.
 #
 # A client of TCPStore is one connection behind one lock. While one thread waits in get() for a key that is not there, every
 # call of another thread on the same client waits as well, check() too, which asks and never waits by itself. Before its first
@@ -14,7 +14,7 @@ set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install --quiet --disable-pip-version-check torch==2.11.0 numpy==2.3.5
+"$folder/env/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 numpy==2.3.5
 "$folder/env/bin/python" - 2>"$folder/log" <<'PYTHON'
 import threading
 import time
