@@ -119,7 +119,7 @@ def run() -> NoReturn:
     exit_on_closed_pipe()
     # torch writes pages to stderr when another rank has died; our own error says so in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # torch reads this when it is imported. Micro-batches differ in size, and in segments of fixed sizes gigabytes are held
+    # torch reads this when it is imported. Micro-batches differ in size; segments of fixed sizes would hold gigabytes
     # that no tensor fits into.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
