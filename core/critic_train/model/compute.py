@@ -21,10 +21,6 @@ from critic_train.settings import (
     offloads,
 )
 
-WORTH_A_TRY = 1 / 16
-"""The least share by which a token budget is raised after memory ran out with a larger one: a try that fails costs a
-part of a mini-batch, and a larger budget shares more."""
-
 WITH_ACTIVATIONS: dict[Offload, Offload] = {
     "none": "activations",
     "optimizer": "optimizer+activations",
@@ -71,7 +67,6 @@ class Compute:
         may_keep_less: whether that may change while the run goes on: it chooses itself, and no layer is compiled.
         keep_less: what may be tried where memory runs out on a single rollout, the fastest first.
         kept_less: whether that has happened.
-        ran_out_at: the least `max_tokens` with which memory ran out in training; None where it did not.
     """
 
     device: torch.device
@@ -91,7 +86,6 @@ class Compute:
     may_keep_less: bool = False
     keep_less: tuple[Keeping, ...] = ()
     kept_less: bool = False
-    ran_out_at: int | None = None
     _announced: int | None = field(default=None, repr=False, compare=False)
     _announced_keeping: Keeping | None = field(default=None, repr=False, compare=False)
 
@@ -114,7 +108,7 @@ class Compute:
         return self.ranks.rank // self.sequence_size
 
     def lowered(self) -> str:
-        """A message for the user where more or less goes on at once than when this was last asked; else empty."""
+        """A message for the user where less goes on at once than when this was last asked; else empty."""
         if self.kept_less and self._announced_keeping != self.keeping:
             self._announced_keeping = self.keeping
             return (
@@ -124,8 +118,6 @@ class Compute:
         if self._announced == self.max_tokens:
             return ""
         self._announced, before = self.max_tokens, self._announced
-        if before is not None and before < self.max_tokens:
-            return f"{self.max_tokens:,} tokens at once fit after all; the result is the same"
         return (
             f"memory ran out with {before:,} tokens at once: from now on {self.max_tokens:,}; the result is the same. "
             f"--max-tokens {self.max_tokens} starts there"
@@ -136,13 +128,6 @@ class Compute:
         self.keeping = keeping
         if keeping.on_host and not offloads(self.offload, "activations"):
             self.offload = WITH_ACTIVATIONS[self.offload]
-
-    def larger(self) -> int:
-        """`max_tokens`, or half-way from there to where memory ran out if that is worth a try."""
-        if self.ran_out_at is None:
-            return self.max_tokens
-        middle = (self.max_tokens + self.ran_out_at) // 2
-        return middle if middle - self.max_tokens > WORTH_A_TRY * self.max_tokens else self.max_tokens
 
     def start_at(self, max_tokens: int) -> None:
         """Set `max_tokens` without a message from `lowered`."""

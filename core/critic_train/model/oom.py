@@ -6,11 +6,10 @@ A pass over rollouts is a loop that is left by `return`:
         with attempt:
             return gradient_pass(critic, rollouts, compute)
 
-On one process, `compute.max_tokens` is halved for the next attempt; later mini-batches try more again, half-way to
-where memory ran out, until little is left between what fits and what does not. Where a single rollout is too much, less
-is kept for the backward pass (layer inputs, tiles), if that chooses itself. Of several ranks, those that did not run
-out hang in a collective by then: the run ends with a checkpoint of the last whole step, and the same command begins
-with the lower budget (see `Ranks.end_out_of_memory`).
+On one process, `compute.max_tokens` is halved for the next attempt, and stays lower; where a single rollout is too
+much, less is kept for the backward pass (layer inputs, tiles), if that chooses itself. Of several ranks, those that did
+not run out hang in a collective by then: the run ends with a checkpoint of the last whole step, and the same command
+begins with the lower budget (see `Ranks.end_out_of_memory`).
 """
 
 import contextlib
@@ -70,24 +69,16 @@ def attempts(critic: Critic, rollouts: Rollouts, compute: Compute) -> Iterator[A
     Args:
         critic: its gradients are cleared before another attempt.
         rollouts: what the pass goes through.
-        compute: its `max_tokens` is halved, down to the longest rollout. In training on one process, more is tried
-            where memory ran out with more in an earlier pass, and what has fitted is taken again if that is too much.
-            Where it is the longest rollout's, less is kept for the backward pass, as far as `keep_less` goes.
+        compute: its `max_tokens` is halved for good, down to the longest rollout; then less is kept for the backward
+            pass, as far as `keep_less` goes.
 
     Raises:
         MachineError: a single rollout is too much; or memory ran out on one of several ranks.
     """
-    fitted = compute.max_tokens
-    if torch.is_grad_enabled() and compute.ranks.size == 1:
-        compute.max_tokens = compute.larger()
     while True:
         attempt = Attempt(compute.ranks)
         yield attempt
         lowered = _lowered(rollouts, compute, critic, attempt.error)  # 0 where less is kept instead
-        if lowered and compute.max_tokens > fitted:
-            lowered = fitted
-        if torch.is_grad_enabled():
-            compute.ran_out_at = min(compute.max_tokens, len(rollouts.input_ids)) if lowered else None
         critic.zero_grad(set_to_none=True)  # of weights that are gathered, too
         reset_after_error(critic.parts)
         critic.zero_grad(set_to_none=True)

@@ -133,8 +133,6 @@ def token_budget_record(max_tokens: int, compute: Compute) -> dict[str, Any]:
         compute: its `max_tokens` may be lower by now, on each of its `ranks`.
     """
     record = {"asked": max_tokens, "max_tokens": compute.max_tokens, "ranks": compute.ranks.size}
-    if compute.ran_out_at is not None:
-        record["ran_out_at"] = compute.ran_out_at
     return record | ({"keeping": list(compute.keeping)} if compute.kept_less else {})
 
 
@@ -175,14 +173,11 @@ def restore_token_budget(record: dict[str, Any] | None, max_tokens: int, compute
     if record is None:
         return ""
     asked, lowered, size = (record[name] for name in ("asked", "max_tokens", "ranks"))
-    ran_out_at = record.get("ran_out_at")
-    numbers = (asked, lowered, size, *([] if ran_out_at is None else [ran_out_at]))
-    if not all(type(number) is int and number > 0 for number in numbers):
+    if not all(type(number) is int and number > 0 for number in (asked, lowered, size)):
         raise ValueError("a token budget that is no whole number")
     if (asked, size) != (max_tokens, compute.ranks.size) or lowered >= compute.max_tokens:
         return ""
     compute.start_at(lowered)
-    compute.ran_out_at = ran_out_at
     return (
         f"memory ran out with {asked:,} tokens at once before: starting with {lowered:,}; the result is the same. "
         f"Any other --max-tokens than {asked} is tried as it is"

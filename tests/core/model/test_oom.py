@@ -16,7 +16,7 @@ from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.memory import checkpoint_activations
 from critic_train.model.microbatches import predict_values
-from critic_train.model.oom import activation_bytes, attempts, is_out_of_memory
+from critic_train.model.oom import activation_bytes, is_out_of_memory
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -218,38 +218,3 @@ def test_the_bytes_expected_are_about_those_held(kind):
     held = sum(storage.nbytes() for address, storage in storages.items() if address not in owned)
     expected = activation_bytes(critic.trunk, tokens, replace(compute_of(), keeping=Keeping(kind)))
     assert held == pytest.approx(expected, rel=0.15)
-
-
-@pytest.mark.parametrize("fits", [12_288, 20_000, 39_000, 5_000])
-def test_later_mini_batches_find_nearly_what_fits_in_a_few_tries(fits):
-    """40,960 tokens were halved for good: to 10,240 where 12,288 fit."""
-    critic, compute = critic_of(), compute_of(40_960)
-    row = np.zeros(40_960, dtype=np.int32)
-    rollouts = rollouts_of([row[:4_000]] * 11, [1] * 11)
-    budgets = []
-
-    def mini_batch() -> None:
-        for attempt in attempts(critic, rollouts, compute):
-            with attempt:
-                budgets.append(compute.max_tokens)
-                if compute.max_tokens > fits:
-                    raise torch.OutOfMemoryError("CUDA out of memory")
-                return
-
-    for _ in range(12):
-        mini_batch()
-    assert 0.85 * fits <= compute.max_tokens <= fits
-    assert sum(budget > fits for budget in budgets) <= 7
-    settled = len(budgets)
-    mini_batch()
-    assert budgets[settled:] == [compute.max_tokens]
-
-
-def test_a_pass_without_gradients_tries_no_more():
-    critic, compute = critic_of(), compute_of(1_000)
-    compute.ran_out_at = 4_000
-    with torch.no_grad():
-        for attempt in attempts(critic, branching_rollouts(), compute):
-            with attempt:
-                break
-    assert compute.max_tokens == 1_000
