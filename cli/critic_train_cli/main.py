@@ -119,6 +119,10 @@ def run() -> NoReturn:
     exit_on_closed_pipe()
     # torch writes pages to stderr when another rank has died; our own error says so in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch reads this when it is imported. Micro-batches differ in size; segments of fixed sizes would hold gigabytes
+    # that no tensor fits into.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = sys.argv[1:]
     debug = os.environ.get("CRITIC_TRAIN_DEBUG", "0").lower() not in ("", "0", "false", "no", "off")
     output = Output(

@@ -1,5 +1,6 @@
 """The program as a whole: pages, wrong command lines, what it imports, what it costs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,25 @@ def test_the_module_is_the_program(clean_environment):
     environment = clean_environment | {"PYTHONPATH": f"{ROOT / 'core'}:{ROOT / 'cli'}"}
     command = [sys.executable, "-m", "critic_train_cli", "--version"]
     assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.startswith("critic-train ")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "None"),
+    ],
+)
+def test_cuda_memory_is_in_expandable_segments_unless_the_user_says_otherwise(given, expected):
+    code = (
+        "import atexit, os\n"
+        "atexit.register(lambda: print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF')))\n"
+        "from critic_train_cli.main import run; run()\n"
+    )
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--version"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == expected

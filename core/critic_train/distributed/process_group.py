@@ -149,7 +149,7 @@ class ProcessGroup:
         # Sums on the CPU (stop requests, figures) go through gloo even where weights are on GPUs.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self._cuda else "gloo",
-            store=PrefixStore("group", self._store.store),
+            store=PrefixStore("group", self._store.own_connection()),
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,

@@ -40,6 +40,15 @@ class RunStore:
         self.store, self.rank, self.size = store, rank, size
         self._workers = workers
 
+    def own_connection(self) -> Store:
+        """The same store by another connection, for calls that may wait: a call on this one would wait for them.
+
+        So NCCL's first collective, in which a rank waits for rank 0's id, does not keep a thread from seeing errors.
+        """
+        store: Any = self.store
+        connection: Store = store.clone()
+        return connection
+
     def read(self, key: str) -> Any:
         """What a key holds; None where it holds nothing."""
         return json.loads(self.store.get(key)) if self.store.check([key]) else None

@@ -1,6 +1,7 @@
 """What ranks write for each other in the store; two of them in one process here, on a store of torch.distributed."""
 
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -114,3 +115,19 @@ def test_a_store_that_is_gone_takes_no_error_and_knows_no_cause(pair):
     del pair, one.store  # with rank 0 its store ends
     other.publish_error(DataError("row 7 has no tokens"))
     assert str(other.cause_of(RuntimeError("Broken pipe"))).endswith("lost contact with another rank: Broken pipe")
+
+
+def test_a_wait_on_a_connection_of_its_own_keeps_nobody_waiting(pair):
+    """As NCCL waits for rank 0's id, for minutes where rank 0 has failed, while a thread looks for that very error."""
+    _, other = pair
+    connection = other.own_connection()
+    waiting = threading.Thread(target=connection.get, args=("id",))
+    waiting.start()
+    time.sleep(0.2)
+    began = time.monotonic()
+    assert other.read("error") is None
+    assert time.monotonic() - began < 5.0
+    assert waiting.is_alive()
+    other.store.set("id", "1")
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()

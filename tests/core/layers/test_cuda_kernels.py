@@ -16,6 +16,7 @@ from attention_cases import (
 )
 from support import rollouts_of
 
+from critic_train.layers import cuda_kernels
 from critic_train.layers.attention_kernel import KernelLacksError, Scoring, all_queries
 from critic_train.layers.cuda_kernels import BLOCK, FlexKernel, VarlenKernel
 from critic_train.layers.prefix_tree import TreeLayout, attention_mask, build_tree_layout, prefix_order
@@ -120,3 +121,11 @@ def dense(mask, *, whole: bool) -> torch.Tensor:
         for row, count in enumerate(counts[0, 0].tolist()):
             actual[row, indices[0, 0, row, :count].long()] = True
     return actual
+
+
+def test_every_kind_of_call_of_flex_attention_may_be_compiled(monkeypatch):
+    """With torch's own limit, 8, a model with a window has used it up; what comes after computes all scores."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    cuda_kernels._compiled.cache_clear()
+    cuda_kernels._compiled()
+    assert torch._dynamo.config.recompile_limit == cuda_kernels.FLEX_VARIANTS
