@@ -19,7 +19,8 @@ FIT_FLAGS = words("""
 --recipe --epochs --max-steps --batch-size --lr --head-lr --optimizer --weight-decay --warmup-steps
 --lr-schedule --grad-clip
 --on-non-finite --max-skips --seed
---device --precision --packing --attention --max-tokens --activation-checkpointing --offload --compile --nproc --sequence-parallel
+--device --precision --packing --attention --max-tokens --activation-checkpointing --offload
+--compile --nproc --sequence-parallel
 --out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
 --log-to --log-project
 """)
