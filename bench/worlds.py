@@ -19,6 +19,8 @@ STATES, SYMBOLS, FIRST_ID = 10, 62, 2
 PROMPTS, RESPONSES = (4, 64), (12, 96)
 """Shortest and longest, in tokens."""
 PEERS = 8
+STAYS = 0.993
+"""The odds that the chain stays in its state: with 0.9, the last state is next to unknown before the end."""
 GOES_ON = 0.96
 """The odds, after each response token past the shortest response, that another one follows."""
 
@@ -60,7 +62,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         draw = np.random.default_rng(seed)
-        self.move = 0.9 * np.eye(STATES) + 0.1 * draw.dirichlet(np.ones(STATES), STATES)
+        self.move = STAYS * np.eye(STATES) + (1 - STAYS) * draw.dirichlet(np.ones(STATES), STATES)
         self.emit = draw.dirichlet(0.3 * np.ones(SYMBOLS), STATES)
         self.payoff = np.linspace(0.05, 0.95, STATES)
         # What is to be expected of each state before response token t; after the last one, its own payoff.
