@@ -1,5 +1,6 @@
 """What single ranks do in the tests: functions that a forked process can find by name."""
 
+import contextlib
 import resource
 import signal
 from dataclasses import replace
@@ -110,6 +111,38 @@ def compare_with_less_kept(activation_checkpointing: str, compiled: bool = False
         return {"worst": worst, "runs": (len(runs) - before) / before, "graphs": graphs}
 
 
+def compare_in_tiles(kind: str, precision: str) -> dict[str, Any]:
+    """How far a sharded critic's gradient, computed in tiles, is from that of one process; how often its first layer
+    ran then, beside how often without; and how far rounding to this precision goes, on one process."""
+    from critic_train.model import fsdp, tiles
+
+    tiles.SMALLEST_TILE = 16
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        alone, spread = critic_of("Llama").train(), critic_of("Llama").train()
+        compute = replace(ONE, ranks=ranks, precision=precision)
+        fsdp.shard(spread, compute)
+        runs: list[int] = []
+        spread.trunk.layers[0].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+        case = {"rollouts": 21, "forest": True, "mode": "token-mean"}
+        expected = gradients(alone, replace(ONE, precision=precision), **case)
+        exact = gradients(alone, ONE, **case)
+        gradients(spread, compute, **case)
+        before = len(runs)
+        checkpoint_activations(spread, kind)
+        runs.clear()
+        found = gradients(spread, compute, **case)
+
+        def far(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> float:
+            return max(float((these[name] - those[name]).norm() / those[name].norm()) for name in those)
+
+        return {
+            "in_tiles": [name for name, module in spread.trunk.named_modules() if "forward" in vars(module)],
+            "worst": far(found, expected),
+            "rounding": far(expected, exact),
+            "runs": len(runs) / before,
+        }
+
+
 def exchange() -> dict[str, Any]:
     """What this rank gets out of a sum, of broadcasts, and of a stop that only rank 1 was asked for."""
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
@@ -206,6 +239,33 @@ def load_and_save_adapters(base: str, source: str, target: str) -> None:
         critic = load_critic_on_ranks(read_model(Path(base)), replace(ONE, ranks=ranks), adapted)
         load_adapters(critic, Path(source))
         ShardedCritic(critic).save_to(Path(target) if ranks.is_main else None, None)
+
+
+def reset_before_the_head_has_run() -> list[float]:
+    """The trunk's first pass fails, before the head has run; then a mini-batch is computed.
+
+    Returns:
+        The largest relative difference of a gradient to that of a critic that is not sharded.
+    """
+    from critic_train.model import fsdp
+
+    with init_ranks(SETTINGS, nproc=1, device="cpu", sharded=True) as ranks:
+        alone, sharded = critic_of("Llama"), critic_of("Llama")
+        compute = replace(ONE, ranks=ranks)
+        fsdp.shard(sharded, compute)
+        fsdp.reset_after_error(sharded.parts)  # none of them has run
+
+        def fail(*_: object) -> None:
+            raise ValueError
+
+        use_stock_attention(sharded)
+        hook = sharded.trunk.layers[1].register_forward_pre_hook(fail)
+        with contextlib.suppress(ValueError):
+            sharded.trunk(input_ids=torch.ones(1, 3, dtype=torch.int64))
+        hook.remove()
+        fsdp.reset_after_error(sharded.parts)
+        ours, theirs = gradients(sharded, compute, **CASES[0]), gradients(alone, ONE, **CASES[0])
+        return [float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs]
 
 
 def run_out_alone(kind: str) -> tuple[float, int]:

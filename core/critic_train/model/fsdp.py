@@ -139,7 +139,8 @@ def reset_after_error(roots: Sequence[nn.Module]) -> None:
         roots: those that are not sharded are left as they are.
     """
     for root in roots:
-        if isinstance(root, FSDPModule):
+        # torch's function fails on a root that has not run yet: the head, when the trunk's first pass failed.
+        if isinstance(root, FSDPModule) and root._get_fsdp_state()._is_root is not None:
             root.reset_iter_state()
 
 

@@ -6,11 +6,14 @@ import pytest
 import ranks
 from rank_work import (
     compare_gradients,
+    compare_in_tiles,
     compare_with_less_kept,
     critic_of,
     fill_the_disk,
+    reset_before_the_head_has_run,
 )
 from ranks import on_ranks
+from torch.distributed.fsdp import FSDPModule
 
 from critic_train.weights import sharded_checkpoint as sharded_saving
 
@@ -25,6 +28,20 @@ def test_activations_are_computed_again_on_every_rank_and_the_gradient_is_the_sa
     for found in on_ranks(2, compare_with_less_kept, kind):
         assert found["worst"] <= 1e-6
         assert found["runs"] == 2.0
+
+
+@pytest.mark.parametrize(("kind", "runs", "precision"), [("tiles", 1, "fp32"), ("layer-tiles", 2, "bf16")])
+def test_tiles_within_sharded_layers_give_the_gradient_of_one_process(kind, runs, precision):
+    for found in on_ranks(2, compare_in_tiles, kind, precision):
+        assert {"layers.0.mlp", "layers.1.mlp", "norm"} <= set(found["in_tiles"])
+        assert found["worst"] <= 1e-5 + found["rounding"]
+        assert found["runs"] == runs
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="torch 2.13 and newer")
+def test_the_trunk_may_fail_before_the_head_has_run():
+    (far,) = on_ranks(1, reset_before_the_head_has_run)
+    assert max(far) <= 1e-5
 
 
 @pytest.mark.slow

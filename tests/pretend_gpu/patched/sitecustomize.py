@@ -25,6 +25,14 @@ def _tiles(module: Any) -> None:
     module._agree = lambda *_: True
 
 
+def _trial(module: Any) -> None:
+    def of_all_ranks(sequence: Any, states: Any, at: Any, tokens: int) -> Any:
+        rows = sequence.gathered(states, at, tokens)
+        return rows, rows.new_zeros(tokens).long()
+
+    module._of_all_ranks = of_all_ranks
+
+
 def _loading(module: Any) -> None:
     module._all_finite = lambda _: True
 
@@ -32,6 +40,7 @@ def _loading(module: Any) -> None:
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "critic_train.model.rounding": _rounding,  # the self-check's comparison
     "critic_train.model.tiles": _tiles,  # whether a part of the trunk treats each position alone
+    "critic_train.model.trial": _trial,  # which states the ranks of a cut rollout have computed
     "critic_train.weights.loading": _loading,  # whether weights that were loaded onto the device are finite
 }
 
