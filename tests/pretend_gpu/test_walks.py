@@ -43,6 +43,7 @@ MODELS = {
     "Llama with heads of 320": {"head_dim": 320},
     "Llama with heads of 20": {"head_dim": 20},
     "Gemma2": {},
+    "Gemma2 with a window that cuts": {"sliding_window": 32},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "DeepseekV3": {

@@ -228,7 +228,7 @@ def _result(
     computed_share = 1 - sharing(sample)["saved_share"] if prepared.forest else 1.0
     computed = data.train_tokens * computed_share
     held_out = data.held_out_tokens * computed_share
-    epochs = plan.total_steps / max(1, *plan.steps_per_epoch[:1])
+    epochs = plan.total_steps / plan.steps_per_epoch[0] if plan.steps_per_epoch else 0.0  # none: the head is solved
     evaluations = -(-plan.total_steps // plan.eval_every) + 1 if held_out else 0
     solving = computed * times.predict_seconds_per_token if settings.model.head_init == "exact" else 0.0
     seconds = {

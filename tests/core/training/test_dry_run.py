@@ -123,6 +123,16 @@ def test_what_it_says_of_a_partly_trained_critic_is_what_the_run_then_holds(shar
     assert found["disk"]["needed"] > 4 * found["disk"]["checkpoint"] + kept
 
 
+def test_a_run_that_solves_the_head_and_takes_no_step(shards, base, tmp_path):
+    settings = settings_for(shards, tmp_path / "run", model=str(base))
+    found = estimated(settings).result
+    assert (found["steps"], found["epochs"], found["seconds"]["training"]) == (0, 0, 0)
+    assert found["seconds"]["total"] >= found["seconds"]["solving_head"] > 0
+    ended = list(fit(settings, StopRequest()))[-1]
+    assert isinstance(ended, RunEnded)
+    assert ended.result["steps"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["head", "last-1", "lora", "full"])
 def test_its_times_are_those_of_the_run(shards, tmp_path, train, monkeypatch):
