@@ -91,7 +91,7 @@ def choose_layout(
         notices.append(Notice(message="padded rows are not cut over ranks: each of them computes whole rollouts"))
         choice = None
     if compute.sequence is None and packing.forest and longest > (settings.max_tokens or longest):
-        notices.append(Notice(message=_goes_alone(longest, settings.max_tokens or 1)))
+        notices.append(Notice(message=_goes_alone(longest, settings.max_tokens or 1, compute.ranks.size)))
     return ChosenLayout(packing, notices, [] if choice is None else [choice])
 
 
@@ -122,11 +122,16 @@ def _share_long_rollouts(
     return Choice(name="sequence_parallel", value=number, reason=reason + _filling(critic, number))
 
 
-def _goes_alone(longest: int, max_tokens: int) -> str:
-    number = 2 ** (-(-longest // max_tokens) - 1).bit_length()
+def _goes_alone(longest: int, max_tokens: int, size: int) -> str:
+    number = ranks_that_hold(longest, max_tokens, size)
+    if number is not None:
+        cut = f"--sequence-parallel {number} cuts it over {number} ranks"
+    else:
+        number = 2 ** (-(-longest // max_tokens) - 1).bit_length()
+        cut = f"{number} ranks with --sequence-parallel {number} cut it over them"
     return (
         f"the longest rollout has {longest:,} tokens: beyond --max-tokens {max_tokens:,} a rollout goes through the "
-        f"model alone; --sequence-parallel {number} cuts it over {number} ranks"
+        f"model alone; {cut}"
     )
 
 

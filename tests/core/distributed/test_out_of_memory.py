@@ -163,7 +163,7 @@ def test_another_budget_or_number_of_ranks_is_tried_as_it_is(settings, tmp_path)
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=slow)])
 def test_a_single_rollout_that_is_too_much_on_one_rank_ends_all(settings, tmp_path, rank):
     """There is no smaller budget to remember; the step is saved all the same."""
-    ours = settings.replace(out=str(tmp_path / "out"), max_tokens=1)
+    ours = settings.replace(out=str(tmp_path / "out"), max_tokens=1, sequence_parallel=1)
     message = run_out(2, ours, [(rank, "forward", 250)], always=True)
     assert re.match(
         r"memory ran out on a single rollout of \d+ tokens: weights, gradients and moments take [^\n]*\n"

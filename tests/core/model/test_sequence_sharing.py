@@ -90,6 +90,22 @@ def test_each_rank_computes_whole_rollouts_where_they_fit_or_that_is_asked_for(c
     assert (compute.sequence, compute.data_size, said[0]) == (None, 4, "said")  # and perhaps what would cut it
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "cut"),
+    [
+        (40_000, "--sequence-parallel 2 cuts it over 2 ranks"),
+        (17_000, "--sequence-parallel 4 cuts it over 4 ranks"),
+        (4_000, "32 ranks with --sequence-parallel 32 cut it over them"),
+    ],
+)
+def test_a_rollout_that_goes_alone_is_told_with_the_ranks_that_would_cut_it(choose, max_tokens, cut):
+    said = choose(65_536, max_tokens=max_tokens, sequence_parallel=1)[1]
+    assert said[1] == (
+        f"the longest rollout has 65,536 tokens: beyond --max-tokens {max_tokens:,} a rollout goes through the model "
+        f"alone; {cut}"
+    )
+
+
 def test_a_budget_that_is_not_given_asks_for_ranks_once_it_is_measured(choose):
     assert choose(65_536)[0].sequence is None
     assert choose(65_536, measured=True)[0].sequence_size == 2

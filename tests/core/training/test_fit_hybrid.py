@@ -15,12 +15,12 @@ from support import StopAfter, readable_rollouts, small_config, write_shard
 from transformers import AutoModel
 
 from critic_train.events import Event, Notice, Progress
+from critic_train.model import sequence_sharing
 from critic_train.model.selfcheck import PackingChoice, use_stock_attention
 from critic_train.predict.predict import predict
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings, PredictSettings
 from critic_train.stopping import StopRequest
-from critic_train.training import build
 from critic_train.training.fit import fit
 from critic_train.training.trainer import Trainer
 from critic_train.weights.loading import build_critic
@@ -108,7 +108,7 @@ def test_a_run_that_began_with_padded_rows_goes_on_with_them(folder, tmp_path, m
         return PackingChoice(forest=False), []
 
     with monkeypatch.context() as earlier:
-        earlier.setattr(build, "select_packing", rows_only)
+        earlier.setattr(sequence_sharing, "select_packing", rows_only)
         run(settings_for(folder, tmp_path / "whole"))
         run(settings_for(folder, tmp_path / "parts"), StopAfter(looks=20))
     run(settings_for(folder, tmp_path / "parts"))

@@ -179,6 +179,7 @@ def test_what_chose_itself_stands_in_run_json_and_a_run_goes_on_with_it(folder, 
     run(settings_for(folder, out, max_steps=2))
     record = json.loads((out / "run.json").read_text())
     chosen = {"precision": "fp32", "max_tokens": 4096, "activation_checkpointing": "none", "offload": "none"}
+    chosen["sequence_parallel"] = 1
     assert record["chosen"] == chosen
     # As if it had chosen otherwise: the longer run takes what the record says, and does not choose anew.
     record["chosen"]["max_tokens"] = 64
