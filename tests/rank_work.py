@@ -119,12 +119,13 @@ def compare_in_tiles(kind: str, precision: str) -> dict[str, Any]:
     tiles.SMALLEST_TILE = 16
     with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
         alone, spread = critic_of("Llama").train(), critic_of("Llama").train()
-        compute = replace(ONE, ranks=ranks, precision=precision)
+        one = replace(ONE, max_tokens=10_000, precision=precision)  # several tiles in a micro-batch
+        compute = replace(one, ranks=ranks)
         fsdp.shard(spread, compute)
         runs: list[int] = []
         spread.trunk.layers[0].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
         case = {"rollouts": 21, "forest": True, "mode": "token-mean"}
-        expected = gradients(alone, replace(ONE, precision=precision), **case)
+        expected = gradients(alone, one, **case)
         exact = gradients(alone, ONE, **case)
         gradients(spread, compute, **case)
         before = len(runs)
