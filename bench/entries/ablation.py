@@ -21,6 +21,7 @@ DEVICES = ("cpu",)
 TAKEN_OUT: dict[str, dict[str, Any]] = {
     "next-token loss": {"lm_loss_weight": 0.0},
     "6 epochs: 3": {"epochs": 3},
+    "rollouts shuffled apart: groups together": {"shuffle": "groups"},
     "cosine: constant rate": {"lr_schedule": "constant"},
     "warm-up": {"warmup_steps": 0},
     "weight decay": {"weight_decay": 0.0},

@@ -14,6 +14,7 @@ OldValues = Literal["column", "epoch", "none"]
 LossAggMode = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 OptimizerKind = Literal["adamw", "adamw-8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
+Shuffle = Literal["groups", "rollouts"]
 OnNonFinite = Literal["stop", "skip"]
 Packing = Literal["auto", "forest", "rows"]
 Attention = Literal["auto", "sdpa", "flex", "varlen"]
@@ -172,7 +173,13 @@ class OptimizerSettings(Section):
         panel="Training",
     )
     max_steps: int | None = setting(None, "Stop after this many steps, whatever --epochs says.", panel="Training")
-    batch_size: int = setting(64, "Rollouts a step; prompt groups stay together.", panel="Training")
+    batch_size: int = setting(64, "Rollouts a step.", panel="Training")
+    shuffle: Shuffle | None = setting(
+        None,
+        "What an epoch puts in random order: whole prompt groups, which share the computation of their prefixes, or "
+        "single rollouts. [default: groups; rollouts for a new transformer and less than a million response tokens]",
+        panel="Training",
+    )
     lr: float | None = setting(
         None,
         "Peak learning rate of the transformer. "

@@ -227,6 +227,9 @@ def _result(
     critic, compute, plan = prepared.critic, prepared.compute, data.plan
     computed_share = 1 - sharing(sample)["saved_share"] if prepared.forest else 1.0
     computed = data.train_tokens * computed_share
+    # Rollouts of one prompt that are shuffled apart are rarely in one mini-batch.
+    trained_share = 1.0 if settings.optimizer.shuffle == "rollouts" else computed_share
+    trained = data.train_tokens * trained_share
     held_out = data.held_out_tokens * computed_share
     epochs = plan.total_steps / plan.steps_per_epoch[0] if plan.steps_per_epoch else 0.0  # none: the head is solved
     evaluations = -(-plan.total_steps // plan.eval_every) + 1 if held_out else 0
@@ -234,7 +237,7 @@ def _result(
     seconds = {
         "solving_head": solving,
         "keeping_states": (computed + held_out) * times.cache_seconds_per_token,
-        "training": epochs * computed * times.train_seconds_per_token + plan.total_steps * times.optimizer_seconds,
+        "training": epochs * trained * times.train_seconds_per_token + plan.total_steps * times.optimizer_seconds,
         "evaluating": evaluations * held_out * times.predict_seconds_per_token,
     }
     states = 0
@@ -246,7 +249,7 @@ def _result(
         "rollouts": data.rollouts,
         "held_out_rollouts": data.held_out_rollouts,
         "tokens": int(data.train_tokens),
-        "computed_tokens": int(computed),
+        "computed_tokens": int(trained),
         "steps": plan.total_steps,
         "epochs": epochs,
         "evaluations": evaluations,
@@ -258,7 +261,7 @@ def _result(
         "memory": _memory(critic, compute, times) | _longest(critic, compute, data.train.longest),
         "disk": _disk(critic, settings.run.keep, data.tokens, states, out),
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "tokens_per_second": 1 / (times.train_seconds_per_token * computed_share),
+        "tokens_per_second": 1 / (times.train_seconds_per_token * trained_share),
     }
 
 

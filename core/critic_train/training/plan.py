@@ -22,7 +22,7 @@ class TrainingPlan:
     """The steps of a run. Their number is computed at once, an epoch's order when it is first needed.
 
     Args:
-        groups: int64 [n], the prompt group of every rollout to train on.
+        groups: int64 [n], what stays together, of every rollout to train on: its prompt group, or a number of its own.
         batch_size: the most rollouts a mini-batch may have.
         seed: of the run.
         epochs: passes over the rollouts, 0 for none; None for as many as `max_steps` needs.
@@ -85,12 +85,12 @@ def make_plan(settings: OptimizerSettings, groups: NDArray[np.int64], eval_every
     """The plan of a run.
 
     Args:
-        settings: batch size, seed, and how long to train.
+        settings: batch size, what is shuffled, seed, and how long to train.
         groups: int64 [n], the prompt group of every rollout to train on.
         eval_every: --eval-every.
     """
     return TrainingPlan(
-        groups,
+        np.arange(len(groups)) if settings.shuffle == "rollouts" else groups,
         batch_size=settings.batch_size,
         seed=settings.seed,
         epochs=DEFAULT_EPOCHS if settings.epochs is None and settings.max_steps is None else settings.epochs,

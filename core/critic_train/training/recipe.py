@@ -96,6 +96,9 @@ def _not_given(settings: FitSettings, source: ModelSource | None, recipe: Recipe
 def _for_new_transformer(settings: FitSettings, facts: DataFacts) -> Recipe:
     few = facts.response_tokens < FEW_TOKENS
     recipe = {"preset": _preset(facts, few), "lm_loss_weight": _lm_loss_weight(facts)}
+    if few:
+        reason = "are few: mini-batches of more prompts teach more by each pass, though less of the prefixes is shared"
+        recipe["shuffle"] = _choice("rollouts", f"{_tokens(facts)} {reason}")
     if (settings.optimizer.epochs, settings.optimizer.max_steps) == (None, None):
         recipe["epochs"] = _epochs(facts, few, bool(_replaced(settings, recipe).loss.lm_loss_weight))
     return recipe

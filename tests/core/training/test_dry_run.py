@@ -63,8 +63,13 @@ def test_its_figures_add_up(shards, tmp_path):
     seconds = found["seconds"]
     assert seconds["total"] == seconds["training"] + seconds["evaluating"] > 0
     assert (seconds["keeping_states"], found["disk"]["states"]) == (0, 0)
-    assert 0 < found["computed_tokens"] < found["tokens"]
+    assert found["computed_tokens"] == found["tokens"], "of rollouts that are shuffled apart no prefix is shared"
     assert found["disk"]["needed"] > 4 * found["disk"]["checkpoint"]
+
+
+def test_prompt_groups_that_stay_together_share_their_prefixes(shards, tmp_path):
+    found = estimated(settings_for(shards, tmp_path / "run", shuffle="groups")).result
+    assert 0 < found["computed_tokens"] < found["tokens"]
 
 
 def test_it_finds_what_would_stop_the_run(tmp_path):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from support import lines_executed
 
-from critic_train.training.plan import TrainingPlan
+from critic_train.settings import OptimizerSettings
+from critic_train.training.plan import TrainingPlan, make_plan
 
 RAGGED = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
 
@@ -49,3 +50,17 @@ def test_a_long_run_over_few_rollouts_starts_at_once():
 
     # A few lines an epoch and no more, so that 200,000 take a fraction of a second.
     assert lines_executed(lambda: first_and_last(2000)) < 20 * 2000
+
+
+@pytest.mark.parametrize(("shuffle", "together"), [(None, True), ("groups", True), ("rollouts", False)])
+def test_whether_the_rollouts_of_a_prompt_stay_together(shuffle, together):
+    groups = np.arange(768 * 8) // 8
+    plan = make_plan(OptimizerSettings(shuffle=shuffle, epochs=2), groups, None)
+    for epoch in range(2):
+        batches = [plan.mini_batch(epoch, number) for number in range(plan.steps_per_epoch[epoch])]
+        assert {len(batch) for batch in batches} == {64}
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(groups)))
+        prompts = [len(np.unique(groups[batch])) for batch in batches]
+        # Of 64 rollouts drawn from 6,144, fewer than three pairs are of one prompt on average.
+        assert set(prompts) == {8} if together else np.mean(prompts) > 61
+    assert plan.mini_batch(0, 0).tolist() != plan.mini_batch(1, 0).tolist()

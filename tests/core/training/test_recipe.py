@@ -107,6 +107,23 @@ def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, prese
 
 
 @pytest.mark.parametrize(
+    ("source", "facts", "given", "shuffle"),
+    [
+        (None, facts_of(999_999), {}, "rollouts"),
+        (None, facts_of(1_000_000), {}, None),
+        (None, facts_of(999_999), {"shuffle": "groups"}, "groups"),
+        (None, facts_of(999_999), {"recipe": "verl"}, None),
+        (NO_HEAD, facts_of(999_999), {}, None),
+        (HEAD, facts_of(999_999), {"shuffle": "rollouts"}, "rollouts"),
+    ],
+)
+def test_rollouts_are_shuffled_apart_where_a_new_transformer_has_few(source, facts, given, shuffle):
+    recipe, settings = chosen(source, facts, **given)
+    assert settings.optimizer.shuffle == shuffle
+    assert ("shuffle" in recipe) == (shuffle is not None and not given)
+
+
+@pytest.mark.parametrize(
     ("facts", "new", "model"),
     [
         pytest.param(facts_of(1_038, 403, 3), ("tiny", 0.0, 6), ("head", 0, None), id="tiny"),
@@ -177,7 +194,8 @@ def test_a_run_begun_without_a_recipe_goes_on_as_it_was(source, values, tmp_path
     settings = FitSettings(data=["none"], model="m", train="head") if source else FitSettings(data=["none"])
     recipe = of_resumed(settings, source, {"settings": {}}, tmp_path)
     assert {name: choice["value"] for name, choice in recipe.items()} == values
-    assert with_recipe(settings, recipe).optimizer.epochs is None
+    resolved = with_recipe(settings, recipe).optimizer
+    assert (resolved.epochs, resolved.shuffle) == (None, None)
 
 
 def test_a_resumed_run_keeps_what_it_chose(tmp_path):
