@@ -81,9 +81,7 @@ def test_another_max_tokens_is_taken_at_its_word(shards, tmp_path, passes):
 
 
 def test_the_self_check_tries_fewer_rollouts_where_memory_is_short(shards, tmp_path, passes, monkeypatch):
-    monkeypatch.setitem(
-        globals(), "ROOM", 100
-    )  # less than the rollouts of the trial take together
+    monkeypatch.setitem(globals(), "ROOM", 100)  # less than the rollouts of the trial take together
     (sentence, *_) = told(run(shards, tmp_path))
     assert max(passes) > 100
     assert re.fullmatch(
