@@ -37,6 +37,8 @@ def main() -> int:
     critics.add_argument("--rollouts", type=Path, help="a folder with train and val, in place of drawn worlds")
     critics.add_argument("--model", type=Path, help="what critics of --rollouts start from")
     critics.add_argument("--keep", type=Path, help="where drawn worlds are kept for the next time")
+    critics.add_argument("--world", choices=("chain", "adding"), help="the kind of drawn worlds, in place of both")
+    critics.add_argument("--only", choices=("fit", "yardstick"), help="of quality, in place of both")
     critics.add_argument("--yardstick-preset", choices=("tiny", "small"), default="tiny", help="its size")
     critics.add_argument("--yardstick-steps", type=int, help="end the yardstick after so many steps")
     chosen = parser.parse_args()
@@ -52,6 +54,8 @@ def main() -> int:
         rollouts=chosen.rollouts,
         model=chosen.model,
         keep=chosen.keep,
+        world=chosen.world,
+        only=chosen.only,
         yardstick_preset=chosen.yardstick_preset,
         yardstick_steps=chosen.yardstick_steps,
         minutes=chosen.minutes,

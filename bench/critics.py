@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForTokenClassification, PreTrainedConfig
 
-from bench.worlds import Shares, Task, response_returns, shares
-from critic_train.events import EvaluationEnded, RunEnded
+from bench.worlds import Shares, Task, explained, shares
+from critic_train.events import EvaluationEnded, RunEnded, RunStarted
 from critic_train.inference import load_critic
 from critic_train.model_files.config import LEARNING_RATES, preset_config
 from critic_train.settings import FitSettings, Preset
@@ -37,12 +37,16 @@ class Trained:
 
     Attributes:
         seconds: CPU seconds in all; of the yardstick those of its steps, not of its evaluations.
+        epochs: passes over the rollouts.
         curve: (CPU seconds until an evaluation, held-out explained variance of the returns), in order.
+        within: explained variance within prompts, of the best evaluation.
         shares: of the best evaluation; None where no true values are known.
     """
 
     seconds: float = 0.0
+    epochs: int = 0
     curve: list[tuple[float, float]] = field(default_factory=list)
+    within: float = 0.0
     shares: Shares | None = None
 
     @property
@@ -55,8 +59,19 @@ class Trained:
         return next((seconds for seconds, found in self.curve if found >= explained_variance), None)
 
 
+_KEPT: dict[tuple[Task, str], Trained] = {}
+"""What was trained so far: `quality` and `ablation` share the defaults where both are measured."""
+
+
 def product(task: Task, given: dict[str, Any]) -> Trained:
     """`fit` with all defaults but what is given; everything it does counts, evaluations too."""
+    key = (task, repr(given))
+    if key not in _KEPT:
+        _KEPT[key] = _fitted(task, given)
+    return _KEPT[key]
+
+
+def _fitted(task: Task, given: dict[str, Any]) -> Trained:
     found, began = Trained(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         settings = FitSettings(
@@ -74,11 +89,14 @@ def product(task: Task, given: dict[str, Any]) -> Trained:
                 found.curve.append((time.process_time() - began, event.metrics["explained_variance"]))
             elif isinstance(event, RunEnded):
                 best = event.result["best"]
+            elif isinstance(event, RunStarted):
+                found.epochs = len(event.steps_per_epoch)
         found.seconds = time.process_time() - began
         held_out = task.held_out()
         rows = held_out["input_ids"].to_pylist()
         prompts = [mask.index(True) for mask in held_out["response_mask"].to_pylist()]
-        found.shares = shares(held_out, np.concatenate(load_critic(best, device="cpu").values(rows, prompts)))
+        values = np.concatenate(load_critic(best, device="cpu").values(rows, prompts)).astype(np.float64)
+        found.within, found.shares = explained(held_out, values).within, shares(held_out, values)
     return found
 
 
@@ -115,8 +133,11 @@ class Yardstick:
 
     def train(self) -> Trained:
         """Train it, and evaluate it along the way."""
-        found, optimizer = Trained(), torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=0.01)
-        returns, best = response_returns(self.held_out), -np.inf
+        found, optimizer = (
+            Trained(epochs=EPOCHS),
+            torch.optim.AdamW(self.model.parameters(), lr=self.rate, weight_decay=0.01),
+        )
+        best = -np.inf
         for step, (batch, due) in enumerate(self._batches(), 1):
             began = time.process_time()
             tokens = sum(sum(row["response_mask"]) for row in batch)
@@ -130,10 +151,10 @@ class Yardstick:
             found.seconds += time.process_time() - began
             if due or step == self.limit:
                 values = self._predict()
-                explained = 1 - float(np.var(returns - values) / np.var(returns))
-                found.curve.append((found.seconds, explained))
-                if explained > best:
-                    best, found.shares = explained, shares(self.held_out, values)
+                now = explained(self.held_out, values)
+                found.curve.append((found.seconds, now.overall))
+                if now.overall > best:
+                    best, found.within, found.shares = now.overall, now.within, shares(self.held_out, values)
             if step == self.limit:
                 break
         return found

@@ -34,6 +34,8 @@ class Options:
         rollouts: a folder with train and val, on which critics are compared in place of drawn worlds.
         model: what those critics start from.
         keep: where drawn worlds are kept.
+        world: "chain" or "adding", the kind of drawn worlds; None for both.
+        only: "fit" or "yardstick", of the critics that are compared; None for both.
         yardstick_preset: the size of the yardstick where it starts from no model.
         yardstick_steps: the most steps that it takes.
         minutes: how long `device` may take.
@@ -46,6 +48,8 @@ class Options:
     rollouts: Path | None = None
     model: Path | None = None
     keep: Path | None = None
+    world: str | None = None
+    only: str | None = None
     yardstick_preset: Preset = "tiny"
     yardstick_steps: int | None = None
     minutes: float = 11.0

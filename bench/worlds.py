@@ -2,8 +2,8 @@
 
 A `Task` is a folder with `train` and `val`. In a drawn chain the value of every prefix follows exactly; of an adding
 policy (`bench.adding`) the values of some prefixes are sampled. Where values are known a critic's squared distance from
-them is free of the returns' noise: a share of the ceiling is 1 - E(V - V*)^2 / Var(V*), overall and, of what is left
-within prompts, within them.
+them is free of the returns' noise: a share of the ceiling is 1 - Var(V - V*) / Var(V*) over the held-out response
+tokens, overall; and within prompts, where each prompt's mean over these tokens is first taken off V and V*.
 """
 
 from dataclasses import dataclass
@@ -130,11 +130,11 @@ def chain_task(folder: Path, prompts: int, seed: int) -> Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How close some values come to the true ones.
+    """How much of the true values, or of the returns, some values explain.
 
     Attributes:
-        overall: share of the explained variance of the true values.
-        within: the same of what is left of both when each prompt's mean is taken off.
+        overall: of the variance of all.
+        within: the same of what is left of both when each prompt's mean over the response tokens is taken off.
     """
 
     overall: float
@@ -153,23 +153,54 @@ def shares(held_out: pa.Table, values: NDArray[np.float64]) -> Shares | None:
     mask = _flat(held_out, "response_mask").astype(bool)
     true = _flat(held_out, TRUE)[mask]
     variance = _flat(held_out, NOISE)[mask] if NOISE in held_out.column_names else np.zeros(len(true))
-    _, prompt = np.unique(held_out["uid"].to_pylist(), return_inverse=True)
-    group = np.repeat(prompt, [len(ids) for ids in held_out["input_ids"].to_pylist()])[mask]
+    group = _prompts(held_out)
     known = np.isfinite(true)
     true, variance, group, error = true[known], variance[known], group[known], (values - true)[known]
     counts = np.bincount(group)
-
-    def within(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-        centred: NDArray[np.float64] = numbers - (np.bincount(group, numbers) / np.maximum(counts, 1))[group]
-        return centred
-
     # Noise of sampled values is in the error and in the true values alike; a prompt's mean takes a part of it.
     left = variance * (1 - 1 / counts[group])
     noise, noise_within = float(variance.mean()), float(left.mean())
+    error_within, true_within = (float(np.var(_centred(numbers, group))) for numbers in (error, true))
     return Shares(
         overall=1 - (float(np.var(error)) - noise) / (float(np.var(true)) - noise),
-        within=1 - (float(np.var(within(error))) - noise_within) / (float(np.var(within(true))) - noise_within),
+        within=1 - (error_within - noise_within) / (true_within - noise_within),
     )
+
+
+def explained(held_out: pa.Table, values: NDArray[np.float64]) -> Shares:
+    """Explained variance of the returns, noise and all, overall and within prompts (NaN: they do not vary there).
+
+    Args:
+        held_out: the rollouts.
+        values: float64 [M], of all response tokens.
+    """
+    returns, group = response_returns(held_out), _prompts(held_out)
+    left = [returns - values, returns, _centred(returns - values, group), _centred(returns, group)]
+    error, noise, error_within, noise_within = (float(np.var(numbers)) for numbers in left)
+    return Shares(overall=1 - error / noise, within=1 - error_within / noise_within if noise_within else np.nan)
+
+
+def ceiling(held_out: pa.Table) -> Shares | None:
+    """What the true values explain of the returns; None where they are not known of all response tokens."""
+    if TRUE not in held_out.column_names:
+        return None
+    true = _flat(held_out, TRUE)[_flat(held_out, "response_mask").astype(bool)]
+    return explained(held_out, true) if np.isfinite(true).all() else None
+
+
+def _prompts(held_out: pa.Table) -> NDArray[np.int64]:
+    """int64 [M]: the number of each response token's prompt."""
+    _, prompt = np.unique(held_out["uid"].to_pylist(), return_inverse=True)
+    mask = _flat(held_out, "response_mask").astype(bool)
+    numbers: NDArray[np.int64] = np.repeat(prompt, [len(ids) for ids in held_out["input_ids"].to_pylist()])[mask]
+    return numbers
+
+
+def _centred(numbers: NDArray[np.float64], group: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Numbers less their group's mean."""
+    means = np.bincount(group, numbers) / np.maximum(np.bincount(group), 1)
+    centred: NDArray[np.float64] = numbers - means[group]
+    return centred
 
 
 def _flat(table: pa.Table, column: str) -> NDArray[np.float64]:

@@ -75,7 +75,7 @@ def test_the_values_of_a_drawn_world_are_the_returns_to_expect(monkeypatch):
 
 def test_shares_are_of_the_true_values_and_free_of_their_sampling_noise(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from bench.worlds import shares
+    from bench.worlds import ceiling, explained, shares
 
     rows = {"uid": ["0", "0"], "input_ids": [[2, 2, 2]] * 2, "response_mask": [[False, True, True]] * 2}
     table = pa.table(rows | {"true_values": [[0.0, 0.2, 0.4], [0.0, 0.6, 0.8]]})
@@ -84,6 +84,16 @@ def test_shares_are_of_the_true_values_and_free_of_their_sampling_noise(monkeypa
     constant = shares(table, np.full(4, 0.5))
     assert (constant.overall, constant.within) == (pytest.approx(0.0), pytest.approx(0.0))
     assert shares(pa.table(rows), np.full(4, 0.5)) is None
+
+    # Of the returns: 4 tokens of returns 0, 0, 1, 1 in one prompt, the noise in the ceiling too.
+    returned = table.append_column("returns", [[[0.0] * 3, [1.0] * 3]])
+    found = ceiling(returned)
+    assert found.overall == found.within == pytest.approx(1 - np.var([0.2, 0.4, -0.4, -0.2]) / 0.25)
+    assert explained(returned, np.array([0.0, 0.0, 1.0, 1.0])).overall == 1.0
+    other = returned.set_column(0, "uid", [["0", "1"]])  # each rollout a prompt of its own: nothing to explain within
+    apart = explained(other, np.array([0.2, 0.4, 0.6, 0.8]))
+    assert apart.overall == found.overall
+    assert np.isnan(apart.within)
 
     # 500 prompts of 4 states; the true values are known by the mean of 16 coins each, and of some states not at all.
     draw = np.random.default_rng(0)
@@ -105,6 +115,18 @@ def test_shares_are_of_the_true_values_and_free_of_their_sampling_noise(monkeypa
     off = shares(table, true.ravel() + 0.1 * draw.standard_normal(2000))
     known = true[:, 1:]
     assert off.overall == pytest.approx(1 - 0.01 / known.var(), abs=0.04)
+
+
+def test_an_ingredient_is_taken_out_with_as_many_passes_as_the_default_makes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.entries.ablation import passes
+
+    assert passes(12)["next-token loss"] == {"epochs": 12, "lm_loss_weight": 0.0}
+    assert {name: given["epochs"] for name, given in passes(12).items() if given["epochs"] != 12} == {
+        "12 passes: 6": 6,
+        "12 passes: 3": 3,
+    }
+    assert all(given["epochs"] == 1 for given in passes(1).values())
 
 
 def test_a_sum_is_worth_nothing_after_a_wrong_digit(monkeypatch):

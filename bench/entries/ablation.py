@@ -20,7 +20,6 @@ DEVICES = ("cpu",)
 
 TAKEN_OUT: dict[str, dict[str, Any]] = {
     "next-token loss": {"lm_loss_weight": 0.0},
-    "6 epochs: 3": {"epochs": 3},
     "rollouts shuffled apart: groups together": {"shuffle": "groups"},
     "cosine: constant rate": {"lr_schedule": "constant"},
     "warm-up": {"warmup_steps": 0},
@@ -45,6 +44,7 @@ COLUMNS = {
     "spread": ".3f",
     "within prompts": ".3f",
     "explained variance": ".3f",
+    "explained within": ".3f",
     "CPU s": ".1f",
 }
 
@@ -53,22 +53,31 @@ def run(options: Options) -> Table:
     """Train with each ingredient taken out; means over the seeds, and the spread of the loss over them."""
     table = Table(columns=COLUMNS)
     for tasks in task_groups(options):
-        taken_out = OF_A_MODEL if tasks[0].model else TAKEN_OUT
-        recipes: dict[str, dict[str, Any]] = {"all defaults": {}}
-        recipes |= {f"without {name}": given for name, given in taken_out.items()}
+        default = [product(task, {}) for task in tasks]
+        row = {"world": tasks[0].name, "critic": "all defaults"}
+        table.add(row | figures(default, default))
+        taken_out = OF_A_MODEL if tasks[0].model else passes(default[0].epochs)
+        recipes = {f"without {name}": given for name, given in taken_out.items()}
         rewarded = "reward" in tasks[0].held_out().column_names
         tried = {name: given for name, given in TRIED.items() if rewarded or "returns" not in given}
         recipes |= {f"with {name}": given for name, given in tried.items()}
-        default: list[Trained] = []
         for name, given in recipes.items():
             found = [product(task, given) for task in tasks]
-            default = default or found
-            table.add({"world": tasks[0].name, "critic": name, **figures(found, default)})
+            table.add(row | {"critic": name, **figures(found, default)})
     table.notes.append(
         "The loss is in shares of the ceiling where true values are known, else in explained variance; its spread is "
         "the standard deviation over seeds."
     )
     return table
+
+
+def passes(epochs: int) -> dict[str, dict[str, Any]]:
+    """What is taken out where a new transformer makes so many passes: these, and all else with as many.
+
+    What one ingredient is worth must not depend on what the recipe chooses once it is gone.
+    """
+    fewer = {f"{epochs} passes: {few}": {"epochs": few} for few in (epochs // 2, epochs // 4) if few}
+    return fewer | {name: {"epochs": epochs, **given} for name, given in TAKEN_OUT.items()}
 
 
 def figures(found: list[Trained], default: list[Trained]) -> dict[str, Any]:
@@ -77,6 +86,7 @@ def figures(found: list[Trained], default: list[Trained]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "loss": mean(losses),
         "explained variance": mean(each.best[1] for each in found),
+        "explained within": mean(each.within for each in found),
         "CPU s": mean(each.seconds for each in found),
     }
     if len(losses) > 1:
