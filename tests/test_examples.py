@@ -173,7 +173,7 @@ def test_the_library_trains_and_judges(run_program, tmp_path):
 
 
 def test_rollouts_of_ones_own_are_written_checked_and_trained_on(run_program, tmp_path):
-    shown = run_program("custom_data", str(tmp_path), "40")
+    shown = run_program("custom_data", str(tmp_path), "60")
     assert shown[0].startswith("512 rollouts, 0 of them cannot be used")
     assert shown[1] == "finished"
     right, wrong = ([float(value) for value in line.split()] for line in shown[2:])

@@ -56,10 +56,10 @@ def records(out: str, event: str) -> list[dict[str, float]]:
     return [record for record in found if record["event"] == event]
 
 
-def furthest(out: str, alone: str, name: str, event: str = "step") -> float:
-    """The largest difference of a figure to that of the run alone, relative to it."""
+def furthest(out: str, alone: str, name: str, event: str = "step", unit: float | None = None) -> float:
+    """The largest difference of a figure to that of the run alone, in this unit or relative to it."""
     pairs = zip(records(out, event), records(alone, event), strict=True)
-    return max(abs(ours[name] - theirs[name]) / abs(theirs[name]) for ours, theirs in pairs if theirs[name])
+    return max(abs(ours[name] - theirs[name]) / (unit or abs(theirs[name])) for ours, theirs in pairs if theirs[name])
 
 
 def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_path):
@@ -67,8 +67,10 @@ def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_p
     ours = settings.replace(out=str(tmp_path / "two"))
     ended = on_ranks(2, ranks.fit_run, ours)
     assert [end["status"] for end in ended] == ["finished", "finished"]
-    for name in ("value_loss", "grad_norm", "vpred_mean"):
+    for name in ("value_loss", "grad_norm"):
         assert furthest(ours.run.out, settings.run.out, name) <= 1e-5, name
+    # A mean of values may be next to 0 in a step, where its rounding is that of the values.
+    assert furthest(ours.run.out, settings.run.out, "vpred_mean", unit=1.0) <= 1e-5
     assert furthest(ours.run.out, settings.run.out, "explained_variance", "evaluation") <= 1e-4
     for name in ("response_tokens", "rollout_tokens", "rollouts", "lr"):
         assert furthest(ours.run.out, settings.run.out, name) == 0.0
