@@ -29,6 +29,7 @@ def settings(tmp_path_factory) -> FitSettings:
         preset="tiny",
         batch_size=16,
         max_tokens=60,
+        shuffle="groups",
         max_steps=STEPS,
         eval_every=4,
         checkpoint_every=4,
