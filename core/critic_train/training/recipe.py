@@ -235,7 +235,10 @@ def recipe_of_run(
     """
     if resumed:
         # A run that was begun by a critic-train without some of the choices has none of them in run.json.
-        recorded = (run.read_json("run.json") or {}).get("recipe") or {}
+        record = run.read_json("run.json") or {}
+        # What chose itself by memory and ranks is taken over by `resumed_settings`, where it still fits.
+        chosen = record.get("chosen") or {}
+        recorded = {name: choice for name, choice in (record.get("recipe") or {}).items() if name not in chosen}
         return _not_given(settings, source, _before_recipes(source, "as this run was begun") | recorded), None
     counted: list[DataFacts] = []
 
