@@ -3,11 +3,11 @@
 Run in an environment that build.py made: `ENV/pretend-gpu python -m pytest -m pretend_gpu tests/pretend_gpu`.
 """
 
-import ctypes
 from dataclasses import replace
 
 import pytest
 import torch
+from pretend_gpu_work import ON_THE_PRETENDED_GPU
 from support import rollouts_of
 from transformers import Qwen3Config
 
@@ -21,19 +21,7 @@ from critic_train.training.optimizer import build_optimizer
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
 from critic_train.weights.loading import build_critic
 
-
-def is_pretended() -> bool:
-    """Whether this process's CUDA is the stand-in."""
-    try:
-        return hasattr(ctypes.CDLL("libcudart.so.13"), "pretended_name")
-    except OSError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.pretend_gpu,
-    pytest.mark.skipif(not is_pretended(), reason="needs an environment made by tests/pretend_gpu/build.py"),
-]
+pytestmark = ON_THE_PRETENDED_GPU
 
 MICRO_BATCHES = 8
 GPU = Compute(device=torch.device("cuda", 0), precision="bf16", max_tokens=700)

@@ -3,7 +3,6 @@
 Run in an environment that build.py made: `ENV/pretend-gpu python -m pytest -m pretend_gpu tests/pretend_gpu`.
 """
 
-import ctypes
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
-from pretend_gpu_work import PATCHED, accept_values
+from pretend_gpu_work import ON_THE_PRETENDED_GPU, PATCHED, accept_values
 from warm import PRELOADED, context, program
 
 PROJECT = Path(__file__).parents[2]
@@ -24,18 +23,7 @@ DATA = PROJECT / "sample_data" / "train"
 context.set_forkserver_preload([name for name in PRELOADED if name != "peft"])
 
 
-def is_pretended() -> bool:
-    """Whether this process's CUDA is the stand-in."""
-    try:
-        return hasattr(ctypes.CDLL("libcudart.so.13"), "pretended_name")
-    except OSError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.pretend_gpu,
-    pytest.mark.skipif(not is_pretended(), reason="needs an environment made by tests/pretend_gpu/build.py"),
-]
+pytestmark = ON_THE_PRETENDED_GPU
 
 MODELS = {
     "Qwen3": {},
