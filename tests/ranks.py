@@ -1,5 +1,6 @@
 """Run a function on several ranks, as torchrun would: processes that find RANK, WORLD_SIZE and a port around them."""
 
+import json
 import math
 import os
 import queue
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +107,19 @@ def _rank(
     except BaseException as error:
         answer = {"fault": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
     answers.put((rank, answer))
+
+
+def records(out: str, event: str = "step") -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl about one kind of event."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def furthest(out: str, alone: str, name: str, event: str = "step", least: float = 0.0) -> float:
+    """The largest difference of a figure to that of the run alone, relative to it, or to `least` where that is more."""
+    pairs = zip(records(out, event), records(alone, event), strict=True)
+    units = ((abs(ours[name] - theirs[name]), max(abs(theirs[name]), least)) for ours, theirs in pairs)
+    return max(difference / unit for difference, unit in units if unit)
 
 
 def fit_run(settings: FitSettings, stop_at: tuple[int, int] | None = None) -> dict[str, Any]:

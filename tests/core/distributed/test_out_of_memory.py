@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from ranks import on_ranks
+from ranks import on_ranks, records
 from safetensors.numpy import load_file
 from support import readable_rollouts, write_shard
 
@@ -40,11 +40,6 @@ def settings(tmp_path_factory) -> FitSettings:
     )
     on_ranks(2, ranks.fit_run, undisturbed)
     return undisturbed
-
-
-def records(out: str, event: str) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["event"] == event]
 
 
 def require_the_same_run(ours: FitSettings, undisturbed: FitSettings) -> None:

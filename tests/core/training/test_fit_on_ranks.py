@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ranks
-from ranks import on_ranks
+from ranks import furthest, on_ranks, records
 from safetensors.numpy import load_file
 from support import readable_rollouts, write_shard
 
@@ -51,17 +51,6 @@ def settings(tmp_path_factory) -> FitSettings:
     return alone
 
 
-def records(out: str, event: str) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["event"] == event]
-
-
-def furthest(out: str, alone: str, name: str, event: str = "step", unit: float | None = None) -> float:
-    """The largest difference of a figure to that of the run alone, in this unit or relative to it."""
-    pairs = zip(records(out, event), records(alone, event), strict=True)
-    return max(abs(ours[name] - theirs[name]) / (unit or abs(theirs[name])) for ours, theirs in pairs if theirs[name])
-
-
 def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_path):
     """1e-5 over 50 steps in float32, as the issue asks; the checkpoint is the same directory."""
     ours = settings.replace(out=str(tmp_path / "two"))
@@ -70,7 +59,7 @@ def test_two_ranks_give_the_loss_curve_of_one_and_its_checkpoint(settings, tmp_p
     for name in ("value_loss", "grad_norm"):
         assert furthest(ours.run.out, settings.run.out, name) <= 1e-5, name
     # A mean of values may be next to 0 in a step, where its rounding is that of the values.
-    assert furthest(ours.run.out, settings.run.out, "vpred_mean", unit=1.0) <= 1e-5
+    assert furthest(ours.run.out, settings.run.out, "vpred_mean", least=0.1) <= 1e-5
     assert furthest(ours.run.out, settings.run.out, "explained_variance", "evaluation") <= 1e-4
     for name in ("response_tokens", "rollout_tokens", "rollouts", "lr"):
         assert furthest(ours.run.out, settings.run.out, name) == 0.0
