@@ -375,10 +375,10 @@ def _some_loss(critic: Critic, batch: ModelInput) -> Tensor:
     if critic.next_token_head is None:
         loss: Tensor = critic(batch).sum()
         return loss
-    states = critic.hidden(batch)
-    labels = torch.zeros_like(batch.value_index)
-    next_token: Tensor = critic.next_token_head(states, batch.value_index, labels, torch.ones_like(labels).float())
-    return critic.head(states)[batch.value_index].sum() + next_token  # type: ignore[no-any-return]
+    states, state_index = critic.hidden(batch), batch.value_index_on_host
+    labels, weights = np.zeros_like(state_index), np.ones(len(state_index), dtype=np.float32)
+    next_token: Tensor = critic.next_token_head(states, state_index, labels, weights)
+    return critic.values(states, batch).sum() + next_token
 
 
 def _random_rollouts(tokens: int, vocabulary: int) -> Rollouts:

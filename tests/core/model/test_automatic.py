@@ -163,7 +163,11 @@ def test_a_head_for_the_next_token_counts(monkeypatch):
     compute = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
     (batch,) = micro_batches(rollouts, compute, forest=True)
     critic.trunk.set_attn_implementation(TREE_ATTENTION)
+    given = []
+    critic.next_token_head.register_forward_pre_hook(lambda _, args: given.extend(args[1:]))
     automatic._some_loss(critic, batch).backward()
+    # Those of a CUDA device are none that numpy can sort.
+    assert [type(each) for each in given] == [np.ndarray] * 3
     assert all(
         p.grad is not None and bool(p.grad.any()) for p in (*critic.head.parameters(), critic.next_token_head.weight)
     )
