@@ -128,8 +128,12 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
         if begun.resumed:
             settings = resumed_settings(settings, run, ranks.size)
             # What had chosen itself is given by now, and still may change as it might have.
-            compute = replace(resolve_compute(settings.compute, ranks), may_keep_less=compute.may_keep_less)
-            compute.cut_as_they_come = cuts_as_they_come(run)
+            compute = replace(
+                resolve_compute(settings.compute, ranks),
+                may_keep_less=compute.may_keep_less,
+                may_offload=compute.may_offload,
+                cut_as_they_come=cuts_as_they_come(run),
+            )
         checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
         settings = with_recipe(settings, begun.recipe)
         if compute.device.type == "cpu":
