@@ -40,6 +40,7 @@ from critic_train.training.run_record import (
     cuts_as_they_come,
     find_resume_checkpoint,
     find_return_scale,
+    recorded_reasons,
     require_room_for_checkpoints,
     resolved_summary,
     result_of,
@@ -207,9 +208,11 @@ def _build(
     optimizer = build_run_optimizer(prepared, settings.optimizer, source, begun.scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, begun.scale, stop)
+    recipe = begun.recipe | prepared.reasons
     if checkpoint is not None:
         yield from trainer.checkpointer.load(checkpoint)
-    yield from _start(settings, trainer, ranks, begun.recipe | prepared.reasons, prepared.chosen)
+        recipe |= recorded_reasons(run, prepared.chosen)
+    yield from _start(settings, trainer, ranks, recipe, prepared.chosen)
     return trainer
 
 
