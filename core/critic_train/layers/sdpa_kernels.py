@@ -237,18 +237,20 @@ class _Tiling:
         if tile.window >= keys and queries <= CAUSAL_BLOCK and keys <= CAUSAL_STRETCH:
             return _causal_mask(dtype)[CAUSAL_BLOCK - queries :, CAUSAL_STRETCH - keys :]
         if size not in self._masks:
-            seen = torch.ones(queries, keys, dtype=torch.bool).tril_(keys - queries)
-            seen.triu_(keys - queries - size[2] + 1)
-            self._masks[size] = torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf)
+            self._masks[size] = _added_mask(*size)
         return self._masks[size]
 
 
 @cache
 def _causal_mask(dtype: torch.dtype) -> Tensor:
     """[CAUSAL_BLOCK, CAUSAL_STRETCH], 0 or -inf: its lower right corner is the mask of fewer queries and keys."""
-    size = (CAUSAL_BLOCK, CAUSAL_STRETCH)
-    seen = torch.ones(size, dtype=torch.bool).tril_(CAUSAL_STRETCH - CAUSAL_BLOCK)
-    return torch.zeros(size, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    return _added_mask(CAUSAL_BLOCK, CAUSAL_STRETCH, CAUSAL_STRETCH, dtype)
+
+
+def _added_mask(queries: int, keys: int, window: int, dtype: torch.dtype) -> Tensor:
+    """[queries, keys]: `lower_right_mask` as it is added to scores, 0 or -inf."""
+    seen = lower_right_mask(queries, keys, window, torch.device("cpu"))
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def tiles_in_reach(queries: Queries, window: int | None, chunk: int | None) -> list[Tile]:

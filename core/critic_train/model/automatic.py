@@ -28,6 +28,7 @@ from critic_train.rollouts import Rollouts, rollouts_of_tokens
 from critic_train.settings import (
     KEEPS_LAYER_INPUTS,
     ActivationCheckpointing,
+    Offload,
     OptimizerKind,
     TrainComputeSettings,
     offloads,
@@ -159,7 +160,7 @@ def set_memory(
         kinds = COMPILED_CHECKPOINTING if settings.compile else CHECKPOINTING
         if on_cuda and "layer-tiles" in kinds and not can_compute_in_tiles(critic):
             kinds = kinds[:-1]
-    keepings = _keepings(kinds, settings, on_cuda=on_cuda)
+    keepings = _keepings(kinds, settings.offload, on_cuda=on_cuda)
     choices = list[Choice]()
     if on_cuda and (given == "auto" or settings.max_tokens is None):
         keeping, choices = choose_memory(
@@ -176,19 +177,19 @@ def set_memory(
         set_keeping(critic, compute, keeping)
     # Of several ranks, those that do not run out of memory hang meanwhile.
     if compute.may_keep_less and compute.ranks.size == 1:
-        every = [each for each in _keepings(CHECKPOINTING, settings, on_cuda=on_cuda) if each.kind != "selective"]
+        # A resumed run is given what it offloaded at first.
+        offload: Offload = "auto" if compute.may_offload else settings.offload
+        every = [each for each in _keepings(CHECKPOINTING, offload, on_cuda=on_cuda) if each.kind != "selective"]
         compute.keep_less = tuple(every[every.index(keeping) + 1 :] if keeping in every else every[1:])
     return keeping.kind, choices
 
 
-def _keepings(
-    kinds: Sequence[ActivationCheckpointing], settings: TrainComputeSettings, *, on_cuda: bool
-) -> list[Keeping]:
+def _keepings(kinds: Sequence[ActivationCheckpointing], offload: Offload, *, on_cuda: bool) -> list[Keeping]:
     """What a run may keep for its backward pass, the fastest first; what --offload activations moves is there then."""
-    if on_cuda and offloads(settings.offload, "activations"):
+    if on_cuda and offloads(offload, "activations"):
         return [Keeping(kind, on_host=True) for kind in kinds if kind in KEEPS_LAYER_INPUTS]
     keepings = [Keeping(kind) for kind in kinds]
-    if on_cuda and settings.offload == "auto" and kinds[-1] in KEEPS_LAYER_INPUTS:
+    if on_cuda and offload == "auto" and kinds[-1] in KEEPS_LAYER_INPUTS:
         keepings.append(Keeping(kinds[-1], on_host=True))
     return keepings
 
@@ -375,10 +376,10 @@ def _some_loss(critic: Critic, batch: ModelInput) -> Tensor:
     if critic.next_token_head is None:
         loss: Tensor = critic(batch).sum()
         return loss
-    states = critic.hidden(batch)
-    labels = torch.zeros_like(batch.value_index)
-    next_token: Tensor = critic.next_token_head(states, batch.value_index, labels, torch.ones_like(labels).float())
-    return critic.head(states)[batch.value_index].sum() + next_token  # type: ignore[no-any-return]
+    states, state_index = critic.hidden(batch), batch.value_index_on_host
+    labels, weights = np.zeros_like(state_index), np.ones(len(state_index), dtype=np.float32)
+    next_token: Tensor = critic.next_token_head(states, state_index, labels, weights)
+    return critic.values(states, batch).sum() + next_token
 
 
 def _random_rollouts(tokens: int, vocabulary: int) -> Rollouts:

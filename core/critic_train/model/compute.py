@@ -65,6 +65,7 @@ class Compute:
         cut_as_they_come: cut trees as older runs do (see `tree_pieces`).
         keeping: how much is kept for the backward pass.
         may_keep_less: whether that may change while the run goes on: it chooses itself, and no layer is compiled.
+        may_offload: whether layer inputs may come to wait in host memory then: --offload chooses itself.
         keep_less: what may be tried where memory runs out on a single rollout, the fastest first.
         kept_less: whether that has happened.
     """
@@ -84,6 +85,7 @@ class Compute:
     cut_as_they_come: bool = False
     keeping: Keeping = Keeping("none")
     may_keep_less: bool = False
+    may_offload: bool = False
     keep_less: tuple[Keeping, ...] = ()
     kept_less: bool = False
     _announced: int | None = field(default=None, repr=False, compare=False)
@@ -169,6 +171,7 @@ def resolve_compute(settings: ComputeSettings, ranks: Ranks = SINGLE_PROCESS) ->
         may_keep_less=isinstance(settings, TrainComputeSettings)
         and settings.activation_checkpointing == "auto"
         and not settings.compile,
+        may_offload=isinstance(settings, TrainComputeSettings) and settings.offload == "auto",
     )
 
 

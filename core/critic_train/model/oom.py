@@ -166,8 +166,8 @@ def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute, keeping: K
 
 def _more_sequence_ranks(critic: Critic, tokens: int, compute: Compute) -> str:
     """The --sequence-parallel under which a rollout would about fit, for this run's ranks if they can be cut so."""
-    static = 16 * sum(p.numel() for p in critic.parameters()) // compute.ranks.size
-    activations, room = activation_bytes(critic.trunk, tokens, compute), _device_bytes(compute) - static
+    activations = activation_bytes(critic.trunk, tokens, compute)
+    room = _device_bytes(compute) - _static_bytes(critic, compute)
     times = 2
     while times < MOST_SEQUENCE_RANKS and activations / times > max(room, 0):
         times *= 2
@@ -176,6 +176,11 @@ def _more_sequence_ranks(critic: Critic, tokens: int, compute: Compute) -> str:
     if divisor is not None:
         return f"--sequence-parallel {divisor} to cut it over {divisor} ranks"
     return f"{max(number, 2 * size)} ranks with --sequence-parallel {number} to cut it over them"
+
+
+def _static_bytes(critic: Critic, compute: Compute) -> int:
+    """Weights, gradients and moments of a rank, in float32."""
+    return 16 * sum(p.numel() for p in critic.parameters()) // compute.ranks.size
 
 
 def _device_bytes(compute: Compute) -> int:
@@ -196,8 +201,7 @@ def _single_rollout_hint(tokens: int, critic: Critic, compute: Compute) -> str:
 
 
 def _single_rollout_message(tokens: int, critic: Critic, compute: Compute) -> str:
-    parameters = sum(p.numel() for p in critic.parameters())
-    static, activations = 16 * parameters // compute.ranks.size, activation_bytes(critic.trunk, tokens, compute)
+    static, activations = _static_bytes(critic, compute), activation_bytes(critic.trunk, tokens, compute)
     room = f"; {compute.device} has {format_bytes(_device_bytes(compute))}" if compute.device.type == "cuda" else ""
     part = f" of {tokens:,} tokens"
     if compute.sequence is not None:

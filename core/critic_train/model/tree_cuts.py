@@ -11,6 +11,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from critic_train.rollouts import offsets_from_lengths
+
 Run = tuple[int, int]
 """Positions start:stop of an order; the rollouts there are computed together as one tree."""
 
@@ -31,7 +33,7 @@ def tree_pieces(
     """
     starts = [*np.flatnonzero(shared == 0).tolist(), len(shared)] if len(shared) else []
     # A run start:stop holds shared[start] + before[stop] - before[start] positions.
-    before: list[int] = np.concatenate([[0], np.cumsum(lengths - shared)]).tolist()
+    before: list[int] = offsets_from_lengths(lengths - shared).tolist()
     own: list[int] = shared.tolist()
     pieces: list[Run] = []
     for start, stop in pairwise(starts):

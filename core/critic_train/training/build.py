@@ -1,6 +1,7 @@
 """From settings and rollouts to a trainer at its first step: critic, learning rates, optimizer, notices about them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,6 +137,7 @@ def prepare_critic(
     longest: int,
     tokens: int | None = None,
     new_head: NewHead | None = None,
+    checking: AbstractContextManager[None] | None = None,
 ) -> PreparedCritic:
     """Put a critic on its device and choose packing, attention, memory options and cached states. All ranks call it.
 
@@ -147,6 +149,7 @@ def prepare_critic(
         largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
         longest, tokens: of the longest rollout; about the most of a mini-batch, None where that is not known.
         new_head: for the next token, which the critic is given; None for none.
+        checking: entered while it is checked what the critic computes.
 
     Raises:
         ModelError: the architecture cannot be trained so.
@@ -156,7 +159,8 @@ def prepare_critic(
     compute, choices = with_offload(critic, compute, settings, kind, new_head.parameters(critic) if new_head else 0)
     critic, compute = to_device_or_shard(critic, compute)
     choose = partial(choose_layout, critic, sample, settings, compute, longest=longest, tokens=tokens)
-    layout = choose()
+    with checking or nullcontext():
+        layout = choose()
     of_head = [] if new_head is None else [new_head.add_to(critic, compute)]
     largest = largest_group() if on_cuda else sample
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=layout.packing.forest)

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def _survey_data(
 def _facts(train: Survey) -> DataFacts:
     """What a run would find in all of --data; the ids are those of the sample."""
     prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
-    return DataFacts(prompts, train.response_tokens, _response_ids(train))
+    return DataFacts(prompts, train.response_tokens, partial(_response_ids, train))
 
 
 def _response_ids(train: Survey) -> NDArray[np.int64]:

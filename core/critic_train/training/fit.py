@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from critic_train.training.run_record import (
     cuts_as_they_come,
     find_resume_checkpoint,
     find_return_scale,
+    recorded_reasons,
     require_room_for_checkpoints,
     resolved_summary,
     result_of,
@@ -128,8 +130,12 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
         if begun.resumed:
             settings = resumed_settings(settings, run, ranks.size)
             # What had chosen itself is given by now, and still may change as it might have.
-            compute = replace(resolve_compute(settings.compute, ranks), may_keep_less=compute.may_keep_less)
-            compute.cut_as_they_come = cuts_as_they_come(run)
+            compute = replace(
+                resolve_compute(settings.compute, ranks),
+                may_keep_less=compute.may_keep_less,
+                may_offload=compute.may_offload,
+                cut_as_they_come=cuts_as_they_come(run),
+            )
         checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
         settings = with_recipe(settings, begun.recipe)
         if compute.device.type == "cpu":
@@ -183,35 +189,43 @@ def _build(
     yield from source_notices(source, settings, compute, shape, new=checkpoint is None)
     critic = build_run_critic(settings.model, source, checkpoint, compute, shape, settings.optimizer.seed)
     yield from [*export_notice(critic), *adapter_notice(critic)]
-    try:
-        prepared = prepare_critic(
-            critic,
-            compute,
-            settings.compute,
-            settings.model.train,
-            settings.optimizer.optimizer,
-            selfcheck_sample(data.train, plan),
-            data.train.largest_group,
-            longest=shape.max_length,
-            tokens=settings.optimizer.batch_size * shape.max_length,
-            new_head=new_run_head(settings, data.train, source, checkpoint, begun.response_ids, ranks),
-        )
-    except ModelError as error:
-        if checkpoint is None or not (steps := checkpoint_step(checkpoint)):
-            raise
-        # The run began with a check that passed: training has made such weights of those.
-        what = f"the weights of {checkpoint.name} compute nothing that can be trained: {error.message}"
-        raise diverged(what, steps_taken=steps) from error
+    prepared = prepare_critic(
+        critic,
+        compute,
+        settings.compute,
+        settings.model.train,
+        settings.optimizer.optimizer,
+        selfcheck_sample(data.train, plan),
+        data.train.largest_group,
+        longest=shape.max_length,
+        tokens=settings.optimizer.batch_size * shape.max_length,
+        new_head=new_run_head(settings, data.train, source, checkpoint, begun.response_ids, ranks),
+        checking=_has_passed_before(checkpoint),
+    )
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices
     optimizer = build_run_optimizer(prepared, settings.optimizer, source, begun.scale)
     uids = uid_lookup(shards, data, settings.reading)
     trainer = build_trainer(settings, run, data, plan, prepared, optimizer, source, uids, begun.scale, stop)
+    recipe = begun.recipe | prepared.reasons
     if checkpoint is not None:
         yield from trainer.checkpointer.load(checkpoint)
-    yield from _start(settings, trainer, ranks, begun.recipe | prepared.reasons, prepared.chosen)
+        recipe |= recorded_reasons(run, prepared.chosen)
+    yield from _start(settings, trainer, ranks, recipe, prepared.chosen)
     return trainer
+
+
+@contextmanager
+def _has_passed_before(checkpoint: Path | None) -> Iterator[None]:
+    """A check with which a run begins: where the weights of a later step no longer pass it, training has diverged."""
+    try:
+        yield
+    except ModelError as error:
+        if checkpoint is None or not (steps := checkpoint_step(checkpoint)):
+            raise
+        what = f"the weights of {checkpoint.name} compute nothing that can be trained: {error.message}"
+        raise diverged(what, steps_taken=steps) from error
 
 
 def _on_rank_0(ranks: Ranks, stop: StopRequest, work: Generator[Event, None, Any]) -> Generator[Event, None, Any]:

@@ -51,18 +51,12 @@ class DataFacts:
     Attributes:
         prompts: how many differ.
         response_tokens: of all of them.
-        response_ids: int64, ascending: the ids that occur among these.
+        response_ids: finds the ids that occur among these, int64, ascending; a run reads all its rollouts for it.
     """
 
     prompts: int
     response_tokens: int
-    response_ids: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, train: RolloutSet) -> "DataFacts":
-        """Those of a run; reads all its rollouts once."""
-        prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
-        return cls(prompts, train.response_tokens, np.flatnonzero(response_id_counts(train, SINGLE_PROCESS)))
+    response_ids: Callable[[], NDArray[np.int64]]
 
 
 def choose_recipe(
@@ -95,7 +89,9 @@ def _not_given(settings: FitSettings, source: ModelSource | None, recipe: Recipe
 
 def _for_new_transformer(settings: FitSettings, facts: DataFacts) -> Recipe:
     few = facts.response_tokens < FEW_TOKENS
-    recipe = {"preset": _preset(facts, few), "lm_loss_weight": _lm_loss_weight(facts)}
+    recipe = {"preset": _preset(facts, few)}
+    if settings.loss.lm_loss_weight is None:
+        recipe["lm_loss_weight"] = _lm_loss_weight(facts)
     if few:
         reason = "are few: mini-batches of more prompts teach more by each pass, though less of the prefixes is shared"
         recipe["shuffle"] = _choice("rollouts", f"{_tokens(facts)} {reason}")
@@ -158,7 +154,7 @@ def _preset(facts: DataFacts, few: bool) -> dict[str, Any]:
 
 
 def _lm_loss_weight(facts: DataFacts) -> dict[str, Any]:
-    ids = len(facts.response_ids)
+    ids = len(facts.response_ids())
     each = facts.response_tokens / max(1, ids)
     pays = each >= TOKENS_PER_ID
     reason = f"{each:,.0f} response tokens for each of {ids:,} ids teach"
@@ -240,18 +236,22 @@ def recipe_of_run(
         chosen = record.get("chosen") or {}
         recorded = {name: choice for name, choice in (record.get("recipe") or {}).items() if name not in chosen}
         return _not_given(settings, source, _before_recipes(source, "as this run was begun") | recorded), None
-    counted: list[DataFacts] = []
+    counted: list[NDArray[np.int64]] = []
 
-    def count() -> DataFacts:
-        counted.append(DataFacts.of(train))
+    def count_ids() -> NDArray[np.int64]:
+        counted.append(np.flatnonzero(response_id_counts(train, SINGLE_PROCESS)))
         return counted[0]
 
-    recipe = choose_recipe(settings, source, targets, count)
+    def facts() -> DataFacts:
+        prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
+        return DataFacts(prompts, train.response_tokens, count_ids)
+
+    recipe = choose_recipe(settings, source, targets, facts)
     unused = {"lr", "head_lr"} if _replaced(settings, recipe).optimizer.epochs == 0 else set()
     for name, choice in recipe.items():
         if name not in {"head_init"} | unused:  # how the head begins is said with what the model has
             yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
-    return recipe, counted[0].response_ids.tolist() if counted else None
+    return recipe, counted[0].tolist() if counted else None
 
 
 def with_recipe(settings: FitSettings, recipe: Recipe) -> FitSettings:

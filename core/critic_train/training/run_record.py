@@ -20,6 +20,7 @@ from critic_train.run.storage import remove, require_room
 from critic_train.settings import FitSettings, LossSettings, RunSettings, as_dict, defaults_of
 from critic_train.text import format_bytes
 from critic_train.training.dataset import RolloutSet
+from critic_train.training.recipe import Recipe
 from critic_train.training.run_shards import RunShards
 from critic_train.training.state_files import BUDGET_FILE
 from critic_train.training.targets import Targets
@@ -161,6 +162,12 @@ def resumed_settings(settings: FitSettings, run: RunDirectory, ranks: int) -> Fi
     if record.get("resolved", {}).get("packing") == "rows":
         before["packing"] = "rows"
     return settings.replace(**{name: value for name, value in before.items() if given[name] in (None, "auto")})
+
+
+def recorded_reasons(run: RunDirectory, chosen: dict[str, Any]) -> Recipe:
+    """Why a run chose what it computes with when it began, of what is `chosen` still."""
+    recorded: Recipe = (run.read_json("run.json") or {}).get("recipe") or {}
+    return {name: choice for name, choice in recorded.items() if chosen.get(name) == choice["value"]}
 
 
 def cuts_as_they_come(run: RunDirectory) -> bool:

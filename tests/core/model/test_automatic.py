@@ -11,11 +11,19 @@ from critic_train.distributed.ranks import SingleProcess
 from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model import automatic
-from critic_train.model.automatic import MemoryUse, choose_memory, choose_offload, choose_tokens, try_largest
+from critic_train.model.automatic import (
+    MemoryUse,
+    choose_memory,
+    choose_offload,
+    choose_tokens,
+    set_memory,
+    try_largest,
+)
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.next_token_head import NextTokenHead
 from critic_train.rollouts import Rollouts
+from critic_train.settings import TrainComputeSettings
 from critic_train.weights.loading import build_critic
 
 GIB = 2**30
@@ -137,6 +145,15 @@ def test_what_is_given_is_not_chosen(monkeypatch):
     )
 
 
+def test_a_resumed_run_may_keep_as_little_as_before():
+    """What the run chose at first is given by then; where its layer inputs went to the host later, they may again."""
+    given = TrainComputeSettings(activation_checkpointing="none", offload="optimizer", max_tokens=4096)
+    for may_offload, hosted in ((True, [KEEPINGS[-1]]), (False, [])):
+        compute = compute_of(may_keep_less=True, may_offload=may_offload)
+        set_memory(tiny_critic(), compute, given, "adamw", group_of(10, 10, 2), forest=True)
+        assert [*compute.keep_less] == [Keeping("layer"), Keeping("layer-tiles"), *hosted]
+
+
 def test_moments_that_wait_on_the_host_leave_their_room_to_tokens(monkeypatch):
     per_token = dict.fromkeys(map(str, KEEPINGS), 1e5)
     trained = sum(p.numel() for p in tiny_critic().parameters())
@@ -163,7 +180,11 @@ def test_a_head_for_the_next_token_counts(monkeypatch):
     compute = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
     (batch,) = micro_batches(rollouts, compute, forest=True)
     critic.trunk.set_attn_implementation(TREE_ATTENTION)
+    given = []
+    critic.next_token_head.register_forward_pre_hook(lambda _, args: given.extend(args[1:]))
     automatic._some_loss(critic, batch).backward()
+    # Those of a CUDA device are none that numpy can sort.
+    assert [type(each) for each in given] == [np.ndarray] * 3
     assert all(
         p.grad is not None and bool(p.grad.any()) for p in (*critic.head.parameters(), critic.next_token_head.weight)
     )

@@ -299,6 +299,14 @@ def test_a_best_that_leads_nowhere_is_no_crash(shards, tmp_path):
     assert run(settings)[-1].status == "finished"
 
 
+def test_what_a_model_cannot_do_is_no_divergence_of_a_run_that_goes_on(shards, tmp_path, monkeypatch):
+    settings = settings_for(shards, tmp_path, checkpoint_every=1)
+    run(settings, StopAfter(looks=40))
+    monkeypatch.setattr("critic_train.model.memory.compute_in_tiles", lambda critic: [])
+    with pytest.raises(ModelError, match="has no part that can be computed in tiles"):
+        run(settings.replace(activation_checkpointing="tiles"))
+
+
 @pytest.mark.parametrize("rate", [1e6, 1e38])
 def test_divergence_ends_a_run_and_leaves_its_last_checkpoint(rate, shards, tmp_path):
     settings = settings_for(shards, tmp_path, lr=rate, head_lr=rate, eval_every=1, grad_clip=0, epochs=20)

@@ -146,10 +146,12 @@ def test_a_rollout_beyond_the_budget_of_a_rank_is_cut_without_being_asked_for(tm
 def test_what_chose_itself_is_kept_where_it_divides_the_ranks_and_chosen_anew_elsewhere(tmp_path):
     one = one_long_rollout(tmp_path)
     ours = one.replace(out=str(tmp_path / "ranks"))
-    for size, step, expected in ((2, 2, 2), (4, 3, 2), (3, 4, 3)):
+    for size, step, expected in ((2, 2, 2), (2, 3, 2), (4, 4, 2), (3, 5, 3)):
         ended = on_ranks(size, ranks.fit_run, ours, stop_at=(0, step))
         assert {end["status"] for end in ended} == {"interrupted"}
         assert chosen(ours.run.out)["sequence_parallel"] == expected
+        reason = json.loads((Path(ours.run.out) / "run.json").read_text())["recipe"]["sequence_parallel"]
+        assert (reason["value"], "the longest rollout has 96 tokens" in reason["reason"]) == (expected, True)
     run_alone(ours)
     assert chosen(ours.run.out)["sequence_parallel"] == 1
     for name in FIGURES:

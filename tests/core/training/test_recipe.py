@@ -20,7 +20,7 @@ NO_HEAD, HEAD = SimpleNamespace(head=None, path=Path("m")), SimpleNamespace(head
 
 
 def facts_of(response_tokens: int = 100_000, ids: int = 50_000, prompts: int = 5_000) -> DataFacts:
-    return DataFacts(prompts, response_tokens, np.arange(ids))
+    return DataFacts(prompts, response_tokens, lambda: np.arange(ids))
 
 
 FACTS = facts_of()
@@ -157,6 +157,14 @@ def test_five_unlike_data_sets(facts, new, model):
 def test_learning_rates_are_those_given_or_those_of_what_is_trained(source, given, expected):
     _, settings = chosen(source, **given)
     assert (settings.optimizer.lr, settings.optimizer.head_lr) == expected
+
+
+@pytest.mark.parametrize(("source", "given"), [(NO_HEAD, {}), (HEAD, {}), (None, {"lm_loss_weight": 0.0})])
+def test_ids_that_no_choice_depends_on_are_not_counted(source, given):
+    def count():
+        raise AssertionError("a pass over all rollouts")
+
+    chosen(source, DataFacts(165, 100_000, count), **given)
 
 
 def test_the_facts_are_counted_over_the_training_responses(tmp_path):
