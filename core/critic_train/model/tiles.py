@@ -202,7 +202,8 @@ def _in_tiles(forward: Callable[..., Any], tile: int, cut: _Cut, *args: Any, **k
     size = max(1, tile // max(1, rows))
 
     def compute(*part: Tensor) -> Any:
-        return _call(forward, args, kwargs, part)
+        # Of padded rows a tile is a view of a piece of each, and some modules take its rows for one after the other.
+        return _call(forward, args, kwargs, (each.contiguous() for each in part))
 
     if torch.is_grad_enabled():
         compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
