@@ -27,6 +27,9 @@ QUICK = [
     ("LFM2", {}, "branching"),  # a convolution alone
 ]
 
+ROWS_ALONE = {"StableLM"}
+"""Of `architectures.TEXT`, those whose attention no layout of a tree reaches (docs/models.md)."""
+
 
 def assert_as_alone(found: list[dict[str, float]] | dict[str, str], cases: list[tuple[str, dict[str, object], str]]):
     assert isinstance(found, list), found
@@ -50,7 +53,7 @@ def test_values_and_gradients_are_those_of_one_process(size):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_architecture_whose_prefixes_are_shared_can_be_cut(size):
-    cases = [(name, {}, data) for name in TEXT for data in ("branching", "long prompts")]
+    cases = [(name, {}, data) for name in TEXT if name not in ROWS_ALONE for data in ("branching", "long prompts")]
     for found in on_ranks(size, differences, size, cases):
         assert_as_alone(found, cases)
 
