@@ -1,4 +1,4 @@
-"""One long rollout, forward and backward, on one process and cut over several: peak memory, and what the trade costs.
+"""One long rollout, forward and backward, on one process and cut over several: peak memory, and the exchange's cost.
 
 Each process is started anew and computes one gradient. Its peak is the most memory it held (the resident set), and
 beside it stands what the activations alone are expected to take. The all-to-all is measured by the bytes that a rank
@@ -140,18 +140,18 @@ def measured(tokens: int) -> dict[str, Any]:
 def _counted() -> dict[str, float]:
     """Counts the bytes that are exchanged from here on, and the CPU time of it."""
     counts = {"bytes": 0.0, "seconds": 0.0}
-    exchange = sequence_parallel._exchange
+    all_to_all = sequence_parallel._all_to_all
 
     def counting(
         rows: torch.Tensor, sent: list[int], received: list[int], group: torch.distributed.ProcessGroup
     ) -> torch.Tensor:
         began = time.process_time()
-        output = exchange(rows, sent, received, group)
+        output = all_to_all(rows, sent, received, group)
         counts["seconds"] += time.process_time() - began
         counts["bytes"] += rows.nbytes
         return output
 
-    sequence_parallel._exchange = counting
+    sequence_parallel._all_to_all = counting
     return counts
 
 

@@ -30,9 +30,9 @@ from critic_train.layers.attention_kernel import (
 )
 from critic_train.layers.prefix_tree import TreeLayout
 from critic_train.layers.sequence_parallel import (
+    Exchange,
+    ExchangedAttention,
     SequenceRanks,
-    Trade,
-    TradedAttention,
     counts_between,
     one_on_each_rank,
 )
@@ -145,8 +145,8 @@ class TreeAttentionPlan:
             are cut over ranks, these and the two below are of this rank's positions, numbered from the first of them.
         needed: the same on the device; None where they are all positions.
         depth: int64 [S] on the device, the position id of every position.
-        trade: of this rank's positions for heads; None where positions are not cut over ranks.
-        trade_needed: of those of them that the last layer has to compute; None where it computes all.
+        exchange: of this rank's positions for heads; None where positions are not cut over ranks.
+        exchange_needed: of those of them that the last layer has to compute; None where it computes all.
         calls: what attention was called with, where it is to be noted down; else None.
         capture: whether attention raises KeysAndValues in place of being computed.
         keys_and_values: of all positions, which attention takes where the layer computes some positions only.
@@ -167,8 +167,8 @@ class TreeAttentionPlan:
         self.states = TreeStates(layout, device, sequence)
         self.attend_needed: TreeAttention | None = None
         self.needed: Tensor | None = None
-        self.trade = self.states.trade
-        self.trade_needed: Trade | None = None
+        self.exchange = self.states.exchange
+        self.exchange_needed: Exchange | None = None
         self.calls: set[AttentionCall] | None = None
         self.capture = False
         self.keys_and_values: tuple[Tensor, Tensor] | None = None
@@ -185,7 +185,7 @@ class TreeAttentionPlan:
             self.attend_needed = TreeAttention(queries_at(layout, needed), device, build)
             self.needed = to_device(self.needed_positions, device)
             if sequence is not None:
-                self.trade_needed = Trade(sequence, counts_between(needed, bounds))
+                self.exchange_needed = Exchange(sequence, counts_between(needed, bounds))
 
 
 class TreeUnsupportedError(Exception):
@@ -247,22 +247,22 @@ def tree_attention(
     if tree_plan.capture:
         raise KeysAndValues(key, value)
     scoring = Scoring(scale=scaling, window=sliding_window, chunk=_chunk_of(module), softcap=softcap, sinks=s_aux)
-    attend, depth, trade = tree_plan.attend, tree_plan.depth, tree_plan.trade
+    attend, depth, exchange = tree_plan.attend, tree_plan.depth, tree_plan.exchange
     if tree_plan.keys_and_values is not None:
         assert tree_plan.attend_needed is not None
         key, value = tree_plan.keys_and_values
-        attend, depth, trade = tree_plan.attend_needed, depth[tree_plan.needed], tree_plan.trade_needed
+        attend, depth, exchange = tree_plan.attend_needed, depth[tree_plan.needed], tree_plan.exchange_needed
     query = query * _tuned_for_depth(module, depth) if _tunes_by_place(module) else query
     # Rotary embeddings may promote queries and keys; the fused kernels need one dtype for all three.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    traded = None
-    if trade is not None and tree_plan.trade is not None:
-        traded = TradedAttention.of(query, key, value, scoring, queries=trade, keys=tree_plan.trade)
-        query, key, value, scoring = traded.query, traded.key, traded.value, traded.scoring
+    exchanged = None
+    if exchange is not None and tree_plan.exchange is not None:
+        exchanged = ExchangedAttention.of(query, key, value, scoring, queries=exchange, keys=tree_plan.exchange)
+        query, key, value, scoring = exchanged.query, exchanged.key, exchanged.value, exchanged.scoring
     if tree_plan.calls is not None:
         tree_plan.calls.add(_call_of(query, key, value, scoring))
     output = attend(query, key, value, scoring)
-    return output if traded is None else traded.back(output), None
+    return output if exchanged is None else exchanged.back(output), None
 
 
 def _supported_plan(

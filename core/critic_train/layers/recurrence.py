@@ -262,8 +262,8 @@ def _recur_here(
     recurrence: Recurrence, function: Callable[..., Any], states: TreeStates, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None] | Tensor:
     """`recur`, where positions are cut over ranks on all positions of this rank's heads."""
-    trade = states.trade
-    if trade is None:
+    exchange = states.exchange
+    if exchange is None:
         _check_positions(states, args[0].shape[1])
         return recur(recurrence, function, states, *args, **kwargs)
     positional = list(inspect.signature(function).parameters)[: len(args)]
@@ -271,18 +271,18 @@ def _recur_here(
     # As in attention, keys may have fewer heads than values (groups of Mamba-2).
     heads = {name: arguments[name].shape[2] for name in recurrence.sequences}
     most = max(heads.values())
-    shares = HeadShares(most, min(heads.values()), trade.ranks.size)
+    shares = HeadShares(most, min(heads.values()), exchange.ranks.size)
     for name in recurrence.sequences:
         rows: Tensor = arguments[name][0]
         filled = shares.queries(rows) if heads[name] == most else shares.keys(rows)
-        arguments[name] = trade.all_positions(filled)[None]
+        arguments[name] = exchange.all_positions(filled)[None]
     for name in recurrence.per_head:
         if isinstance(arguments.get(name), Tensor):
-            arguments[name] = shares.of_rank(arguments[name], trade.ranks.rank)
+            arguments[name] = shares.of_rank(arguments[name], exchange.ranks.rank)
     _check_positions(states, arguments[recurrence.sequences[0]].shape[1])
     output = recur(recurrence, function, states, *[arguments.pop(name) for name in positional], **arguments)
     own = output[0] if isinstance(output, tuple) else output
-    own = shares.without_filling(trade.all_heads(own[0]))[None]
+    own = shares.without_filling(exchange.all_heads(own[0]))[None]
     return (own, None) if isinstance(output, tuple) else own
 
 
@@ -290,21 +290,21 @@ def _convolve_here(
     function: Callable[..., Any], states: TreeStates, inputs: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """`convolve`, where positions are cut over ranks on all positions of this rank's channels."""
-    trade, channels = states.trade, inputs.shape[1]
-    if trade is None:
+    exchange, channels = states.exchange, inputs.shape[1]
+    if exchange is None:
         _check_positions(states, inputs.shape[2])
         return convolve(function, states, inputs, *args, **kwargs)
-    shares, rank = HeadShares(channels, channels, trade.ranks.size), trade.ranks.rank
+    shares, rank = HeadShares(channels, channels, exchange.ranks.size), exchange.ranks.rank
 
     def here(given: Any) -> Any:
         of_channels = isinstance(given, Tensor) and given.shape[0] == channels  # filters and their bias
         return shares.of_rank(given, rank) if of_channels else given
 
-    rows = trade.all_positions(shares.queries(inputs[0].transpose(0, 1)))
+    rows = exchange.all_positions(shares.queries(inputs[0].transpose(0, 1)))
     _check_positions(states, len(rows))
     named = {name: here(given) for name, given in kwargs.items()}
     outputs = convolve(function, states, rows.transpose(0, 1)[None], *map(here, args), **named)
-    own = shares.without_filling(trade.all_heads(outputs[0].transpose(0, 1)))
+    own = shares.without_filling(exchange.all_heads(outputs[0].transpose(0, 1)))
     return own.transpose(0, 1)[None]
 
 

@@ -1,4 +1,4 @@
-"""Positions of a micro-batch cut over several ranks: before attention they are traded for heads, and back after it.
+"""Positions of a micro-batch cut over several ranks: before attention they are exchanged for heads, and back after it.
 
 DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509). Embeddings, norms and MLPs see the positions of their rank
 alone. Attention, recurrences and convolutions mix positions but neither heads nor channels: an all-to-all before them
@@ -72,27 +72,27 @@ class _Gathered(torch.autograd.Function):
         return gradient.index_select(0, ctx.saved_tensors[0]), None, None, None
 
 
-class _Exchanged(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """An all-to-all whose gradient goes the other way."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(rows, sent, received, group)
+        return _all_to_all(rows, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradient.contiguous(), ctx.received, ctx.sent, ctx.group), None, None, None
+        return _all_to_all(gradient.contiguous(), ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     output = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(output, rows, received, sent, group=group)
     return output
 
 
 @dataclass(frozen=True, slots=True)
-class Trade:
+class Exchange:
     """Positions for heads, and back.
 
     Attributes:
@@ -104,7 +104,7 @@ class Trade:
     counts: list[int]
 
     @classmethod
-    def of_all(cls, ranks: SequenceRanks, positions: int) -> "Trade":
+    def of_all(cls, ranks: SequenceRanks, positions: int) -> "Exchange":
         """Of all positions of a layout, a multiple of N."""
         return cls(ranks, [positions // ranks.size] * ranks.size)
 
@@ -112,13 +112,13 @@ class Trade:
         """[C, heads, ...] -> [S, heads / N, ...]: all positions of this rank's heads."""
         size, own = self.ranks.size, len(rows)
         by_rank: Tensor = rows.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
-        exchanged: Tensor = _Exchanged.apply(by_rank.contiguous(), [own] * size, self.counts, self.ranks.group)  # type: ignore[no-untyped-call]
+        exchanged: Tensor = _AllToAll.apply(by_rank.contiguous(), [own] * size, self.counts, self.ranks.group)  # type: ignore[no-untyped-call]
         return exchanged
 
     def all_heads(self, rows: Tensor) -> Tensor:
         """[S, heads / N, ...] -> [C, heads, ...]: all heads of this rank's positions."""
         size, own = self.ranks.size, self.counts[self.ranks.rank]
-        exchanged: Tensor = _Exchanged.apply(rows.contiguous(), self.counts, [own] * size, self.ranks.group)  # type: ignore[no-untyped-call]
+        exchanged: Tensor = _AllToAll.apply(rows.contiguous(), self.counts, [own] * size, self.ranks.group)  # type: ignore[no-untyped-call]
         by_position: Tensor = exchanged.unflatten(0, (size, own)).transpose(0, 1)
         return by_position.flatten(1, 2)
 
@@ -183,7 +183,7 @@ def _filled_up(rows: Tensor, dim: int, size: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class TradedAttention:
+class ExchangedAttention:
     """Queries, keys and values of all positions, of this rank's heads; and the way back.
 
     Attributes:
@@ -198,13 +198,13 @@ class TradedAttention:
     value: Tensor
     scoring: Scoring
     _shares: HeadShares
-    _trade: Trade
+    _exchange: Exchange
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, queries: Trade, keys: Trade
-    ) -> "TradedAttention":
-        """Trade the positions of a layer's arguments for heads.
+        cls, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, *, queries: Exchange, keys: Exchange
+    ) -> "ExchangedAttention":
+        """Exchange the positions of a layer's arguments for heads.
 
         Args:
             query: [1, heads, queries of this rank, head_dim].
@@ -228,7 +228,7 @@ class TradedAttention:
 
     def back(self, output: Tensor) -> Tensor:
         """[1, Q, heads filled up / N, value_dim] -> [1, queries of this rank, heads, value_dim]."""
-        return self._shares.without_filling(self._trade.all_heads(output[0]))[None]
+        return self._shares.without_filling(self._exchange.all_heads(output[0]))[None]
 
 
 def _by_position(heads: Tensor) -> Tensor:

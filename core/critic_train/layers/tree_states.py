@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from critic_train.layers.prefix_tree import TreeLayout
-from critic_train.layers.sequence_parallel import SequenceRanks, Trade
+from critic_train.layers.sequence_parallel import Exchange, SequenceRanks
 from critic_train.layers.to_device import to_device
 from critic_train.layers.tree_nodes import NodeBatch, node_batches, padded_positions, tree_nodes, with_context
 from critic_train.rollouts import offsets_from_lengths, repeat_by_length
@@ -37,11 +37,11 @@ class TreeStates:
         sequence: the ranks over which the positions are cut, if any.
 
     Attributes:
-        trade: of this rank's positions for heads or channels; None where positions are not cut over ranks.
+        exchange: of this rank's positions for heads or channels; None where positions are not cut over ranks.
     """
 
     def __init__(self, layout: TreeLayout, device: torch.device, sequence: SequenceRanks | None = None) -> None:
-        self.trade = None if sequence is None else Trade.of_all(sequence, len(layout))
+        self.exchange = None if sequence is None else Exchange.of_all(sequence, len(layout))
         self._layout = layout
         self._device = device
         self._contexts: dict[int, ContextSequence] = {}
