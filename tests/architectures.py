@@ -106,6 +106,10 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma": ("gemma", {}),
     "Gemma 2": ("gemma2", {"query_pre_attn_scalar": 16, **WINDOWED}),
     "Gemma 3 (text)": ("gemma3_text", {"query_pre_attn_scalar": 16, **WINDOWED}),
+    "Gemma 4 (text)": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "global_head_dim": 32, "num_global_key_value_heads": 1, **WINDOWED},
+    ),
     "Mistral": ("mistral", {"sliding_window": 8}),
     "Ministral": ("ministral", WINDOWED),
     "Ministral 3 (text)": ("ministral3", {}),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 from critic_train.jsonio import read_json_object
@@ -120,16 +120,27 @@ def add_old_rope_entries(directory: Path) -> None:
     """Add the rotary entries that transformers 4 reads to a config.json that transformers 5 wrote.
 
     transformers 5 writes `rope_parameters` alone. transformers 4 passes over that, takes its default base of 10000 and
-    gives other values without a word (findings/rope-parameters-transformers-4.sh); transformers 5 takes
-    `rope_parameters` where there are both.
+    gives other values without a word (findings/rope-parameters-transformers-4.sh). Nothing is added where transformers
+    5 would read something else with the entries: Gemma 4, which transformers 4 does not know, takes `rope_scaling` for
+    all of `rope_parameters`.
     """
     file = directory / "config.json"
     config = read_json_object(file)
     entries = old_rope_entries(config.get("rope_parameters"))
     missing = {name: value for name, value in entries.items() if name not in config}
     if missing:
-        text = json.dumps(config | missing, indent=2, sort_keys=True) + "\n"
-        replace_file(file, text.encode())
+        before, rope = file.read_bytes(), _rope_parameters(directory)
+        replace_file(file, f"{json.dumps(config | missing, indent=2, sort_keys=True)}\n".encode())
+        if _rope_parameters(directory) != rope:
+            replace_file(file, before)
+
+
+def _rope_parameters(directory: Path) -> Any:
+    """What transformers reads; None where it refuses them."""
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True).rope_parameters
+    except Exception:  # each configuration class checks in its own way
+        return None
 
 
 def old_rope_entries(rope: Any) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from architectures import TEXT, text_config
 from support import branching_rollouts, small_config
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForTokenClassification,
 )
@@ -15,7 +17,12 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.microbatches import predict_values
 from critic_train.weights.loading import build_critic, load_critic, read_model
-from critic_train.weights.saving import exported_class, loads_for_token_classification, save_critic
+from critic_train.weights.saving import (
+    add_old_rope_entries,
+    exported_class,
+    loads_for_token_classification,
+    save_critic,
+)
 
 CPU = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=10_000)
 
@@ -121,3 +128,13 @@ def test_another_base_for_sliding_attention_has_its_own_entry(tmp_path):
     assert config["rope_theta"] == before["full_attention"]["rope_theta"]
     assert config["rope_local_base_freq"] == before["sliding_attention"]["rope_theta"]
     assert read_model(tmp_path).config.rope_parameters == before
+
+
+@pytest.mark.parametrize("name", [*TEXT])
+def test_transformers_5_reads_the_rotary_parameters_that_were_written(name, tmp_path):
+    """Whatever is added for transformers 4; Gemma 4 takes `rope_scaling` for all of `rope_parameters`."""
+    config = text_config(name)
+    config.save_pretrained(tmp_path)
+    before = getattr(AutoConfig.from_pretrained(tmp_path), "rope_parameters", None)
+    add_old_rope_entries(tmp_path)
+    assert getattr(AutoConfig.from_pretrained(tmp_path), "rope_parameters", None) == before
