@@ -97,12 +97,44 @@ def parse_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         size = getattr(text, name, None)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ModelError(f"{path}/config.json: found {name} {size!r}, expected a whole number above 0")
+    for part, read in ((raw, config), (raw.get("text_config"), text)):
+        _require_rotary_base(path, part, read)
     if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
         raise ModelError(f"{path}: its hidden states are not hidden_size wide (word_embed_proj_dim)")
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and (not isinstance(positions, int) or positions < 2):
         raise ModelError(f"{path}/config.json: found max_position_embeddings {positions!r}, expected a whole number")
     return config
+
+
+def _require_rotary_base(path: Path, raw: Any, read: PreTrainedConfig) -> None:
+    """Refuse a rotary base that `rope_scaling` has put out of force (findings/rope-scaling-loses-base.sh).
+
+    transformers 5 takes a `rope_scaling` that was added to config.json, as model cards say, for all of the
+    `rope_parameters` there; a base that only these have gives way to 10000.
+    """
+    if not isinstance(raw, dict) or not isinstance(raw.get("rope_scaling"), dict):
+        return
+    written, found = (
+        _rotary_bases(rope) for rope in (raw.get("rope_parameters"), getattr(read, "rope_parameters", {}))
+    )
+    if written and written != found:
+        bases = ", ".join(f"{base:g}" for base in sorted(written))
+        raise ModelError(
+            f"{path}/config.json: rope_scaling beside rope_parameters has transformers pass over rope_theta {bases}",
+            hint="put what rope_scaling says into rope_parameters, beside rope_theta, and remove rope_scaling",
+        )
+
+
+def _rotary_bases(rope: Any) -> set[float]:
+    """Every `rope_theta` of `rope_parameters`, which may have one for each kind of layer."""
+    if not isinstance(rope, dict):
+        return set()
+    return {
+        float(part["rope_theta"])
+        for part in (rope, *rope.values())
+        if isinstance(part, dict) and part.get("rope_theta")
+    }
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -76,6 +76,21 @@ def test_a_configuration_is_held_against_the_weights(model: Path, changes: dict[
     assert said in caught.value.message
 
 
+def test_a_rotary_base_that_rope_scaling_puts_out_of_force_is_refused(model: Path) -> None:
+    """The edit that model cards name for a longer context, on what transformers 5 wrote; what transformers 4 wrote has
+    the base beside it, and is read."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    configured(model, rope_parameters=rope, rope_theta=1e6, rope_scaling=yarn)
+    assert read_model(model).config.rope_parameters["rope_theta"] == 1e6
+    raw = json.loads((model / "config.json").read_text())
+    del raw["rope_theta"]
+    (model / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"pass over rope_theta 1e\+06") as caught:
+        read_model(model)
+    assert "into rope_parameters" in str(caught.value.hint)
+
+
 def test_architectures_that_are_no_list_are_passed_over_or_refused(model: Path) -> None:
     """transformers 5.17 looks at them and refuses; 5.23 does not."""
     configured(model, architectures=7)
