@@ -115,11 +115,11 @@ def _require_rotary_base(path: Path, raw: Any, read: PreTrainedConfig) -> None:
     """
     if not isinstance(raw, dict) or not isinstance(raw.get("rope_scaling"), dict):
         return
-    written, found = (
+    stated, in_force = (
         _rotary_bases(rope) for rope in (raw.get("rope_parameters"), getattr(read, "rope_parameters", {}))
     )
-    if written and written != found:
-        bases = ", ".join(f"{base:g}" for base in sorted(written))
+    if stated and stated != in_force:
+        bases = ", ".join(f"{base:g}" for base in sorted(stated))
         raise ModelError(
             f"{path}/config.json: rope_scaling beside rope_parameters has transformers pass over rope_theta {bases}",
             hint="put what rope_scaling says into rope_parameters, beside rope_theta, and remove rope_scaling",
