@@ -130,11 +130,8 @@ def _rotary_bases(rope: Any) -> set[float]:
     """Every `rope_theta` of `rope_parameters`, which may have one for each kind of layer."""
     if not isinstance(rope, dict):
         return set()
-    return {
-        float(part["rope_theta"])
-        for part in (rope, *rope.values())
-        if isinstance(part, dict) and part.get("rope_theta")
-    }
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return {part["rope_theta"] for part in parts if isinstance(part.get("rope_theta"), int | float)}
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
