@@ -168,6 +168,8 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba-2": ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8}),
 }
 """Name -> (model_type, what differs from COMMON)."""
+ROWS_ALONE = {"StableLM"}
+"""Those whose attention no layout of a tree reaches (docs/models.md)."""
 
 VISION = {
     "hidden_size": 32,

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from sequence_work import critic_of as small_critic
+from sequence_work import small_ids
 from support import branching_rollouts, small_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
@@ -25,6 +27,7 @@ from critic_train.model_files.gather import PartReader, PartWriter, as_rows_of, 
 from critic_train.run import storage
 from critic_train.settings import FitSettings, Offload
 from critic_train.stopping import StopRequest
+from critic_train.training.build import to_device_or_shard
 from critic_train.training.optimizer import build_optimizer, load_optimizer, save_optimizer
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
 from critic_train.weights.loading import build_critic, read_model
@@ -83,6 +86,22 @@ def compare_gradients() -> list[float]:
         ours = predict_values(spread, rollouts, compute, forest=True)
         theirs = predict_values(alone, rollouts, ONE, forest=True)
         worst.append(float(np.abs(ours - theirs).max()))
+        return worst
+
+
+def compare_architectures(cases: list[tuple[str, dict[str, object]]]) -> dict[str, float]:
+    """The largest difference of a value between a sharded critic and the whole one, for each architecture and what its
+    configuration has otherwise."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        rollouts, worst = small_ids(branching_rollouts()), {}
+        for name, changes in cases:
+            alone, spread = (small_critic(name, changes) for _ in range(2))
+            spread, compute = to_device_or_shard(spread, replace(ONE, ranks=ranks))
+            for critic in (alone, spread):
+                critic.eval()  # some have dropouts, or experts that draw
+            ours = predict_values(spread, rollouts, compute, forest=True)
+            theirs = predict_values(alone, rollouts, ONE, forest=True)
+            worst[f"{name} {changes}"] = float(np.abs(ours - theirs).max())
         return worst
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.work_sharing import Cost
+from critic_train.model_files.config import attention_width
 from critic_train.settings import offloads
 
 FULL_GRADIENT_SHARE = 0.125
@@ -190,5 +191,4 @@ def cost_of(critic: Critic) -> Cost:
     """What a rollout costs this critic's trunk."""
     config = critic.trunk.config
     parameters = sum(p.numel() for layer in _find_layers(critic.trunk) for p in layer.parameters())
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    return Cost.of(parameters, layers=config.num_hidden_layers, width=width)
+    return Cost.of(parameters, layers=config.num_hidden_layers, width=attention_width(config))

@@ -10,6 +10,7 @@ from critic_train.model.automatic import Choice
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic
 from critic_train.model.selfcheck import PackingChoice, select_packing
+from critic_train.model_files.config import config_size
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalComputeSettings, TrainComputeSettings
 
@@ -147,8 +148,8 @@ def _refuse_rows(packing: PackingChoice, settings: TrainComputeSettings | EvalCo
 def _filling(critic: Critic, number: int) -> str:
     """What is computed in vain where the heads of attention cannot be divided, as the rest of a sentence."""
     config = critic.trunk.config
-    heads = int(getattr(config, "num_attention_heads", None) or 0)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    heads = config_size(config, "num_attention_heads")
+    kv_heads = config_size(config, "num_key_value_heads") or heads
     if not heads or not kv_heads or heads % kv_heads:
         return ""
     computed = HeadShares(heads, kv_heads, number).computed

@@ -31,6 +31,7 @@ from critic_train.model.critic import Critic
 from critic_train.model.microbatches import forest_micro_batches, part_of, row_micro_batches, same_frequencies
 from critic_train.model.model_input import ModelInput, padded_input, tree_input
 from critic_train.model.rounding import Rounding
+from critic_train.model_files.config import config_size
 from critic_train.rollouts import Rollouts, offsets_from_lengths, repeat_by_length
 
 STOCK_ATTENTION = ("sdpa", "eager")
@@ -226,7 +227,7 @@ def _longest_alone(critic: Critic) -> int:
     """Tokens of a rollout that are tried, so that its scores of attention do not fill the memory."""
     config = critic.trunk.config
     if config._attn_implementation == "eager":
-        return max(2, math.isqrt(MOST_SCORE_BYTES // (4 * int(getattr(config, "num_attention_heads", 1)))))
+        return max(2, math.isqrt(MOST_SCORE_BYTES // (4 * max(1, config_size(config, "num_attention_heads")))))
     kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full"]
     masked = any(kind.startswith(("sliding", "chunked")) for kind in kinds)
     return math.isqrt(MOST_MASK_BYTES // 5) if masked and critic.device.type == "cuda" else sys.maxsize

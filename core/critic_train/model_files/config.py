@@ -8,6 +8,7 @@ weights before anything is allocated for it.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,24 @@ def _rotary_bases(rope: Any) -> set[float]:
         return set()
     parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]
     return {part["rope_theta"] for part in parts if isinstance(part.get("rope_theta"), int | float)}
+
+
+def config_size(config: Any, name: str) -> int:
+    """A size that a configuration may have, as in "head_dim"; 0 where it has none.
+
+    Where layers differ it is the largest: as a list of all layers (Gemma 3n), or in configurations of single layers,
+    whose common one refuses to name a size that they do not share (Gemma 4).
+    """
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    values = [getattr(layer, name, None) for layer in layers]
+    sizes = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
+    return max((int(size) for size in sizes if size), default=0)
+
+
+def attention_width(config: Any) -> int:
+    """Heads of attention times their size; 0 of a model without attention."""
+    heads = config_size(config, "num_attention_heads")
+    return heads * (config_size(config, "head_dim") or int(config.hidden_size) // heads) if heads else 0
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:

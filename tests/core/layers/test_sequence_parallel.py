@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from architectures import LONGROPE, TEXT
+from architectures import LONGROPE, ROWS_ALONE, TEXT
 from ranks import on_ranks
 from sequence_work import differences
 
@@ -26,9 +26,6 @@ QUICK = [
     ),
     ("LFM2", {}, "branching"),  # a convolution alone
 ]
-
-ROWS_ALONE = {"StableLM"}
-"""Of `architectures.TEXT`, those whose attention no layout of a tree reaches (docs/models.md)."""
 
 
 def assert_as_alone(found: list[dict[str, float]] | dict[str, str], cases: list[tuple[str, dict[str, object], str]]):

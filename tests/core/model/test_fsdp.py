@@ -4,7 +4,9 @@ import json
 
 import pytest
 import ranks
+from architectures import ROWS_ALONE, TEXT
 from rank_work import (
+    compare_architectures,
     compare_gradients,
     compare_in_tiles,
     compare_with_less_kept,
@@ -21,6 +23,15 @@ from critic_train.weights import sharded_checkpoint as sharded_saving
 def test_gradients_and_values_are_those_of_one_process_for_any_layout_and_number_of_rollouts():
     found = on_ranks(3, compare_gradients)
     assert [worst for worst in found if isinstance(worst, dict) or max(worst) > 1e-5] == []
+
+
+@pytest.mark.slow
+def test_every_architecture_is_sharded_and_its_work_shared_out():
+    cases = [(name, {}) for name in TEXT if name not in ROWS_ALONE]
+    cases.append(("Mixtral", {"head_dim": None}))  # as Mixtral is published
+    for found in on_ranks(2, compare_architectures, cases):
+        assert len(found) == len(cases), found
+        assert {name: worst for name, worst in found.items() if not worst <= 1e-5} == {}
 
 
 @pytest.mark.parametrize("kind", ["layer", "selective"])

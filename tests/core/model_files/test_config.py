@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import text_config
 from support import small_config
+from transformers import Gemma3nTextConfig, GPT2Config, LlamaConfig, Mamba2Config, MixtralConfig, PreTrainedConfig
 
 from critic_train.errors import ModelError
+from critic_train.model_files.config import attention_width, config_size
 from critic_train.weights.loading import build_critic, load_critic, read_model
 from critic_train.weights.saving import copy_tokenizer, save_critic
 
@@ -89,6 +92,29 @@ def test_a_rotary_base_that_rope_scaling_puts_out_of_force_is_refused(model: Pat
     with pytest.raises(ModelError, match=r"pass over rope_theta 1e\+06") as caught:
         read_model(model)
     assert "into rope_parameters" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (LlamaConfig(hidden_size=96, num_attention_heads=6), 96),
+        (LlamaConfig(hidden_size=96, num_attention_heads=6, head_dim=32), 192),
+        (MixtralConfig(hidden_size=96, num_attention_heads=6, head_dim=None), 96),  # as Mixtral is published
+        (GPT2Config(n_embd=96, n_head=6), 96),
+        (text_config("Gemma 4 (text)"), 4 * 32),  # 16 in its layers of sliding attention
+        (Mamba2Config(), 0),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
+)
+def test_the_width_of_attention_is_that_of_its_widest_layer(config: PreTrainedConfig, width: int) -> None:
+    assert attention_width(config) == width
+
+
+def test_a_size_may_be_missing_or_differ_between_layers() -> None:
+    assert config_size(GPT2Config(n_inner=None), "n_inner") == 0
+    assert config_size(Mamba2Config(), "num_key_value_heads") == 0
+    assert config_size(Gemma3nTextConfig(intermediate_size=[64, 128], num_hidden_layers=2), "intermediate_size") == 128
+    assert config_size(text_config("Gemma 4 (text)"), "num_key_value_heads") == 2
 
 
 def test_architectures_that_are_no_list_are_passed_over_or_refused(model: Path) -> None:
