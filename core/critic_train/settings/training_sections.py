@@ -59,7 +59,7 @@ class ModelSettings(Section):
     train: str | None = setting(
         None,
         "What is trained: all of it, the value head, the head and the last K layers, or LoRA adapters and the head. "
-        "A frozen trunk's hidden states are computed once and kept on disk. "
+        "A frozen trunk's hidden states are computed once, and kept on disk where training steps follow. "
         "[default: full; head for a model without a value head and fewer than 1,000 prompts]",
         panel="Model",
         metavar="full|head|last-K|lora",

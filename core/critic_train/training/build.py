@@ -302,7 +302,8 @@ def build_trainer(
         evaluator=_build_evaluator(settings, run, data, plan, runtime, uids, loss, state),
         checkpointer=checkpointer,
         state=state,
-        caches_states=prepared.caches_states,
+        # Without a step all states are needed once, to solve the head or to evaluate it: nothing is kept then.
+        caches_states=prepared.caches_states and plan.total_steps > 0,
         exact_head=ExactHead.of(settings, runtime, data.train),
     )
 

@@ -145,7 +145,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         settings.optimizer,
         prepared.compute,
         forest=prepared.forest,
-        caches_states=prepared.caches_states,
+        caches_states=_keeps_states(prepared, data),
         stop=stop,
     )
     yield RunEnded(status="finished", result=_result(settings, out, data, sample, prepared, times))
@@ -242,7 +242,7 @@ def _result(
         "evaluating": evaluations * held_out * times.predict_seconds_per_token,
     }
     states = 0
-    if prepared.caches_states:
+    if _keeps_states(prepared, data):
         states = _states_bytes(critic, sample, data.tokens, compute, forest=prepared.forest)
     return {
         "status": "dry run",
@@ -264,6 +264,11 @@ def _result(
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": 1 / (times.train_seconds_per_token * trained_share),
     }
+
+
+def _keeps_states(prepared: PreparedCritic, data: SurveyedData) -> bool:
+    """Whether the run keeps a frozen trunk's states, as `build_trainer` has it."""
+    return prepared.caches_states and data.plan.total_steps > 0
 
 
 def _trained(critic: Critic) -> int:

@@ -23,6 +23,8 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training import frozen_cache
+from critic_train.training.dry_run import dry_run
 from critic_train.training.exact_head import STRENGTHS, _heads, prompt_folds, second_moments, solve_ridge
 from critic_train.training.fit import fit
 
@@ -169,6 +171,22 @@ def test_train_head_is_the_exact_head_in_one_pass(settings, tmp_path):
 
     again = list(fit(settings.replace(out=str(tmp_path / "run"), train="head"), StopRequest()))
     assert again[-1].status == "already finished"
+
+
+def test_without_a_step_no_state_is_written(settings, tmp_path, monkeypatch):
+    """Every state is needed once: to solve the head, or to judge it on held-out rollouts."""
+    made: list[str] = []
+    monkeypatch.setattr(frozen_cache.StatesWriter, "__enter__", lambda self: made.append("states"))
+    changed = {"train": "head", "val_fraction": 0.2}
+    events = list(fit(settings.replace(out=str(tmp_path / "run"), **changed), StopRequest()))
+    assert events[-1].status == "finished"
+    assert not made
+    estimate = list(dry_run(settings.replace(**changed), tmp_path / "none", StopRequest()))[-1].result
+    assert (estimate["disk"]["states"], estimate["seconds"]["keeping_states"], made) == (0, 0.0, [])
+    assert estimate["seconds"]["solving_head"] > 0
+    monkeypatch.undo()
+    stepped = list(dry_run(settings.replace(epochs=1, **changed), tmp_path / "none", StopRequest()))[-1].result
+    assert stepped["disk"]["states"] > 0
 
 
 def test_fine_tuning_starts_from_the_exact_head(settings, tmp_path):
