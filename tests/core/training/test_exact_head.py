@@ -25,7 +25,12 @@ from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training import frozen_cache
 from critic_train.training.dry_run import dry_run
-from critic_train.training.exact_head import STRENGTHS, _heads, prompt_folds, second_moments, solve_ridge
+from critic_train.training.exact_head import (
+    STRENGTHS,
+    _heads,
+    second_moments,
+    solve_ridge,
+)
 from critic_train.training.fit import fit
 
 ONE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=70)
@@ -115,15 +120,6 @@ def test_states_that_know_nothing_leave_the_mean():
     found = solve_ridge([torch.from_numpy(part.T @ part) for part in np.split(constant, 2)])
     assert not found.weight.any()
     assert (found.bias, found.explained_variance) == (pytest.approx(2.0), None)
-
-
-def test_folds_hold_prompts_together_however_they_are_named():
-    groups, prompts = np.arange(12), np.repeat([5, 6, 7, 8, 9, 10], 2)
-    folds, what = prompt_folds(groups, prompts, seed=0)
-    assert (what, set(folds)) == ("6 prompts", set(range(5)))
-    assert (folds[::2] == folds[1::2]).all()
-    folds, what = prompt_folds(np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64), seed=0)
-    assert (sorted(folds), what) == ([0, 1, 2], "3 rollouts of the only prompt")
 
 
 @pytest.fixture(scope="module")
