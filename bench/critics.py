@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForTokenClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForTokenClassification
 
 from bench.worlds import Shares, Task, explained, shares
 from critic_train.events import EvaluationEnded, RunEnded, RunStarted
@@ -116,12 +116,14 @@ class Yardstick:
         held_out = task.held_out()
         self.held_out: pa.Table = held_out
         if task.model:
+            config = AutoConfig.from_pretrained(task.model)
+            config.num_labels, config.classifier_dropout = 1, 0.0
             self.model: Any = AutoModelForTokenClassification.from_pretrained(
-                task.model, num_labels=1, classifier_dropout=0.0, dtype=torch.float32
+                task.model, config=config, dtype=torch.float32
             )
         else:
             every = [*self.rows, *held_out.to_pylist()]
-            config: PreTrainedConfig = preset_config(
+            config = preset_config(
                 preset,
                 max_token_id=max(max(row["input_ids"]) for row in every),
                 max_length=max(len(row["input_ids"]) for row in every),

@@ -35,7 +35,7 @@ class Options:
         model: what those critics start from.
         keep: where drawn worlds are kept.
         world: "chain" or "adding", the kind of drawn worlds; None for both.
-        only: "fit" or "yardstick", of the critics that are compared; None for both.
+        only: of what is compared, this alone; None for all of it.
         yardstick_preset: the size of the yardstick where it starts from no model.
         yardstick_steps: the most steps that it takes.
         minutes: how long `device` may take.

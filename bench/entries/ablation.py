@@ -25,6 +25,7 @@ TAKEN_OUT: dict[str, dict[str, Any]] = {
     "warm-up": {"warmup_steps": 0},
     "weight decay": {"weight_decay": 0.0},
     "clip": {"no_clip": True},
+    "the average of the weights": {"ema_decay": 0.0},
 }
 TRIED: dict[str, dict[str, Any]] = {
     "GAE, lambda 0.95, by epoch": {"returns": "gae", "lam": 0.95, "old_values": "epoch"},

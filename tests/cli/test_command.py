@@ -17,7 +17,7 @@ FIT_FLAGS = words("""
 --model --preset --train --head-init --head-inputs --lora-rank --lora-alpha
 --old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor --lm-loss-weight
 --recipe --epochs --max-steps --batch-size --shuffle --lr --head-lr --optimizer --weight-decay --warmup-steps
---lr-schedule --grad-clip
+--lr-schedule --ema-decay --grad-clip
 --on-non-finite --max-skips --seed
 --device --precision --packing --attention --max-tokens --activation-checkpointing --offload
 --compile --nproc --sequence-parallel

@@ -107,7 +107,7 @@ def choose_offload(
     trained = more + sum(p.numel() for p in critic.parameters() if p.requires_grad)
     cast = weights // 2 if compute.precision == "bf16" else 0
     moments = MOMENT_BYTES[kind] * trained
-    total = (weights + 4 * trained + moments) / compute.ranks.size + cast
+    total = (weights + 4 * trained + moments + average_bytes(trained, compute)) / compute.ranks.size + cast
     if total < (1 - 2 * RESERVED_SHARE) * device_bytes or kind != "adamw":
         return None
     return Choice(
@@ -116,6 +116,11 @@ def choose_offload(
         reason=f"weights, gradients and moments take {format_bytes(total)} of the device's "
         f"{format_bytes(device_bytes)}: the moments, {format_bytes(moments / compute.ranks.size)}, wait in host memory",
     )
+
+
+def average_bytes(trained: int, compute: Compute) -> int:
+    """What the average of so many trained parameters takes, in float32; 0 where a run keeps none."""
+    return 4 * trained if compute.averages_weights else 0
 
 
 def with_offload(
@@ -238,6 +243,7 @@ def choose_memory(
     trained = sum(part_here(p).numel() for p in critic.parameters() if p.requires_grad)
     on_device = not (offloads(compute.offload, "optimizer") or offloads(compute.offload, "all"))
     moments = MOMENT_BYTES[optimizer] * trained if on_device else 0
+    moments += 0 if offloads(compute.offload, "all") else average_bytes(trained, compute)
     wanted = max_tokens or -(-_useful_tokens(largest, forest=forest) // compute.sequence_size)
     for keeping in keepings:
         set_keeping(critic, compute, keeping)

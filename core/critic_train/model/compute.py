@@ -68,6 +68,7 @@ class Compute:
         may_offload: whether layer inputs may come to wait in host memory then: --offload chooses itself.
         keep_less: what may be tried where memory runs out on a single rollout, the fastest first.
         kept_less: whether that has happened.
+        averages_weights: whether a run keeps an average of the trained weights, of their size.
     """
 
     device: torch.device
@@ -88,6 +89,7 @@ class Compute:
     may_offload: bool = False
     keep_less: tuple[Keeping, ...] = ()
     kept_less: bool = False
+    averages_weights: bool = False
     _announced: int | None = field(default=None, repr=False, compare=False)
     _announced_keeping: Keeping | None = field(default=None, repr=False, compare=False)
 

@@ -179,8 +179,9 @@ def _more_sequence_ranks(critic: Critic, tokens: int, compute: Compute) -> str:
 
 
 def _static_bytes(critic: Critic, compute: Compute) -> int:
-    """Weights, gradients and moments of a rank, in float32."""
-    return 16 * sum(p.numel() for p in critic.parameters()) // compute.ranks.size
+    """Weights, gradients and moments of a rank, in float32, and the average of its weights where there is one."""
+    each = 20 if compute.averages_weights else 16
+    return each * sum(p.numel() for p in critic.parameters()) // compute.ranks.size
 
 
 def _device_bytes(compute: Compute) -> int:

@@ -14,7 +14,12 @@ PICKLED_HEAD_FILE = "value_head.bin"
 """Where LLaMA-Factory writes the value head of a reward model, without safetensors."""
 TRAINING_STATE = ("pytorch_model", "training_args", "optimizer", "scheduler", "scaler", "rng_state", "adapter_")
 """How pickled files beside safetensors weights begin that hold the same weights again, or no weights."""
-OWN_FILES = ("optimizer.safetensors", "adapter.safetensors", "next_token_head.safetensors")
+OWN_FILES = (
+    "optimizer.safetensors",
+    "optimizer_weights.safetensors",
+    "adapter.safetensors",
+    "next_token_head.safetensors",
+)
 """What a checkpoint of ours has beside its weights."""
 TAKES = "--model takes a run, a checkpoint or a Hugging Face directory with safetensors weights"
 

@@ -41,8 +41,8 @@ def model_digest(path: Path) -> dict[str, Any]:
         {"files": {name: {"bytes", "sampled_sha256"}}}, JSON-able. It does not depend on the directory's path.
     """
     names = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
-    skipped = "optimizer.safetensors"
-    return {"files": {p.name: _sampled(p) for p in names if p.name != skipped}}
+    skipped = ("optimizer.safetensors", "optimizer_weights.safetensors")
+    return {"files": {p.name: _sampled(p) for p in names if p.name not in skipped}}
 
 
 def tokenizer_digest(path: Path, names: Sequence[str]) -> dict[str, str]:

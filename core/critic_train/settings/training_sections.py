@@ -59,7 +59,7 @@ class ModelSettings(Section):
     train: str | None = setting(
         None,
         "What is trained: all of it, the value head, the head and the last K layers, or LoRA adapters and the head. "
-        "A frozen trunk's hidden states are computed once and kept on disk. "
+        "A frozen trunk's hidden states are computed once, and kept on disk where training steps follow. "
         "[default: full; head for a model without a value head and fewer than 1,000 prompts]",
         panel="Model",
         metavar="full|head|last-K|lora",
@@ -199,6 +199,12 @@ class OptimizerSettings(Section):
         None, "Steps over which the learning rate rises. [default: 3 % of the run]", panel="Training"
     )
     lr_schedule: Schedule = setting("cosine", "How the learning rate falls after the warm-up.", panel="Training")
+    ema_decay: float | None = setting(
+        None,
+        "Decay of an exponential moving average of the trained weights, which is evaluated and saved while training "
+        "goes on with the weights themselves; 0 for none. [default: 0.99 for a new transformer, else 0]",
+        panel="Training",
+    )
     grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns the clip off.", panel="Training")
     on_non_finite: OnNonFinite = setting(
         "stop", "Where a loss or gradient is not finite: end the run, or go on without the step.", panel="Training"
@@ -211,6 +217,11 @@ class OptimizerSettings(Section):
         return [
             *minimum_errors(self, 1, "batch_size", "max_steps"),
             *seed_errors(self.seed),
+            *(
+                []
+                if 0 <= (self.ema_decay or 0.0) < 1
+                else [f"--ema-decay must be from 0 to below 1, not {self.ema_decay:g}"]
+            ),
             *minimum_errors(
                 self, 0, "epochs", "weight_decay", "grad_clip", "lr", "head_lr", "warmup_steps", "max_skips"
             ),

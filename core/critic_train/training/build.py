@@ -53,6 +53,7 @@ from critic_train.training.state_files import StateFiles
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe
 from critic_train.training.trainer import Trainer
+from critic_train.training.weight_average import WeightAverage
 from critic_train.weights.loading import ModelSource, build_critic, read_model
 from critic_train.weights.lora import add_adapters, load_adapters
 from critic_train.weights.saving import exported_class, loads_for_token_classification
@@ -272,7 +273,11 @@ def build_trainer(
     stop: StopRequest,
 ) -> Trainer:
     """The trainer of a run at its first step; its checkpointer can then load the step to resume from."""
-    runtime = CriticRuntime(critic=prepared.critic, compute=prepared.compute, forest=prepared.forest, stop=stop)
+    decay = settings.optimizer.ema_decay
+    average = WeightAverage(prepared.critic, decay) if decay else None
+    runtime = CriticRuntime(
+        critic=prepared.critic, compute=prepared.compute, forest=prepared.forest, stop=stop, average=average
+    )
     targets, loss = Targets.of(settings.returns, settings.loss), LossRecipe.of(settings.loss, return_scale)
     state, seed = TrainingState(), settings.optimizer.seed
     old_values = _old_values(settings, runtime, data.train)
@@ -286,7 +291,7 @@ def build_trainer(
         plan=plan,
         seed=seed,
         max_tokens=prepared.chosen["max_tokens"],
-        files=StateFiles(prepared.critic, optimizer, source.path if source else None, prepared.compute.ranks),
+        files=StateFiles(prepared.critic, optimizer, source.path if source else None, prepared.compute.ranks, average),
         old_values=old_values,
     )
     return Trainer(
@@ -302,7 +307,8 @@ def build_trainer(
         evaluator=_build_evaluator(settings, run, data, plan, runtime, uids, loss, state),
         checkpointer=checkpointer,
         state=state,
-        caches_states=prepared.caches_states,
+        # Without a step all states are needed once, to solve the head or to evaluate it: nothing is kept then.
+        caches_states=prepared.caches_states and plan.total_steps > 0,
         exact_head=ExactHead.of(settings, runtime, data.train),
     )
 

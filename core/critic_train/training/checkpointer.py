@@ -86,6 +86,8 @@ class Checkpointer:
         self.newest = checkpoint
         self.manager.mark_complete(checkpoint)
         load_optimizer(self.optimizer, self.runtime.critic, checkpoint)
+        if self.runtime.average is not None:
+            self.runtime.average.load(checkpoint)
         record = read_state(checkpoint)
         try:
             self.state.restore(record, self.plan.total_steps)
@@ -164,7 +166,7 @@ class Checkpointer:
             self._write_record(directory)
 
         step = self.state.position.step
-        needed = checkpoint_bytes(self.runtime.critic)
+        needed = checkpoint_bytes(self.runtime.critic, averaged=self.runtime.average is not None)
         self.newest = self.manager.write(step, fill, bytes_needed=needed, best=self.run.best)
         if self.state.position.best_step == step:
             self.run.point_best_at(self.newest)

@@ -19,6 +19,7 @@ from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.distributed.init import init_ranks
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.events import Event, Notice, Progress, RunEnded
+from critic_train.model.automatic import average_bytes
 from critic_train.model.compute import Compute, Keeping, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
 from critic_train.model.oom import activation_bytes
@@ -110,6 +111,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     limits = row_limits(settings.reading.max_length, source)
     data = yield from _survey_data(settings, shards, limits, source, targets, stop)
     settings = data.settings
+    compute.averages_weights = bool(settings.optimizer.ema_decay)
     sample = data.train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
     timed = targets.in_epoch(targets.on_reading(_first_tokens(sample, TIMED_TOKENS * compute.max_tokens)))
@@ -145,7 +147,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         settings.optimizer,
         prepared.compute,
         forest=prepared.forest,
-        caches_states=prepared.caches_states,
+        caches_states=_keeps_states(prepared, data),
         stop=stop,
     )
     yield RunEnded(status="finished", result=_result(settings, out, data, sample, prepared, times))
@@ -242,7 +244,7 @@ def _result(
         "evaluating": evaluations * held_out * times.predict_seconds_per_token,
     }
     states = 0
-    if prepared.caches_states:
+    if _keeps_states(prepared, data):
         states = _states_bytes(critic, sample, data.tokens, compute, forest=prepared.forest)
     return {
         "status": "dry run",
@@ -260,10 +262,15 @@ def _result(
         "device": str(compute.device),
         "offload": compute.offload,
         "memory": _memory(critic, compute, times) | _longest(critic, compute, data.train.longest),
-        "disk": _disk(critic, settings.run.keep, data.tokens, states, out),
+        "disk": _disk(critic, settings.run.keep, data.tokens, states, out, averaged=compute.averages_weights),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": 1 / (times.train_seconds_per_token * trained_share),
     }
+
+
+def _keeps_states(prepared: PreparedCritic, data: SurveyedData) -> bool:
+    """Whether the run keeps a frozen trunk's states, as `build_trainer` has it."""
+    return prepared.caches_states and data.plan.total_steps > 0
 
 
 def _trained(critic: Critic) -> int:
@@ -278,6 +285,7 @@ def _memory(critic: Critic, compute: Compute, times: StepTimes) -> dict[str, Any
         "weights": WEIGHT_BYTES * sum(p.numel() for p in critic.parameters()),
         "gradients": WEIGHT_BYTES * _trained(critic),
         "moments": times.moment_bytes,
+        "average": average_bytes(_trained(critic), compute),
         "peak": times.peak_memory_bytes,
         "device": available,
     }
@@ -305,9 +313,9 @@ def _states_bytes(critic: Critic, sample: Rollouts, tokens: int, compute: Comput
     return round(tokens * (ROW_BYTES + STATE_BYTES * width * cached / len(sample.input_ids)))
 
 
-def _disk(critic: Critic, keep: int, tokens: int, states: int, out: Path) -> dict[str, int]:
+def _disk(critic: Critic, keep: int, tokens: int, states: int, out: Path, *, averaged: bool) -> dict[str, int]:
     """Bytes. The best checkpoint, the newest ones and the one being written exist at the same time."""
-    checkpoint = checkpoint_bytes(critic)
+    checkpoint = checkpoint_bytes(critic, averaged=averaged)
     cache = CACHED_BYTES_PER_TOKEN * tokens
     return {
         "checkpoint": checkpoint,

@@ -67,12 +67,13 @@ class Evaluator:
         return self.patience is not None and self.state.position.evaluations_since_best >= self.patience
 
     def evaluate(self) -> Iterator[Event]:
-        """Evaluate the critic as it is. All ranks call it.
+        """Evaluate the critic as it would be saved. All ranks call it.
 
         Raises:
             Stopped: asked to stop; nothing is recorded.
         """
-        metrics, verdict = yield from self._judge()
+        with self.runtime.averaged():
+            metrics, verdict = yield from self._judge()
         yield from self.runtime.memory_notices()
         position, minus_start = self.state.position, metrics.get(MINUS_START)
         epoch, _ = self.plan.locate(position.step)

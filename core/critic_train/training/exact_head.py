@@ -3,11 +3,11 @@
     minimise over (w, b):  sum_t a_t (G_t - w . h_t - b)^2 / sum_t a_t  +  strength * m * |w|^2
 
 h_t is the state that the value of token t is read from (with --head-inputs last+mean, that state and the mean of the
-response's states so far, one after the other), a_t the token's weight by --loss-agg-mode, and m the mean
-eigenvalue of the states' covariance. The states are never kept: what the solution needs are their second moments, which
-are summed in float64 while the rollouts go through the trunk once. They are summed for each fold of prompts, so that
-the error of a fold under the head that the other folds give follows from sums alone (cross-validation without a second
-pass), and the strength is the one with the smallest error. The bias is not penalised.
+response's states so far, one after the other), a_t the token's weight by --loss-agg-mode, and m the mean eigenvalue of
+the states' covariance. The states are not written anywhere: the solution needs their second moments, which are summed
+in float64 while the rollouts go through the trunk once. They are summed for each fold of prompts, so that the error of
+a fold under the head that the other folds give follows from sums alone (cross-validation without a second pass), and
+the strength is the one with the smallest error. The bias is not penalised.
 
 Training then starts from what the states know already: linear probing, then fine-tuning (Kumar et al. 2022, arXiv
 2202.10054). A head that starts at 0 and is trained with the trunk moves the trunk before it reads it.
@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from critic_train.data.order import connected_groups, mixed
+from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import SOLVING_HEAD, Event, Notice, Progress
 from critic_train.layers.to_device import to_device
 from critic_train.model.compute import Compute
@@ -35,6 +35,8 @@ from critic_train.model.oom import attempts
 from critic_train.rollouts import Rollouts
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training import cross_validated
+from critic_train.training.cross_validated import CrossValidated, TokenStates, prompt_folds, shuffled_prompts
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
 from critic_train.training.divergence import diverged
 from critic_train.training.loss import token_weights
@@ -42,7 +44,6 @@ from critic_train.training.state import CriticRuntime
 from critic_train.training.targets import Targets
 from critic_train.training.train_step import LossRecipe
 
-FOLDS = 5
 STRENGTHS = [10.0 ** (exponent / 2) for exponent in range(-12, 7)]
 """Of the penalty, as shares of the covariance's mean eigenvalue; besides these, the mean return alone is tried."""
 ROWS_AT_ONCE = 4096
@@ -58,12 +59,15 @@ class RidgeHead:
         bias: of the head.
         strength: the penalty, as a share of the mean eigenvalue; infinite where the mean return alone does best.
         explained_variance: cross-validated, each token weighed as in the loss; None with fewer than two folds.
+        of_folds: float64 [folds, width], with its bias last, the head that the other folds give at this strength; None
+            with fewer than two folds.
     """
 
     weight: Tensor
     bias: float
     strength: float
     explained_variance: float | None
+    of_folds: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +78,14 @@ class ExactHead:
         runtime: the critic; cached states are read where there are any.
         train: the rollouts to solve it on.
         loss: says how much each token counts. Its clip has no part in this.
+        advantage: how advantages are estimated, for the figures.
         seed: of the folds.
     """
 
     runtime: CriticRuntime
     train: RolloutSet
     loss: LossRecipe
+    advantage: AdvantageRecipe
     seed: int
 
     @classmethod
@@ -94,7 +100,9 @@ class ExactHead:
         if targets.moving and targets.recipe.bootstraps:
             complete = train.index[~train.cache.truncated[train.index]]
             train = replace(train, index=complete) if len(complete) else train
-        return cls(runtime=runtime, train=train, loss=LossRecipe.of(settings.loss), seed=settings.optimizer.seed)
+        advantage = AdvantageRecipe.of(targets.recipe)
+        seed = settings.optimizer.seed
+        return cls(runtime=runtime, train=train, loss=LossRecipe.of(settings.loss), advantage=advantage, seed=seed)
 
     def solve(self) -> Generator[Event, None, dict[str, Any]]:
         """Put the solved head into the critic. All ranks call it.
@@ -110,10 +118,12 @@ class ExactHead:
             DivergedError: a state or return is not finite.
         """
         runtime, ranks = self.runtime, self.runtime.compute.ranks
-        folds, what = prompt_folds(self.train.groups, self.train.prompts, self.seed)
+        order, what = shuffled_prompts(self.train.groups, self.train.prompts, self.seed)
+        folds = prompt_folds(order)
+        validation = CrossValidated(self.train, order, int(runtime.critic.head.weight.numel()))
         moments = []
         for fold in range(int(folds.max()) + 1):
-            moments.append((yield from self._moments(np.flatnonzero(folds == fold), done=int((folds < fold).sum()))))
+            moments.append((yield from self._moments(folds, fold, validation)))
             yield from runtime.memory_notices()
         if any(bool((~torch.isfinite(fold)).any()) for fold in moments):
             raise diverged(
@@ -127,6 +137,7 @@ class ExactHead:
                 "bias": head.bias,
                 "strength": head.strength if np.isfinite(head.strength) else None,
                 "explained_variance": head.explained_variance,
+                "of_folds": None if head.of_folds is None else head.of_folds.tolist(),
             }
             if runtime.critic.head.inputs != "last":
                 alone = solve_ridge([of_last_state(fold) for fold in moments], runtime.compute.device)
@@ -134,13 +145,22 @@ class ExactHead:
         answer = ranks.broadcast(answer)
         runtime.critic.head.set_linear(torch.tensor(answer.pop("weight"), dtype=torch.float64), answer.pop("bias"))
         yield Progress(stage=SOLVING_HEAD, done=len(self.train), total=len(self.train))
+        of_folds, judged = answer.pop("of_folds"), {}
+        if of_folds is not None:
+            judged = validation.judged(torch.tensor(of_folds, dtype=torch.float64), self.advantage, ranks)
+        judged = ranks.broadcast(judged)
         record = {**answer, "folds": len(moments), "folds_of": what, "rollouts": len(self.train)}
         yield Notice(message=sentence(record))
-        return record
+        if figures := cross_validated.sentence(judged):
+            yield Notice(message=figures)
+        return record | ({"cross_validated": judged} if judged else {})
 
-    def _moments(self, index: NDArray[np.int64], done: int) -> Generator[Event, None, Tensor]:
-        """float64 [width, width] on the CPU: the second moments of some rollouts, of all ranks."""
+    def _moments(
+        self, folds: NDArray[np.int64], number: int, validation: CrossValidated
+    ) -> Generator[Event, None, Tensor]:
+        """float64 [width, width] on the CPU: the second moments of a fold, of all ranks."""
         runtime, loss = self.runtime, self.loss
+        index, done = np.flatnonzero(folds == number), int((folds < number).sum())
         per_rollout = token_weights(self.train.cache.response_counts[self.train.index], loss.mode, loss.scale_factor)
         fold = replace(self.train, index=self.train.index[index])
         width = moments_width(runtime.critic)
@@ -149,7 +169,13 @@ class ExactHead:
             yield Progress(stage=SOLVING_HEAD, done=done, total=len(self.train))
             weights = np.repeat(per_rollout[index[part]], rollouts.lengths)
             total += second_moments(
-                runtime.critic, rollouts, weights, runtime.compute, forest=runtime.forest, stop=runtime.stop
+                runtime.critic,
+                rollouts,
+                weights,
+                runtime.compute,
+                forest=runtime.forest,
+                stop=runtime.stop,
+                memory=validation.batch(number, index[part]),
             )
             done += len(part)
         return runtime.compute.ranks.all_reduce_sum(total.cpu())
@@ -168,27 +194,6 @@ def sentence(record: dict[str, Any]) -> str:
     beside = "" if alone is None else f"; {alone:.3f} with the last state alone"
     of_strength = f"strength {strength:.2g} of the mean eigenvalue"
     return f"{what}: explained variance {figure:.3f} in {validated} ({of_strength}){beside}"
-
-
-def prompt_folds(groups: NDArray[np.int64], prompts: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], str]:
-    """The fold of every rollout. Rollouts of one prompt are in the same, unless all are of one prompt.
-
-    Args:
-        groups: int64 [n], the prompt group of every rollout.
-        prompts: int64 [n], a key of its prompt's tokens.
-        seed: of the folds.
-
-    Returns:
-        (int64 [n] from 0, none left out; what the folds are made of, as in "166 prompts").
-    """
-    together = connected_groups(groups, prompts)
-    what = "prompts"
-    if len(np.unique(together)) == 1:
-        together, what = np.arange(len(groups), dtype=np.int64), "rollouts of the only prompt"
-    keys, inverse = np.unique(together, return_inverse=True)
-    rank = np.empty(len(keys), dtype=np.int64)
-    rank[np.argsort(mixed(keys, seed), kind="stable")] = np.arange(len(keys))
-    return rank[inverse] % min(FOLDS, len(keys)), f"{len(keys):,} {what}"
 
 
 def moments_width(critic: Critic) -> int:
@@ -212,6 +217,7 @@ def second_moments(
     *,
     forest: bool,
     stop: StopRequest,
+    memory: TokenStates | None = None,
 ) -> Tensor:
     """Weighted sums of z z^T over this rank's share of the response tokens, z = (what the head reads, 1, return).
 
@@ -222,6 +228,7 @@ def second_moments(
         compute: device, precision and token budget, which is lowered where memory runs out.
         forest: lay rollouts out as a forest, or as padded rows.
         stop: checked before every micro-batch.
+        memory: is given what the head reads, where some of it stays in memory.
 
     Returns:
         float64 [width, width] on the device, width as in `moments_width`.
@@ -233,6 +240,8 @@ def second_moments(
     for attempt in attempts(critic, rollouts, compute):
         with attempt:
             total = torch.zeros(width, width, dtype=torch.float64, device=compute.device)
+            if memory is not None:
+                memory.parts.clear()
             try:
                 for batch in micro_batches(rollouts, compute, forest=forest):
                     stop.check_on_all_ranks()
@@ -240,6 +249,8 @@ def second_moments(
                         states = critic.hidden(batch)
                     for read, index, tokens in _what_the_head_reads(critic, states, batch):
                         _add_moments(total, read, index, weights[tokens], rollouts.returns[tokens])
+                        if memory is not None:
+                            memory.add(read, index, tokens)
             finally:
                 reshard((critic.trunk, critic.head))
             compute.ranks.all_reduce_sum(torch.zeros(1))  # no rank ends an attempt alone
@@ -331,8 +342,17 @@ def solve_ridge(moments: list[Tensor], device: torch.device | None = None) -> Ri
             chosen = len(strengths) - 1
     head = _heads(total, strengths[chosen : chosen + 1])[0]
     return RidgeHead(
-        weight=head[:-1].cpu(), bias=float(head[-1]), strength=strengths[chosen], explained_variance=explained
+        weight=head[:-1].cpu(),
+        bias=float(head[-1]),
+        strength=strengths[chosen],
+        explained_variance=explained,
+        of_folds=None if explained is None else _heads_of_others(moments, total, strengths[chosen]),
     )
+
+
+def _heads_of_others(moments: list[Tensor], total: Tensor, strength: float) -> Tensor:
+    """float64 [folds, hidden_size + 1] on the CPU: what all folds but each give."""
+    return torch.stack([_heads(total - fold.to(total.device), [strength])[0] for fold in moments]).cpu()
 
 
 def _heads(moments: Tensor, strengths: list[float]) -> Tensor:

@@ -138,6 +138,7 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
             )
         checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
         settings = with_recipe(settings, begun.recipe)
+        compute.averages_weights = bool(settings.optimizer.ema_decay)
         if compute.device.type == "cpu":
             keep_freed_memory()
         trainer = yield from _build(settings, begun, run, shards, source, checkpoint, compute, stop)

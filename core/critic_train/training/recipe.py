@@ -38,6 +38,9 @@ FEW_PROMPTS = 1_000
 PATIENCE = 3
 """Evaluations, of ten in a run, in which fine-tuning has to get further."""
 
+EMA_DECAY = 0.99
+"""Of a new transformer's weights."""
+
 LR_FINE_TUNING = 1e-5
 LR_ADAPTERS = 1e-4
 """LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al. 2024, arXiv 2405.09673)."""
@@ -90,6 +93,7 @@ def _not_given(settings: FitSettings, source: ModelSource | None, recipe: Recipe
 def _for_new_transformer(settings: FitSettings, facts: DataFacts) -> Recipe:
     few = facts.response_tokens < FEW_TOKENS
     recipe = {"preset": _preset(facts, few)}
+    recipe["ema_decay"] = _choice(EMA_DECAY, "the average of a new transformer's weights is ahead of them on the way")
     if settings.loss.lm_loss_weight is None:
         recipe["lm_loss_weight"] = _lm_loss_weight(facts)
     if few:

@@ -283,7 +283,7 @@ def require_room_for_checkpoints(trainer: Trainer, settings: RunSettings) -> Non
     to_come += left == plan.total_steps and trainer.evaluator is not None  # that of step 0
     standing = len(checkpoints(run.checkpoints))
     count = min(to_come, max(1, settings.keep + 2 - standing))
-    size = checkpoint_bytes(trainer.runtime.critic)
+    size = checkpoint_bytes(trainer.runtime.critic, averaged=trainer.runtime.average is not None)
     require_room(
         run.path,
         count * size,

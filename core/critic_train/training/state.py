@@ -1,6 +1,7 @@
 """Where a run stands, as its checkpoints record it (`trainer.json`), and a critic together with how it computes."""
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.stopping import StopRequest
 from critic_train.training.against_start import Sums
 from critic_train.training.divergence import diverged
+from critic_train.training.weight_average import WeightAverage
 
 
 @dataclass(slots=True, kw_only=True)
@@ -193,12 +195,18 @@ class CriticRuntime:
         compute: device, precision, ranks and token budget; its token budget is lowered where memory runs out.
         forest: lay rollouts out as a forest of shared prefixes, or as padded rows.
         stop: checked before every micro-batch, by all ranks together.
+        average: of its weights, by which it is judged; None where the weights themselves are.
     """
 
     critic: Critic
     compute: Compute
     forest: bool
     stop: StopRequest
+    average: WeightAverage | None = None
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the critic has the weights by which it is judged."""
+        return nullcontext() if self.average is None else self.average.in_place()
 
     def values(
         self, rollouts: Rollouts, *, step: int, stage: str, before: int, total: int

@@ -6,6 +6,8 @@ token budget, with which the same command goes on.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from critic_train.run.run_directory import RunDirectory
 from critic_train.run.storage import File, make_directory, remove_tree
 from critic_train.training.next_token_loss import save_next_token_head
 from critic_train.training.optimizer import save_optimizer
+from critic_train.training.weight_average import WeightAverage
 from critic_train.weights.saving import save_critic
 from critic_train.weights.sharded_checkpoint import ShardedCritic
 
@@ -37,12 +40,19 @@ class StateFiles:
         optimizer: of the critic.
         tokenizer_from: the model directory whose tokenizer files are copied, if any.
         ranks: of the run.
+        average: of the weights, which is saved as the critic's own, the others beside it; None where there is none.
     """
 
     def __init__(
-        self, critic: Critic, optimizer: torch.optim.Optimizer, tokenizer_from: Path | None, ranks: Ranks
+        self,
+        critic: Critic,
+        optimizer: torch.optim.Optimizer,
+        tokenizer_from: Path | None,
+        ranks: Ranks,
+        average: WeightAverage | None = None,
     ) -> None:
         self._critic, self._optimizer, self._tokenizer_from = critic, optimizer, tokenizer_from
+        self._average = average
         self._named = dict(critic.named_parameters())
         self._sharded = ShardedCritic(critic) if ranks.sharded else None
 
@@ -58,25 +68,42 @@ class StateFiles:
         """
         if self._sharded is None:
             assert directory is not None
-            save_critic(self._critic, directory, self._tokenizer_from)
+            with self._averaged():
+                save_critic(self._critic, directory, self._tokenizer_from)
             save_optimizer(self._optimizer, self._named, directory)
             save_next_token_head(self._critic, directory)
+            if self._average is not None:
+                self._average.save(directory)
             return
         try:
-            self._sharded.save_to(directory, self._tokenizer_from, gather)
+            with self._averaged():
+                self._sharded.save_to(directory, self._tokenizer_from, gather)
         except OSError:
             self._save_beside(None, gather)  # the other ranks wait for this one there
             raise
         self._save_beside(directory, gather)
 
     def _save_beside(self, directory: Path | None, gather: Gather) -> None:
-        """On several ranks: the files of moments and of the next-token head."""
-        try:
-            save_optimizer(self._optimizer, self._named, directory, gather)
-        except OSError:
-            save_next_token_head(self._critic, None, gather)
-            raise
-        save_next_token_head(self._critic, directory, gather)
+        """On several ranks: the files of moments, of the next-token head and of weights that are not averaged.
+
+        Where one cannot be written, the others are gathered all the same: the other ranks wait for this one there.
+        """
+        fault: OSError | None = None
+        writes: list[Callable[[Path | None, Gather], None]] = [
+            partial(save_optimizer, self._optimizer, self._named),
+            partial(save_next_token_head, self._critic),
+            *([] if self._average is None else [self._average.save]),
+        ]
+        for write in writes:
+            try:
+                write(None if fault else directory, gather)
+            except OSError as error:
+                fault = fault or error
+        if fault:
+            raise fault
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.in_place()
 
 
 class LastStepSaver:

@@ -21,6 +21,7 @@ from critic_train.training.dataset import RolloutSet
 from critic_train.training.frozen_cache import ROWS, CachedStates, cache_states
 from critic_train.training.optimizer import build_optimizer
 from critic_train.training.train_step import LossRecipe, accumulate_gradient, clip_gradient
+from critic_train.training.weight_average import WeightAverage
 
 TIMED_STEPS = 3
 """After one that warms up; their median counts."""
@@ -153,6 +154,7 @@ def _time_training(
     optimizer = build_optimizer(
         critic.train(), lr=0.0, head_lr=0.0, weight_decay=0.0, kind=settings.optimizer, offload=compute.offload
     )
+    average = WeightAverage(critic, decay=0.0) if compute.averages_weights else None
     rows: list[tuple[float, float, float, int]] = []
     for _ in range(1 + TIMED_STEPS):
         began = _now(compute)
@@ -161,6 +163,8 @@ def _time_training(
         clip_gradient(critic, settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update(1)
         stepped = _now(compute)
         if predict_values(critic, rollouts, compute, forest=forest, stop=stop) is None:
             raise Stopped

@@ -141,6 +141,8 @@ class Trainer:
             return
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if runtime.average is not None:
+            runtime.average.update(step + 1 - self.state.position.skips)
 
         self.state.position.step += 1
         figures = {name: value for name, value in asdict(result).items() if value is not None}

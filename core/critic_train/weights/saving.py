@@ -66,10 +66,13 @@ def loads_for_token_classification(critic: Critic) -> bool:
     return type(written_config(critic)) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
 
 
-def checkpoint_bytes(critic: Critic) -> int:
-    """About what a checkpoint of a run weighs: weights and both moments in float32, and a megabyte of small files."""
+def checkpoint_bytes(critic: Critic, *, averaged: bool = False) -> int:
+    """About what a checkpoint of a run weighs: weights and both moments in float32, and a megabyte of small files.
+
+    Where the weights are `averaged`, those that training goes on with are there too.
+    """
     trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
-    return 4 * sum(p.numel() for p in critic.parameters()) + 8 * trained + 2**20
+    return 4 * sum(p.numel() for p in critic.parameters()) + (12 if averaged else 8) * trained + 2**20
 
 
 def describe_head(config: PreTrainedConfig, critic: Critic, prefix: str) -> None:

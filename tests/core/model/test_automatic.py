@@ -166,6 +166,23 @@ def test_moments_that_wait_on_the_host_leave_their_room_to_tokens(monkeypatch):
     assert budgets["none", "adamw"] < budgets["none", "adamw-8bit"] < budgets["optimizer", "adamw"]
 
 
+def test_an_average_of_the_weights_takes_its_room(monkeypatch):
+    """4 bytes a trained parameter, on the device unless all waits on the host."""
+    per_token = dict.fromkeys(map(str, KEEPINGS), 1e5)
+    critic, trained = tiny_critic(), sum(p.numel() for p in tiny_critic().parameters())
+    budgets = []
+    for averages in (False, True):
+        device = Device(monkeypatch, 8 * trained + 3e9, 1e9, per_token)
+        compute = compute_of(averages_weights=averages)
+        choose(device, compute, group_of(10, 10, 2), optimizer="adamw")
+        budgets.append(compute.max_tokens)
+    assert budgets[0] - budgets[1] == pytest.approx(4 * trained / 1e5, abs=1)
+    room = int(1.1 * 18 * trained / 0.84)
+    assert choose_offload(critic, compute_of(), "adamw", room) is None
+    choice = choose_offload(critic, compute_of(averages_weights=True), "adamw", room)
+    assert (choice.name, choice.value) == ("offload", "optimizer")
+
+
 def test_a_head_for_the_next_token_counts(monkeypatch):
     """Before it is there, by its number of parameters; once it is, with the logits that a pass makes."""
     critic, trained = tiny_critic(), sum(p.numel() for p in tiny_critic().parameters())

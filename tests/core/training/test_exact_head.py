@@ -23,7 +23,14 @@ from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
-from critic_train.training.exact_head import STRENGTHS, _heads, prompt_folds, second_moments, solve_ridge
+from critic_train.training import frozen_cache
+from critic_train.training.dry_run import dry_run
+from critic_train.training.exact_head import (
+    STRENGTHS,
+    _heads,
+    second_moments,
+    solve_ridge,
+)
 from critic_train.training.fit import fit
 
 ONE = Compute(device=torch.device("cpu"), precision="fp32", max_tokens=70)
@@ -115,15 +122,6 @@ def test_states_that_know_nothing_leave_the_mean():
     assert (found.bias, found.explained_variance) == (pytest.approx(2.0), None)
 
 
-def test_folds_hold_prompts_together_however_they_are_named():
-    groups, prompts = np.arange(12), np.repeat([5, 6, 7, 8, 9, 10], 2)
-    folds, what = prompt_folds(groups, prompts, seed=0)
-    assert (what, set(folds)) == ("6 prompts", set(range(5)))
-    assert (folds[::2] == folds[1::2]).all()
-    folds, what = prompt_folds(np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64), seed=0)
-    assert (sorted(folds), what) == ([0, 1, 2], "3 rollouts of the only prompt")
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> FitSettings:
     folder = tmp_path_factory.mktemp("exact")
@@ -169,6 +167,22 @@ def test_train_head_is_the_exact_head_in_one_pass(settings, tmp_path):
 
     again = list(fit(settings.replace(out=str(tmp_path / "run"), train="head"), StopRequest()))
     assert again[-1].status == "already finished"
+
+
+def test_without_a_step_no_state_is_written(settings, tmp_path, monkeypatch):
+    """Every state is needed once: to solve the head, or to judge it on held-out rollouts."""
+    made: list[str] = []
+    monkeypatch.setattr(frozen_cache.StatesWriter, "__enter__", lambda self: made.append("states"))
+    changed = {"train": "head", "val_fraction": 0.2}
+    events = list(fit(settings.replace(out=str(tmp_path / "run"), **changed), StopRequest()))
+    assert events[-1].status == "finished"
+    assert not made
+    estimate = list(dry_run(settings.replace(**changed), tmp_path / "none", StopRequest()))[-1].result
+    assert (estimate["disk"]["states"], estimate["seconds"]["keeping_states"], made) == (0, 0.0, [])
+    assert estimate["seconds"]["solving_head"] > 0
+    monkeypatch.undo()
+    stepped = list(dry_run(settings.replace(epochs=1, **changed), tmp_path / "none", StopRequest()))[-1].result
+    assert stepped["disk"]["states"] > 0
 
 
 def test_fine_tuning_starts_from_the_exact_head(settings, tmp_path):

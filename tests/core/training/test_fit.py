@@ -113,6 +113,7 @@ def test_a_run_leaves_what_the_design_says(shards, tmp_path):
         "manifest.json",
         "model.safetensors",
         "optimizer.safetensors",
+        "optimizer_weights.safetensors",
         "trainer.json",
     }
     config = json.loads((last / "config.json").read_text())

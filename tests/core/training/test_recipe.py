@@ -79,6 +79,7 @@ def test_a_model_is_fine_tuned_where_prompts_are_many_or_the_user_asks_for_it(
 ):
     recipe, settings = chosen(source, facts_of(prompts=prompts), **given)
     assert (settings.model.train, settings.optimizer.epochs, settings.run.patience) == (train, epochs, patience)
+    assert settings.optimizer.ema_decay is None
     assert not recipe.keys() & given.keys(), "only what was not given is chosen"
 
 
@@ -101,6 +102,7 @@ def test_a_model_is_fine_tuned_where_prompts_are_many_or_the_user_asks_for_it(
 def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, preset, lm_loss_weight, epochs):
     recipe, settings = chosen(None, facts, **given)
     assert (settings.model.preset, settings.optimizer.epochs) == (preset, epochs)
+    assert settings.optimizer.ema_decay == (None if "recipe" in given else 0.99)
     assert settings.loss.lm_loss_weight == lm_loss_weight
     assert not recipe.keys() & given.keys(), "only what was not given is chosen"
     assert all(choice["reason"] for choice in recipe.values())
@@ -203,7 +205,7 @@ def test_a_run_begun_without_a_recipe_goes_on_as_it_was(source, values, tmp_path
     recipe = of_resumed(settings, source, {"settings": {}}, tmp_path)
     assert {name: choice["value"] for name, choice in recipe.items()} == values
     resolved = with_recipe(settings, recipe).optimizer
-    assert (resolved.epochs, resolved.shuffle) == (None, None)
+    assert (resolved.epochs, resolved.shuffle, resolved.ema_decay) == (None, None, None)
 
 
 def test_a_resumed_run_keeps_what_it_chose(tmp_path):
