@@ -24,6 +24,7 @@ from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.compute import Compute
 from critic_train.model.fsdp import shard
 from critic_train.model.last_layer import skip_unread_positions
+from critic_train.model.memory import give_back_freed_memory
 from critic_train.model.oom import activation_bytes
 from critic_train.rollouts import rollouts_of_tokens
 from critic_train.settings import FitSettings
@@ -102,6 +103,7 @@ def _rank(answers: Any, rank: int, size: int, port: int, tokens: int) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    give_back_freed_memory()  # as fit does where positions are cut
     answers.put(measured(tokens))
 
 
