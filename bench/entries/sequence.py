@@ -68,7 +68,7 @@ def run(options: Options) -> Table:
     for size in RANKS:
         found = max(on_processes(size, tokens), key=lambda rank: float(rank["peak MB"]))
         one = table.rows[0]["peak MB"] if table.rows else found["peak MB"]
-        table.rows.append({**found, "ranks": size, "of one": found["peak MB"] / one})
+        table.add({**found, "ranks": size, "of one": found["peak MB"] / one})
     table.notes = [
         f"{tokens:,} tokens, hidden 256, 8 layers, float32; of several ranks the one that held the most",
         "peak: resident set, Python and its libraries among it; above idle: less what it was before the gradient",
