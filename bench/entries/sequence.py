@@ -24,6 +24,7 @@ from critic_train.layers.sequence_parallel import SequenceRanks
 from critic_train.model.compute import Compute
 from critic_train.model.fsdp import shard
 from critic_train.model.last_layer import skip_unread_positions
+from critic_train.model.memory import give_back_freed_memory
 from critic_train.model.oom import activation_bytes
 from critic_train.rollouts import rollouts_of_tokens
 from critic_train.settings import FitSettings
@@ -67,7 +68,7 @@ def run(options: Options) -> Table:
     for size in RANKS:
         found = max(on_processes(size, tokens), key=lambda rank: float(rank["peak MB"]))
         one = table.rows[0]["peak MB"] if table.rows else found["peak MB"]
-        table.rows.append({**found, "ranks": size, "of one": found["peak MB"] / one})
+        table.add({**found, "ranks": size, "of one": found["peak MB"] / one})
     table.notes = [
         f"{tokens:,} tokens, hidden 256, 8 layers, float32; of several ranks the one that held the most",
         "peak: resident set, Python and its libraries among it; above idle: less what it was before the gradient",
@@ -102,6 +103,7 @@ def _rank(answers: Any, rank: int, size: int, port: int, tokens: int) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    give_back_freed_memory()  # as fit does where positions are cut
     answers.put(measured(tokens))
 
 

@@ -156,8 +156,6 @@ def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
     device = f" of {format_bytes(memory['device'])}" if memory["device"] else ""
     on_host = estimate["offload"].split("+")
     elsewhere = " (all in host memory)" if "all" in on_host else " (in host memory)" if "optimizer" in on_host else ""
-    sizes = [f"{format_bytes(held)} ({kind})" for kind, held in memory.get("activations", {}).items()]
-    longest = [("  longest", f"{memory['longest_rollout']:,} tokens keep about {', '.join(sizes)}")] if sizes else []
     return [
         ("rollouts", f"{estimate['rollouts']:,} to train on, {estimate['held_out_rollouts']:,} held out"),
         ("tokens an epoch", f"{count(estimate['tokens'])}{computed}"),
@@ -166,7 +164,7 @@ def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{format_bytes(memory['peak'])}{device} at the peak of the timed steps, on {estimate['device']}"),
         ("  of it", f"weights {format_bytes(memory['weights'])}, gradients {format_bytes(memory['gradients'])}, "
                     f"moments {format_bytes(memory['moments'])}{elsewhere}"),
-        *longest,
+        *_longest_rows(memory),
         ("disk", f"{format_bytes(disk['needed'])} needed, {format_bytes(disk['free'])} free at {estimate['out']}"),
         (
             "  of it",
@@ -176,6 +174,30 @@ def estimate_rows(estimate: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{count(estimate['tokens_per_second'])} tokens/s{' once states are kept' if keeping else ''}"),
         ("time", f"{duration(seconds['total'])}, of which evaluating {duration(seconds['evaluating'])}{first}"),
     ]  # fmt: skip
+
+
+def _longest_rows(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the longest rollout keeps on a rank, by how much is kept and by how many ranks cut it."""
+    if "activations" not in memory:
+        return []
+    sizes = [f"{format_bytes(held)} ({kind})" for kind, held in memory["activations"].items()]
+    cut, ranks = memory.get("sequence_parallel", 1), memory.get("ranks", 1)
+    on_rank = f" on each of the {cut} ranks that cut it (--sequence-parallel {cut})" if cut > 1 else ""
+    rows = [("  longest", f"{memory['longest_rollout']:,} tokens keep about {', '.join(sizes)}{on_rank}")]
+    if ranks > 1:
+        held = sum(memory[part] for part in ("weights", "gradients", "moments"))
+        rows.append(
+            ("  on a rank", f"{format_bytes(held / ranks)} of weights, gradients and moments: 1 of {ranks} parts")
+        )
+    if reason := memory.get("sequence_parallel_reason"):
+        rows.append(("", f"--sequence-parallel {cut}: {reason}"))
+    if by_ranks := memory.get("by_sequence_parallel"):
+        sizes = [f"{format_bytes(held)} (N = {number})" for number, held in by_ranks.items()]
+        keeping = f"--activation-checkpointing {memory['keeping']}"
+        rows.append(("", f"on a rank with --sequence-parallel N: {', '.join(sizes)}; {keeping}"))
+    if needed := memory.get("sequence_parallel_needed"):
+        rows.append(("", f"beyond --max-tokens it goes through the model alone; --sequence-parallel {needed} cuts it"))
+    return rows
 
 
 def shortages(estimate: dict[str, Any]) -> list[str]:

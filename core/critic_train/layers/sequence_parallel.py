@@ -154,6 +154,12 @@ class HeadShares:
         kv_heads, _, group = self._filled()
         return kv_heads * group
 
+    @property
+    def computed_keys(self) -> int:
+        """Heads of keys on all ranks together, copies and those of zeros among them."""
+        kv_heads, copies, _ = self._filled()
+        return kv_heads * copies
+
     def queries(self, rows: Tensor) -> Tensor:
         """[C, heads, ...] -> [C, heads filled up, ...]."""
         kv_heads, _, group = self._filled()

@@ -226,7 +226,7 @@ def choose_memory(
     """Activation checkpointing and tokens at once of a run on a CUDA device. All ranks call it.
 
     Nothing is computed again where the largest prompt's tree, or USEFUL_TOKENS, fits without; else as little as lets
-    it fit.
+    it fit; and layer inputs go to host memory only where it is not cheaper that ranks cut the longest rollout.
 
     Args:
         critic: on its device, in training mode, nothing set for checkpointing yet.
@@ -253,13 +253,14 @@ def choose_memory(
         if use is None:
             continue
         choice = _set_tokens(compute, use, moments, largest)
-        if compute.max_tokens >= wanted:
+        last_on_device = keepings[-1] == keeping._replace(on_host=True) != keeping
+        if compute.max_tokens >= wanted or (cut := _cheaper_cut(compute, largest) if last_on_device else ""):
             break
     choices = []
     if len(keepings) > 1:
         fits = f"{compute.max_tokens:,} tokens fit at once, {wanted:,} are wanted"
         if compute.max_tokens < wanted:
-            fits += ", and it holds the least"
+            fits += cut or ", and it holds the least"
         choices.append(Choice(name="activation_checkpointing", value=keeping.kind, reason=fits))
     if keeping.on_host and len(keepings) > 1 and not keepings[0].on_host:
         reason = "the inputs of the layers wait in host memory, for nothing else lets as much fit"
@@ -268,6 +269,14 @@ def choose_memory(
         return keeping, [*choices, choice]
     compute.start_at(max_tokens)
     return keeping, choices
+
+
+def _cheaper_cut(compute: Compute, largest: Rollouts) -> str:
+    """Why ranks cut the longest rollout before layer inputs go to host memory, as the rest of a sentence; or ""."""
+    cut, longest = compute.cut_first, int(largest.lengths.max())
+    if cut is None or not compute.max_tokens < longest <= cut.ranks * compute.max_tokens:
+        return ""
+    return f", and ranks cut the longest rollout before layer inputs go to host memory: {cut.reason}"
 
 
 def _measured(critic: Critic, compute: Compute, *, forest: bool, beyond: int, last: bool) -> MemoryUse | None:

@@ -44,6 +44,18 @@ class Keeping(NamedTuple):
         return self.kind + (" with the layer inputs in host memory" if self.on_host else "")
 
 
+class Cut(NamedTuple):
+    """That rollouts may be cut over ranks before layer inputs go to host memory.
+
+    Attributes:
+        ranks: the most that cut one.
+        reason: why that is cheaper, for a person.
+    """
+
+    ranks: int
+    reason: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Compute:
     """Device, precision and token budget of a job.
@@ -66,6 +78,7 @@ class Compute:
         keeping: how much is kept for the backward pass.
         may_keep_less: whether that may change while the run goes on: it chooses itself, and no layer is compiled.
         may_offload: whether layer inputs may come to wait in host memory then: --offload chooses itself.
+        cut_first: that ranks cut rollouts before layer inputs go to host memory; None where they do not.
         keep_less: what may be tried where memory runs out on a single rollout, the fastest first.
         kept_less: whether that has happened.
         averages_weights: whether a run keeps an average of the trained weights, of their size.
@@ -87,6 +100,7 @@ class Compute:
     keeping: Keeping = Keeping("none")
     may_keep_less: bool = False
     may_offload: bool = False
+    cut_first: Cut | None = None
     keep_less: tuple[Keeping, ...] = ()
     kept_less: bool = False
     averages_weights: bool = False

@@ -33,8 +33,8 @@ ATTENTION = (
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's mallopt (malloc.h)."""
-KEPT_BYTES = 2**28
-"""Freed memory of smaller allocations is kept; larger ones are given back as before."""
+KEPT_BYTES, GIVEN_BACK_BYTES = 2**28, 2**20
+"""What of freed memory is kept and what is given back: allocations of up to the first, and of more than the second."""
 ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -47,12 +47,26 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it is done: the C library is glibc, and the environment does not say otherwise.
     """
+    return _set_allocator(M_MMAP_THRESHOLD, KEPT_BYTES) and _set_allocator(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> bool:
+    """Have this process give the memory of large tensors on the CPU back at once, for rollouts that fill the memory.
+
+    glibc takes allocations of up to 32 MiB from its heap once one of them was freed, and holes between those that are
+    still in use stay with the process: a third more than the tensors of one long rollout cut over four ranks.
+
+    Returns:
+        As `keep_freed_memory` does.
+    """
+    return _set_allocator(M_MMAP_THRESHOLD, GIVEN_BACK_BYTES) and _set_allocator(M_TRIM_THRESHOLD, GIVEN_BACK_BYTES)
+
+
+def _set_allocator(parameter: int, value: int) -> bool:
     if not sys.platform.startswith("linux") or any(name in os.environ for name in ALLOCATOR_VARIABLES):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and bool(mallopt(parameter, value))
 
 
 def checkpoint_activations(critic: Critic, kind: ActivationCheckpointing, *, on_host: bool = False) -> None:

@@ -24,10 +24,12 @@ from torch import nn
 
 from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError
+from critic_train.layers.sequence_parallel import HeadShares
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, reset_after_error
 from critic_train.model.memory import set_keeping
+from critic_train.model_files.config import config_size, head_size
 from critic_train.rollouts import Rollouts
 from critic_train.settings import KEEPS_LAYER_INPUTS
 from critic_train.text import format_bytes
@@ -136,32 +138,56 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def activation_bytes(trunk: nn.Module, tokens: int, compute: Compute, keeping: Keeping | None = None) -> int:
-    """About what the forward pass of a gated decoder keeps of some tokens, and a layer's backward pass computes again.
+def activation_bytes(
+    trunk: nn.Module, tokens: int, compute: Compute, keeping: Keeping | None = None, sequence_size: int | None = None
+) -> int:
+    """About what the forward pass of a gated decoder keeps of some tokens, and a layer's backward pass adds to it.
 
     A layer keeps its residual stream twice in float32, and both normed states before they meet their weights; and in
-    the compute precision the normed states, queries, keys, values and the attention's output (about 6 hidden_size),
-    and gate, up, activation and product of the MLP. In tiles, the inputs of norms and MLP remain of these.
+    the compute precision both normed states, queries, keys, values and the attention's output, which is there twice
+    where positions are cut over ranks (by head, and by position), and gate, up, activation and product of the MLP. In
+    tiles, the inputs of norms and MLP remain of these. The backward pass of one layer at a time has the gradients of
+    its input and output, and of two of the MLP's inner states.
 
     Args:
         trunk: its sizes are read.
-        tokens: positions of a micro-batch.
+        tokens: positions of a micro-batch, on this rank.
         compute: its precision.
         keeping: what is kept; None as `compute` has it.
+        sequence_size: how many ranks cut the micro-batch among them; None as `compute` has it.
     """
     keeping = keeping or compute.keeping
     config: Any = trunk.config
     width, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = int(getattr(config, "intermediate_size", 4 * width))
+    inner = config_size(config, "intermediate_size") or 4 * width
+    sequence_size = sequence_size or compute.sequence_size
+    attention = head_size(config) * sum(attention_heads(config, sequence_size))
+    if sequence_size > 1:
+        attention += head_size(config) * attention_heads(config, 1)[-1]
     size = 2 if compute.precision == "bf16" else 4
-    layer = 4 * 4 * width + size * (6 * width + 4 * inner)
+    layer = 4 * 4 * width + size * (2 * width + attention + 4 * inner)
+    gradients = 2 * 4 * width + (0 if keeping.kind.endswith("tiles") else size * 2 * inner)
     if keeping.kind.endswith("tiles"):
-        layer = 3 * 4 * width + size * 5 * width
+        layer = 3 * 4 * width + size * (width + attention)
     elif keeping.kind == "selective":
         layer = 2 * 4 * width + size * (3 * width + 2 * inner)
     if keeping.kind not in KEEPS_LAYER_INPUTS:
-        return tokens * layers * layer
-    return tokens * (4 * width * (2 if keeping.on_host else layers) + layer)
+        return tokens * (layers * layer + gradients)
+    return tokens * (4 * width * (2 if keeping.on_host else layers) + layer + gradients)
+
+
+def attention_heads(config: Any, sequence_size: int) -> tuple[int, int, int, int]:
+    """Heads of queries, keys, values and output that a layer computes on all ranks together.
+
+    Cut over ranks, copies and heads of zeros are among them. An architecture that does not say is taken to have as many
+    of each.
+    """
+    heads = config_size(config, "num_attention_heads") or 1
+    kv_heads = config_size(config, "num_key_value_heads") or heads
+    if sequence_size > 1 and heads % kv_heads == 0:
+        shares = HeadShares(heads, kv_heads, sequence_size)
+        heads, kv_heads = shares.computed, shares.computed_keys
+    return heads, kv_heads, kv_heads, heads
 
 
 def _more_sequence_ranks(critic: Critic, tokens: int, compute: Compute) -> str:

@@ -1,18 +1,22 @@
 """--sequence-parallel: how many ranks cut the positions of each micro-batch among them, given or chosen."""
 
+import math
 from typing import NamedTuple
 
-from critic_train.distributed.ranks import Ranks
+import torch
+
 from critic_train.errors import ConfigError, ModelError
 from critic_train.events import Notice
 from critic_train.layers.sequence_parallel import HeadShares, SequenceRanks, share_frequencies
 from critic_train.model.automatic import Choice
-from critic_train.model.compute import Compute
+from critic_train.model.compute import Compute, Cut
 from critic_train.model.critic import Critic
+from critic_train.model.oom import attention_heads
 from critic_train.model.selfcheck import PackingChoice, select_packing
-from critic_train.model_files.config import config_size
+from critic_train.model_files.config import config_size, head_size
 from critic_train.rollouts import Rollouts
 from critic_train.settings import EvalComputeSettings, TrainComputeSettings
+from critic_train.text import format_bytes
 
 
 class ChosenLayout(NamedTuple):
@@ -29,20 +33,20 @@ class ChosenLayout(NamedTuple):
     cuts: list[Choice]
 
 
-def refuse_sequence_parallel(given: int | None, ranks: Ranks) -> None:
+def refuse_sequence_parallel(given: int | None, size: int) -> None:
     """Refuse a --sequence-parallel that does not fit the number of ranks.
 
     Raises:
         ConfigError: it does not divide it.
     """
-    if given is None or ranks.size % given == 0:
+    if given is None or size % given == 0:
         return
-    fitting = [str(n) for n in range(1, ranks.size + 1) if ranks.size % n == 0]
-    count = "1 process" if ranks.size == 1 else f"{ranks.size} ranks"
+    fitting = [str(n) for n in range(1, size + 1) if size % n == 0]
+    count = "1 process" if size == 1 else f"{size} ranks"
     raise ConfigError(
         f"--sequence-parallel {given} cuts rollouts over {given} ranks, and this is a run on {count}",
         hint=f"--nproc {given}, or start as many by torchrun; or leave --sequence-parallel out"
-        if ranks.size == 1
+        if size == 1
         else f"--sequence-parallel {', '.join(fitting[:-1])} or {fitting[-1]}; or another number of ranks",
     )
 
@@ -85,7 +89,7 @@ def choose_layout(
     packing, sentences = select_packing(critic, rollouts, settings, compute, tokens=tokens)
     notices = [Notice(message=sentence, level="warning") for sentence in sentences]
     if compute.sequence is not None and not packing.forest:
-        _refuse_rows(packing, settings)
+        refuse_rows(packing.reason, settings)
         compute.sequence = None
         for handle in sharing:
             handle.remove()
@@ -94,6 +98,30 @@ def choose_layout(
     if compute.sequence is None and packing.forest and longest > (settings.max_tokens or longest):
         notices.append(Notice(message=_goes_alone(longest, settings.max_tokens or 1, compute.ranks.size)))
     return ChosenLayout(packing, notices, [] if choice is None else [choice])
+
+
+def ranks_to_cut(
+    settings: TrainComputeSettings | EvalComputeSettings, size: int, longest: int, max_tokens: int, *, measured: bool
+) -> tuple[int, str]:
+    """How many of `size` ranks cut the positions of a micro-batch among them, and why.
+
+    Args:
+        settings: what was given.
+        size: ranks of the run.
+        longest: tokens of the longest rollout.
+        max_tokens: what one rank takes at once.
+        measured: whether that was fitted to a device's memory.
+    """
+    given = settings.sequence_parallel
+    if given is not None:
+        return given, f"{given} ranks cut the positions of each micro-batch among them"
+    if size == 1 or settings.packing == "rows" or not (settings.max_tokens is not None or measured):
+        return 1, ""
+    holding = ranks_that_hold(longest, max_tokens, size)
+    reason = f"the longest rollout has {longest:,} tokens, and one rank takes {max_tokens:,} at once"
+    if holding is None:
+        reason += f"; all {size} take {size * max_tokens:,}"
+    return holding or size, reason
 
 
 def _share_long_rollouts(
@@ -105,22 +133,51 @@ def _share_long_rollouts(
     measured: bool,
 ) -> Choice | None:
     """Set `sequence` as it is asked for, or as the budgets ask for; None where each rank computes whole rollouts."""
-    size, given = compute.ranks.size, settings.sequence_parallel
-    if size == 1 or given == 1 or (settings.packing == "rows" and given is None):
+    if compute.ranks.size == 1:  # also of a dry run, which is told of the others
         return None
-    number, reason = given or 1, f"{given} ranks cut the positions of each micro-batch among them"
-    if given is None and (settings.max_tokens is not None or measured):
-        holding = ranks_that_hold(longest, compute.max_tokens, size)
-        number = holding or size
-        reason = f"the longest rollout has {longest:,} tokens, and one rank takes {compute.max_tokens:,} at once"
-        if holding is None:
-            reason += f"; all {size} take {size * compute.max_tokens:,}"
+    number, reason = ranks_to_cut(settings, compute.ranks.size, longest, compute.max_tokens, measured=measured)
     if number == 1:
         return None
     compute.sequence = SequenceRanks(
         group=compute.ranks.adjacent(number), size=number, rank=compute.ranks.rank % number
     )
     return Choice(name="sequence_parallel", value=number, reason=reason + _filling(critic, number))
+
+
+NVLINK, PCIE = 450e9, 50e9
+"""Bytes a second in one direction: NVLink 4 among the GPUs of a machine, and PCIe 5 to its memory (NVIDIA H100)."""
+
+
+def cut_before_host_memory(
+    critic: Critic, compute: Compute, settings: TrainComputeSettings, *, forest: bool
+) -> Cut | None:
+    """What to do where a rollout still does not fit: None where its layer inputs should go to host memory first.
+
+    For a position and a layer under activation checkpointing, the all-to-all passes queries, keys, values and outputs
+    three times (forward, again, backward), all but the part that stays on the rank; host memory takes the layer's
+    input in float32 and gives it back. Ranks of one machine are taken to be linked by NVLink, and no others to be.
+
+    Args:
+        critic: its sizes are read.
+        compute: of the run, on CUDA devices.
+        settings: what was given.
+        forest: whether rollouts are laid out as a forest; padded rows are not cut.
+    """
+    if compute.device.type != "cuda" or compute.sequence is not None or not forest or settings.sequence_parallel:
+        return None
+    ranks = math.gcd(compute.ranks.size, torch.cuda.device_count())
+    heads = sum(attention_heads(critic.trunk.config, ranks)) * head_size(critic.trunk.config)
+    exchanged = 3 * (2 if compute.precision == "bf16" else 4) * heads * (1 - 1 / ranks)
+    copied = 2 * 4 * int(critic.trunk.config.hidden_size)
+    by_nvlink, by_pcie = exchanged / NVLINK, copied / PCIE
+    if ranks == 1 or by_nvlink >= by_pcie:
+        return None
+    return Cut(
+        ranks=ranks,
+        reason=f"for a token and a layer an all-to-all over NVLink takes {1e9 * by_nvlink:,.0f} ns "
+        f"({format_bytes(exchanged)}), and its input over PCIe to host memory and back {1e9 * by_pcie:,.0f} ns "
+        f"({format_bytes(copied)}); --sequence-parallel 1 cuts nothing",
+    )
 
 
 def _goes_alone(longest: int, max_tokens: int, size: int) -> str:
@@ -136,11 +193,16 @@ def _goes_alone(longest: int, max_tokens: int, size: int) -> str:
     )
 
 
-def _refuse_rows(packing: PackingChoice, settings: TrainComputeSettings | EvalComputeSettings) -> None:
-    if settings.sequence_parallel is not None:
+def refuse_rows(reason: str, settings: TrainComputeSettings | EvalComputeSettings) -> None:
+    """Refuse a given --sequence-parallel where rollouts are laid out as padded rows, for some reason or as asked for.
+
+    Raises:
+        ModelError: it is more than 1.
+    """
+    if (settings.sequence_parallel or 1) > 1:
         raise ModelError(
             f"--sequence-parallel {settings.sequence_parallel} cuts prefix trees over ranks, not padded rows: "
-            f"{packing.reason or '--packing rows'}",
+            f"{reason or '--packing rows'}",
             hint="--sequence-parallel 1, with a --max-tokens that one rank can take",
         )
 

@@ -147,10 +147,16 @@ def config_size(config: Any, name: str) -> int:
     return max((int(size) for size in sizes if size), default=0)
 
 
+def head_size(config: Any) -> int:
+    """Numbers of a head of attention and a position; of a model without attention, its width."""
+    return config_size(config, "head_dim") or int(config.hidden_size) // max(
+        1, config_size(config, "num_attention_heads")
+    )
+
+
 def attention_width(config: Any) -> int:
     """Heads of attention times their size; 0 of a model without attention."""
-    heads = config_size(config, "num_attention_heads")
-    return heads * (config_size(config, "head_dim") or int(config.hidden_size) // heads) if heads else 0
+    return config_size(config, "num_attention_heads") * head_size(config)
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -20,7 +20,7 @@ from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
 from critic_train.model.memory import compile_layers
-from critic_train.model.sequence_sharing import choose_layout
+from critic_train.model.sequence_sharing import choose_layout, cut_before_host_memory
 from critic_train.model_files.config import preset_config
 from critic_train.rollouts import Rollouts
 from critic_train.run.checkpoint import CheckpointManager
@@ -164,6 +164,7 @@ def prepare_critic(
         layout = choose()
     of_head = [] if new_head is None else [new_head.add_to(critic, compute)]
     largest = largest_group() if on_cuda else sample
+    compute.cut_first = cut_before_host_memory(critic, compute, settings, forest=layout.packing.forest)
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=layout.packing.forest)
     packing, notices, cuts = choose(before=layout) if on_cuda else layout
     choices = [*choices, *more, *cuts] if on_cuda else cuts

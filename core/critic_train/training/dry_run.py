@@ -23,6 +23,7 @@ from critic_train.model.automatic import average_bytes
 from critic_train.model.compute import Compute, Keeping, resolve_compute, resolve_offload
 from critic_train.model.critic import Critic
 from critic_train.model.oom import activation_bytes
+from critic_train.model.sequence_sharing import ranks_to_cut, refuse_rows, refuse_sequence_parallel
 from critic_train.rollouts import Rollouts
 from critic_train.run.storage import free_bytes
 from critic_train.settings import ActivationCheckpointing, FitSettings, TrainReadingSettings, column_renames, offloads
@@ -104,6 +105,7 @@ class SurveyedData:
 
 
 def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
+    refuse_sequence_parallel(settings.compute.sequence_parallel, settings.compute.nproc)
     shards = find_run_shards(settings.reading)
     source = read_base_model(settings.model, out, compute.ranks)
     settings = settings.replace(**(yield from choices_without_columns(settings, shards.train.shards)))
@@ -141,6 +143,8 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     )
     compute = prepared.compute
     yield from prepared.notices
+    if not prepared.forest:
+        refuse_rows("", settings.compute)
     times = yield from time_steps(
         prepared.critic,
         timed,
@@ -261,7 +265,7 @@ def _result(
         "packing": "forest" if prepared.forest else "rows",
         "device": str(compute.device),
         "offload": compute.offload,
-        "memory": _memory(critic, compute, times) | _longest(critic, compute, data.train.longest),
+        "memory": _memory(critic, compute, times) | _longest(settings, prepared, data.train.longest),
         "disk": _disk(critic, settings.run.keep, data.tokens, states, out, averaged=compute.averages_weights),
         "seconds": {**seconds, "total": sum(seconds.values())},
         "tokens_per_second": 1 / (times.train_seconds_per_token * trained_share),
@@ -291,17 +295,31 @@ def _memory(critic: Critic, compute: Compute, times: StepTimes) -> dict[str, Any
     }
 
 
-def _longest(critic: Critic, compute: Compute, tokens: int) -> dict[str, Any]:
+def _longest(settings: FitSettings, prepared: PreparedCritic, tokens: int) -> dict[str, Any]:
     """What the longest rollout keeps for its backward pass on a rank, in bytes, in each way of keeping less."""
-    share = -(-tokens // compute.sequence_size)
+    critic, compute, size = prepared.critic, prepared.compute, settings.compute.nproc
+    on_cuda = compute.device.type == "cuda"
+    cut, reason = ranks_to_cut(settings.compute, size, tokens, compute.max_tokens, measured=on_cuda)
+    cut = cut if prepared.forest else 1
+
+    def held(number: int, keeping: Keeping) -> int:
+        return activation_bytes(critic.trunk, -(-tokens // number), compute, keeping, number)
+
     kinds: tuple[ActivationCheckpointing, ...] = ("none", "tiles", "layer", "layer-tiles")
-    held = {kind: activation_bytes(critic.trunk, share, compute, Keeping(kind)) for kind in kinds}
-    offloaded = activation_bytes(critic.trunk, share, compute, Keeping("layer-tiles", on_host=True))
-    return {
-        "longest_rollout": tokens,
-        "keeping": str(compute.keeping),
-        "activations": {**held, "layer-tiles, --offload activations": offloaded},
+    activations = {kind: held(cut, Keeping(kind)) for kind in kinds}
+    needed: dict[str, Any] = {
+        "activations": {**activations, "layer-tiles, --offload activations": held(cut, Keeping("layer-tiles", True))},
+        "ranks": size,
+        "sequence_parallel": cut,
     }
+    if prepared.forest:
+        numbers = [n for n in range(2, size + 1) if size % n == 0] if size > 1 else [2, 4, 8]
+        needed["by_sequence_parallel"] = {str(n): held(n, compute.keeping) for n in [1, *numbers]}
+        if tokens > cut * compute.max_tokens and (settings.compute.max_tokens or on_cuda):
+            needed["sequence_parallel_needed"] = 2 ** (-(-tokens // compute.max_tokens) - 1).bit_length()
+    if cut > 1:
+        needed["sequence_parallel_reason"] = reason
+    return {"longest_rollout": tokens, "keeping": str(compute.keeping), **needed}
 
 
 def _states_bytes(critic: Critic, sample: Rollouts, tokens: int, compute: Compute, *, forest: bool) -> int:

@@ -15,7 +15,7 @@ from critic_train.distributed.ranks import Ranks
 from critic_train.errors import ModelError
 from critic_train.events import Event, Notice, RunEnded, RunStarted
 from critic_train.model.compute import Compute, resolve_compute, resolve_offload
-from critic_train.model.memory import keep_freed_memory
+from critic_train.model.memory import give_back_freed_memory, keep_freed_memory
 from critic_train.model.sequence_sharing import refuse_sequence_parallel
 from critic_train.run.checkpoint import checkpoint_step, newest_checkpoint
 from critic_train.run.run_directory import ReadOnlyRun, RunDirectory
@@ -109,7 +109,7 @@ class _Beginning(NamedTuple):
 def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
     """What all ranks do once they have met: rank 0 reads, all train."""
     began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
-    refuse_sequence_parallel(settings.compute.sequence_parallel, ranks)
+    refuse_sequence_parallel(settings.compute.sequence_parallel, ranks.size)
     shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
     source = read_base_model(settings.model, out, ranks)
     with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
@@ -139,8 +139,6 @@ def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Eve
         checkpoint = run.checkpoints / begun.resumed if begun.resumed else None
         settings = with_recipe(settings, begun.recipe)
         compute.averages_weights = bool(settings.optimizer.ema_decay)
-        if compute.device.type == "cpu":
-            keep_freed_memory()
         trainer = yield from _build(settings, begun, run, shards, source, checkpoint, compute, stop)
         yield from with_callbacks(trainer.train(), _callbacks(settings.run, trainer) if ranks.is_main else [])
         yield from _finish(trainer, stop, time.monotonic() - began, ranks)
@@ -203,6 +201,8 @@ def _build(
         new_head=new_run_head(settings, data.train, source, checkpoint, begun.response_ids, ranks),
         checking=_has_passed_before(checkpoint),
     )
+    if compute.device.type == "cpu":
+        keep_freed_memory() if prepared.compute.sequence is None else give_back_freed_memory()
     if settings.compute.max_tokens is None and compute.device.type == "cuda":  # it has been chosen by now
         yield from begin_with_remembered_budget(run, prepared.chosen["max_tokens"], prepared.compute)
     yield from prepared.notices

@@ -19,7 +19,7 @@ from critic_train.model.automatic import (
     set_memory,
     try_largest,
 )
-from critic_train.model.compute import Compute, Keeping
+from critic_train.model.compute import Compute, Cut, Keeping
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.next_token_head import NextTokenHead
 from critic_train.rollouts import Rollouts
@@ -262,3 +262,29 @@ def test_moments_are_offloaded_where_the_device_does_not_hold_them():
     assert choose_offload(critic, replace(compute_of(), precision="fp32"), "adamw", tight) is None
     critic.trunk.requires_grad_(False)
     assert choose_offload(critic, compute_of(), "adamw", tight) is None
+
+
+def test_a_rollout_is_cut_over_ranks_before_its_layer_inputs_go_to_host_memory(monkeypatch):
+    """Where the ranks hold it; and where not, or where no other rollout is cut, they go there as they did."""
+    hosted = str(KEEPINGS[-1])
+    per_token = dict.fromkeys(map(str, KEEPINGS), 4e6) | {"layer-tiles": 8e5, hosted: 2.5e5}
+    long = group_of(200_000, 10, 2)  # of which layer-tiles holds some 79,000 tokens
+    cut = Cut(ranks=4, reason="an all-to-all is cheaper")
+    for given, rollouts, expected in (
+        (None, long, hosted),
+        (cut, long, "layer-tiles"),
+        (cut._replace(ranks=2), long, hosted),
+        (cut, group_of(1000, 100, 8), "none"),
+    ):
+        compute = compute_of(cut_first=given)
+        device = Device(monkeypatch, 80 * GIB, 10 * GIB, per_token)
+        keeping, choices = choose(device, compute, rollouts)
+        assert str(keeping) == expected == device.kind
+        assert compute.offload == ("activations" if expected == hosted else "none")
+        said = choices[0].sentence()
+        assert (cut.reason in said) == (given == cut and rollouts is long)
+        assert [choice.name for choice in choices[1:-1]] == (["offload"] if expected == hosted else [])
+    # What was given to wait in host memory still does.
+    device = Device(monkeypatch, 80 * GIB, 10 * GIB, per_token)
+    compute = compute_of(offload="activations", cut_first=cut)
+    assert str(choose(device, compute, long, keepings=KEEPINGS[-1:])[0]) == hosted

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from critic_train.errors import ConfigError, ModelError
 from critic_train.model.compute import Compute
-from critic_train.model.memory import checkpoint_activations, compile_layers, keep_freed_memory
+from critic_train.model.memory import checkpoint_activations, compile_layers, give_back_freed_memory, keep_freed_memory
 from critic_train.model.selfcheck import choose_packing
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -152,6 +152,39 @@ def test_tensors_of_the_next_micro_batch_take_the_memory_of_those_before():
     assert faults("keep") < 0.05 * faults("give back")
 
 
+HOLES = """
+import os, sys
+import torch
+from critic_train.model.memory import give_back_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+if sys.argv[1] == "give back":
+    assert give_back_freed_memory()
+torch.ones(2**22)  # once it is freed, glibc takes allocations of its 16 MiB from the heap
+before = resident()
+tensors = [torch.ones(2**21) for _ in range(20)]
+kept = tensors[-1]
+del tensors
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_is_given_back_leaves_no_holes_between_tensors_in_use():
+    """One of 20 tensors of 8 MiB stays."""
+
+    def held(what: str) -> int:
+        ended = subprocess.run([sys.executable, "-c", HOLES, what], capture_output=True, text=True, check=True)
+        return int(ended.stdout)
+
+    assert held("as it is") > 19 * 2**23
+    assert held("give back") < 1.5 * 2**23
+
+
 def test_an_allocator_that_the_user_has_set_is_left_as_it_is(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     assert not keep_freed_memory()
+    assert not give_back_freed_memory()

@@ -1,18 +1,25 @@
 """--sequence-parallel: what is refused, what chooses itself, and what is said of it."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from support import branching_rollouts, small_config
 
-from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.errors import ConfigError, ModelError
 from critic_train.model import sequence_sharing
 from critic_train.model.compute import Compute
 from critic_train.model.selfcheck import PackingChoice
-from critic_train.model.sequence_sharing import ChosenLayout, choose_layout, ranks_that_hold, refuse_sequence_parallel
+from critic_train.model.sequence_sharing import (
+    ChosenLayout,
+    choose_layout,
+    cut_before_host_memory,
+    ranks_that_hold,
+    refuse_sequence_parallel,
+)
 from critic_train.settings import FitSettings
+from critic_train.text import format_bytes
 from critic_train.weights.loading import build_critic
 
 
@@ -47,17 +54,15 @@ def choose(monkeypatch):
 
 @pytest.mark.parametrize(("given", "size"), [(1, 1), (1, 4), (2, 4), (4, 4), (None, 1)])
 def test_a_number_of_ranks_that_divides_them_is_taken(given, size):
-    ranks = FourRanks()
-    ranks.size = size
-    refuse_sequence_parallel(given, ranks)
+    refuse_sequence_parallel(given, size)
 
 
 def test_another_is_refused_with_those_that_are_possible():
     with pytest.raises(ConfigError, match="over 3 ranks, and this is a run on 4") as caught:
-        refuse_sequence_parallel(3, FourRanks())
+        refuse_sequence_parallel(3, 4)
     assert "--sequence-parallel 1, 2 or 4" in caught.value.hint
     with pytest.raises(ConfigError, match="a run on 1 process") as caught:
-        refuse_sequence_parallel(2, SINGLE_PROCESS)
+        refuse_sequence_parallel(2, 1)
     assert "--nproc 2" in caught.value.hint
 
 
@@ -118,3 +123,29 @@ def test_padded_rows_are_not_cut(choose):
     compute, said = choose(65_536, forest=False, max_tokens=40_000)
     assert compute.sequence is None
     assert said == ["said", "padded rows are not cut over ranks: each of them computes whole rollouts"]
+
+
+def test_cutting_comes_before_host_memory_where_the_all_to_all_takes_less_time(monkeypatch):
+    """14 heads of 8 numbers and 2 key heads, on 4 ranks 16 and 4: bf16, three passes, 3 of 4 parts leave the rank."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    critic = build_critic(small_config("Llama", num_attention_heads=14, num_key_value_heads=2, hidden_size=112), seed=0)
+    compute = replace(COMPUTE, device=torch.device("cuda", 0), precision="bf16")
+    automatic, one = FitSettings(data=["none"]).compute, FitSettings(data=["none"], sequence_parallel=1).compute
+    cut = cut_before_host_memory(critic, compute, automatic, forest=True)
+    exchanged, copied = 3 * 2 * 8 * (16 + 4 + 4 + 16) * 3 / 4, 2 * 4 * 112
+    assert exchanged / 450e9 < copied / 50e9
+    assert cut is not None
+    assert cut.ranks == 4
+    for said in (exchanged, copied):
+        assert f"({format_bytes(said)})" in cut.reason
+    asked = partial(cut_before_host_memory, critic)
+    assert asked(compute, one, forest=True) is None
+    assert asked(compute, automatic, forest=False) is None
+    assert asked(replace(compute, device=torch.device("cpu")), automatic, forest=True) is None
+    # One GPU a machine: what they exchange goes over the network.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert asked(compute, automatic, forest=True) is None
+    # Heads that are many times as wide as the layer's input.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    critic.trunk.config.head_dim = 128
+    assert asked(compute, automatic, forest=True) is None

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from support import readable_rollouts, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
-from critic_train.errors import DataError
+from critic_train.errors import ConfigError, DataError, ModelError
 from critic_train.events import Progress, RunEnded, RunStarted, StepEnded
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -161,3 +161,31 @@ def test_its_times_are_those_of_the_run(shards, tmp_path, train, monkeypatch):
     assert (0.33 if train == "head" else 0.5) < found["training"] / (12 * sorted(marks)[6]) < 2.0
     if train in ("head", "last-1"):
         assert 0.5 < found["keeping_states"] / kept < 2.0
+
+
+def test_it_knows_how_many_ranks_cut_a_rollout_and_which_number_one_needs(shards, tmp_path):
+    """Given, chosen by the budget, and what no rank count of the run holds; a refused one is refused here as well."""
+    longest = int(readable_rollouts(30, seed=1).lengths.max())
+    budget = -(-longest // 3)
+    of = {"max_tokens": budget, "nproc": 2}
+
+    def memory(**changes: object) -> dict[str, object]:
+        return estimated(settings_for(shards, tmp_path / "run", **changes)).result["memory"]  # type: ignore[no-any-return]
+
+    alone, given = memory(max_tokens=budget), memory(**of, sequence_parallel=2)
+    assert (alone["sequence_parallel"], given["sequence_parallel"], given["ranks"]) == (1, 2, 2)
+    # The attention's output is held by head and by position: more than half.
+    for kind, held in given["activations"].items():  # type: ignore[attr-defined]
+        assert 0.5 < held / alone["activations"][kind] < 0.7  # type: ignore[index]
+    by_number = given["by_sequence_parallel"]
+    assert by_number == {"1": alone["activations"]["none"], "2": given["activations"]["none"]}  # type: ignore[index]
+    chosen = memory(**of)
+    assert chosen["activations"] == given["activations"]
+    assert f"the longest rollout has {longest:,} tokens" in str(chosen["sequence_parallel_reason"])
+    # A third of it fits one rank: four are needed, and both of two take what they get.
+    assert (alone["sequence_parallel_needed"], chosen["sequence_parallel_needed"]) == (4, 4)
+    assert "sequence_parallel_needed" not in memory(max_tokens=longest)
+    with pytest.raises(ConfigError, match="over 3 ranks, and this is a run on 2"):
+        memory(**of, sequence_parallel=3)
+    with pytest.raises(ModelError, match="not padded rows: --packing rows"):
+        memory(**of, sequence_parallel=2, packing="rows")
