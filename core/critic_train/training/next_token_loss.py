@@ -68,9 +68,9 @@ def tokens_ahead(
     responses, ends = np.flatnonzero(rollouts.response_mask), np.cumsum(rollouts.response_counts)
     first = np.searchsorted(responses, tokens)
     counts = np.minimum(ends[np.searchsorted(ends, first, side="right")] - first, ahead)
-    place = np.repeat(np.arange(len(tokens)), counts)
-    further = np.arange(len(place)) - (np.cumsum(counts) - counts)[place]
-    return place, responses[first[place] + further], (1.0 / counts[place]).astype(np.float32)
+    origin = np.repeat(np.arange(len(tokens)), counts)
+    further = np.arange(len(origin)) - (np.cumsum(counts) - counts)[origin]
+    return origin, responses[first[origin] + further], (1.0 / counts[origin]).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

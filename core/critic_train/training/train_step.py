@@ -212,8 +212,8 @@ def _forward(
     states, tokens = critic.hidden(batch), batch.response_tokens
     state_index, weight, predicted = batch.value_index_on_host, weights[tokens], tokens
     if lm_loss_ahead > 1:
-        place, predicted, share = tokens_ahead(rollouts, tokens, lm_loss_ahead)
-        state_index, weight = state_index[place], weight[place] * share
+        origin, predicted, share = tokens_ahead(rollouts, tokens, lm_loss_ahead)
+        state_index, weight = state_index[origin], weight[origin] * share
     lm_loss = head(states, state_index, head.labels(rollouts.input_ids[predicted]), weight)
     return critic.values(states, batch), lm_loss
 
