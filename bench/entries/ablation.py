@@ -20,6 +20,7 @@ DEVICES = ("cpu",)
 
 TAKEN_OUT: dict[str, dict[str, Any]] = {
     "next-token loss": {"lm_loss_weight": 0.0},
+    "tokens ahead: the next alone": {"lm_loss_ahead": 1},
     "rollouts shuffled apart: groups together": {"shuffle": "groups"},
     "cosine: constant rate": {"lr_schedule": "constant"},
     "warm-up": {"warmup_steps": 0},

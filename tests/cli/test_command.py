@@ -15,7 +15,7 @@ FIT_FLAGS = words("""
 --data --column --on-bad-rows --on-bad-file --max-length --group-by --val-data --val-fraction
 --returns --gamma --lam --lam-policy --length-alpha --truncated
 --model --preset --train --head-init --head-inputs --lora-rank --lora-alpha
---old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor --lm-loss-weight
+--old-values --cliprange-value --no-clip --loss-agg-mode --loss-scale-factor --lm-loss-weight --lm-loss-ahead
 --recipe --epochs --max-steps --batch-size --shuffle --lr --head-lr --optimizer --weight-decay --warmup-steps
 --lr-schedule --ema-decay --grad-clip
 --on-non-finite --max-skips --seed

@@ -130,11 +130,19 @@ class LossSettings(Section):
         "[default: 1 for a new transformer where the responses have 200 tokens for each id that occurs, else 0]",
         panel="Loss",
     )
+    lm_loss_ahead: int | None = setting(
+        None,
+        "How many of the response tokens that follow a state it predicts, all by one distribution. "
+        "[default: 8 for a new transformer, else 1: the next token]",
+        panel="Loss",
+    )
 
     def validate(self) -> list[str]:
         """See Section."""
         errors = cliprange_errors(self.cliprange_value, "; --no-clip turns the clip off")
-        errors += minimum_errors(self, 0, "lm_loss_weight")
+        errors += [*minimum_errors(self, 0, "lm_loss_weight"), *minimum_errors(self, 1, "lm_loss_ahead")]
+        if self.lm_loss_ahead and self.lm_loss_weight == 0:
+            errors.append("--lm-loss-ahead belongs to a next-token loss, which --lm-loss-weight 0 turns off")
         norm = self.loss_agg_mode == "seq-mean-token-sum-norm"
         factor = self.loss_scale_factor
         if norm and (factor is None or not 0 < factor < float("inf")):

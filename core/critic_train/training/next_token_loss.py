@@ -22,6 +22,7 @@ from critic_train.model.next_token_head import NextTokenHead
 from critic_train.model_files.gather import Gather
 from critic_train.model_files.model_directory import weight_files
 from critic_train.model_files.tensor_file import part_here, read_headers, read_rows, rows_here, write_tensors
+from critic_train.rollouts import Rollouts
 from critic_train.run.storage import library_writes
 from critic_train.settings import offloads
 from critic_train.training.dataset import ROLLOUTS_PER_PASS, RolloutSet
@@ -45,6 +46,31 @@ def response_id_counts(train: RolloutSet, ranks: Ranks) -> NDArray[np.int64]:
             chosen = rollouts.input_ids[rollouts.response_mask]
             counts += torch.from_numpy(np.bincount(chosen, minlength=len(counts)))
     return ranks.all_reduce_sum(counts).numpy()
+
+
+def tokens_ahead(
+    rollouts: Rollouts, tokens: NDArray[np.int64], ahead: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The response tokens that the state before each token predicts: that token, and those that follow it.
+
+    One token of a distribution tells little of it, several of a slowly changing one tell more (n tokens ahead by a head
+    each: Gloeckle et al. 2024, arXiv 2404.19737; here the same head predicts all, so that it costs nothing).
+
+    Args:
+        rollouts: with the tokens.
+        tokens: int64 [M], response tokens among the T.
+        ahead: the most that a state predicts; fewer are left where its rollout ends.
+
+    Returns:
+        (int64 [N] the place among the M of the token whose state it is, int64 [N] a token that it predicts among the T,
+        float32 [N] one over how many it predicts).
+    """
+    responses, ends = np.flatnonzero(rollouts.response_mask), np.cumsum(rollouts.response_counts)
+    first = np.searchsorted(responses, tokens)
+    counts = np.minimum(ends[np.searchsorted(ends, first, side="right")] - first, ahead)
+    origin = np.repeat(np.arange(len(tokens)), counts)
+    further = np.arange(len(origin)) - (np.cumsum(counts) - counts)[origin]
+    return origin, responses[first[origin] + further], (1.0 / counts[origin]).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ better than four."""
 TOKENS_PER_ID = 200.0
 """Response tokens for each id that occurs in them, from which a next-token loss pays for a new transformer."""
 LM_LOSS_WEIGHT = 1.0
+LM_LOSS_AHEAD = 8
 FEW_PROMPTS = 1_000
 """Prompts below which a model's exact value head is the answer: on 165, three epochs of fine-tuning gained nothing."""
 PATIENCE = 3
@@ -96,11 +97,15 @@ def _for_new_transformer(settings: FitSettings, facts: DataFacts) -> Recipe:
     recipe["ema_decay"] = _choice(EMA_DECAY, "the average of a new transformer's weights is ahead of them on the way")
     if settings.loss.lm_loss_weight is None:
         recipe["lm_loss_weight"] = _lm_loss_weight(facts)
+    weight = _replaced(settings, recipe).loss.lm_loss_weight
+    if weight:
+        reason = "several of the tokens that follow tell more of where a rollout goes than the next one alone"
+        recipe["lm_loss_ahead"] = _choice(LM_LOSS_AHEAD, reason)
     if few:
         reason = "are few: mini-batches of more prompts teach more by each pass, though less of the prefixes is shared"
         recipe["shuffle"] = _choice("rollouts", f"{_tokens(facts)} {reason}")
     if (settings.optimizer.epochs, settings.optimizer.max_steps) == (None, None):
-        recipe["epochs"] = _epochs(facts, few, bool(_replaced(settings, recipe).loss.lm_loss_weight))
+        recipe["epochs"] = _epochs(facts, few, bool(weight))
     return recipe
 
 

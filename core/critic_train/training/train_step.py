@@ -32,6 +32,7 @@ from critic_train.rollouts import Rollouts
 from critic_train.settings import LossAggMode, LossSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.loss import share_of_tokens, token_weights, value_loss
+from critic_train.training.next_token_loss import tokens_ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class LossRecipe:
         scale_factor: the divisor of seq-mean-token-sum-norm.
         return_scale: of the returns; the gradient is that of the loss in units of its square.
         lm_loss_weight: of the next-token loss, whose tokens weigh among each other as the value loss's do.
+        lm_loss_ahead: the most response tokens that a state predicts.
     """
 
     cliprange_value: float | None
@@ -51,6 +53,7 @@ class LossRecipe:
     scale_factor: float | None
     return_scale: float = 1.0
     lm_loss_weight: float = 0.0
+    lm_loss_ahead: int = 1
 
     @classmethod
     def of(cls, settings: LossSettings, return_scale: float = 1.0) -> "LossRecipe":
@@ -62,6 +65,7 @@ class LossRecipe:
             scale_factor=settings.loss_scale_factor,
             return_scale=return_scale,
             lm_loss_weight=settings.lm_loss_weight or 0.0,
+            lm_loss_ahead=settings.lm_loss_ahead or 1,
         )
 
 
@@ -162,7 +166,7 @@ def gradient_pass(
         stop.check_on_all_ranks()
         set_gradient_sync(critic.parts, last=last or after_each is not None)
         with compute.autocast():
-            values, lm_loss = _forward(critic, batch, rollouts, weights, compute)
+            values, lm_loss = _forward(critic, batch, rollouts, weights, recipe.lm_loss_ahead, compute)
         tokens = batch.response_tokens
         part = value_loss(
             values,
@@ -194,14 +198,23 @@ def gradient_pass(
 
 
 def _forward(
-    critic: Critic, batch: ModelInput, rollouts: Rollouts, weights: NDArray[np.float32], compute: Compute
+    critic: Critic,
+    batch: ModelInput,
+    rollouts: Rollouts,
+    weights: NDArray[np.float32],
+    lm_loss_ahead: int,
+    compute: Compute,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(values [M], the micro-batch's part of the next-token loss: 0 where the critic has no head for it)."""
-    if critic.next_token_head is None:
+    head = critic.next_token_head
+    if head is None:
         return critic(batch), torch.zeros((), device=compute.device)
-    states = critic.hidden(batch)
-    labels = critic.next_token_head.labels(rollouts.input_ids[batch.response_tokens])
-    lm_loss = critic.next_token_head(states, batch.value_index_on_host, labels, weights[batch.response_tokens])
+    states, tokens = critic.hidden(batch), batch.response_tokens
+    state_index, weight, predicted = batch.value_index_on_host, weights[tokens], tokens
+    if lm_loss_ahead > 1:
+        origin, predicted, share = tokens_ahead(rollouts, tokens, lm_loss_ahead)
+        state_index, weight = state_index[origin], weight[origin] * share
+    lm_loss = head(states, state_index, head.labels(rollouts.input_ids[predicted]), weight)
     return critic.values(states, batch), lm_loss
 
 

@@ -23,19 +23,27 @@ from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
-from critic_train.training.next_token_loss import HEAD_FILE, add_next_token_head
+from critic_train.training.next_token_loss import HEAD_FILE, add_next_token_head, tokens_ahead
 from critic_train.training.train_step import LossRecipe, accumulate_gradient
 
 
-@pytest.mark.parametrize(("forest", "max_tokens"), [(True, 40), (True, 4000), (False, 90)])
-def test_the_gradient_is_that_of_every_rollout_alone(forest, max_tokens):
+@pytest.mark.parametrize(
+    ("forest", "max_tokens", "ahead"), [(True, 40, 1), (True, 4000, 1), (False, 90, 1), (True, 40, 4), (False, 90, 4)]
+)
+def test_the_gradient_is_that_of_every_rollout_alone(forest, max_tokens, ahead):
     rollouts = branching_rollouts()
     critic = critic_of("Llama")
     ids = np.unique(rollouts.input_ids[rollouts.response_mask]).astype(np.int64)
     add_next_token_head(critic, ids, ONE, source=None, checkpoint=None, seed=0)
     if not forest:
         use_stock_attention(critic)
-    recipe = LossRecipe(cliprange_value=None, mode="seq-mean-token-mean", scale_factor=None, lm_loss_weight=0.7)
+    recipe = LossRecipe(
+        cliprange_value=None,
+        mode="seq-mean-token-mean",
+        scale_factor=None,
+        lm_loss_weight=0.7,
+        lm_loss_ahead=ahead,
+    )
     compute = replace(ONE, max_tokens=max_tokens)
     result = accumulate_gradient(critic, rollouts, recipe, compute, forest=forest, stop=StopRequest())
 
@@ -50,13 +58,30 @@ def test_the_gradient_is_that_of_every_rollout_alone(forest, max_tokens):
         labels = torch.searchsorted(torch.from_numpy(ids), tokens[1:][mask])
         returns = torch.from_numpy(rollouts.returns[start + 1 : stop])[mask]
         value_loss = value_loss + 0.5 * (alone.head(states) - returns).square().mean() / len(rollouts)
-        lm_loss = lm_loss + F.cross_entropy(states @ head.T, labels) / len(rollouts)
+        for place, state in enumerate(states):
+            following = labels[place : place + ahead]
+            each = F.cross_entropy((state @ head.T).expand(len(following), -1), following)
+            lm_loss = lm_loss + each / len(states) / len(rollouts)
     (value_loss + 0.7 * lm_loss).backward()
     assert result.value_loss == pytest.approx(value_loss.item(), rel=1e-5)
     assert result.lm_loss == pytest.approx(lm_loss.item(), rel=1e-5)
     expected = {name: p.grad for name, p in alone.named_parameters()} | {"next_token_head.weight": head.grad}
     for name, parameter in critic.named_parameters():
         assert (parameter.grad - expected[name]).norm() < 2e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+def test_a_state_predicts_the_response_tokens_of_its_rollout_that_follow(ahead):
+    rollouts = branching_rollouts()  # with gaps in their masks
+    tokens = np.flatnonzero(rollouts.response_mask)[::3]
+    expected = []
+    for place, token in enumerate(tokens.tolist()):
+        end = rollouts.offsets[rollouts.offsets > token][0]
+        following = [other for other in range(token, end) if rollouts.response_mask[other]][:ahead]
+        expected += [(place, other, pytest.approx(1 / len(following))) for other in following]
+    found = tokens_ahead(rollouts, tokens, ahead)
+    assert list(zip(*(array.tolist() for array in found), strict=True)) == expected
+    assert not any(len(array) for array in tokens_ahead(rollouts, tokens[:0], ahead)), "a rank may have none"
 
 
 @pytest.fixture(scope="module")

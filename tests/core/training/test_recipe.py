@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import readable_rollouts, write_shard
 
+from critic_train.errors import ConfigError
 from critic_train.events import Notice
 from critic_train.run.run_directory import RunDirectory
 from critic_train.settings import FitSettings
@@ -106,6 +107,30 @@ def test_a_new_transformer_is_as_large_as_the_rollouts_teach(facts, given, prese
     assert settings.loss.lm_loss_weight == lm_loss_weight
     assert not recipe.keys() & given.keys(), "only what was not given is chosen"
     assert all(choice["reason"] for choice in recipe.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "facts", "given", "ahead"),
+    [
+        (None, facts_of(217_378, 62), {}, 8),
+        (None, facts_of(217_378, 62), {"lm_loss_ahead": 1}, 1),
+        (None, facts_of(217_378, 62), {"lm_loss_weight": 0.0}, None),
+        (None, facts_of(61_600, 4_800), {}, None),
+        (None, facts_of(61_600, 4_800), {"lm_loss_weight": 0.3}, 8),
+        (None, facts_of(217_378, 62), {"recipe": "verl", "lm_loss_weight": 1.0}, None),
+        (HEAD, facts_of(217_378, 62), {"lm_loss_weight": 1.0}, None),
+    ],
+)
+def test_a_new_transformer_predicts_several_tokens_from_each_state(source, facts, given, ahead):
+    recipe, settings = chosen(source, facts, **given)
+    assert settings.loss.lm_loss_ahead == ahead
+    assert not recipe.keys() & given.keys(), "only what was not given is chosen"
+
+
+@pytest.mark.parametrize("given", [{"lm_loss_weight": 0.0, "lm_loss_ahead": 2}, {"lm_loss_ahead": 0}])
+def test_tokens_ahead_that_no_loss_predicts_are_refused(given):
+    with pytest.raises(ConfigError, match="--lm-loss-ahead"):
+        FitSettings(data=["none"], **given)
 
 
 @pytest.mark.parametrize(
