@@ -254,7 +254,9 @@ def choose_memory(
             continue
         choice = _set_tokens(compute, use, moments, largest)
         last_on_device = keepings[-1] == keeping._replace(on_host=True) != keeping
-        if compute.max_tokens >= wanted or (cut := _cheaper_cut(compute, largest) if last_on_device else ""):
+        if compute.max_tokens >= wanted or (
+            cut := compute.cheaper_cut(int(largest.lengths.max())) if last_on_device else ""
+        ):
             break
     choices = []
     if len(keepings) > 1:
@@ -269,14 +271,6 @@ def choose_memory(
         return keeping, [*choices, choice]
     compute.start_at(max_tokens)
     return keeping, choices
-
-
-def _cheaper_cut(compute: Compute, largest: Rollouts) -> str:
-    """Why ranks cut the longest rollout before layer inputs go to host memory, as the rest of a sentence; or ""."""
-    cut, longest = compute.cut_first, int(largest.lengths.max())
-    if cut is None or not compute.max_tokens < longest <= cut.ranks * compute.max_tokens:
-        return ""
-    return f", and ranks cut the longest rollout before layer inputs go to host memory: {cut.reason}"
 
 
 def _measured(critic: Critic, compute: Compute, *, forest: bool, beyond: int, last: bool) -> MemoryUse | None:

@@ -147,6 +147,13 @@ class Compute:
         if keeping.on_host and not offloads(self.offload, "activations"):
             self.offload = WITH_ACTIVATIONS[self.offload]
 
+    def cheaper_cut(self, longest: int) -> str:
+        """Why ranks cut the longest rollout before layer inputs go to host memory, as the rest of a sentence; or ""."""
+        cut = self.cut_first
+        if cut is None or not self.max_tokens < longest <= cut.ranks * self.max_tokens:
+            return ""
+        return f", and ranks cut the longest rollout before layer inputs go to host memory: {cut.reason}"
+
     def start_at(self, max_tokens: int) -> None:
         """Set `max_tokens` without a message from `lowered`."""
         self.max_tokens = self._announced = max_tokens
