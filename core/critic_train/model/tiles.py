@@ -190,9 +190,17 @@ def _call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[Tensor]
 ) -> Any:
     """Call with other tensors in place of those among the arguments, in order."""
+    args, kwargs = _with_tensors(args, kwargs, tensors)
+    return function(*args, **kwargs)
+
+
+def _with_tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with other tensors in place of those among them, in order."""
     others = iter(tensors)
     given = [next(others) if isinstance(each, Tensor) else each for each in (*args, *kwargs.values())]
-    return function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+    return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
 
 def _in_tiles(forward: Callable[..., Any], tile: int, cut: _Cut, *args: Any, **kwargs: Any) -> Any:
@@ -200,6 +208,9 @@ def _in_tiles(forward: Callable[..., Any], tile: int, cut: _Cut, *args: Any, **k
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     rows = tensors[0].shape[: cut.inputs[0]].numel()
     size = max(1, tile // max(1, rows))
+    # Checkpoints hold `compute` until the backward pass: not, through it, the input that a checkpoint around drops.
+    empty = [each.new_empty(0) for each in tensors]
+    args, kwargs = _with_tensors(args, kwargs, empty)
 
     def compute(*part: Tensor) -> Any:
         # Of padded rows a tile is a view of a piece of each, and some modules take its rows for one after the other.

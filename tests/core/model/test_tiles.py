@@ -1,5 +1,7 @@
 """Parts that treat each position alone, found by what they do, and computed in tiles with the same gradient."""
 
+import weakref
+
 import pytest
 import torch
 from support import branching_rollouts, small_config
@@ -7,6 +9,7 @@ from torch import nn
 
 from critic_train.model import tiles
 from critic_train.model.compute import Compute
+from critic_train.model.memory import checkpoint_activations
 from critic_train.model.selfcheck import choose_packing
 from critic_train.stopping import StopRequest
 from critic_train.training.train_step import LossRecipe, accumulate_gradient
@@ -105,6 +108,16 @@ def test_what_is_held_is_the_input():
             gradient_of(critic, forest)
         held[tiled] = sum(storage.nbytes() for storage in storages.values())
     assert held[True] <= 0.6 * held[False]
+
+
+def test_a_checkpoint_around_tiles_drops_their_input():
+    critic, forest = critic_of()
+    checkpoint_activations(critic, "layer-tiles")
+    norm, inputs, alive = critic.trunk.layers[0].post_attention_layernorm, [], []
+    norm.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    critic.trunk.norm.register_forward_pre_hook(lambda module, args: alive.append(inputs[0]()))
+    gradient_of(critic, forest)
+    assert alive == [None]
 
 
 class Pooling(nn.Module):
