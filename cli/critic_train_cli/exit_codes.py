@@ -10,7 +10,15 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 
-from critic_train.errors import ConfigError, CriticTrainError, DataError, DivergedError, MachineError, ModelError
+from critic_train.errors import (
+    ConfigError,
+    CriticTrainError,
+    DataError,
+    DivergedError,
+    MachineError,
+    ModelError,
+    out_of_memory_hint,
+)
 from critic_train.text import without_secrets
 
 DONE, REFUSED, USAGE, DATA, MODEL, DIVERGED, MACHINE, BUG, CLOSED = 0, 1, 2, 3, 4, 5, 6, 70, 141
@@ -36,7 +44,6 @@ MACHINE_ERRNOS = {
     errno.ENFILE: "the machine has no open files left",
     errno.ENOMEM: "lower --max-tokens; it never changes the result",
 }
-LOWER_MEMORY = "lower --max-tokens (it never changes the result), or use --precision bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +75,9 @@ def explain(error: BaseException) -> Failure:
     if is_out_of_memory(error):
         first = str(error).split("\n")[0][:200]
         return Failure(
-            exit_code=MACHINE, message=f"out of memory: {first or 'no details were given'}", hint=LOWER_MEMORY
+            exit_code=MACHINE,
+            message=f"out of memory: {first or 'no details were given'}",
+            hint=out_of_memory_hint(first),
         )
     if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
         where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""

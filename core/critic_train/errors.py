@@ -41,3 +41,18 @@ class MachineError(CriticTrainError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory_hint(message: str) -> str:
+    """What to do where memory ran out.
+
+    Args:
+        message: of the error. torch's own says "CUDA out of memory"; CUDA's, "CUDA error: out of memory", is about what
+            torch does not share out: the host's memory that is to be page-locked, or a device that others fill.
+    """
+    if message.startswith("CUDA error"):
+        return (
+            "the host could not page-lock memory (a container's limit, free -g), or other processes fill the device "
+            "(nvidia-smi); where neither is so, lower --max-tokens"
+        )
+    return "lower --max-tokens (it never changes the result), or use --precision bf16"

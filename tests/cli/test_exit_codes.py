@@ -51,6 +51,12 @@ def test_out_of_memory(error):
     assert "\n" not in fault.message
 
 
+def test_memory_that_torch_does_not_share_out_is_not_laid_to_the_tokens():
+    hint = explain(RuntimeError("CUDA error: out of memory\nmore")).hint
+    assert "page-lock" in hint
+    assert "nvidia-smi" in hint
+
+
 @pytest.mark.parametrize("error", [RuntimeError("words"), FileNotFoundError(2, "none", "x"), KeyError("x")])
 def test_all_else_is_a_bug(error):
     fault = explain(error)

@@ -39,6 +39,7 @@ from critic_train.training.train_step import LossRecipe, accumulate_gradient, cl
 from critic_train.weights.loading import build_critic
 
 GIB = 2**30
+KINDS = ["auto", "none", "tiles", "selective", "layer", "layer-tiles"]
 RECIPE = LossRecipe(cliprange_value=0.5, mode="token-mean", scale_factor=None)
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--responses", type=int, default=8)
     parser.add_argument("--layers", type=int, help="fewer than the model has")
-    parser.add_argument("--kinds", nargs="*", default=["auto", "none", "selective", "layer", "layer-tiles"])
+    parser.add_argument("--kinds", nargs="*", default=KINDS)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     config, device, half = shape_config(asked.model), resolve_device("cuda"), asked.length // 2
@@ -105,7 +106,7 @@ def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -
         "max_tokens": before,
         "largest": largest,
         "micro_batches": len(layouts),
-        "estimate": (uses[-1].fixed + uses[-1].per_token * largest + moments) / GIB,
+        "estimate": (held(uses[-1], largest, 0 if len(layouts) > 1 else 4 * trained) + moments) / GIB,
         "lowered": lowered,
     }
     try:
@@ -118,6 +119,18 @@ def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -
     gc.collect()
     torch.cuda.empty_cache()
     return found
+
+
+def held(use: automatic.MemoryUse, tokens: int, to_come: int) -> float:
+    """Bytes of a step beside the moments, by the estimate, which has the gradients there from the beginning.
+
+    Args:
+        use: what was measured.
+        tokens: of the largest micro-batch.
+        to_come: bytes of gradients that are not there yet when its backward pass begins, as in the only micro-batch
+            of a step: they come as its activations go.
+    """
+    return max(use.fixed, use.fixed + use.per_token * tokens - to_come)
 
 
 def steps(critic: Critic, compute: Compute, rollouts: Rollouts) -> None:

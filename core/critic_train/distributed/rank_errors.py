@@ -3,7 +3,15 @@
 import traceback
 from typing import Any
 
-from critic_train.errors import ConfigError, CriticTrainError, DataError, DivergedError, MachineError, ModelError
+from critic_train.errors import (
+    ConfigError,
+    CriticTrainError,
+    DataError,
+    DivergedError,
+    MachineError,
+    ModelError,
+    out_of_memory_hint,
+)
 
 KINDS = {kind.__name__: kind for kind in (ConfigError, DataError, DivergedError, MachineError, ModelError)}
 
@@ -36,7 +44,7 @@ def as_error(record: dict[str, Any]) -> BaseException:
     if "out of memory" in message.lower() or record["kind"] in ("MemoryError", "OutOfMemoryError"):
         return MachineError(
             f"{whose}: out of memory: {message.splitlines()[0][:200] if message else 'no details were given'}",
-            hint="lower --max-tokens (it never changes the result), or use --precision bf16",
+            hint=out_of_memory_hint(message),
         )
     error = RankError(f"{whose}: {record['kind']}: {message}")
     error.add_note(str(record.get("traceback", "")))

@@ -17,3 +17,16 @@ def test_numbers_and_types_are_kept(dtype):
         assert tensor.is_contiguous()
         assert tensor.numpy().dtype == dtype
         assert np.array_equal(tensor.numpy(), layout)
+
+
+def test_what_cannot_be_page_locked_is_copied_all_the_same(monkeypatch):
+    """The copy goes to the CPU here: only locking is of the device."""
+
+    class Device(str):
+        type = "cuda"
+
+    def refuse(tensor):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    assert to_device(np.arange(3), Device("cpu")).tolist() == [0, 1, 2]
