@@ -16,6 +16,7 @@ from critic_train.distributed.ranks import Ranks
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Event, Notice, Progress
 from critic_train.model.automatic import set_memory, try_largest, with_offload
+from critic_train.model.compiling import choose_compiled, chooses_to_compile
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
@@ -136,6 +137,7 @@ def prepare_critic(
     largest_group: Callable[[], Rollouts],
     longest: int,
     tokens: int | None = None,
+    run_tokens: int = 0,
     new_head: NewHead | None = None,
     checking: AbstractContextManager[None] | None = None,
 ) -> PreparedCritic:
@@ -148,6 +150,7 @@ def prepare_critic(
         sample: rollouts to try packing and attention on.
         largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
         longest, tokens: of the longest rollout; about the most of a mini-batch, None where that is not known.
+        run_tokens: of all rollouts that are trained on, as often as they are.
         new_head: for the next token, which the critic is given; None for none.
         checking: entered while it is checked what the critic computes.
 
@@ -172,6 +175,11 @@ def prepare_critic(
     if settings.max_tokens is None and on_cuda and compute.ranks.size == 1:
         lowered = try_largest(critic, compute, largest, forest=packing.forest)
         notices += [Notice(message=lowered, level="warning")] if lowered else []
+    compiled = settings.compile
+    if chooses_to_compile(settings, compute, train):
+        choice = choose_compiled(critic, compute, largest, forest=packing.forest, tokens=run_tokens)
+        compiled, checkpointing = choice.value, compute.keeping.kind
+        choices, notices = [*choices, choice], [*notices, Notice(message=choice.sentence())]
     caches_states = False
     if (layers := trained_layers(train)) is not None:
         caches_states = supports_cached_states(critic, layers, sample, compute, forest=packing.forest)
@@ -181,7 +189,7 @@ def prepare_critic(
         compute=compute,
         forest=packing.forest,
         caches_states=caches_states,
-        chosen=_chosen(compute, checkpointing),
+        chosen=_chosen(compute, checkpointing) | {"compile": compiled},
         reasons={choice.name: {"value": choice.value, "reason": choice.reason} for choice in choices},
         notices=notices,
     )
