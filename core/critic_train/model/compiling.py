@@ -7,12 +7,14 @@ same and takes less time is used to the end, and by whatever resumes the run.
 import time
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from critic_train.errors import first_line
-from critic_train.model.automatic import Choice, some_loss
+from critic_train.events import Notice
+from critic_train.model.automatic import Choice, some_loss, try_largest
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.memory import compile_layers, leave_uncompiled, set_keeping
@@ -50,12 +52,12 @@ class _Passes:
 
     def states(self) -> Tensor:
         """float32 [N, hidden_size], what the head reads, by the passes that are made for a gradient."""
-        found = []
+        read = []
         with torch.enable_grad():
             for batch in micro_batches(self.rollouts, self.compute, forest=self.forest):
                 with self.compute.autocast():
-                    found.append(self.critic.hidden(batch).detach().float())
-        return torch.cat([states.reshape(-1, states.shape[-1]) for states in found])
+                    read.append(self.critic.hidden(batch).detach().float())
+        return torch.cat([states.reshape(-1, states.shape[-1]) for states in read])
 
     def seconds(self) -> float:
         """What one pass takes. The gradient of the last one is left."""
@@ -75,8 +77,53 @@ class _Passes:
     def first_gradient(self) -> Tensor:
         """The gradient of the layer that is the first to compute and the last to get one; a copy."""
         layer = next(module for name, module in self.critic.trunk.named_modules() if name.endswith(".0"))
-        found = [p.grad.flatten() for p in layer.parameters() if p.grad is not None]
-        return torch.cat(found) if found else torch.zeros(0)
+        gradients = [p.grad.flatten() for p in layer.parameters() if p.grad is not None]
+        return torch.cat(gradients) if gradients else torch.zeros(0)
+
+
+class Compiling(NamedTuple):
+    """What came of compiling.
+
+    Attributes:
+        value: whether the layers are compiled.
+        choice: where that chose itself.
+        notices: about the token budget.
+    """
+
+    value: bool
+    choice: Choice | None
+    notices: list[Notice]
+
+
+def compile_or_not(
+    critic: Critic,
+    compute: Compute,
+    settings: TrainComputeSettings,
+    train: str | None,
+    largest: Rollouts,
+    *,
+    forest: bool,
+    run_tokens: int,
+) -> Compiling:
+    """Compile the layers where that is asked for or pays, and lower a token budget that is too much for a prompt.
+
+    Args:
+        critic: in training mode, on its device, its memory options set.
+        compute: of the run.
+        settings, train: what was given; --train.
+        largest: the rollouts of the largest prompt.
+        forest: how rollouts are laid out.
+        run_tokens: of all rollouts that are trained on, as often as they are.
+    """
+    notices, choice = [], None
+    if settings.compile:
+        compile_layers(critic)
+    if settings.max_tokens is None and compute.device.type == "cuda" and compute.ranks.size == 1:
+        lowered = try_largest(critic, compute, largest, forest=forest)
+        notices += [Notice(message=lowered, level="warning")] if lowered else []
+    if chooses_to_compile(settings, compute, train):
+        choice = choose_compiled(critic, compute, largest, forest=forest, tokens=run_tokens)
+    return Compiling(settings.compile if choice is None else choice.value, choice, notices)
 
 
 def chooses_to_compile(settings: TrainComputeSettings, compute: Compute, train: str | None) -> bool:
