@@ -75,7 +75,13 @@ def main() -> None:
     for kind in asked.kinds:
         if kind == chosen:
             continue
-        found = measured(critic, replace(compute), rollouts, kind) | {"self_check": checked}
+        try:
+            found = measured(critic, replace(compute), rollouts, kind) | {"self_check": checked}
+        except torch.OutOfMemoryError:
+            error = "the passes by which memory is measured do not fit"
+            print(json.dumps({"asked": kind, "error": error}) if asked.json else f"  {kind:9s} {error}", flush=True)
+            release(critic)
+            continue
         chosen = found["kind"] if kind == "auto" else chosen
         print(json.dumps(found) if asked.json else shown(found), flush=True)
 
@@ -115,10 +121,15 @@ def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -
         found["error"] = error.message.splitlines()[0]
     found |= {"peak": torch.cuda.max_memory_allocated() / GIB, "reserved": torch.cuda.max_memory_reserved() / GIB}
     found["halved"] = compute.max_tokens if compute.max_tokens != before else None
+    release(critic)
+    return found
+
+
+def release(critic: Critic) -> None:
+    """Give back what a row has left."""
     critic.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return found
 
 
 def held(use: automatic.MemoryUse, tokens: int, to_come: int) -> float:
