@@ -20,7 +20,7 @@ FIT_FLAGS = words("""
 --lr-schedule --ema-decay --grad-clip
 --on-non-finite --max-skips --seed
 --device --precision --packing --attention --max-tokens --activation-checkpointing --offload
---compile --nproc --sequence-parallel
+--compile --no-compile --nproc --sequence-parallel
 --out --dry-run --eval-every --best-by --patience --checkpoint-every --keep --log-every --no-report
 --log-to --log-project
 """)

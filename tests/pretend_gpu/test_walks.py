@@ -139,7 +139,18 @@ def test_what_a_run_chooses_for_a_gpu(models, tmp_path):
         "activation_checkpointing": "none",
         "offload": "none",
         "sequence_parallel": 1,
+        "compile": False,
     }
+    assert "too few to pay for it" in record["recipe"]["compile"]["reason"]
+
+
+def test_a_long_run_compiles_by_itself_and_goes_on_so(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("LONG_RUN_SECONDS", "0")  # see patched/sitecustomize.py
+    run, flags = tmp_path / "run", ("--lr-schedule", "constant", "--warmup-steps", 0, "--activation-checkpointing")
+    began = fit(run, "--model", models("Qwen3"), *flags, "none")
+    assert "compiled and" in began["recipe"]["compile"]["reason"]
+    monkeypatch.delenv("LONG_RUN_SECONDS")
+    assert fit(run, "--model", models("Qwen3"), *flags, "none", "--max-steps", 3)["chosen"] == began["chosen"]
 
 
 def test_a_run_that_was_stopped_goes_on_and_is_judged_and_predicts(models, tmp_path):

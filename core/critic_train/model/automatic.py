@@ -181,7 +181,7 @@ def set_memory(
         keeping = keepings[0]
         set_keeping(critic, compute, keeping)
     # Of several ranks, those that do not run out of memory hang meanwhile.
-    if compute.may_keep_less and compute.ranks.size == 1:
+    if compute.may_keep_less and compute.ranks.size == 1 and not settings.compile:
         # A resumed run is given what it offloaded at first.
         offload: Offload = "auto" if compute.may_offload else settings.offload
         every = [each for each in _keepings(CHECKPOINTING, offload, on_cuda=on_cuda) if each.kind != "selective"]
@@ -373,14 +373,14 @@ def _peak(critic: Critic, compute: Compute, rollouts: Rollouts, *, forest: bool,
     positions = 0
     for batch in micro_batches(rollouts, compute, forest=forest):
         with torch.set_grad_enabled(training), compute.autocast():
-            loss = _some_loss(critic, batch)
+            loss = some_loss(critic, batch)
         if training:
             loss.backward()
         positions = max(positions, batch.computed_tokens)
     return positions, torch.cuda.max_memory_allocated(compute.device)
 
 
-def _some_loss(critic: Critic, batch: ModelInput) -> Tensor:
+def some_loss(critic: Critic, batch: ModelInput) -> Tensor:
     """A number that depends on all that a step's loss depends on, the next-token head included."""
     if critic.next_token_head is None:
         loss: Tensor = critic(batch).sum()

@@ -137,6 +137,13 @@ def compile_layers(critic: Critic) -> None:
                 module.compile(dynamic=True)
 
 
+def leave_uncompiled(critic: Critic) -> None:
+    """Undo `compile_layers`, but for what is computed again: `checkpoint_activations` sets that anew."""
+    for module in critic.trunk.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._compiled_call_impl = None
+
+
 def _checkpointed(checkpoint: Callable[..., Any], compiled: dict[Any, Any], layer: "partial[Any]", *args: Any) -> Any:
     """A layer's forward, compiled once for all layers of its kind, within its checkpoint."""
     if layer.func not in compiled:

@@ -26,7 +26,10 @@ RESUMABLE = frozenset(
 fingerprints identify their content."""
 
 ROUNDING_ONLY = frozenset(
-    {"max_tokens", "device", "attention", "activation_checkpointing", "compile", "offload", "sequence_parallel"}
+    {
+        *("max_tokens", "device", "attention", "activation_checkpointing", "compile", "no_compile", "offload"),
+        "sequence_parallel",
+    }
 )
 """Settings that may differ at the price of bit-identity: sums are taken in another order."""
 

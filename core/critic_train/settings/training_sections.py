@@ -318,14 +318,20 @@ class TrainComputeSettings(ComputeSettings):
         panel="Compute",
     )
     compile: bool = setting(
-        False, "Compile the layers with torch.compile: slow to start, faster on a GPU.", panel="Compute"
+        False,
+        "Compile the layers with torch.compile: slow to start, faster on a GPU. A long run on one GPU tries it by "
+        "itself, and takes what is faster.",
+        panel="Compute",
     )
+    no_compile: bool = setting(False, "Leave the layers as they are, however long the run is.", panel="Compute")
     nproc: int = _nproc_setting()
     sequence_parallel: int | None = _sequence_parallel_setting()
 
     def validate(self) -> list[str]:
         """See Section."""
         errors = super().validate()
+        if self.compile and self.no_compile:
+            errors.append("--compile and --no-compile contradict each other")
         if self.compile and self.activation_checkpointing not in ("auto", "none", "layer"):
             errors.append(
                 f"--compile does not go with --activation-checkpointing {self.activation_checkpointing}, which changes "

@@ -15,11 +15,11 @@ from critic_train.data.scanning import SAMPLED_ROLLOUTS
 from critic_train.distributed.ranks import Ranks
 from critic_train.evaluation.advantages import AdvantageRecipe
 from critic_train.events import Event, Notice, Progress
-from critic_train.model.automatic import set_memory, try_largest, with_offload
+from critic_train.model.automatic import set_memory, with_offload
+from critic_train.model.compiling import compile_or_not
 from critic_train.model.compute import Compute
 from critic_train.model.critic import Critic, freeze_all_but_last
 from critic_train.model.fsdp import cost_of, shard
-from critic_train.model.memory import compile_layers
 from critic_train.model.sequence_sharing import choose_layout, cut_before_host_memory
 from critic_train.model_files.config import preset_config
 from critic_train.rollouts import Rollouts
@@ -137,6 +137,7 @@ def prepare_critic(
     largest_group: Callable[[], Rollouts],
     longest: int,
     tokens: int | None = None,
+    run_tokens: int = 0,
     new_head: NewHead | None = None,
     checking: AbstractContextManager[None] | None = None,
 ) -> PreparedCritic:
@@ -149,6 +150,7 @@ def prepare_critic(
         sample: rollouts to try packing and attention on.
         largest_group: reads those of the largest prompt, to which the token budget of a GPU is fitted.
         longest, tokens: of the longest rollout; about the most of a mini-batch, None where that is not known.
+        run_tokens: of all rollouts that are trained on, as often as they are.
         new_head: for the next token, which the critic is given; None for none.
         checking: entered while it is checked what the critic computes.
 
@@ -168,12 +170,10 @@ def prepare_critic(
     checkpointing, more = set_memory(critic, compute, settings, kind, largest, forest=layout.packing.forest)
     packing, notices, cuts = choose(before=layout) if on_cuda else layout
     choices = [*choices, *more, *cuts] if on_cuda else cuts
-    notices += [*(Notice(message=choice.sentence()) for choice in choices), *of_head]
-    if settings.compile:
-        compile_layers(critic)
-    if settings.max_tokens is None and on_cuda and compute.ranks.size == 1:
-        lowered = try_largest(critic, compute, largest, forest=packing.forest)
-        notices += [Notice(message=lowered, level="warning")] if lowered else []
+    compiling = compile_or_not(critic, compute, settings, train, largest, forest=packing.forest, run_tokens=run_tokens)
+    if compiling.choice is not None:
+        choices, checkpointing = [*choices, compiling.choice], compute.keeping.kind
+    notices += [*(Notice(message=choice.sentence()) for choice in choices), *of_head, *compiling.notices]
     caches_states = False
     if (layers := trained_layers(train)) is not None:
         caches_states = supports_cached_states(critic, layers, sample, compute, forest=packing.forest)
@@ -183,7 +183,7 @@ def prepare_critic(
         compute=compute,
         forest=packing.forest,
         caches_states=caches_states,
-        chosen=_chosen(compute, checkpointing),
+        chosen=_chosen(compute, checkpointing) | {"compile": compiling.value},
         reasons={choice.name: {"value": choice.value, "reason": choice.reason} for choice in choices},
         notices=notices,
     )

@@ -139,6 +139,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
         lambda: tried,
         longest=shape.max_length,
         tokens=settings.optimizer.batch_size * shape.max_length,
+        run_tokens=int(data.plan.passes * data.train_tokens),
         new_head=new_head,
     )
     compute = prepared.compute

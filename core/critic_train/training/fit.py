@@ -198,6 +198,7 @@ def _build(
         data.train.largest_group,
         longest=shape.max_length,
         tokens=settings.optimizer.batch_size * shape.max_length,
+        run_tokens=int(plan.passes * data.train.cache.lengths[data.train.index].sum()),
         new_head=new_run_head(settings, data.train, source, checkpoint, begun.response_ids, ranks),
         checking=_has_passed_before(checkpoint),
     )

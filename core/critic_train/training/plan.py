@@ -60,6 +60,11 @@ class TrainingPlan:
         wanted = round(WARMUP_SHARE * self.total_steps) if warmup_steps is None else warmup_steps
         self.warmup_steps = min(self.total_steps, wanted)
 
+    @property
+    def passes(self) -> float:
+        """Over the rollouts, in all."""
+        return self.total_steps / self.steps_per_epoch[0] if self.total_steps else 0.0
+
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, mini-batch within it) of the step that follows `step` steps; (epochs, 0) past the last."""
         epoch = bisect_right(self._first_steps, step) - 1

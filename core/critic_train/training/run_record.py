@@ -161,7 +161,12 @@ def resumed_settings(settings: FitSettings, run: RunDirectory, ranks: int) -> Fi
     # An earlier version may have given padded rows to what gets prefix trees now; the results differ by rounding.
     if record.get("resolved", {}).get("packing") == "rows":
         before["packing"] = "rows"
-    return settings.replace(**{name: value for name, value in before.items() if given[name] in (None, "auto")})
+    before = {name: value for name, value in before.items() if given[name] in (None, "auto")}
+    # An earlier version has not compiled by itself.
+    if not (given["compile"] or given["no_compile"]):
+        compiled = record.get("chosen", {}).get("compile", record.get("settings", {}).get("compile", False))
+        before["compile" if compiled else "no_compile"] = True
+    return settings.replace(**before)
 
 
 def recorded_reasons(run: RunDirectory, chosen: dict[str, Any]) -> Recipe:

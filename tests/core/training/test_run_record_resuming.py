@@ -10,9 +10,11 @@ from support import readable_rollouts, small_config, write_shard
 from critic_train.errors import ConfigError, MachineError, ModelError
 from critic_train.events import Notice, StepEnded
 from critic_train.run.checkpoint import checkpoints
+from critic_train.run.run_directory import RunDirectory
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
+from critic_train.training.run_record import resumed_settings
 from critic_train.weights.loading import build_critic
 from critic_train.weights.saving import save_critic
 
@@ -179,7 +181,7 @@ def test_what_chose_itself_stands_in_run_json_and_a_run_goes_on_with_it(folder, 
     run(settings_for(folder, out, max_steps=2))
     record = json.loads((out / "run.json").read_text())
     chosen = {"precision": "fp32", "max_tokens": 4096, "activation_checkpointing": "none", "offload": "none"}
-    chosen["sequence_parallel"] = 1
+    chosen |= {"sequence_parallel": 1, "compile": False}
     assert record["chosen"] == chosen
     # As if it had chosen otherwise: the longer run takes what the record says, and does not choose anew.
     record["chosen"]["max_tokens"] = 64
@@ -189,3 +191,20 @@ def test_what_chose_itself_stands_in_run_json_and_a_run_goes_on_with_it(folder, 
     assert not [message for message in notices(events) if "--max-tokens" in message]
     events = run(settings_for(folder, out, max_steps=4, max_tokens=128))
     assert any(message.startswith("--max-tokens was 64, is now 128") for message in notices(events))
+
+
+@pytest.mark.parametrize(
+    ("record", "given", "expected"),
+    [
+        ({"chosen": {"compile": True}}, {}, (True, False)),
+        ({"chosen": {"compile": False}}, {}, (False, True)),
+        ({"settings": {"compile": True}, "chosen": {}}, {}, (True, False)),  # of a version that never chose it
+        ({"settings": {}, "chosen": {}}, {}, (False, True)),
+        ({"chosen": {"compile": True}}, {"no_compile": True}, (False, True)),
+        ({"chosen": {"compile": False}}, {"compile": True}, (True, False)),
+    ],
+)
+def test_a_resumed_run_is_compiled_as_it_was(record, given, expected, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    settings = resumed_settings(settings_for(tmp_path, tmp_path, **given), RunDirectory(tmp_path), ranks=1).compute
+    assert (settings.compile, settings.no_compile) == expected

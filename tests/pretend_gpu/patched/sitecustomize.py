@@ -5,6 +5,7 @@ modules that make them are imported.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
@@ -37,10 +38,17 @@ def _loading(module: Any) -> None:
     module._all_finite = lambda _: True
 
 
+def _compiling(module: Any) -> None:
+    """Time says nothing here: a run that counts as long by LONG_RUN_SECONDS is compiled."""
+    if "LONG_RUN_SECONDS" in os.environ:
+        module.LONG_RUN_SECONDS, module.WORTHWHILE = float(os.environ["LONG_RUN_SECONDS"]), float("inf")
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "critic_train.model.rounding": _rounding,  # the self-check's comparison
     "critic_train.model.tiles": _tiles,  # whether a part of the trunk treats each position alone
     "critic_train.model.trial": _trial,  # which states the ranks of a cut rollout have computed
+    "critic_train.model.compiling": _compiling,
     "critic_train.weights.loading": _loading,  # whether weights that were loaded onto the device are finite
 }
 
