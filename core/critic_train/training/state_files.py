@@ -73,7 +73,7 @@ class StateFiles:
             save_optimizer(self._optimizer, self._named, directory)
             save_next_token_head(self._critic, directory)
             if self._average is not None:
-                self._average.save(directory)
+                self._average.save_weights(directory)
             return
         try:
             with self._averaged():
@@ -92,7 +92,7 @@ class StateFiles:
         writes: list[Callable[[Path | None, Gather], None]] = [
             partial(save_optimizer, self._optimizer, self._named),
             partial(save_next_token_head, self._critic),
-            *([] if self._average is None else [self._average.save]),
+            *([] if self._average is None else [self._average.save_weights]),
         ]
         for write in writes:
             try:

@@ -65,7 +65,7 @@ class WeightAverage:
         finally:
             self._exchange()
 
-    def save(self, directory: Path | None, gather: Gather | None = None) -> None:
+    def save_weights(self, directory: Path | None, gather: Gather | None = None) -> None:
         """Write the weights that training goes on with; with `gather`, all ranks call it, with None but on rank 0."""
         if not self._begun:
             return
@@ -82,7 +82,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load(self, checkpoint: Path) -> None:
-        """Put back what `save` wrote; the critic has the checkpoint's own weights, which are the average.
+        """Put back what `save_weights` wrote; the critic has the checkpoint's own weights, which are the average.
 
         Raises:
             ModelError: the file belongs to another model.
