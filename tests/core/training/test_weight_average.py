@@ -62,7 +62,7 @@ def test_what_training_goes_on_with_is_saved_also_while_the_average_is_in_place(
     found = critic.head.weight.detach().clone()
     with average.in_place():
         assert not torch.equal(critic.head.weight, found)
-        average.save(tmp_path)
+        average.save_weights(tmp_path)
     assert torch.equal(load_file(tmp_path / WEIGHTS_FILE)["head.weight"], found)
     (other := critic_of("Llama")).head = torch.nn.Linear(3, 1)
     with pytest.raises(ModelError, match=r"head.weight does not fit this model"):
