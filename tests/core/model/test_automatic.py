@@ -199,7 +199,7 @@ def test_a_head_for_the_next_token_counts(monkeypatch):
     critic.trunk.set_attn_implementation(TREE_ATTENTION)
     given = []
     critic.next_token_head.register_forward_pre_hook(lambda _, args: given.extend(args[1:]))
-    automatic._some_loss(critic, batch).backward()
+    automatic.some_loss(critic, batch).backward()
     # Those of a CUDA device are none that numpy can sort.
     assert [type(each) for each in given] == [np.ndarray] * 3
     assert all(
