@@ -149,7 +149,9 @@ def test_tensors_of_the_next_micro_batch_take_the_memory_of_those_before():
         ended = subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True)
         return int(ended.stdout)
 
-    assert faults("keep") < 0.05 * faults("give back")
+    if not (given_back := faults("give back")):
+        pytest.skip("the kernel has counted no page faults")
+    assert faults("keep") < 0.05 * given_back
 
 
 HOLES = """
