@@ -140,13 +140,19 @@ def test_more_ranks_than_rollouts(settings, tmp_path, train):
 
 
 @SLOW
-@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"activation_checkpointing": "layer"}, {"offload": "all"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16", "head_init": "mean"},  # one solved on the states would make their rounding larger
+        {"activation_checkpointing": "layer"},
+        {"offload": "all"},
+    ],
+)
 def test_kept_states_go_with_what_trades_memory(settings, tmp_path, changes):
-    """bf16 rounds a layer's norm weights on ranks and not on one process: the losses agree to its rounding, which a
-    head that is solved on the states takes up."""
+    """bf16 rounds a layer's norm weights on ranks and not on one process: the losses agree to its rounding."""
     alone = run_alone(settings, tmp_path / "alone", train="last-2", **changes)
     ours = alone.replace(out=str(tmp_path / "ours"))
     ended = on_ranks(2, ranks.kept_run, ours)
     assert [end.get("status", end) for end in ended] == ["finished"] * 2
     assert all(end["kept"] >= STEPS for end in ended)
-    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=3e-2 if "precision" in changes else 1e-5)
+    assert curve(ours.run.out) == pytest.approx(curve(alone.run.out), rel=1e-2 if "precision" in changes else 1e-5)
