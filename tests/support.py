@@ -1,6 +1,7 @@
 """Rollouts and models small enough for a test, made from a seed."""
 
 import itertools
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import transformers
 from numpy.typing import NDArray
 
 from critic_train.rollouts import Rollouts
+from critic_train.run.checkpoint import checkpoints
 from critic_train.stopping import StopRequest
 
 VOCABULARY = 128
@@ -152,3 +154,13 @@ def lines_executed(function: Callable[[], object]) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def records(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest(out: Path) -> Path:
+    """The newest checkpoint of a run."""
+    return checkpoints(out / "checkpoints")[-1]

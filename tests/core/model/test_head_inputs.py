@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
-from support import StopAfter, branching_rollouts, readable_rollouts, small_config, write_shard
+from support import StopAfter, branching_rollouts, newest, readable_rollouts, small_config, write_shard
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from critic_train.errors import ConfigError, ModelError
@@ -24,7 +23,6 @@ from critic_train.model.head_inputs import running_mean, states_and_means
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import use_stock_attention
 from critic_train.rollouts import Rollouts
-from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import ExportSettings, FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.exact_head import _heads, of_last_state, second_moments
@@ -178,10 +176,6 @@ def settings(tmp_path_factory) -> FitSettings:
         no_report=True,
         device="cpu",
     )
-
-
-def newest(out: Path) -> Path:
-    return checkpoints(out / "checkpoints")[-1]
 
 
 @pytest.mark.parametrize("train", ["head", "last-1", pytest.param("lora", marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ from rank_work import critic_of
 from ranks import on_ranks
 from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
-from support import StopAfter, branching_rollouts, readable_rollouts, small_config, write_shard
+from support import StopAfter, branching_rollouts, readable_rollouts, records, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ConfigError
@@ -140,10 +140,6 @@ def settings(tmp_path_factory) -> FitSettings:
         no_report=True,
         device="cpu",
     )
-
-
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def head_of(out: Path, step: int = 0) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Runs with a next-token loss: its gradient, its head in checkpoints, and its place among the other ways to train."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGTERM
@@ -13,13 +12,12 @@ import torch.nn.functional as F
 from rank_work import ONE, critic_of
 from ranks import on_ranks
 from safetensors.torch import load_file
-from support import branching_rollouts, readable_rollouts, small_config, write_shard
+from support import branching_rollouts, newest, readable_rollouts, records, small_config, write_shard
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from critic_train.errors import ConfigError
 from critic_train.events import Notice, StepEnded
 from critic_train.model.selfcheck import use_stock_attention
-from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.fit import fit
@@ -107,14 +105,6 @@ def base_of(folder: Path, **changes: object) -> Path:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(small_config("Llama", **changes)).save_pretrained(folder)
     return folder
-
-
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(out: Path) -> Path:
-    return checkpoints(out / "checkpoints")[-1]
 
 
 def response_ids(settings: FitSettings) -> np.ndarray:

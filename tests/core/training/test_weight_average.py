@@ -1,7 +1,5 @@
 """The average of the weights: its formula, what is judged and saved by it, and a resumed run with it, to the bit."""
 
-import json
-from pathlib import Path
 from signal import SIGTERM
 
 import numpy as np
@@ -11,13 +9,12 @@ import torch
 from rank_work import critic_of
 from ranks import on_ranks
 from safetensors.torch import load_file
-from support import readable_rollouts, small_config, write_shard
+from support import newest, readable_rollouts, records, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ConfigError, ModelError
 from critic_train.events import StepEnded
 from critic_train.inference import load_critic
-from critic_train.run.checkpoint import checkpoints
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
 from critic_train.training.dry_run import dry_run
@@ -87,14 +84,6 @@ def settings(tmp_path_factory) -> FitSettings:
         no_report=True,
         device="cpu",
     )
-
-
-def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(out: Path) -> Path:
-    return checkpoints(out / "checkpoints")[-1]
 
 
 def test_what_is_judged_is_what_is_saved_and_training_does_not_change(settings, tmp_path):
