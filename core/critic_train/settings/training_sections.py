@@ -359,7 +359,7 @@ class RunSettings(Section):
     best_by: BestBy = setting("explained_variance", "Held-out figure that chooses the best checkpoint.", panel="Run")
     patience: int | None = setting(
         None,
-        "Stop after so many evaluations without a better one. [default: never; 3 where a model is fine-tuned from its "
+        "Stop after so many evaluations in a row that get no further. [default: never; 3 where a model is fine-tuned from its "
         "exact head and neither --epochs nor --max-steps is given]",
         panel="Run",
     )

@@ -37,7 +37,7 @@ class Evaluator:
         seed: of the bootstrap and of the examples.
         plan: of the run.
         best_by: the metric that chooses the best step.
-        patience: evaluations without a better one after which the run ends; None for no such end.
+        patience: evaluations in a row that get no further, after which the run ends; None for no such end.
         state: of the run.
         run: where metrics are logged.
     """
@@ -82,21 +82,21 @@ class Evaluator:
         position.evaluated_step = position.step
         figure = metrics[self.best_by]
         best = self._is_best(figure, minus_start)
-        if minus_start is not None and self._is_closest(figure):
+        further = minus_start is not None and self._is_closest(figure)
+        if minus_start is not None and further:
             self.state.closest = {"step": position.step, "figure": figure, **minus_start}
         if best:
             position.best_step, position.best_figure = position.step, figure
-            position.evaluations_since_best = 0
             self.state.best_evaluation = metrics
+        if best or further:  # what still gets further may yet beat an exact head by an interval
+            position.evaluations_since_best = 0
         elif position.step > 0:
             position.evaluations_since_best += 1
         yield EvaluationEnded(step=position.step, metrics=metrics, best=best, verdict=verdict)
         if self.out_of_patience and position.step < self.plan.total_steps:
-            unproven = self.state.start is not None and position.best_step == 0
-            what = "beaten the exact value head by an interval" if unproven else "improved"
             yield Notice(
-                message=f"held-out {self.best_by} has not {what} in {position.evaluations_since_best} "
-                f"evaluations: stopping at step {position.step} of {self.plan.total_steps}"
+                message=f"held-out {self.best_by} has not improved in {position.evaluations_since_best} evaluations: "
+                f"stopping at step {position.step} of {self.plan.total_steps}"
             )
 
     def closing_notice(self) -> Iterator[Notice]:

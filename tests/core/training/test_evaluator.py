@@ -133,11 +133,21 @@ def test_a_better_critic_takes_the_place_of_the_exact_head(shards, model, tmp_pa
     assert [e for e in events if isinstance(e, Notice) and e.message.endswith("training has beaten it")]
 
 
+def test_fine_tuning_that_still_gets_further_goes_on_though_no_interval_proves_it(shards, model, tmp_path):
+    settings = from_exact_head(shards, tmp_path, model, lr=3e-4, head_lr=3e-4, epochs=6, patience=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "difference_to_start", lambda *_: {"difference": -0.2, "interval": [-1.0, 1.0]})
+        events = list(fit(settings, StopRequest()))
+    figures = judged(tmp_path)
+    assert events[-1].result["best_step"] == 0
+    assert figures[-1][0] == steps_until(figures, 2) > 2, "step 0 is not what patience compares with"
+
+
 def test_fine_tuning_that_gets_no_further_ends_early(shards, model, tmp_path):
     settings = from_exact_head(shards, tmp_path, model, lr=0.0, head_lr=0.0, epochs=None, patience=None)
     events = list(fit(settings, StopRequest()))
     result = events[-1].result
-    assert (result["stopped_early"], result["best_step"], len(judged(tmp_path))) == (True, 0, 3)
+    assert (result["stopped_early"], result["best_step"], len(judged(tmp_path))) == (True, 0, 4)
     message = next(e.message for e in events if isinstance(e, Notice) and "stopping at step" in e.message)
-    assert "has not beaten the exact value head by an interval in 3 evaluations" in message
+    assert "has not improved in 3 evaluations" in message
     assert json.loads((tmp_path / "run.json").read_text())["recipe"]["patience"]["value"] == 3
