@@ -40,12 +40,18 @@ PATIENCE = 3
 """Evaluations, of ten in a run, in which fine-tuning has to get further."""
 
 EMA_DECAY = 0.99
-"""Of a new transformer's weights."""
+"""Of the weights that are trained."""
 
-LR_FINE_TUNING = 1e-5
-LR_ADAPTERS = 1e-4
+LR_FINE_TUNING, WIDE = 1e-5, 2048
+"""The learning rate of verl's critic, and the width from which it is taken as it is. A narrower model takes steps that
+are larger in inverse proportion to its width, as maximal-update parametrisation transfers the rate of Adam (Yang et al.
+2022, arXiv 2203.03466)."""
+ADAPTERS = 10
 """LoRA learns best at about ten times the rate of full fine-tuning (Biderman et al. 2024, arXiv 2405.09673)."""
 LR_NEW_HEAD = 1e-3
+AVERAGED_PARAMETERS = 2e9
+"""Of a model, up to which fine-tuning all of it keeps an average of its weights: it takes four bytes for each, and four
+more in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,7 @@ def choose_recipe(
         recipe |= _for_new_transformer(settings, data())
     else:
         recipe |= _for_model(settings, recipe, targets, data)
+        recipe |= _for_fine_tuning(_replaced(settings, recipe), source)
     return _not_given(settings, source, recipe)
 
 
@@ -136,9 +143,22 @@ def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets, data: Ca
     elif horizon == (None, None):
         chosen["epochs"] = _choice(DEFAULT_EPOCHS, "as many as fine-tuning takes where it gains anything")
         if is_exact and (settings.reading.val_data or settings.reading.val_fraction):
-            reason = f"fine-tuning ends where {PATIENCE} evaluations in a row get no further than the exact value head"
+            reason = f"fine-tuning from the exact value head ends where {PATIENCE} evaluations in a row get no further"
             chosen["patience"] = _choice(PATIENCE, reason)
     return chosen
+
+
+def _for_fine_tuning(settings: FitSettings, source: ModelSource) -> Recipe:
+    """The learning rate, and whether weights are averaged, for settings that say what is trained and how long."""
+    trained, steps = settings.model.train or "full", settings.optimizer.epochs != 0
+    rate = LR_FINE_TUNING * max(1.0, WIDE / source.hidden_size) * (ADAPTERS if trained == "lora" else 1)
+    reason = f"for a model whose states have {source.hidden_size:,} numbers"
+    if trained == "lora":
+        reason = f"for adapters of {reason[4:]}, ten times that of full fine-tuning"
+    recipe = {"lr": _choice(float(f"{rate:.2g}"), reason)}
+    if steps and (trained != "full" or source.trunk_parameters <= AVERAGED_PARAMETERS):
+        recipe["ema_decay"] = _choice(EMA_DECAY, "the average of the weights is ahead of them on the way")
+    return recipe
 
 
 def _what_is_trained(facts: DataFacts) -> dict[str, Any]:
@@ -191,7 +211,7 @@ def _learning_rates(settings: FitSettings, source: ModelSource | None) -> Recipe
             assert model.preset is not None, "chosen by now"
             recipe["lr"] = _choice(LEARNING_RATES[model.preset], f"for a new {model.preset} transformer")
         elif model.train == "lora":
-            recipe["lr"] = _choice(LR_ADAPTERS, "for adapters, ten times that of full fine-tuning")
+            recipe["lr"] = _choice(ADAPTERS * LR_FINE_TUNING, "for adapters, ten times that of full fine-tuning")
         else:
             recipe["lr"] = _choice(LR_FINE_TUNING, "for fine-tuning")
         lr = recipe["lr"]["value"]

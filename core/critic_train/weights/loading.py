@@ -6,6 +6,7 @@ reports it. Nothing of a directory is passed over in silence: what the critic ha
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -73,7 +74,18 @@ class ModelSource:
 
     def empty_head(self) -> ValueHead:
         """A head at 0 of the form of its own, or of the new one."""
-        return ValueHead(int(self.config.hidden_size), self.head_inputs)
+        return ValueHead(self.hidden_size, self.head_inputs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def trunk_parameters(self) -> int:
+        """Numbers in the files that belong to its trunk."""
+        stored = {id(part): part for parts in self.placement.trunk.values() for part in parts}
+        return sum(math.prod(part.shape) for part in stored.values())
 
     @property
     def vocab_size(self) -> int:

@@ -17,7 +17,11 @@ from critic_train.training.fit import fit
 from critic_train.training.recipe import DataFacts, choose_recipe, recipe_of_run, with_recipe
 from critic_train.training.targets import Targets
 
-NO_HEAD, HEAD = SimpleNamespace(head=None, path=Path("m")), SimpleNamespace(head="score", path=Path("m"))
+def source_of(head: str | None = None, *, hidden_size: int = 4096, trunk_parameters: int = 10**9) -> SimpleNamespace:
+    return SimpleNamespace(head=head, path=Path("m"), hidden_size=hidden_size, trunk_parameters=trunk_parameters)
+
+
+NO_HEAD, HEAD = source_of(), source_of("score")
 
 
 def facts_of(response_tokens: int = 100_000, ids: int = 50_000, prompts: int = 5_000) -> DataFacts:
@@ -80,7 +84,7 @@ def test_a_model_is_fine_tuned_where_prompts_are_many_or_the_user_asks_for_it(
 ):
     recipe, settings = chosen(source, facts_of(prompts=prompts), **given)
     assert (settings.model.train, settings.optimizer.epochs, settings.run.patience) == (train, epochs, patience)
-    assert settings.optimizer.ema_decay is None
+    assert settings.optimizer.ema_decay == (None if epochs == 0 or "recipe" in given else 0.99)
     assert not recipe.keys() & given.keys(), "only what was not given is chosen"
 
 
@@ -184,6 +188,33 @@ def test_five_unlike_data_sets(facts, new, model):
 def test_learning_rates_are_those_given_or_those_of_what_is_trained(source, given, expected):
     _, settings = chosen(source, **given)
     assert (settings.optimizer.lr, settings.optimizer.head_lr) == expected
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "given", "lr"),
+    [
+        (8192, {}, 1e-5),
+        (2048, {}, 1e-5),
+        (576, {}, 3.6e-5),
+        (576, {"train": "lora"}, 3.6e-4),
+        (576, {"train": "last-2"}, 3.6e-5),
+        (576, {"lr": 2e-4}, 2e-4),
+        (576, {"recipe": "verl"}, 1e-5),
+        (64, {}, 3.2e-4),
+    ],
+)
+def test_the_narrower_a_model_the_larger_the_steps_of_its_fine_tuning(hidden_size, given, lr):
+    _, settings = chosen(source_of("score", hidden_size=hidden_size), **given)
+    assert settings.optimizer.lr == lr
+
+
+@pytest.mark.parametrize(
+    ("given", "ema_decay"),
+    [({"train": "full"}, None), ({"train": "last-2"}, 0.99), ({"train": "lora"}, 0.99), ({"ema_decay": 0.9}, 0.9)],
+)
+def test_the_average_of_all_weights_of_a_large_model_is_left_to_the_user(given, ema_decay):
+    _, settings = chosen(source_of(trunk_parameters=7 * 10**9), **given)
+    assert settings.optimizer.ema_decay == ema_decay
 
 
 @pytest.mark.parametrize(("source", "given"), [(NO_HEAD, {}), (HEAD, {}), (None, {"lm_loss_weight": 0.0})])
