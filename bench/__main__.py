@@ -37,7 +37,9 @@ def main() -> int:
     critics.add_argument("--rollouts", type=Path, help="a folder with train and val, in place of drawn worlds")
     critics.add_argument("--model", type=Path, help="what critics of --rollouts start from")
     critics.add_argument("--keep", type=Path, help="where drawn worlds are kept for the next time")
-    critics.add_argument("--world", choices=("chain", "adding"), help="the kind of drawn worlds, in place of both")
+    critics.add_argument(
+        "--world", choices=("chain", "adding", "policy"), help="the kind of drawn worlds, in place of all"
+    )
     critics.add_argument("--only", choices=("fit", "yardstick", "exact"), help="of quality; of frozen, exact")
     critics.add_argument("--yardstick-preset", choices=("tiny", "small"), default="tiny", help="its size")
     critics.add_argument("--yardstick-steps", type=int, help="end the yardstick after so many steps")

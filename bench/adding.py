@@ -8,6 +8,7 @@ share of right ones among many continuations of it that the policy samples. (Sum
 nothing by any two tokens, and one of the size that is trained here learns nothing from outcomes alone.)
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ END = (BASE - 1) * (TERMS + 1) + 1
 PROMPT, RESPONSE = 6, 2 * TERMS + 1
 RIGHT, LEARNING_RATE, SUMS, MOST_STEPS = 0.4, 3e-3, 64, 600
 """The share of responses whose sums the policy gets right in the end; how it is trained."""
+POLICY = "policy"
 PREFIXES, CONTINUATIONS = 6, 64
 """States of each held-out prompt whose values are sampled, and by how many continuations."""
 
@@ -126,8 +128,15 @@ def adding_task(folder: Path, prompts: int, seed: int) -> Task:
     """Rollouts of the policy: so many prompts to train on, and at least 16 held out; what lies in `folder` is taken."""
     splits = {"train": prompts, "val": max(16, min(64, prompts // 6))}
     paths = {split: folder / split / "a.parquet" for split in splits}
-    if not all(path.exists() for path in paths.values()):
+    if not all(path.exists() for path in (*paths.values(), folder / POLICY / "config.json")):
         policy = trained_policy(seed)
+        policy.save_pretrained(folder / POLICY)
         for place, (split, count) in enumerate(splits.items()):
             shard(paths[split], policy, count, seed=2 * seed + place, values=split == "val")
     return Task(name=f"adding, {prompts * PEERS:,} rollouts", folder=folder, seed=seed)
+
+
+def policy_task(folder: Path, prompts: int, seed: int) -> Task:
+    """The same, and critics start from the policy itself, as they do for PPO."""
+    task = adding_task(folder, prompts, seed)
+    return replace(task, name=task.name.replace("adding", "adding, from the policy"), model=folder / POLICY)

@@ -34,7 +34,7 @@ class Options:
         rollouts: a folder with train and val, on which critics are compared in place of drawn worlds.
         model: what those critics start from.
         keep: where drawn worlds are kept.
-        world: "chain" or "adding", the kind of drawn worlds; None for both.
+        world: "chain", "adding" or "policy", the kind of drawn worlds; None for all.
         only: of what is compared, this alone; None for all of it.
         yardstick_preset: the size of the yardstick where it starts from no model.
         yardstick_steps: the most steps that it takes.

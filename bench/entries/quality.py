@@ -1,6 +1,7 @@
 """How good a critic comes out on worlds whose values are known, and the CPU time to get there, beside a yardstick.
 
-    python -m bench quality                                        # drawn chains, and a policy that adds numbers
+    python -m bench quality                                        # drawn chains, and a policy that adds numbers,
+                                                                   # from scratch and from the policy itself
     python -m bench quality --rollouts DIR --model DIR             # rollouts on disk: DIR/train and DIR/val
     python -m bench quality --keep DIR                             # what is drawn is kept, and taken the next time
     python -m bench quality --world chain --only fit               # not the policy that adds, and no yardstick
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench.adding import adding_task
+from bench.adding import adding_task, policy_task
 from bench.critics import EPOCHS, Trained, Yardstick, product
 from bench.entry import Options, Table
 from bench.worlds import Task, ceiling, chain_task
@@ -27,6 +28,7 @@ DEVICES = ("cpu",)
 
 SIZES = {"quick": [16], "usual": [768], "full": [64, 768, 6144]}
 """Prompts to train on, 8 rollouts each."""
+WORLDS = {"chain": chain_task, "adding": adding_task, "policy": policy_task}
 SEEDS = {"quick": 1, "usual": 3, "full": 3}
 """Worlds of each kind; fewer with --rounds."""
 COLUMNS = {
@@ -84,9 +86,10 @@ def task_groups(options: Options) -> Iterator[list[Task]]:
         folder = options.keep or Path(temporary)
         seeds = range(min(SEEDS[options.size], options.rounds))
         for prompts in SIZES[options.size]:
-            for kind, draw in {"chain": chain_task, "adding": adding_task}.items():
+            for kind, draw in WORLDS.items():
                 if options.world in (None, kind):
-                    yield [draw(folder / f"{kind}-{prompts}-{seed}", prompts, seed) for seed in seeds]
+                    drawn = "adding" if kind == "policy" else kind
+                    yield [draw(folder / f"{drawn}-{prompts}-{seed}", prompts, seed) for seed in seeds]
 
 
 def figures(found: list[Trained], beside: list[Trained] | None) -> dict[str, Any]:

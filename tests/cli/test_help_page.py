@@ -17,7 +17,7 @@ def test_command_page_gives_choices_defaults_and_their_meaning(program):
     page = program("fit", "-h").stdout
     assert "--preset tiny|small|base" in page
     assert "[default: 64]" in page
-    assert "[default: 1e-5 with --model, 1e-4 with --train lora;" in " ".join(page.split())
+    assert "[default: 1e-5 with --model, more by as much as it is narrower than 2048," in " ".join(page.split())
     assert "CRITIC_TRAIN_BATCH_SIZE is --batch-size" in page
 
 

@@ -191,7 +191,8 @@ class OptimizerSettings(Section):
     lr: float | None = setting(
         None,
         "Peak learning rate of the transformer. "
-        "[default: 1e-5 with --model, 1e-4 with --train lora; 2e-3, 1e-3, 3e-4 for tiny, small, base]",
+        "[default: 1e-5 with --model, more by as much as it is narrower than 2048, and ten times as much with --train "
+        "lora; 2e-3, 1e-3, 3e-4 for tiny, small, base]",
         panel="Training",
     )
     head_lr: float | None = setting(
@@ -210,7 +211,8 @@ class OptimizerSettings(Section):
     ema_decay: float | None = setting(
         None,
         "Decay of an exponential moving average of the trained weights, which is evaluated and saved while training "
-        "goes on with the weights themselves; 0 for none. [default: 0.99 for a new transformer, else 0]",
+        "goes on with the weights themselves; 0 for none. [default: 0.99; 0 where all of a model of more than 2 billion "
+        "parameters is trained]",
         panel="Training",
     )
     grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns the clip off.", panel="Training")

@@ -17,6 +17,7 @@ from critic_train.training.fit import fit
 from critic_train.training.recipe import DataFacts, choose_recipe, recipe_of_run, with_recipe
 from critic_train.training.targets import Targets
 
+
 def source_of(head: str | None = None, *, hidden_size: int = 4096, trunk_parameters: int = 10**9) -> SimpleNamespace:
     return SimpleNamespace(head=head, path=Path("m"), hidden_size=hidden_size, trunk_parameters=trunk_parameters)
 
