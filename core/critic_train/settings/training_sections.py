@@ -211,8 +211,8 @@ class OptimizerSettings(Section):
     ema_decay: float | None = setting(
         None,
         "Decay of an exponential moving average of the trained weights, which is evaluated and saved while training "
-        "goes on with the weights themselves; 0 for none. [default: 0.99; 0 where all of a model of more than 2 billion "
-        "parameters is trained]",
+        "goes on with the weights themselves; 0 for none. [default: 0.99; 0 where all of a model of more than 2 "
+        "billion parameters is trained]",
         panel="Training",
     )
     grad_clip: float = setting(1.0, "Largest gradient norm; 0 turns the clip off.", panel="Training")
@@ -361,8 +361,8 @@ class RunSettings(Section):
     best_by: BestBy = setting("explained_variance", "Held-out figure that chooses the best checkpoint.", panel="Run")
     patience: int | None = setting(
         None,
-        "Stop after so many evaluations in a row that get no further. [default: never; 3 where a model is fine-tuned from its "
-        "exact head and neither --epochs nor --max-steps is given]",
+        "Stop after so many evaluations in a row that get no further. [default: never; 3 where a model is fine-tuned "
+        "from its exact head and neither --epochs nor --max-steps is given]",
         panel="Run",
     )
     checkpoint_every: int = setting(200, "Steps between checkpoints; the last step always writes one.", panel="Run")

@@ -32,8 +32,8 @@ class Position:
         evaluated_step: the step of the last evaluation, -1 before the first.
         best_step: the step with the best held-out figure (`--best-by`) so far, None while there is none.
         best_figure: that figure.
-        evaluations_since_best: those after the last that got further than all before, step 0 apart where it has an exact
-            head: an improvement need not be proven by an interval yet.
+        evaluations_since_best: those after the last that got further than all before it; than step 0 only where that
+            has no exact head, which an improvement need not have beaten by an interval yet.
         metrics_bytes: length of metrics.jsonl at the checkpoint.
         skips: steps skipped so far because their loss or gradient was not finite.
     """
