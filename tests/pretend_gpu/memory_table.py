@@ -104,7 +104,11 @@ def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -
 
     automatic.measure_memory, automatic.measure_further = map(noting, originals)
     checkpoint_activations(critic, "none")
-    settings, group = TrainComputeSettings(activation_checkpointing=asked), rollouts.take(np.arange(len(rollouts) // 2))
+    # Of a kind that is asked for, nothing more waits on the host: pinned memory there is real.
+    settings = TrainComputeSettings(
+        activation_checkpointing=asked, offload="auto" if asked == "auto" else compute.offload
+    )
+    group = rollouts.take(np.arange(len(rollouts) // 2))
     kind, _ = automatic.set_memory(critic, compute, settings, "adamw", group, forest=True)
     automatic.measure_memory, automatic.measure_further = originals
     lowered = automatic.try_largest(critic, compute, group, forest=True)
