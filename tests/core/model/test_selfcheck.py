@@ -249,7 +249,9 @@ def test_long_rollouts_are_tried_in_tiles_which_are_gone_afterwards(monkeypatch)
     monkeypatch.setattr(tiles, "TRIED_TOKENS", 5)
     for long in (10**6, 0):
         monkeypatch.setattr(selfcheck, "LONG", long)
-        critic = build_critic(small_config("Llama", hidden_size=8, num_attention_heads=2, num_key_value_heads=1), seed=0)
+        critic = build_critic(
+            small_config("Llama", hidden_size=8, num_attention_heads=2, num_key_value_heads=1), seed=0
+        )
         seen = []
         critic.trunk.layers[0].mlp.up_proj.register_forward_hook(
             lambda module, args, output, seen=seen: seen.append(output.shape[1])
