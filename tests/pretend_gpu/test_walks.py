@@ -49,8 +49,11 @@ MODELS = {
     },
 }
 
-ATTENTION = dict.fromkeys(("Gemma2", "Gemma2 with a window that cuts", "GptOss"), "flex")
-"""Of soft caps and sinks; varlen for the others."""
+ATTENTION = {
+    **dict.fromkeys(("Gemma2", "Gemma2 with a window that cuts", "GptOss"), "flex"),
+    **dict.fromkeys(("Llama with heads of 320", "Llama with heads of 20"), "sdpa"),
+}
+"""Of soft caps and sinks, and of heads that neither varlen nor flex takes; varlen for the others."""
 
 
 @pytest.fixture(scope="module")

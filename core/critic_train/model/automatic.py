@@ -47,6 +47,7 @@ CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "selective", "laye
 """From the fastest to the one that holds the least."""
 COMPILED_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "layer")
 """A compiled layer has no single operations to select from."""
+INPUTS_ON_HOST = "the inputs of the layers wait in host memory, for nothing else lets as much fit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,8 +237,7 @@ def choose_memory(
         choice = _set_tokens(compute, use, moments, largest)
         last_on_device = keepings[-1] == keeping._replace(on_host=True) != keeping
         if last or last_on_device or compute.max_tokens >= wanted:
-            use = _measured_further(critic, compute, use, forest=forest)
-            choice = _set_tokens(compute, use, moments, largest)
+            choice = _set_tokens(compute, _measured_further(critic, compute, use, forest=forest), moments, largest)
         if compute.max_tokens >= wanted or (
             cut := compute.cheaper_cut(int(largest.lengths.max())) if last_on_device else ""
         ):
@@ -249,8 +249,7 @@ def choose_memory(
             fits += cut or ", and it holds the least"
         choices.append(Choice(name="activation_checkpointing", value=keeping.kind, reason=fits))
     if keeping.on_host and len(keepings) > 1 and not keepings[0].on_host:
-        reason = "the inputs of the layers wait in host memory, for nothing else lets as much fit"
-        choices.append(Choice(name="offload", value=compute.offload, reason=reason))
+        choices.append(Choice(name="offload", value=compute.offload, reason=INPUTS_ON_HOST))
     if max_tokens is None:
         return keeping, [*choices, choice]
     compute.start_at(max_tokens)
