@@ -49,11 +49,9 @@ MODELS = {
     },
 }
 
-ATTENTION = {
-    **dict.fromkeys(("Gemma2", "Gemma2 with a window that cuts", "GptOss"), "flex"),
-    **dict.fromkeys(("Llama with heads of 320", "Llama with heads of 20"), "sdpa"),
-}
-"""Of soft caps and sinks, and of heads that neither varlen nor flex takes; varlen for the others."""
+LLAMA = ("Llama with heads of 320", "Llama with heads of 20")
+ATTENTION = dict.fromkeys(("Gemma2", "Gemma2 with a window that cuts", "GptOss", *LLAMA), "flex")
+"""Of soft caps and sinks, and of heads that varlen does not take; varlen for the others."""
 
 
 @pytest.fixture(scope="module")
