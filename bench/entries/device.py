@@ -48,13 +48,13 @@ class Part:
 PARTS = (
     Part("card", 40, 10),
     Part("gpu_tests", 90, 25),
-    Part("exactness", 110, 30),
-    Part("whole_run", 110, 40),
+    Part("exactness", 100, 30),
+    Part("whole_run", 130, 40),
     Part("speed", 150, 50),
     Part("sharing", 45, 25),
-    Part("attention_order", 70, 25),
+    Part("attention_order", 60, 25),
     Part("anatomy", 45, 25),
-    Part("gpu_tests_compiled", 180, 30),
+    Part("gpu_tests_compiled", 400, 30),
 )
 
 

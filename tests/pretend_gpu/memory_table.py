@@ -3,8 +3,8 @@
     ENV/pretend-gpu python tests/pretend_gpu/memory_table.py --model 1.5B --length 8192
 
 For each kind of activation checkpointing, and for what a run chooses by itself: the tokens at once, the estimate for
-its largest micro-batch, and the peak of a step. Two prompts with eight responses each, half of a sequence each;
-random weights, which are made on the device. The self-check's own peak comes first.
+its largest micro-batch, and the peak of a step. Two prompts with eight responses each, half of a sequence each or
+as --prompt says; random weights, which are made on the device. The self-check's own peak comes first.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from critic_train.model import automatic
 from critic_train.model.compute import Compute, resolve_device
 from critic_train.model.critic import Critic
 from critic_train.model.memory import checkpoint_activations
+from critic_train.model.memory_use import MemoryUse
 from critic_train.model.microbatches import forest_micro_batches
 from critic_train.model.selfcheck import select_packing
 from critic_train.rollouts import Rollouts
@@ -49,13 +50,16 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="1.5B")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--responses", type=int, default=8)
+    parser.add_argument("--prompt", type=int, help="its tokens; half of a sequence by default")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--kinds", nargs="*", default=KINDS)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    config, device, half = shape_config(asked.model), resolve_device("cuda"), asked.length // 2
+    config, device = shape_config(asked.model), resolve_device("cuda")
+    prompt = asked.prompt or asked.length // 2
+    response = asked.length - prompt
     config.num_hidden_layers = asked.layers or config.num_hidden_layers
-    rollouts = draw(Shape("", half, half, half, asked.responses, groups=2), vocabulary=1000)
+    rollouts = draw(Shape("", prompt, response, response, asked.responses, groups=2), vocabulary=1000)
     with torch.device(device):
         critic = build_critic(config, seed=0).train()
     compute = Compute(device=device, precision="bf16", max_tokens=4096)
@@ -88,18 +92,25 @@ def main() -> None:
 
 def measured(critic: Critic, compute: Compute, rollouts: Rollouts, asked: str) -> dict[str, Any]:
     """Choose tokens, and take two steps with them; sizes in GiB. Moments that wait on the host are left out."""
-    uses: list[automatic.MemoryUse] = []
-    measure = automatic.measure_memory
+    uses: list[MemoryUse] = []
+    originals = automatic.measure_memory, automatic.measure_further
 
-    def noted(*args: Any, **named: Any) -> automatic.MemoryUse:
-        uses.append(measure(*args, **named))
-        return uses[-1]
+    def noting(measure: Any) -> Any:
+        def noted(*args: Any, **named: Any) -> MemoryUse:
+            uses.append(measure(*args, **named))
+            return uses[-1]
 
-    automatic.measure_memory = noted
+        return noted
+
+    automatic.measure_memory, automatic.measure_further = map(noting, originals)
     checkpoint_activations(critic, "none")
-    settings, group = TrainComputeSettings(activation_checkpointing=asked), rollouts.take(np.arange(len(rollouts) // 2))
+    # Of a kind that is asked for, nothing more waits on the host: pinned memory there is real.
+    settings = TrainComputeSettings(
+        activation_checkpointing=asked, offload="auto" if asked == "auto" else compute.offload
+    )
+    group = rollouts.take(np.arange(len(rollouts) // 2))
     kind, _ = automatic.set_memory(critic, compute, settings, "adamw", group, forest=True)
-    automatic.measure_memory = measure
+    automatic.measure_memory, automatic.measure_further = originals
     lowered = automatic.try_largest(critic, compute, group, forest=True)
     layouts = [build_tree_layout(rollouts, order) for order in forest_micro_batches(rollouts, compute.max_tokens)]
     trained = sum(p.numel() for p in critic.parameters() if p.requires_grad)
@@ -132,7 +143,7 @@ def release(critic: Critic) -> None:
     torch.cuda.empty_cache()
 
 
-def held(use: automatic.MemoryUse, tokens: int, to_come: int) -> float:
+def held(use: MemoryUse, tokens: int, to_come: int) -> float:
     """Bytes of a step beside the moments, by the estimate, which has the gradients there from the beginning.
 
     Args:

@@ -49,6 +49,10 @@ MODELS = {
     },
 }
 
+LLAMA = ("Llama with heads of 320", "Llama with heads of 20")
+ATTENTION = dict.fromkeys(("Gemma2", "Gemma2 with a window that cuts", "GptOss", *LLAMA), "flex")
+"""Of soft caps and sinks, and of heads that varlen does not take; varlen for the others."""
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -105,7 +109,8 @@ def test_every_kernel(attention, models, tmp_path):
 
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "Qwen3"])
 def test_architectures(family, models, tmp_path):
-    fit(tmp_path / "run", "--model", models(family))
+    record = fit(tmp_path / "run", "--model", models(family))
+    assert record["resolved"]["attention"] == ATTENTION.get(family, "varlen")
 
 
 @pytest.mark.parametrize(

@@ -298,12 +298,15 @@ def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
 FLEX_VARIANTS = 64
 """Kinds of calls that may be compiled. Each is one of: with and without gradients; all positions, and those that the
 last layer computes; each window, chunk and soft cap. A model with a window has eight. Of more than torch's own limit,
-8, the others would be computed eagerly, all scores written out, with no more than a line in torch's log."""
+8, the others would not be computed."""
 
 
 @cache
 def _compiled() -> Any:
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, FLEX_VARIANTS)
-    # dynamic: layouts differ in size from one micro-batch to the next.
-    return torch.compile(flex_attention, dynamic=True)
+    # A soft cap is else an input whose value is not known while the graph is made, and flex_attention cannot be traced.
+    limits.specialize_float = True
+    # dynamic: layouts differ in size from one micro-batch to the next. fullgraph: what cannot be traced is an error, so
+    # that another kernel is chosen; torch would compute it eagerly.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -1,30 +1,26 @@
 """Settings that choose themselves: precision, offload, activation checkpointing, and tokens at once.
 
 On a CPU they are float32 and 4,096 tokens. On a CUDA device the trunk computes in bf16 where the device has it, and as
-many tokens go through it at once as its memory holds: two small passes measure what a token costs, so no formula has
-to know the architecture, and a third one of the largest micro-batch confirms it.
+many tokens go through it at once as its memory holds: passes measure what a token costs (`memory_use`), so no formula
+has to know the architecture, and one of the largest micro-batch confirms it.
 """
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from critic_train.layers.prefix_tree import build_tree_layout, prefix_order
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.fsdp import can_reset_after_error, reset_after_error
 from critic_train.model.memory import set_keeping
-from critic_train.model.microbatches import micro_batches
-from critic_train.model.model_input import ModelInput
+from critic_train.model.memory_use import MemoryUse, measure_further, measure_memory, peak
 from critic_train.model.oom import is_out_of_memory, release_memory
 from critic_train.model.tiles import can_compute_in_tiles, tile_size
 from critic_train.model_files.tensor_file import part_here
-from critic_train.rollouts import Rollouts, rollouts_of_tokens
+from critic_train.rollouts import Rollouts
 from critic_train.settings import (
     KEEPS_LAYER_INPUTS,
     ActivationCheckpointing,
@@ -35,8 +31,9 @@ from critic_train.settings import (
 )
 from critic_train.text import format_bytes
 
-MEASURED_TOKENS = (1024, 3072)
-"""Positions of the two passes whose peaks are compared."""
+FAR, FAR_ON_RANKS = 0.75, 0.5
+"""Share of the tokens that fit by two small passes with which a further one is measured. Of several ranks, those that
+do not run out of memory would hang: they make one that fits in any case."""
 RESERVED_SHARE = 0.08
 """Share of the device's memory left to fragmentation, to the libraries' workspaces and to other processes."""
 USEFUL_TOKENS = 8_192
@@ -50,6 +47,7 @@ CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "selective", "laye
 """From the fastest to the one that holds the least."""
 COMPILED_CHECKPOINTING: tuple[ActivationCheckpointing, ...] = ("none", "layer")
 """A compiled layer has no single operations to select from."""
+INPUTS_ON_HOST = "the inputs of the layers wait in host memory, for nothing else lets as much fit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,23 +67,6 @@ class Choice:
     def sentence(self) -> str:
         """For a notice."""
         return f"--{self.name.replace('_', '-')} {self.value}: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryUse:
-    """What passes of a critic hold at their peak, in bytes of one device.
-
-    Attributes:
-        fixed: whatever the number of tokens: weights, gradients where it is trained, weights cast to bf16.
-        per_token: for each position of a micro-batch.
-    """
-
-    fixed: float
-    per_token: float
-
-    def tokens(self, available: float) -> int:
-        """The positions that so many bytes hold."""
-        return max(0, int((available - self.fixed) / max(self.per_token, 1.0)))
 
 
 def choose_offload(
@@ -249,11 +230,14 @@ def choose_memory(
         set_keeping(critic, compute, keeping)
         # A tile's intermediate results are there once, however many tokens there are: measured beyond one.
         tile = tile_size(critic) if keeping.kind.endswith("tiles") else 0
-        use = _measured(critic, compute, forest=forest, beyond=tile, last=keeping == keepings[-1])
+        last = keeping == keepings[-1]
+        use = _measured(critic, compute, forest=forest, beyond=tile, last=last)
         if use is None:
             continue
         choice = _set_tokens(compute, use, moments, largest)
         last_on_device = keepings[-1] == keeping._replace(on_host=True) != keeping
+        if last or last_on_device or compute.max_tokens >= wanted:
+            choice = _set_tokens(compute, _measured_further(critic, compute, use, forest=forest), moments, largest)
         if compute.max_tokens >= wanted or (
             cut := compute.cheaper_cut(int(largest.lengths.max())) if last_on_device else ""
         ):
@@ -265,8 +249,7 @@ def choose_memory(
             fits += cut or ", and it holds the least"
         choices.append(Choice(name="activation_checkpointing", value=keeping.kind, reason=fits))
     if keeping.on_host and len(keepings) > 1 and not keepings[0].on_host:
-        reason = "the inputs of the layers wait in host memory, for nothing else lets as much fit"
-        choices.append(Choice(name="offload", value=compute.offload, reason=reason))
+        choices.append(Choice(name="offload", value=compute.offload, reason=INPUTS_ON_HOST))
     if max_tokens is None:
         return keeping, [*choices, choice]
     compute.start_at(max_tokens)
@@ -278,37 +261,32 @@ def _measured(critic: Critic, compute: Compute, *, forest: bool, beyond: int, la
     try:
         return measure_memory(critic, compute, forest=forest, training=True, beyond=beyond)
     except Exception as error:
-        if last or compute.ranks.size > 1 or not (is_out_of_memory(error) and can_reset_after_error(critic.trunk)):
+        if last or not _goes_on(critic, compute, error):
             raise
-    reset_after_error(critic.parts)
-    critic.zero_grad(set_to_none=True)
-    release_memory(compute.device)
     return None
 
 
-def measure_memory(critic: Critic, compute: Compute, *, forest: bool, training: bool, beyond: int = 0) -> MemoryUse:
-    """What a position costs, by the peaks of two passes over random rollouts. All ranks call it.
+def _measured_further(critic: Critic, compute: Compute, use: MemoryUse, *, forest: bool) -> MemoryUse:
+    """The same by a pass of nearly as many tokens as are set, or of half of them wherever that does not fit."""
+    alone = compute.ranks.size == 1 and can_reset_after_error(critic.trunk)
+    tokens = int((FAR if alone else FAR_ON_RANKS) * compute.max_tokens)
+    while True:
+        try:
+            return measure_further(critic, compute, use, tokens, forest=forest)
+        except Exception as error:
+            if not _goes_on(critic, compute, error):
+                raise
+        tokens //= 2
 
-    Args:
-        critic: on its device; gradients that it has are cleared.
-        compute: of the job, on a CUDA device.
-        forest: how rollouts are laid out.
-        training: whether a backward pass follows; gradients are then there already, as in the second micro-batch of
-            a step.
-        beyond: both passes have so many tokens more than they would.
-    """
-    vocabulary = int(critic.trunk.config.vocab_size)
-    few, many = (_random_rollouts(beyond + tokens, vocabulary) for tokens in MEASURED_TOKENS)
-    compute = replace(compute, max_tokens=10**9)  # each in one micro-batch
-    if training:
-        _peak(critic, compute, few, forest=forest, training=True)
-    (fewer, low), (more, high) = (
-        _peak(critic, compute, rollouts, forest=forest, training=training) for rollouts in (few, many)
-    )
+
+def _goes_on(critic: Critic, compute: Compute, error: Exception) -> bool:
+    """Whether an error says that memory ran out where that can be undone; then it is."""
+    if compute.ranks.size > 1 or not (is_out_of_memory(error) and can_reset_after_error(critic.trunk)):
+        return False
+    reset_after_error(critic.parts)
     critic.zero_grad(set_to_none=True)
     release_memory(compute.device)
-    per_token = (high - low) / max(1, more - fewer)
-    return MemoryUse(fixed=low - per_token * fewer, per_token=per_token)
+    return True
 
 
 def try_largest(critic: Critic, compute: Compute, largest: Rollouts, *, forest: bool) -> str:
@@ -320,7 +298,7 @@ def try_largest(critic: Critic, compute: Compute, largest: Rollouts, *, forest: 
     for _ in range(TRIALS):
         error = ""
         try:
-            _peak(critic, compute, largest, forest=forest, training=True)
+            peak(critic, compute, largest, forest=forest, training=True)
         except Exception as raised:
             if not is_out_of_memory(raised):
                 raise
@@ -363,38 +341,3 @@ def device_room(device: torch.device) -> float:
 def _useful_tokens(largest: Rollouts, *, forest: bool) -> int:
     positions = len(build_tree_layout(largest, prefix_order(largest))) if forest else int(largest.lengths.max())
     return max(int(largest.lengths.max()), min(MOST_TOKENS, max(USEFUL_TOKENS, positions)))
-
-
-def _peak(critic: Critic, compute: Compute, rollouts: Rollouts, *, forest: bool, training: bool) -> tuple[int, int]:
-    """(positions, bytes at the peak) of the largest micro-batch of some rollouts."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(compute.device)
-    positions = 0
-    for batch in micro_batches(rollouts, compute, forest=forest):
-        with torch.set_grad_enabled(training), compute.autocast():
-            loss = some_loss(critic, batch)
-        if training:
-            loss.backward()
-        positions = max(positions, batch.computed_tokens)
-    return positions, torch.cuda.max_memory_allocated(compute.device)
-
-
-def some_loss(critic: Critic, batch: ModelInput) -> Tensor:
-    """A number that depends on all that a step's loss depends on, the next-token head included."""
-    if critic.next_token_head is None:
-        loss: Tensor = critic(batch).sum()
-        return loss
-    states, state_index = critic.hidden(batch), batch.value_index_on_host
-    labels, weights = np.zeros_like(state_index), np.ones(len(state_index), dtype=np.float32)
-    next_token: Tensor = critic.next_token_head(states, state_index, labels, weights)
-    return critic.values(states, batch).sum() + next_token
-
-
-def _random_rollouts(tokens: int, vocabulary: int) -> Rollouts:
-    """Four rollouts of one prompt, half of `tokens` positions in it and the rest in their responses."""
-    prompt, response, count = tokens // 2, tokens // 8, 4
-    rng = np.random.default_rng(0)
-    first = rng.integers(0, vocabulary, prompt)
-    sequences = [np.concatenate([first, rng.integers(0, vocabulary, response)]) for _ in range(count)]
-    return rollouts_of_tokens(sequences, [prompt] * count)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from critic_train.errors import first_line
 from critic_train.events import Notice
-from critic_train.model.automatic import Choice, some_loss, try_largest
+from critic_train.model.automatic import Choice, try_largest
 from critic_train.model.compute import Compute, Keeping
 from critic_train.model.critic import Critic
 from critic_train.model.memory import compile_layers, leave_uncompiled, set_keeping
+from critic_train.model.memory_use import some_loss
 from critic_train.model.microbatches import micro_batches
 from critic_train.model.oom import release_memory
 from critic_train.model.rounding import Rounding

@@ -8,6 +8,7 @@ trunk is used, a few rollouts go through it in each way.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from critic_train.model.fsdp import can_reset_after_error, full_precision_params
 from critic_train.model.last_layer import restore_last_layer, skip_unread_positions
 from critic_train.model.microbatches import frequency_limit
 from critic_train.model.oom import Attempt, is_out_of_memory, release_memory
+from critic_train.model.tiles import compute_at_once, compute_in_tiles
 from critic_train.model.trial import (
     HeadsOfTheirOwn,
     Outcome,
@@ -41,8 +43,12 @@ from critic_train.rollouts import Rollouts
 from critic_train.settings import ComputeSettings, Packing
 from critic_train.stopping import Stopped
 
+LONG = 16_384
+"""Tokens of a rollout beyond which the trunk is tried in tiles."""
 KERNEL_TOKENS = 512
 """Tokens of each rollout on which the kernels of attention are compared."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +150,11 @@ def _try_packing(
     positions: int,
     messages: list[str],
 ) -> tuple[PackingChoice, list[str]]:
-    with full_precision_params((critic.trunk, critic.head)), HeadsOfTheirOwn():
+    with (
+        _tiles_where_long(critic, int(rollouts.lengths.max())),
+        full_precision_params((critic.trunk, critic.head)),
+        HeadsOfTheirOwn(),
+    ):
         choice = choose_packing(critic, rollouts, settings.packing, positions=positions, sequence=compute.sequence)
     compute.frequency_limit = frequency_limit(critic.trunk.config)
     compute.one_row = bool(choice.one_row)
@@ -159,6 +169,25 @@ def _try_packing(
         )
         messages = messages + passed
     return choice, messages
+
+
+@contextmanager
+def _tiles_where_long(critic: Critic, tokens: int) -> Iterator[None]:
+    """Inside, the trunk computes in tiles if the longest rollout has more than LONG tokens. All ranks call it.
+
+    The passes are in float32 and have more positions than those of a step: what MLPs hold of all positions at once
+    would be the most of all. A trunk that cannot be tried in that way is left as it is.
+    """
+    if tokens <= LONG:
+        yield
+        return
+    restore_last_layer(critic.trunk)
+    use_stock_attention(critic)
+    _tried(critic, lambda: compute_in_tiles(critic))
+    try:
+        yield
+    finally:
+        compute_at_once(critic.trunk)
 
 
 def choose_packing(
@@ -265,7 +294,7 @@ def _try_rows(critic: Critic, trial: Trial) -> str:
     return f"{critic.trunk.config.model_type} computes one rollout at a time: in padded rows, {difference}"
 
 
-def _tried(critic: Critic, attempt: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
+def _tried(critic: Critic, attempt: Callable[[], Result]) -> tuple[Result | None, str]:
     """What an attempt gave, or why it failed: an architecture's own code raises anything on what it does not expect."""
     try:
         return attempt(), ""

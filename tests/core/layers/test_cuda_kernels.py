@@ -1,6 +1,7 @@
 """The kernels for CUDA, on a CPU: flex attention and its block mask, and how variable-length attention is called."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -123,9 +124,27 @@ def dense(mask, *, whole: bool) -> torch.Tensor:
     return actual
 
 
-def test_every_kind_of_call_of_flex_attention_may_be_compiled(monkeypatch):
-    """With torch's own limit, 8, a model with a window has used it up; what comes after computes all scores."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+def test_every_kind_of_call_of_flex_attention_may_be_compiled():
+    """With torch's own limit, 8, a model with a window has used it up; what comes after would be an error."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        cuda_kernels._compiled.cache_clear()
+        cuda_kernels._compiled()
+        assert torch._dynamo.config.recompile_limit == cuda_kernels.FLEX_VARIANTS
+
+
+@pytest.mark.parametrize("scoring", [Scoring(softcap=2.0), Scoring(window=7, softcap=3.0), with_sinks(Scoring())])
+def test_flex_attention_is_traced_as_a_whole_in_training(scoring, monkeypatch):
+    """A soft cap whose value is not known while the graph is made ends tracing where there are gradients."""
+    from torch.nn.attention import flex_attention as of_torch
+
+    monkeypatch.setattr(of_torch, "_validate_device", lambda *_: None)  # it refuses gradients on a CPU
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     cuda_kernels._compiled.cache_clear()
-    cuda_kernels._compiled()
-    assert torch._dynamo.config.recompile_limit == cuda_kernels.FLEX_VARIANTS
+    layout = layout_of(0)
+    queries, positions = queries_of(layout, 0, "all")
+    tensors = drawn(layout, len(positions))
+    with torch._dynamo.config.patch(specialize_float=False):
+        monkeypatch.setattr(cuda_kernels, "flex_attention", cuda_kernels._compiled())
+        output = FlexKernel(queries, CPU)(*tensors, scoring)
+    cuda_kernels._compiled.cache_clear()
+    assert float((output - plain(layout, positions, scoring, tensors)).detach().abs().max()) <= 2e-6

@@ -11,6 +11,7 @@ from critic_train.errors import ModelError
 from critic_train.layers import attention, sdpa_kernels
 from critic_train.layers.attention import TREE_ATTENTION
 from critic_train.layers.sdpa_kernels import SdpaKernel
+from critic_train.model import selfcheck, tiles
 from critic_train.model.compute import Compute
 from critic_train.model.microbatches import predict_values
 from critic_train.model.selfcheck import choose_packing, select_packing
@@ -239,3 +240,26 @@ def test_a_model_whose_own_code_fails_is_refused_with_what_it_said():
     with pytest.raises(ModelError, match=r"deepseek_v3 cannot compute a rollout alone, .*RuntimeError") as caught:
         choose_packing(critic, branching_rollouts(), "auto")
     assert "config.json" in caught.value.hint
+
+
+def test_long_rollouts_are_tried_in_tiles_which_are_gone_afterwards(monkeypatch):
+    """What MLPs hold of all positions at once would be the most of all that the passes hold."""
+    rollouts, most = branching_rollouts(), []
+    monkeypatch.setattr(tiles, "SMALLEST_TILE", 8)
+    monkeypatch.setattr(tiles, "TRIED_TOKENS", 5)
+    for long in (10**6, 0):
+        monkeypatch.setattr(selfcheck, "LONG", long)
+        critic = build_critic(
+            small_config("Llama", hidden_size=8, num_attention_heads=2, num_key_value_heads=1), seed=0
+        )
+        seen = []
+        critic.trunk.layers[0].mlp.up_proj.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.shape[1])
+        )
+        choice, _ = select_packing(critic, rollouts, ComputeSettings(), replace(CPU))
+        assert choice.forest
+        assert choice.narrowed
+        most.append(max(seen))
+        assert not any("forward" in vars(module) for layer in critic.trunk.layers for module in layer.children())
+    assert most[0] > 100
+    assert most[1] <= 8

@@ -44,11 +44,17 @@ def _compiling(module: Any) -> None:
         module.LONG_RUN_SECONDS, module.WORTHWHILE = float(os.environ["LONG_RUN_SECONDS"]), float("inf")
 
 
+def _masks(module: Any) -> None:
+    """Positions that cannot be read look like several sequences in one row, for which a mask is written out."""
+    module.find_packed_sequence_indices = lambda position_ids: None
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "critic_train.model.rounding": _rounding,  # the self-check's comparison
     "critic_train.model.tiles": _tiles,  # whether a part of the trunk treats each position alone
     "critic_train.model.trial": _trial,  # which states the ranks of a cut rollout have computed
     "critic_train.model.compiling": _compiling,
+    "transformers.masking_utils": _masks,
     "critic_train.weights.loading": _loading,  # whether weights that were loaded onto the device are finite
 }
 
