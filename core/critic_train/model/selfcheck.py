@@ -34,6 +34,7 @@ from critic_train.model.trial import (
     Outcome,
     Trial,
     cut,
+    one_long,
     states_alone,
     use_stock_attention,
     with_branch,
@@ -44,7 +45,7 @@ from critic_train.settings import ComputeSettings, Packing
 from critic_train.stopping import Stopped
 
 LONG = 16_384
-"""Tokens of a rollout beyond which the trunk is tried in tiles."""
+"""Tokens of a rollout beyond which the trunk is tried in tiles, and on no other rollout as a whole than the longest."""
 KERNEL_TOKENS = 512
 """Tokens of each rollout on which the kernels of attention are compared."""
 
@@ -95,6 +96,7 @@ def select_packing(
         MachineError: see `choose_attention`; or there is not memory enough for a single rollout.
     """
     messages: list[str] = []
+    rollouts = one_long(rollouts, LONG)
     chosen_later = settings.max_tokens is None and compute.device.type == "cuda"
     positions = MOST_TOKENS if chosen_later else compute.max_tokens
     if compute.sequence is not None:

@@ -233,8 +233,19 @@ def _longest_alone(critic: Critic) -> int:
     return math.isqrt(MOST_MASK_BYTES // 5) if masked and critic.device.type == "cuda" else sys.maxsize
 
 
-def cut(rollouts: Rollouts, tokens: int) -> Rollouts:
-    """The first tokens of each rollout, at most so many. One that is left without a response gets one."""
+def one_long(rollouts: Rollouts, tokens: int) -> Rollouts:
+    """The longest rollout whole, the last of them where several are, and the first so many tokens of the others.
+
+    So the time that trying takes grows with one rollout's length: every one goes through the trunk several times.
+    """
+    lengths = np.minimum(rollouts.lengths, tokens)
+    longest = np.flatnonzero(rollouts.lengths == rollouts.lengths.max())[-1]
+    lengths[longest] = rollouts.lengths[longest]
+    return cut(rollouts, lengths)
+
+
+def cut(rollouts: Rollouts, tokens: int | NDArray[np.int64]) -> Rollouts:
+    """The first tokens of each rollout, at most so many, of all or of each. One left without a response gets one."""
     lengths = np.minimum(rollouts.lengths, tokens)
     tokens_cut = repeat_by_length(rollouts.offsets[:-1], lengths)
     offsets = offsets_from_lengths(lengths)

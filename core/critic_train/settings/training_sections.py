@@ -60,7 +60,7 @@ class ModelSettings(Section):
         None,
         "What is trained: all of it, the value head, the head and the last K layers, or LoRA adapters and the head. "
         "A frozen trunk's hidden states are computed once, and kept on disk where training steps follow. "
-        "[default: full; head for a model without a value head and fewer than 300 prompts]",
+        "[default: full]",
         panel="Model",
         metavar="full|head|last-K|lora",
     )

@@ -188,8 +188,7 @@ def _survey_data(
 
 def _facts(train: Survey) -> DataFacts:
     """What a run would find in all of --data; the ids are those of the sample."""
-    prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
-    return DataFacts(prompts, train.response_tokens, partial(_response_ids, train))
+    return DataFacts(train.response_tokens, partial(_response_ids, train))
 
 
 def _response_ids(train: Survey) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from critic_train.data.order import connected_groups
 from critic_train.distributed.ranks import SINGLE_PROCESS
 from critic_train.errors import ConfigError
 from critic_train.events import Event, Notice
@@ -34,9 +33,6 @@ TOKENS_PER_ID = 200.0
 """Response tokens for each id that occurs in them, from which a next-token loss pays for a new transformer."""
 LM_LOSS_WEIGHT = 1.0
 LM_LOSS_AHEAD = 8
-FEW_PROMPTS = 300
-"""Prompts below which a model's exact value head is the answer, in a fifth of the time: fine-tuning gained nothing over
-it on 165 of real text, and half as much again as it explains on 384 of a policy that adds digits."""
 PATIENCE = 3
 """Evaluations, of ten in a run, in which fine-tuning has to get further."""
 
@@ -60,12 +56,10 @@ class DataFacts:
     """What the choices depend on, of the rollouts to train on.
 
     Attributes:
-        prompts: how many differ.
         response_tokens: of all of them.
         response_ids: finds the ids that occur among these, int64, ascending; a run reads all its rollouts for it.
     """
 
-    prompts: int
     response_tokens: int
     response_ids: Callable[[], NDArray[np.int64]]
 
@@ -79,7 +73,7 @@ def choose_recipe(
         settings: as given.
         source: what --model names; None for a new transformer.
         targets: what the returns are made of.
-        data: asked only where a choice depends on them.
+        data: asked only for a new transformer.
     """
     if settings.optimizer.recipe == "verl":
         return _not_given(settings, source, _before_recipes(source, "--recipe verl"))
@@ -87,7 +81,7 @@ def choose_recipe(
     if source is None:
         recipe |= _for_new_transformer(settings, data())
     else:
-        recipe |= _for_model(settings, recipe, targets, data)
+        recipe |= _for_model(settings, recipe, targets)
         recipe |= _for_fine_tuning(_replaced(settings, recipe), source)
     return _not_given(settings, source, recipe)
 
@@ -126,26 +120,20 @@ def _epochs(facts: DataFacts, few: bool, has_lm_loss: bool) -> dict[str, Any]:
     return _choice(EPOCHS_OF_FEW, f"{_tokens(facts)} are few: more passes still teach from scratch")
 
 
-def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets, data: Callable[[], DataFacts]) -> Recipe:
-    """What is trained of a model, how long, and when that ends early."""
-    optimizer, given = settings.optimizer, settings.model.train
-    horizon = (optimizer.epochs, optimizer.max_steps)
+def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets) -> Recipe:
+    """How long a model is trained, and when that ends early."""
+    optimizer = settings.optimizer
+    horizon, rates = (optimizer.epochs, optimizer.max_steps), (optimizer.lr, optimizer.head_lr)
     is_exact = (settings.model.head_init or recipe["head_init"]["value"]) == "exact"
-    rates = (optimizer.lr, optimizer.head_lr)
-    of_steps = (*rates, optimizer.warmup_steps, settings.run.patience, settings.run.eval_every)
-    wants_steps = any(value is not None for value in (*horizon, *of_steps, settings.loss.lm_loss_weight or None))
-    chosen: Recipe = {}
-    if given is None and not wants_steps and is_exact and not targets.moving:
-        chosen["train"] = _what_is_trained(data())
-        given = chosen["train"]["value"]
-    only_head = given == "head" and is_exact and not targets.moving
+    only_head = settings.model.train == "head" and is_exact and not targets.moving
     if only_head and (*horizon, *rates) == (None,) * 4:
-        chosen["epochs"] = _choice(0, "with --train head the exact value head is the answer")
-    elif horizon == (None, None):
-        chosen["epochs"] = _choice(DEFAULT_EPOCHS, "as many as fine-tuning takes where it gains anything")
-        if is_exact and (settings.reading.val_data or settings.reading.val_fraction):
-            reason = f"fine-tuning from the exact value head ends where {PATIENCE} evaluations in a row get no further"
-            chosen["patience"] = _choice(PATIENCE, reason)
+        return {"epochs": _choice(0, "with --train head the exact value head is the answer")}
+    if horizon != (None, None):
+        return {}
+    chosen = {"epochs": _choice(DEFAULT_EPOCHS, "as many as fine-tuning takes where it gains anything")}
+    if is_exact and (settings.reading.val_data or settings.reading.val_fraction):
+        reason = f"fine-tuning from the exact value head ends where {PATIENCE} evaluations in a row get no further"
+        chosen["patience"] = _choice(PATIENCE, reason)
     return chosen
 
 
@@ -160,14 +148,6 @@ def _for_fine_tuning(settings: FitSettings, source: ModelSource) -> Recipe:
     if steps and (trained != "full" or source.trunk_parameters <= AVERAGED_PARAMETERS):
         recipe["ema_decay"] = _choice(EMA_DECAY, "the average of the weights is ahead of them on the way")
     return recipe
-
-
-def _what_is_trained(facts: DataFacts) -> dict[str, Any]:
-    prompts = f"{facts.prompts:,} prompts"
-    if facts.prompts < FEW_PROMPTS:
-        reason = "are few: fine-tuning takes several times as long, and seldom beats the exact value head on so few"
-        return _choice("head", f"{prompts} {reason} (--train full tries it)")
-    return _choice("full", f"{prompts} may be enough for fine-tuning to go beyond the exact value head")
 
 
 def _before_recipes(source: ModelSource | None, reason: str) -> Recipe:
@@ -274,8 +254,7 @@ def recipe_of_run(
         return counted[0]
 
     def facts() -> DataFacts:
-        prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
-        return DataFacts(prompts, train.response_tokens, count_ids)
+        return DataFacts(train.response_tokens, count_ids)
 
     recipe = choose_recipe(settings, source, targets, facts)
     unused = {"lr", "head_lr"} if _replaced(settings, recipe).optimizer.epochs == 0 else set()

@@ -247,7 +247,7 @@ def test_long_rollouts_are_tried_in_tiles_which_are_gone_afterwards(monkeypatch)
     rollouts, most = branching_rollouts(), []
     monkeypatch.setattr(tiles, "SMALLEST_TILE", 8)
     monkeypatch.setattr(tiles, "TRIED_TOKENS", 5)
-    for long in (10**6, 0):
+    for long in (10**6, 20):
         monkeypatch.setattr(selfcheck, "LONG", long)
         critic = build_critic(
             small_config("Llama", hidden_size=8, num_attention_heads=2, num_key_value_heads=1), seed=0
@@ -263,3 +263,21 @@ def test_long_rollouts_are_tried_in_tiles_which_are_gone_afterwards(monkeypatch)
         assert not any("forward" in vars(module) for layer in critic.trunk.layers for module in layer.children())
     assert most[0] > 100
     assert most[1] <= 8
+
+
+def test_no_rollout_but_the_longest_is_tried_beyond_a_length(monkeypatch):
+    monkeypatch.setattr(selfcheck, "LONG", 10)
+    critic = build_critic(small_config("Llama"), seed=0)
+    rollouts = branching_rollouts(seed=1)
+    tried = []
+
+    def trying(critic, rollouts, *args, **kwargs):
+        tried.append(rollouts)
+        return choose_packing(critic, rollouts, *args, **kwargs)
+
+    monkeypatch.setattr(selfcheck, "choose_packing", trying)
+    choice, _ = select_packing(critic, rollouts, ComputeSettings(), replace(CPU))
+    longest = int(rollouts.lengths.max())
+    assert choice.forest
+    assert sorted(tried[0].lengths)[-2:] == [10, longest]
+    assert (np.sort(tried[0].lengths)[:-1] == np.minimum(np.sort(rollouts.lengths)[:-1], 10)).all()
