@@ -3,7 +3,6 @@
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
 from critic_train.training.next_token_loss import NewHead
 from critic_train.training.plan import TrainingPlan, make_plan
-from critic_train.training.recipe import DataFacts, choose_recipe, with_recipe
+from critic_train.training.recipe import DataFacts, choice_notices, choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets, choices_without_columns
@@ -91,6 +90,7 @@ class SurveyedData:
         held_out_rollouts: number of rollouts held out.
         held_out_tokens: of the rollouts held out.
         tokens: of all rollouts.
+        response_ids: that occur in the responses of --data, int64, ascending.
         plan: the steps of the run.
     """
 
@@ -101,6 +101,7 @@ class SurveyedData:
     held_out_rollouts: int
     held_out_tokens: float
     tokens: int
+    response_ids: NDArray[np.int64]
     plan: TrainingPlan
 
 
@@ -128,7 +129,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     tried = sample.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(sample))), sample.lengths.argmax()))
     new_head = None
     if settings.loss.lm_loss_weight:
-        new_head = NewHead(ids=_response_ids(data.train), source=source, checkpoint=None, seed=0)
+        new_head = NewHead(ids=data.response_ids, source=source, checkpoint=None, seed=0)
     prepared = prepare_critic(
         critic,
         compute,
@@ -166,14 +167,19 @@ def _survey_data(
     targets: Targets,
     stop: StopRequest,
 ) -> Generator[Event, None, SurveyedData]:
-    train = yield from _survey(settings.reading, shards.train, limits, targets, stop)
+    seen = SeenIds()
+    train = yield from _survey(settings.reading, shards.train, limits, targets, stop, seen)
     val = None
     if shards.val is not None:
         val = yield from _survey(settings.reading, shards.val, limits, targets, stop)
-    settings = with_recipe(settings, choose_recipe(settings, source, targets, lambda: _facts(train)))
     groups = train.groups
     together = connected_groups(groups, train.prompts)
     chosen, held = split_groups(together, 0.0 if val else settings.reading.val_fraction, settings.optimizer.seed)
+    # As the run does, of what it trains on; the ids alone are those of the held-out rollouts too.
+    facts = DataFacts(len(np.unique(together[chosen])), int(train.response_counts[chosen].sum()), seen.ids)
+    recipe = choose_recipe(settings, source, targets, lambda: facts)
+    yield from choice_notices(settings, recipe)
+    settings = with_recipe(settings, recipe)
     return SurveyedData(
         settings=settings,
         train=train,
@@ -182,24 +188,35 @@ def _survey_data(
         held_out_rollouts=len(val.groups) if val else len(held),
         held_out_tokens=val.tokens if val else train.tokens * len(held) / len(groups),
         tokens=train.tokens + (val.tokens if val else 0),
+        response_ids=seen.ids(),
         plan=make_plan(settings.optimizer, groups[chosen], settings.run.eval_every),
     )
 
 
-def _facts(train: Survey) -> DataFacts:
-    """What a run would find in all of --data; the ids are those of the sample."""
-    prompts = len(np.unique(connected_groups(train.groups, train.prompts)))
-    return DataFacts(prompts, train.response_tokens, partial(_response_ids, train))
+class SeenIds:
+    """The token ids that occur in responses."""
 
+    def __init__(self) -> None:
+        self._seen = np.zeros(0, dtype=np.bool_)
 
-def _response_ids(train: Survey) -> NDArray[np.int64]:
-    sample = train.sample.rollouts()
-    assert sample is not None, "the reader raises where no row is good"
-    return np.unique(sample.input_ids[sample.response_mask]).astype(np.int64)
+    def add(self, rollouts: Rollouts) -> None:
+        """Add the ids of some rollouts' responses."""
+        ids = rollouts.input_ids[rollouts.response_mask]
+        self._seen = np.pad(self._seen, (0, max(0, int(ids.max(initial=-1)) + 1 - len(self._seen))))
+        self._seen[ids] = True
+
+    def ids(self) -> NDArray[np.int64]:
+        """int64, ascending."""
+        return np.flatnonzero(self._seen)
 
 
 def _survey(
-    settings: TrainReadingSettings, shard_set: ShardSet, limits: RowLimits, targets: Targets, stop: StopRequest
+    settings: TrainReadingSettings,
+    shard_set: ShardSet,
+    limits: RowLimits,
+    targets: Targets,
+    stop: StopRequest,
+    seen: SeenIds | None = None,
 ) -> Generator[Event, None, Survey]:
     reader = RolloutReader(
         shard_set.shards,
@@ -215,6 +232,8 @@ def _survey(
     for rollouts in reader:
         stop.check()
         survey.add(rollouts)
+        if seen:
+            seen.add(rollouts)
         yield Progress(stage="reading rollouts", done=int(rollouts.row[-1]) + 1, total=total)
     stop.check()  # the reader ends early when asked to stop
     for sentence in reader.notices:

@@ -1,6 +1,8 @@
 """A dry run says what the run then is, and leaves nothing behind."""
 
 import time
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from support import readable_rollouts, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ConfigError, DataError, ModelError
-from critic_train.events import Progress, RunEnded, RunStarted, StepEnded
+from critic_train.events import Event, Notice, Progress, RunEnded, RunStarted, StepEnded
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training import recipe
 from critic_train.training.dry_run import dry_run
 from critic_train.training.fit import fit, run_path
 
@@ -136,6 +139,27 @@ def test_a_run_that_solves_the_head_and_takes_no_step(shards, base, tmp_path):
     ended = list(fit(settings, StopRequest()))[-1]
     assert isinstance(ended, RunEnded)
     assert ended.result["steps"] == 0
+
+
+def choices_told(events: Iterable[Event]) -> list[str]:
+    """What a job tells of its choices before its first step."""
+    told = [event.message for event in events if isinstance(event, Notice)]
+    return [message for message in told if message.startswith("--")]
+
+
+@pytest.mark.parametrize("starts", ["a model", "a model that is fine-tuned", "from scratch"])
+def test_it_tells_what_is_chosen_and_chooses_by_what_is_trained_on(shards, base, tmp_path, monkeypatch, starts):
+    """Of 30 prompts three are held out: that is what the choice by their number goes by, in the run and here."""
+    monkeypatch.setattr(recipe, "FEW_PROMPTS", 28)
+    changes = {
+        "a model": {"model": str(base)},
+        "a model that is fine-tuned": {"model": str(base), "lr": 1e-3},
+        "from scratch": {"preset": None, "max_steps": 1},
+    }[starts]
+    settings = settings_for(shards, tmp_path / "run", **changes)
+    told = choices_told(dry_run(settings, run_path(settings), StopRequest()))
+    assert told == choices_told(takewhile(lambda event: not isinstance(event, StepEnded), fit(settings, StopRequest())))
+    assert any(("--train head: 27 prompts are few" if starts == "a model" else "--ema-decay") in said for said in told)
 
 
 @pytest.mark.slow
