@@ -106,7 +106,7 @@ class SurveyedData:
 
 
 def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
-    refuse_sequence_parallel(settings.compute.sequence_parallel, settings.compute.nproc)
+    refuse_sequence_parallel(settings.compute, settings.compute.nproc)
     shards = find_run_shards(settings.reading)
     source = read_base_model(settings.model, out, compute.ranks)
     settings = settings.replace(**(yield from choices_without_columns(settings, shards.train.shards)))

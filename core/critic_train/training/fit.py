@@ -109,7 +109,7 @@ class _Beginning(NamedTuple):
 def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
     """What all ranks do once they have met: rank 0 reads, all train."""
     began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
-    refuse_sequence_parallel(settings.compute.sequence_parallel, ranks.size)
+    refuse_sequence_parallel(settings.compute, ranks.size)
     shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
     source = read_base_model(settings.model, out, ranks)
     with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from support import readable_rollouts, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
-from critic_train.errors import ConfigError, DataError, ModelError
+from critic_train.errors import ConfigError, DataError
 from critic_train.events import Event, Notice, Progress, RunEnded, RunStarted, StepEnded
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
@@ -211,5 +211,5 @@ def test_it_knows_how_many_ranks_cut_a_rollout_and_which_number_one_needs(shards
     assert "sequence_parallel_needed" not in memory(max_tokens=longest)
     with pytest.raises(ConfigError, match="over 3 ranks, and this is a run on 2"):
         memory(**of, sequence_parallel=3)
-    with pytest.raises(ModelError, match="not padded rows: --packing rows"):
+    with pytest.raises(ConfigError, match="not padded rows: --packing rows"):
         memory(**of, sequence_parallel=2, packing="rows")
