@@ -220,8 +220,7 @@ class BadFiles:
     def summary(self) -> dict[str, Any]:
         """For records and reports; JSON-able. Every file is in it."""
         files = [
-            {"file": file.file, "rows": file.rows, "fault": _in_a_line(file.fault)}
-            for file in self.by_name.values()
+            {"file": file.file, "rows": file.rows, "fault": _in_a_line(file.fault)} for file in self.by_name.values()
         ]
         return {"count": len(files), "rows": self.rows, "files": files}
 
