@@ -229,8 +229,8 @@ def _in_a_line(fault: str) -> str:
     """A fault of several lines in one: those that are indented are a list of what the line before them says."""
     text, was_listed = "", False
     for line in fault.splitlines():
-        words, is_listed = " ".join(line.split()), line.startswith(" ")
-        if words:
-            text += (", " if is_listed and was_listed else ". " if was_listed else " ") + words
+        sentence, is_listed = " ".join(line.split()), line.startswith(" ")
+        if sentence:
+            text += (", " if is_listed and was_listed else ". " if was_listed else " ") + sentence
             was_listed = is_listed
     return text.strip()

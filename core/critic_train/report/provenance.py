@@ -91,20 +91,20 @@ def different_settings(sources: Sequence[Source]) -> list[list[str]]:
 
 def _effective(record: Record) -> dict[str, Any]:
     """A run's settings, with what it chose in place of what was not given."""
-    return record.part("settings").data | {name: choice.get("value") for name, choice in _chosen(record).items()}
+    return {**record.part("settings").data, **{name: choice.get("value") for name, choice in _chosen(record).items()}}
 
 
 def _chosen(record: Record) -> dict[str, Mapping[str, Any]]:
     """Name -> {"value", and "reason" where it was told} of what a run chose for settings that were not given."""
     settings, recipe = record.part("settings").data, record.part("recipe").parts()
-    found: dict[str, Mapping[str, Any]] = {name: choice.data for name, choice in recipe.items()}
+    choices: dict[str, Mapping[str, Any]] = {name: choice.data for name, choice in recipe.items()}
     # What a run computes with chooses itself, by memory and ranks; "chosen" has it where it was given too.
-    found |= {name: {"value": value} for name, value in record.part("chosen").data.items() if name not in found}
+    choices |= {name: {"value": value} for name, value in record.part("chosen").data.items() if name not in choices}
     no_step = record.part("resolved").get("steps") == 0
     unused = {"lr", "head_lr", "warmup_steps"} if no_step else set()
     return {
         name: choice
-        for name, choice in found.items()
+        for name, choice in choices.items()
         if name in settings and _is_not_given(settings[name]) and name not in unused
     }
 

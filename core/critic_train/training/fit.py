@@ -40,6 +40,7 @@ from critic_train.training.run_record import (
     cuts_as_they_come,
     find_resume_checkpoint,
     find_return_scale,
+    recipe_before,
     recorded_reasons,
     require_room_for_checkpoints,
     resolved_summary,
@@ -273,7 +274,11 @@ def _start(
         require_room_for_checkpoints(trainer, settings.run)
     run.open_logs(position.metrics_bytes)
     yield from data_notices(trainer.data, Targets.of(settings.returns, settings.loss))
-    record: dict[str, Any] = {"resolved": resolved_summary(settings, trainer), "recipe": recipe, "chosen": chosen}
+    record: dict[str, Any] = {
+        "resolved": resolved_summary(settings, trainer),
+        "recipe": recipe_before(run, chosen) | recipe,
+        "chosen": chosen,
+    }
     if not trainer.runtime.compute.cut_as_they_come:
         record["tree_cuts"] = "least"
     run.write_json("run.json", (run.read_json("run.json") or {}) | record)

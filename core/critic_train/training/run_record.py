@@ -91,6 +91,9 @@ def compare_with_before(
     for name, default in ONCE_DEFAULTS.items():
         if as_dict(settings)[name] is None and name not in chose and before["settings"][name] == default:
             before["settings"][name] = None
+    for name, choice in chose.items():  # what is given now may be what the run chose
+        if before["settings"].get(name) is None and as_dict(settings).get(name) is not None:
+            before["settings"][name] = choice["value"]
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     if is_longer(before, record):
@@ -173,6 +176,19 @@ def recorded_reasons(run: RunDirectory, chosen: dict[str, Any]) -> Recipe:
     """Why a run chose what it computes with when it began, of what is `chosen` still."""
     recorded: Recipe = (run.read_json("run.json") or {}).get("recipe") or {}
     return {name: choice for name, choice in recorded.items() if chosen.get(name) == choice["value"]}
+
+
+def recipe_before(run: RunDirectory, chosen: dict[str, Any]) -> Recipe:
+    """What a run chose when it began, without what chooses itself by memory and ranks.
+
+    A start to which one of these settings is given does not ask for the choice; the next one without it does.
+
+    Args:
+        run: its run.json has it.
+        chosen: what this start computes with; of these settings it says why itself.
+    """
+    recorded: Recipe = (run.read_json("run.json") or {}).get("recipe") or {}
+    return {name: choice for name, choice in recorded.items() if name not in chosen}
 
 
 def cuts_as_they_come(run: RunDirectory) -> bool:
