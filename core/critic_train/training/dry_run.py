@@ -91,6 +91,7 @@ class SurveyedData:
         held_out_tokens: of the rollouts held out.
         tokens: of all rollouts.
         response_ids: that occur in the responses of --data, int64, ascending.
+        groups: the prompt groups to train on, int64.
         plan: the steps of the run.
     """
 
@@ -102,6 +103,7 @@ class SurveyedData:
     held_out_tokens: float
     tokens: int
     response_ids: NDArray[np.int64]
+    groups: NDArray[np.int64]
     plan: TrainingPlan
 
 
@@ -118,10 +120,11 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     sample = data.train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
     timed = targets.in_epoch(targets.on_reading(_first_tokens(sample, TIMED_TOKENS * compute.max_tokens)))
+    trained_on = np.isin(sample.group, data.groups)
     shape = DataShape(
         max_token_id=data.train.max_token_id,
         max_length=data.train.longest,
-        mean_return=float(timed.returns[timed.response_mask].mean()),
+        mean_return=_mean_return(sample.take(np.flatnonzero(trained_on)) if trained_on.any() else sample, targets),
     )
     yield from source_notices(source, settings, compute, shape, new=True)
     critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
@@ -189,6 +192,7 @@ def _survey_data(
         held_out_tokens=val.tokens if val else train.tokens * len(held) / len(groups),
         tokens=train.tokens + (val.tokens if val else 0),
         response_ids=seen.ids(),
+        groups=np.unique(groups[chosen]),
         plan=make_plan(settings.optimizer, groups[chosen], settings.run.eval_every),
     )
 
@@ -239,6 +243,12 @@ def _survey(
     for sentence in reader.notices:
         yield Notice(message=sentence)
     return survey
+
+
+def _mean_return(sample: Rollouts, targets: Targets) -> float:
+    """Over the response tokens of a sample; it is that of the run where the sample is everything."""
+    sample = targets.on_reading(sample)
+    return float(sample.returns[sample.response_mask].mean(dtype=np.float64))
 
 
 def _first_tokens(sample: Rollouts, tokens: int) -> Rollouts:
@@ -309,7 +319,7 @@ def _memory(critic: Critic, compute: Compute, times: StepTimes) -> dict[str, Any
         "weights": WEIGHT_BYTES * sum(p.numel() for p in critic.parameters()),
         "gradients": WEIGHT_BYTES * _trained(critic),
         "moments": times.moment_bytes,
-        "average": average_bytes(_trained(critic), compute),
+        "average": average_bytes(critic, compute),
         "peak": times.peak_memory_bytes,
         "device": available,
     }

@@ -147,19 +147,36 @@ def choices_told(events: Iterable[Event]) -> list[str]:
     return [message for message in told if message.startswith("--")]
 
 
-@pytest.mark.parametrize("starts", ["a model", "a model that is fine-tuned", "from scratch"])
+@pytest.mark.parametrize("starts", ["a model", "a model that is fine-tuned", "as verl trains", "from scratch"])
 def test_it_tells_what_is_chosen_and_chooses_by_what_is_trained_on(shards, base, tmp_path, monkeypatch, starts):
     """Of 30 prompts three are held out: that is what the choice by their number goes by, in the run and here."""
     monkeypatch.setattr(recipe, "FEW_PROMPTS", 28)
     changes = {
         "a model": {"model": str(base)},
         "a model that is fine-tuned": {"model": str(base), "lr": 1e-3},
+        "as verl trains": {"model": str(base), "recipe": "verl", "lm_loss_weight": 1.0, "ema_decay": 0.9},
         "from scratch": {"preset": None, "max_steps": 1},
     }[starts]
     settings = settings_for(shards, tmp_path / "run", **changes)
     told = choices_told(dry_run(settings, run_path(settings), StopRequest()))
     assert told == choices_told(takewhile(lambda event: not isinstance(event, StepEnded), fit(settings, StopRequest())))
-    assert any(("--train head: 27 prompts are few" if starts == "a model" else "--ema-decay") in said for said in told)
+    said = {"a model": "--train head: 27 prompts are few", "as verl trains": "--lr 1e-05"}.get(starts, "--ema-decay")
+    assert any(said in message for message in told)
+
+
+def test_the_mean_return_and_the_average_are_those_of_the_run(shards, base, tmp_path):
+    """The mean of what is trained on, and the average of the critic, to which the next-token head does not belong."""
+    settings = settings_for(
+        shards, tmp_path / "run", model=str(base), recipe="verl", lm_loss_weight=1.0, ema_decay=0.9, max_steps=1
+    )
+    told = [list(dry_run(settings, run_path(settings), StopRequest())), list(fit(settings, StopRequest()))]
+    means = [
+        event.message for job in told for event in job if isinstance(event, Notice) and "(the mean" in event.message
+    ]
+    assert means[0] == means[1]
+    estimate = told[0][-1].result["memory"]["average"]
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("*/optimizer_weights.safetensors")
+    assert estimate == bytes_in(kept)
 
 
 @pytest.mark.slow
