@@ -1,9 +1,11 @@
 """What single ranks do in the tests: functions that a forked process can find by name."""
 
 import contextlib
+import os
 import resource
 import signal
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from critic_train.distributed import process_group
 from critic_train.distributed.init import init_ranks
 from critic_train.errors import DataError
 from critic_train.model.compute import Compute
@@ -193,6 +196,15 @@ def fail_on_rank(rank: int) -> None:
         if ranks.rank == rank:
             raise DataError("row 7 has no tokens")
         ranks.all_reduce_sum(torch.ones(1))
+
+
+def fail_before_groups() -> None:
+    """Rank 1 is killed while rank 0 makes the groups of --sequence-parallel, with a short time limit."""
+    with init_ranks(SETTINGS, nproc=1, device="cpu") as ranks:
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        process_group.TIMEOUT = timedelta(seconds=8)
+        ranks.adjacent(2)
 
 
 def gather_tensors(folder: str) -> dict[str, Any]:

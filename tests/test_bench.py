@@ -1,7 +1,11 @@
 """The benchmarks run; what they find is for people to read."""
 
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +215,20 @@ def test_a_part_of_the_device_benchmark_that_is_cut_off_or_fails_still_tells_and
     assert all("other" in fact["output"] for fact in kept if "how" in fact)
     little = Options(device=torch.device("cpu"), minutes=0.001)
     assert {row["how"] for row in device.run(little).rows} == {"left out: no time"}
+
+
+def rank_that_is_killed(answers, rank, size, port, tokens):
+    """Rank 1 is killed, and rank 0 waits for it, as in a collective."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def test_the_loss_of_a_rank_ends_its_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.entries import sequence
+
+    monkeypatch.setattr(sequence, "_rank", rank_that_is_killed)
+    with pytest.raises(RuntimeError, match="rank 1 of 2 was killed by SIGKILL"):
+        sequence.on_processes(2, 8)
+    assert not multiprocessing.active_children()

@@ -7,9 +7,12 @@ sends and by the CPU time of its calls, gloo's copies among them.
 
 import multiprocessing
 import os
+import queue
 import resource
+import signal
 import socket
 import time
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ DEVICES = ("cpu",)
 
 TOKENS = {"quick": 2_048, "usual": 8_192, "full": 32_768}
 RANKS = (1, 2, 4)
+LOOK_SECONDS = 1.0
+"""Between looks at whether all ranks are still there."""
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -79,7 +84,11 @@ def run(options: Options) -> Table:
 
 
 def on_processes(size: int, tokens: int) -> list[dict[str, Any]]:
-    """What each rank measures."""
+    """What each rank measures.
+
+    Raises:
+        RuntimeError: one of them has ended without an answer, as where memory ran out; the others are killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,10 +97,30 @@ def on_processes(size: int, tokens: int) -> list[dict[str, Any]]:
     processes = [context.Process(target=_rank, args=(answers, rank, size, port, tokens)) for rank in range(size)]
     for process in processes:
         process.start()
-    found = [answers.get() for _ in processes]
-    for process in processes:
-        process.join()
+    try:
+        found = [_next_answer(answers, processes) for _ in processes]
+        for process in processes:
+            process.join()
+    finally:  # ranks wait for one that is gone
+        for process in processes:
+            process.kill()
+            process.join()
     return found
+
+
+def _next_answer(answers: Any, processes: list[SpawnProcess]) -> dict[str, Any]:
+    """What the next of the ranks that are done has measured."""
+    while True:
+        failed = {rank: code for rank, process in enumerate(processes) if (code := process.exitcode)}
+        try:
+            found: dict[str, Any] = answers.get(timeout=LOOK_SECONDS)
+        except queue.Empty:
+            if failed:
+                rank, code = next(iter(failed.items()))
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                raise RuntimeError(f"rank {rank} of {len(processes)} {how}") from None
+        else:
+            return found
 
 
 def _rank(answers: Any, rank: int, size: int, port: int, tokens: int) -> None:

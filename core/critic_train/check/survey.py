@@ -156,6 +156,11 @@ class Survey:
         """int64 [n], a key of the tokens before the response."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *self._prompts])
 
+    @property
+    def response_counts(self) -> NDArray[np.int64]:
+        """int64 [n], response tokens of every rollout."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *self._response_lengths])
+
     def summary(self) -> dict[str, Any]:
         """Everything, ready for JSON; None stands for what does not exist."""
         groups, prompts = self.groups, self.prompts

@@ -186,7 +186,7 @@ class BadFiles:
         """A line for each file; files with the same fault share one. Long lists are cut and counted."""
         by_fault: dict[str, list[str]] = {}
         for file in self.by_name.values():
-            by_fault.setdefault(" ".join(file.fault.split()), []).append(file.file)
+            by_fault.setdefault(_in_a_line(file.fault), []).append(file.file)
         lines = [
             f"{', '.join(names[start : start + NAMES_A_LINE])}: {fault}"
             for fault, names in by_fault.items()
@@ -220,7 +220,17 @@ class BadFiles:
     def summary(self) -> dict[str, Any]:
         """For records and reports; JSON-able. Every file is in it."""
         files = [
-            {"file": file.file, "rows": file.rows, "fault": " ".join(file.fault.split())}
-            for file in self.by_name.values()
+            {"file": file.file, "rows": file.rows, "fault": _in_a_line(file.fault)} for file in self.by_name.values()
         ]
         return {"count": len(files), "rows": self.rows, "files": files}
+
+
+def _in_a_line(fault: str) -> str:
+    """A fault of several lines in one: those that are indented are a list of what the line before them says."""
+    text, was_listed = "", False
+    for line in fault.splitlines():
+        sentence, is_listed = " ".join(line.split()), line.startswith(" ")
+        if sentence:
+            text += (", " if is_listed and was_listed else ". " if was_listed else " ") + sentence
+            was_listed = is_listed
+    return text.strip()

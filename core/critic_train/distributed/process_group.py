@@ -113,6 +113,9 @@ class ProcessGroup:
     def adjacent(self, size: int) -> dist.ProcessGroup:
         """The process group of `size` adjacent ranks that this one is in; the same at every call."""
         if size not in self._adjacent:
+            # All that are left wait for each other here, where one that is lost is seen: by a group that is being made
+            # it is not until the time limit.
+            self.all_reduce_max(0)
             # Not by a DeviceMesh, whose groups do not take over the time limit.
             self._adjacent[size], _ = dist.new_subgroups(size, timeout=TIMEOUT)
         return self._adjacent[size]

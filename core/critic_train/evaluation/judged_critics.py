@@ -53,7 +53,7 @@ class JudgedCritics:
             ConfigError, MachineError: the device is unknown, or not there.
         """
         self._compute = resolve_compute(settings, ranks)
-        refuse_sequence_parallel(settings.sequence_parallel, ranks.size)
+        refuse_sequence_parallel(settings, ranks.size)
         self.sources = {name: critic_source(Path(name)) for name in dict.fromkeys(models)}
         self._settings, self._stop = settings, stop
         self._loaded: dict[str, _LoadedCritic] = {}

@@ -88,7 +88,7 @@ def choose_offload(
     trained = more + sum(p.numel() for p in critic.parameters() if p.requires_grad)
     cast = weights // 2 if compute.precision == "bf16" else 0
     moments = MOMENT_BYTES[kind] * trained
-    total = (weights + 4 * trained + moments + average_bytes(trained, compute)) / compute.ranks.size + cast
+    total = (weights + 4 * trained + moments + average_bytes(critic, compute)) / compute.ranks.size + cast
     if total < (1 - 2 * RESERVED_SHARE) * device_bytes or kind != "adamw":
         return None
     return Choice(
@@ -99,9 +99,9 @@ def choose_offload(
     )
 
 
-def average_bytes(trained: int, compute: Compute) -> int:
-    """What the average of so many trained parameters takes, in float32; 0 where a run keeps none."""
-    return 4 * trained if compute.averages_weights else 0
+def average_bytes(critic: Critic, compute: Compute) -> int:
+    """What this rank's part of the average takes, in float32; 0 where a run keeps none."""
+    return 4 * sum(part_here(p).numel() for p in critic.averaged_parameters().values()) * compute.averages_weights
 
 
 def with_offload(
@@ -224,7 +224,7 @@ def choose_memory(
     trained = sum(part_here(p).numel() for p in critic.parameters() if p.requires_grad)
     on_device = not (offloads(compute.offload, "optimizer") or offloads(compute.offload, "all"))
     moments = MOMENT_BYTES[optimizer] * trained if on_device else 0
-    moments += 0 if offloads(compute.offload, "all") else average_bytes(trained, compute)
+    moments += 0 if offloads(compute.offload, "all") else average_bytes(critic, compute)
     wanted = max_tokens or -(-_useful_tokens(largest, forest=forest) // compute.sequence_size)
     for keeping in keepings:
         set_keeping(critic, compute, keeping)

@@ -113,6 +113,11 @@ class Critic(nn.Module):
         """Of the critic as it is exported."""
         return sum(p.numel() for part in (self.trunk, self.head) for p in part.parameters())
 
+    def averaged_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of which a run may keep an average: what is trained of the critic as it is exported."""
+        named = ((name, p) for name, p in self.named_parameters() if not name.startswith("next_token_head."))
+        return {name: p for name, p in named if p.requires_grad}
+
     @property
     def last_layers(self) -> "LastLayers | None":
         """The layers that cached states enter; None where they enter the head."""

@@ -33,13 +33,21 @@ class ChosenLayout(NamedTuple):
     cuts: list[Choice]
 
 
-def refuse_sequence_parallel(given: int | None, size: int) -> None:
-    """Refuse a --sequence-parallel that does not fit the number of ranks.
+def refuse_sequence_parallel(settings: TrainComputeSettings | EvalComputeSettings, size: int) -> None:
+    """Refuse a --sequence-parallel that does not fit the number of ranks or --packing, before anything is read.
 
     Raises:
-        ConfigError: it does not divide it.
+        ConfigError: it does not divide the number of ranks, or padded rows are asked for.
     """
-    if given is None or size % given == 0:
+    given = settings.sequence_parallel
+    if given is None or given == 1:
+        return
+    if settings.packing == "rows":
+        raise ConfigError(
+            f"--sequence-parallel {given} cuts prefix trees over ranks, not padded rows: --packing rows",
+            hint="leave --packing rows out; or --sequence-parallel 1, with a --max-tokens that one rank can take",
+        )
+    if size % given == 0:
         return
     fitting = [str(n) for n in range(1, size + 1) if size % n == 0]
     count = "1 process" if size == 1 else f"{size} ranks"
@@ -194,15 +202,19 @@ def _goes_alone(longest: int, max_tokens: int, size: int) -> str:
 
 
 def refuse_rows(reason: str, settings: TrainComputeSettings | EvalComputeSettings) -> None:
-    """Refuse a given --sequence-parallel where rollouts are laid out as padded rows, for some reason or as asked for.
+    """Refuse a given --sequence-parallel where rollouts are laid out as padded rows, though they were not asked for.
+
+    Args:
+        reason: of the padded rows; empty where it has been told.
+        settings: what was given.
 
     Raises:
         ModelError: it is more than 1.
     """
     if (settings.sequence_parallel or 1) > 1:
         raise ModelError(
-            f"--sequence-parallel {settings.sequence_parallel} cuts prefix trees over ranks, not padded rows: "
-            f"{reason or '--packing rows'}",
+            f"--sequence-parallel {settings.sequence_parallel} cuts prefix trees over ranks, not padded rows"
+            + (f": {reason}" if reason else ""),
             hint="--sequence-parallel 1, with a --max-tokens that one rank can take",
         )
 

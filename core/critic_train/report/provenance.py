@@ -21,8 +21,9 @@ class Provenance:
     Attributes:
         label: the run's directory or the evaluation's file.
         command: the command line that does the same again; empty where it was not recorded.
-        chosen: settings that are not the default, name -> value.
-        defaults: settings that are.
+        given: settings that are not the default, name -> value.
+        chosen: what a run chose for settings that were not given, name -> value and reason.
+        defaults: settings that are at their default, of which nothing was chosen.
         resolved: what a run recorded at its start: rollouts, parameters, device and so on.
         data: fingerprints of data and model.
         versions: of this program and what it computes with.
@@ -30,6 +31,7 @@ class Provenance:
 
     label: str
     command: str
+    given: Rows
     chosen: Rows
     defaults: Rows
     resolved: Rows
@@ -43,12 +45,14 @@ def provenance_of(source: Source) -> Provenance:
     kind: type[Settings] = FitSettings if source.is_run else EvalSettings
     settings = record.part("settings").data
     usual = defaults_of(kind)
-    chosen = {name: value for name, value in settings.items() if name not in usual or value != usual[name]}
+    given = {name: value for name, value in settings.items() if name not in usual or value != usual[name]}
+    chosen = _chosen(record) if source.is_run else {}
     return Provenance(
         label=source.label,
         command=command_line(kind, settings) if settings else "",
-        chosen=_rows(chosen),
-        defaults=_rows({name: value for name, value in settings.items() if name not in chosen}),
+        given=_rows(given),
+        chosen=[(name.replace("_", " "), _with_reason(choice)) for name, choice in chosen.items()],
+        defaults=_rows({name: value for name, value in settings.items() if name not in given.keys() | chosen.keys()}),
         resolved=_rows(record.part("resolved").data) if source.is_run else [],
         data=_fingerprints(record),
         versions=_rows(record.part("versions").data),
@@ -77,12 +81,41 @@ def show_command(source: Source, critic: str, uid: str) -> str:
 
 def different_settings(sources: Sequence[Source]) -> list[list[str]]:
     """The settings in which runs differ, as a table: headings first, a run a column."""
-    runs = [source.started.part("settings").data for source in sources if source.is_run]
+    runs = [_effective(source.started) for source in sources if source.is_run]
     if len(runs) < 2:
         return []
     names = [name for name in dict.fromkeys(name for run in runs for name in run) if name != "out"]
     differing = [name for name in names if any(run.get(name) != runs[0].get(name) for run in runs)]
     return [[name, *(readable(run.get(name)) for run in runs)] for name in differing]
+
+
+def _effective(record: Record) -> dict[str, Any]:
+    """A run's settings, with what it chose in place of what was not given."""
+    return {**record.part("settings").data, **{name: choice.get("value") for name, choice in _chosen(record).items()}}
+
+
+def _chosen(record: Record) -> dict[str, Mapping[str, Any]]:
+    """Name -> {"value", and "reason" where it was told} of what a run chose for settings that were not given."""
+    settings, recipe = record.part("settings").data, record.part("recipe").parts()
+    choices: dict[str, Mapping[str, Any]] = {name: choice.data for name, choice in recipe.items()}
+    # What a run computes with chooses itself, by memory and ranks; "chosen" has it where it was given too.
+    choices |= {name: {"value": value} for name, value in record.part("chosen").data.items() if name not in choices}
+    no_step = record.part("resolved").get("steps") == 0
+    unused = {"lr", "head_lr", "warmup_steps"} if no_step else set()
+    return {
+        name: choice
+        for name, choice in choices.items()
+        if name in settings and _is_not_given(settings[name]) and name not in unused
+    }
+
+
+def _is_not_given(value: Any) -> bool:
+    return value is None or value is False or value == "auto"
+
+
+def _with_reason(choice: Mapping[str, Any]) -> str:
+    reason = choice.get("reason")
+    return readable(choice.get("value")) + (f": {reason}" if reason else "")
 
 
 def readable(value: Any) -> str:

@@ -78,9 +78,7 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag:
     for name, what in (("data", "rollouts"), ("val_data", "held-out rollouts")):
         if name in now and before.get(name) != now[name]:
             refused.append(f"the {what} changed since the run began: {changed_files(before.get(name), now[name])}")
-    for name, what in (("model", "base model"), ("tokenizer", "base model's tokenizer")):
-        if name in now and before.get(name, now[name]) != now[name]:
-            refused.append(f"the {what} changed since the run began")
+    refused += _other_models(before, now)
     for name, what in (
         ("versions", "library versions"),
         ("threads", "number of threads"),
@@ -94,6 +92,20 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path, flag:
             hint=f"run the same command to resume it, or give this one another {flag}",
         )
     return notices
+
+
+def _other_models(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is another model than the one that the run began with, or its tokenizer."""
+    was, wanted = before.get("model", now.get("model")), now.get("model")
+    if (was is None) != (wanted is None):
+        return [
+            "it began from scratch, not from --model" if was is None else "it began from a --model, which is not set"
+        ]
+    return [
+        f"the {what} changed since the run began"
+        for name, what in (("model", "base model"), ("tokenizer", "base model's tokenizer"))
+        if name in now and before.get(name, now[name]) != now[name]
+    ]
 
 
 def chosen_settings(record: dict[str, Any]) -> dict[str, Any]:

@@ -169,7 +169,8 @@ class OptimizerSettings(Section):
     recipe: RecipeKind = setting(
         "auto",
         "How what is not given is chosen: by the model and the rollouts, each choice told with its reason, or as verl "
-        "trains (head at the mean return, no next-token loss, small, 3 epochs).",
+        "trains (head at the mean return, no next-token loss, no average of the weights, a --model of any width at "
+        "1e-5, small, 3 epochs).",
         panel="Training",
     )
     epochs: int | None = setting(

@@ -95,8 +95,9 @@ class Checkpointer:
             restore_keeping(record.get("token_budget"), self.max_tokens, self.runtime)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{checkpoint / 'trainer.json'} is not as critic-train writes it: {error}") from error
-        best = self.run.checkpoints / checkpoint_name(self.state.position.best_step or 0)
-        if self.run.best is None and best.is_dir():  # `best` was a link to a newer checkpoint, since found damaged
+        best_step = self.state.position.best_step  # None where nothing is held out: a run has no best then
+        best = None if best_step is None else self.run.checkpoints / checkpoint_name(best_step)
+        if self.run.best is None and best and best.is_dir():  # it was a link to a newer one, since found damaged
             self.run.point_best_at(best)
         yield Notice(message=f"resuming from {checkpoint.name}")
         if lowered:

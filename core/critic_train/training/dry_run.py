@@ -3,7 +3,6 @@
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from critic_train.training.dataset import DataShape
 from critic_train.training.frozen_cache import ROW_BYTES, STATE_BYTES
 from critic_train.training.next_token_loss import NewHead
 from critic_train.training.plan import TrainingPlan, make_plan
-from critic_train.training.recipe import DataFacts, choose_recipe, with_recipe
+from critic_train.training.recipe import DataFacts, choice_notices, choose_recipe, with_recipe
 from critic_train.training.run_shards import CACHED_BYTES_PER_TOKEN, RunShards, ShardSet, find_run_shards, row_limits
 from critic_train.training.step_timing import Layout, StepTimes, time_steps
 from critic_train.training.targets import Targets, choices_without_columns
@@ -91,6 +90,8 @@ class SurveyedData:
         held_out_rollouts: number of rollouts held out.
         held_out_tokens: of the rollouts held out.
         tokens: of all rollouts.
+        response_ids: that occur in the responses of --data, int64, ascending.
+        groups: the prompt groups to train on, int64.
         plan: the steps of the run.
     """
 
@@ -101,11 +102,13 @@ class SurveyedData:
     held_out_rollouts: int
     held_out_tokens: float
     tokens: int
+    response_ids: NDArray[np.int64]
+    groups: NDArray[np.int64]
     plan: TrainingPlan
 
 
 def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequest) -> Iterator[Event]:
-    refuse_sequence_parallel(settings.compute.sequence_parallel, settings.compute.nproc)
+    refuse_sequence_parallel(settings.compute, settings.compute.nproc)
     shards = find_run_shards(settings.reading)
     source = read_base_model(settings.model, out, compute.ranks)
     settings = settings.replace(**(yield from choices_without_columns(settings, shards.train.shards)))
@@ -117,10 +120,11 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     sample = data.train.sample.rollouts()
     assert sample is not None, "the reader raises where no row is good"
     timed = targets.in_epoch(targets.on_reading(_first_tokens(sample, TIMED_TOKENS * compute.max_tokens)))
+    trained_on = np.isin(sample.group, data.groups)
     shape = DataShape(
         max_token_id=data.train.max_token_id,
         max_length=data.train.longest,
-        mean_return=float(timed.returns[timed.response_mask].mean()),
+        mean_return=_mean_return(sample.take(np.flatnonzero(trained_on)) if trained_on.any() else sample, targets),
     )
     yield from source_notices(source, settings, compute, shape, new=True)
     critic = build_run_critic(settings.model, source, None, compute, shape, settings.optimizer.seed)
@@ -128,7 +132,7 @@ def _estimate(settings: FitSettings, out: Path, compute: Compute, stop: StopRequ
     tried = sample.take(np.append(np.arange(min(SAMPLED_ROLLOUTS, len(sample))), sample.lengths.argmax()))
     new_head = None
     if settings.loss.lm_loss_weight:
-        new_head = NewHead(ids=_response_ids(data.train), source=source, checkpoint=None, seed=0)
+        new_head = NewHead(ids=data.response_ids, source=source, checkpoint=None, seed=0)
     prepared = prepare_critic(
         critic,
         compute,
@@ -166,14 +170,19 @@ def _survey_data(
     targets: Targets,
     stop: StopRequest,
 ) -> Generator[Event, None, SurveyedData]:
-    train = yield from _survey(settings.reading, shards.train, limits, targets, stop)
+    seen = SeenIds()
+    train = yield from _survey(settings.reading, shards.train, limits, targets, stop, seen)
     val = None
     if shards.val is not None:
         val = yield from _survey(settings.reading, shards.val, limits, targets, stop)
-    settings = with_recipe(settings, choose_recipe(settings, source, targets, lambda: _facts(train)))
     groups = train.groups
     together = connected_groups(groups, train.prompts)
     chosen, held = split_groups(together, 0.0 if val else settings.reading.val_fraction, settings.optimizer.seed)
+    # As the run does, of what it trains on; the ids alone are those of the held-out rollouts too.
+    facts = DataFacts(int(train.response_counts[chosen].sum()), seen.ids)
+    recipe = choose_recipe(settings, source, targets, lambda: facts)
+    yield from choice_notices(settings, recipe)
+    settings = with_recipe(settings, recipe)
     return SurveyedData(
         settings=settings,
         train=train,
@@ -182,23 +191,36 @@ def _survey_data(
         held_out_rollouts=len(val.groups) if val else len(held),
         held_out_tokens=val.tokens if val else train.tokens * len(held) / len(groups),
         tokens=train.tokens + (val.tokens if val else 0),
+        response_ids=seen.ids(),
+        groups=np.unique(groups[chosen]),
         plan=make_plan(settings.optimizer, groups[chosen], settings.run.eval_every),
     )
 
 
-def _facts(train: Survey) -> DataFacts:
-    """What a run would find in all of --data; the ids are those of the sample."""
-    return DataFacts(train.response_tokens, partial(_response_ids, train))
+class SeenIds:
+    """The token ids that occur in responses."""
 
+    def __init__(self) -> None:
+        self._seen = np.zeros(0, dtype=np.bool_)
 
-def _response_ids(train: Survey) -> NDArray[np.int64]:
-    sample = train.sample.rollouts()
-    assert sample is not None, "the reader raises where no row is good"
-    return np.unique(sample.input_ids[sample.response_mask]).astype(np.int64)
+    def add(self, rollouts: Rollouts) -> None:
+        """Add the ids of some rollouts' responses."""
+        ids = rollouts.input_ids[rollouts.response_mask]
+        self._seen = np.pad(self._seen, (0, max(0, int(ids.max(initial=-1)) + 1 - len(self._seen))))
+        self._seen[ids] = True
+
+    def ids(self) -> NDArray[np.int64]:
+        """int64, ascending."""
+        return np.flatnonzero(self._seen)
 
 
 def _survey(
-    settings: TrainReadingSettings, shard_set: ShardSet, limits: RowLimits, targets: Targets, stop: StopRequest
+    settings: TrainReadingSettings,
+    shard_set: ShardSet,
+    limits: RowLimits,
+    targets: Targets,
+    stop: StopRequest,
+    seen: SeenIds | None = None,
 ) -> Generator[Event, None, Survey]:
     reader = RolloutReader(
         shard_set.shards,
@@ -214,11 +236,19 @@ def _survey(
     for rollouts in reader:
         stop.check()
         survey.add(rollouts)
+        if seen:
+            seen.add(rollouts)
         yield Progress(stage="reading rollouts", done=int(rollouts.row[-1]) + 1, total=total)
     stop.check()  # the reader ends early when asked to stop
     for sentence in reader.notices:
         yield Notice(message=sentence)
     return survey
+
+
+def _mean_return(sample: Rollouts, targets: Targets) -> float:
+    """Over the response tokens of a sample; it is that of the run where the sample is everything."""
+    sample = targets.on_reading(sample)
+    return float(sample.returns[sample.response_mask].mean(dtype=np.float64))
 
 
 def _first_tokens(sample: Rollouts, tokens: int) -> Rollouts:
@@ -289,7 +319,7 @@ def _memory(critic: Critic, compute: Compute, times: StepTimes) -> dict[str, Any
         "weights": WEIGHT_BYTES * sum(p.numel() for p in critic.parameters()),
         "gradients": WEIGHT_BYTES * _trained(critic),
         "moments": times.moment_bytes,
-        "average": average_bytes(_trained(critic), compute),
+        "average": average_bytes(critic, compute),
         "peak": times.peak_memory_bytes,
         "device": available,
     }

@@ -40,6 +40,7 @@ from critic_train.training.run_record import (
     cuts_as_they_come,
     find_resume_checkpoint,
     find_return_scale,
+    recipe_before,
     recorded_reasons,
     require_room_for_checkpoints,
     resolved_summary,
@@ -109,7 +110,7 @@ class _Beginning(NamedTuple):
 def _run(settings: FitSettings, ranks: Ranks, stop: StopRequest) -> Iterator[Event]:
     """What all ranks do once they have met: rank 0 reads, all train."""
     began, out, compute = time.monotonic(), run_path(settings), resolve_compute(settings.compute, ranks)
-    refuse_sequence_parallel(settings.compute.sequence_parallel, ranks.size)
+    refuse_sequence_parallel(settings.compute, ranks.size)
     shards = find_run_shards(settings.reading) if ranks.is_main else NO_SHARDS
     source = read_base_model(settings.model, out, ranks)
     with RunDirectory(out) if ranks.is_main else ReadOnlyRun(out) as run:
@@ -273,7 +274,11 @@ def _start(
         require_room_for_checkpoints(trainer, settings.run)
     run.open_logs(position.metrics_bytes)
     yield from data_notices(trainer.data, Targets.of(settings.returns, settings.loss))
-    record: dict[str, Any] = {"resolved": resolved_summary(settings, trainer), "recipe": recipe, "chosen": chosen}
+    record: dict[str, Any] = {
+        "resolved": resolved_summary(settings, trainer),
+        "recipe": recipe_before(run, chosen) | recipe,
+        "chosen": chosen,
+    }
     if not trainer.runtime.compute.cut_as_they_come:
         record["tree_cuts"] = "least"
     run.write_json("run.json", (run.read_json("run.json") or {}) | record)

@@ -1,6 +1,6 @@
 """What a run chooses for the settings that were not given, and why; a resumed run keeps what it chose when it began."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,11 +257,16 @@ def recipe_of_run(
         return DataFacts(train.response_tokens, count_ids)
 
     recipe = choose_recipe(settings, source, targets, facts)
+    yield from choice_notices(settings, recipe)
+    return recipe, counted[0].tolist() if counted else None
+
+
+def choice_notices(settings: FitSettings, recipe: Recipe) -> Iterator[Notice]:
+    """A notice for each choice that the run makes use of."""
     unused = {"lr", "head_lr"} if _replaced(settings, recipe).optimizer.epochs == 0 else set()
     for name, choice in recipe.items():
         if name not in {"head_init"} | unused:  # how the head begins is said with what the model has
             yield Notice(message=f"{flag_of(name)} {choice['value']}: {choice['reason']}")
-    return recipe, counted[0].tolist() if counted else None
 
 
 def with_recipe(settings: FitSettings, recipe: Recipe) -> FitSettings:

@@ -85,18 +85,27 @@ def compare_with_before(
             f"{run.path} has checkpoints but no readable run.json: its settings are not known",
             hint="restore run.json, or give this run another --out",
         )
-    # A flag that did not exist when the run began had its default.
-    before = {**before, "settings": defaults_of(FitSettings) | before.get("settings", {})}
-    chose = before.get("recipe") or {}
-    for name, default in ONCE_DEFAULTS.items():
-        if as_dict(settings)[name] is None and name not in chose and before["settings"][name] == default:
-            before["settings"][name] = None
+    before = _as_it_was_given(before, settings)
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
     if is_longer(before, record):
         run.reopen()
         run.write_json("run.json", before | {"settings": record["settings"]})
     return run.read_json("result.json")
+
+
+def _as_it_was_given(before: dict[str, Any], settings: FitSettings) -> dict[str, Any]:
+    """run.json of a run, with settings that can be compared with those of a command that goes on with it."""
+    # A flag that did not exist when the run began had its default.
+    given, now = defaults_of(FitSettings) | before.get("settings", {}), as_dict(settings)
+    chose = before.get("recipe") or {}
+    for name, default in ONCE_DEFAULTS.items():
+        if now[name] is None and name not in chose and given[name] == default:
+            given[name] = None
+    for name, choice in chose.items():  # what is given now may be what the run chose
+        if given.get(name) is None and now.get(name) is not None:
+            given[name] = choice["value"]
+    return before | {"settings": given}
 
 
 def _has_learned(checkpoint: Path) -> bool:
@@ -173,6 +182,19 @@ def recorded_reasons(run: RunDirectory, chosen: dict[str, Any]) -> Recipe:
     """Why a run chose what it computes with when it began, of what is `chosen` still."""
     recorded: Recipe = (run.read_json("run.json") or {}).get("recipe") or {}
     return {name: choice for name, choice in recorded.items() if chosen.get(name) == choice["value"]}
+
+
+def recipe_before(run: RunDirectory, chosen: dict[str, Any]) -> Recipe:
+    """What a run chose when it began, without what chooses itself by memory and ranks.
+
+    A start to which one of these settings is given does not ask for the choice; the next one without it does.
+
+    Args:
+        run: its run.json has it.
+        chosen: what this start computes with; of these settings it says why itself.
+    """
+    recorded: Recipe = (run.read_json("run.json") or {}).get("recipe") or {}
+    return {name: choice for name, choice in recorded.items() if name not in chosen}
 
 
 def cuts_as_they_come(run: RunDirectory) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from critic_train.errors import ModelError, first_line
 from critic_train.model.critic import Critic
@@ -37,8 +37,7 @@ class WeightAverage:
     """
 
     def __init__(self, critic: Critic, decay: float) -> None:
-        named = ((name, p) for name, p in critic.named_parameters() if not name.startswith("next_token_head."))
-        self._weights: dict[str, nn.Parameter] = {name: p for name, p in named if p.requires_grad}
+        self._weights = critic.averaged_parameters()
         self._averages = {name: torch.empty_like(p, requires_grad=False) for name, p in self._weights.items()}
         self._decay = decay
         self._begun = self._exchanged = False

@@ -72,6 +72,7 @@ def test_every_bad_file_is_named_at_once(folder: Path) -> None:
     assert said["empty"] == "the file is empty (0 bytes)"
     assert said["text"] == "this is no Parquet file"
     assert said["schema"].startswith("lacks input_ids: ")
+    assert said["schema"].endswith(". It has question: string")
     assert said["flipped"].startswith("is damaged: ")
     assert said["header"].startswith("is damaged: ")
     assert "--on-bad-file skip" in caught.value.hint

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rank_work import fail_on_rank
+from rank_work import fail_before_groups, fail_on_rank
 from ranks import on_ranks
 from support import StopAfter
 
@@ -66,6 +66,13 @@ def test_an_error_of_one_rank_ends_the_block_on_all(rank):
     for number in {1, 2} - {rank}:
         lost = answers[number]["message"].startswith(f"rank {number} of 3 lost contact with another rank")
         assert answers[number] == cause or lost
+
+
+def test_a_rank_that_is_gone_before_groups_are_made_is_seen_at_once():
+    """Not when the time limit of the group that is being made is over."""
+    said = on_ranks(2, fail_before_groups)[0]["message"]
+    assert said.startswith("rank 0 of 2 lost contact with another rank")
+    assert "by peer" in said  # a connection that closed or was reset; no "wait timeout"
 
 
 def test_a_rank_that_cannot_start_is_reported_with_its_last_words(monkeypatch, tmp_path):

@@ -18,8 +18,10 @@ from critic_train.model.sequence_sharing import (
     ranks_that_hold,
     refuse_sequence_parallel,
 )
-from critic_train.settings import FitSettings
+from critic_train.settings import FitSettings, TrainComputeSettings
+from critic_train.stopping import StopRequest
 from critic_train.text import format_bytes
+from critic_train.training.fit import fit
 from critic_train.weights.loading import build_critic
 
 
@@ -52,18 +54,32 @@ def choose(monkeypatch):
     return chosen
 
 
+def compute_settings(**given: object) -> TrainComputeSettings:
+    return FitSettings(data=["none"], **given).compute  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("given", "size"), [(1, 1), (1, 4), (2, 4), (4, 4), (None, 1)])
 def test_a_number_of_ranks_that_divides_them_is_taken(given, size):
-    refuse_sequence_parallel(given, size)
+    refuse_sequence_parallel(compute_settings(sequence_parallel=given), size)
 
 
 def test_another_is_refused_with_those_that_are_possible():
     with pytest.raises(ConfigError, match="over 3 ranks, and this is a run on 4") as caught:
-        refuse_sequence_parallel(3, 4)
+        refuse_sequence_parallel(compute_settings(sequence_parallel=3), 4)
     assert "--sequence-parallel 1, 2 or 4" in caught.value.hint
     with pytest.raises(ConfigError, match="a run on 1 process") as caught:
-        refuse_sequence_parallel(2, 1)
+        refuse_sequence_parallel(compute_settings(sequence_parallel=2), 1)
     assert "--nproc 2" in caught.value.hint
+
+
+def test_padded_rows_are_refused_before_anything_is_read(tmp_path):
+    """By the command as by the settings: here there is nothing to read at all."""
+    with pytest.raises(ConfigError, match="not padded rows: --packing rows"):
+        refuse_sequence_parallel(compute_settings(sequence_parallel=2, packing="rows"), 2)
+    refuse_sequence_parallel(compute_settings(sequence_parallel=1, packing="rows"), 2)
+    settings = FitSettings(data=[str(tmp_path)], out=str(tmp_path / "run"), sequence_parallel=2, packing="rows")
+    with pytest.raises(ConfigError, match="not padded rows: --packing rows"):
+        list(fit(settings, StopRequest()))
 
 
 @pytest.mark.parametrize(

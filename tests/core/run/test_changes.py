@@ -58,6 +58,19 @@ def test_changed_rollouts_models_and_tokenizers_are_refused(change, said):
         refuse_changes(record(), record() | change, OUT)
 
 
+def test_a_model_where_there_was_none_is_told_as_that():
+    """Not as one that changed: its tokenizer would be said to have changed as well."""
+    none = {"model": None, "tokenizer": None}
+    for was, now, said in (
+        (none, {}, "it began from scratch, not from --model"),
+        ({}, none, "it began from a --model"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refuse_changes(record() | was, record() | now, OUT)
+        assert said in caught.value.message
+        assert "changed" not in caught.value.message
+
+
 def test_a_run_of_before_tokenizers_were_recorded_goes_on():
     before = record()
     del before["tokenizer"]

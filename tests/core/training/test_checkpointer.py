@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from support import readable_rollouts, write_shard
+from support import readable_rollouts, small_config, write_shard
+from transformers import AutoModelForCausalLM
 
 from critic_train.errors import ModelError
 from critic_train.events import CheckpointSaved, Event, StepEnded
@@ -20,6 +22,15 @@ from critic_train.weights.saving import save_critic
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rollouts")
     write_shard(folder / "a.parquet", readable_rollouts(16, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(small_config("Llama")).save_pretrained(folder)
     return folder
 
 
@@ -50,6 +61,15 @@ def test_a_stop_writes_the_checkpoint_of_the_step_once(step, shards, tmp_path):
     events = run(shards, tmp_path, stop_after=step, max_steps=7, checkpoint_every=3)
     assert saved(events) == [3] + [step] * (step != 3)
     assert events[-1].status == "interrupted"
+
+
+def test_a_resumed_run_without_held_out_rollouts_has_no_best_either(shards, base, tmp_path):
+    """Not that of step 0, whose head was solved: eval and PPO would take it for what the run has trained."""
+    flags = {"preset": None, "model": str(base), "train": "full", "max_steps": 4, "checkpoint_every": 1}
+    run(shards, tmp_path, stop_after=2, **flags)
+    result = run(shards, tmp_path, **flags)[-1].result
+    assert (result["status"], result["steps"], result["best_step"], result["best"]) == ("finished", 4, None, None)
+    assert not (tmp_path / "best").exists()
 
 
 def test_a_run_stopped_before_its_first_step_has_none(shards, tmp_path):

@@ -1,18 +1,22 @@
 """A dry run says what the run then is, and leaves nothing behind."""
 
 import time
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
 from support import readable_rollouts, small_config, write_shard
 from transformers import AutoModelForCausalLM
 
-from critic_train.errors import ConfigError, DataError, ModelError
-from critic_train.events import Progress, RunEnded, RunStarted, StepEnded
+from critic_train.errors import ConfigError, DataError
+from critic_train.events import Event, Notice, Progress, RunEnded, RunStarted, StepEnded
 from critic_train.settings import FitSettings
 from critic_train.stopping import StopRequest
+from critic_train.training import recipe
 from critic_train.training.dry_run import dry_run
 from critic_train.training.fit import fit, run_path
 
@@ -138,6 +142,46 @@ def test_a_run_that_solves_the_head_and_takes_no_step(shards, base, tmp_path):
     assert ended.result["steps"] == 0
 
 
+def choices_told(events: Iterable[Event]) -> list[str]:
+    """What a job tells of its choices before its first step."""
+    told = [event.message for event in events if isinstance(event, Notice)]
+    return [message for message in told if message.startswith("--")]
+
+
+@pytest.mark.parametrize("starts", ["a model", "a model that is fine-tuned", "as verl trains", "from scratch"])
+def test_it_tells_what_is_chosen_and_chooses_by_what_is_trained_on(shards, base, tmp_path, monkeypatch, starts):
+    """Some are held out: fewer response tokens than all of them are what choices go by, in the run and here."""
+    masks = pq.read_table(shards, columns=["response_mask"])["response_mask"].to_pylist()
+    monkeypatch.setattr(recipe, "FEW_TOKENS", sum(map(sum, masks)))
+    changes = {
+        "a model": {"model": str(base), "train": "head"},
+        "a model that is fine-tuned": {"model": str(base), "lr": 1e-3},
+        "as verl trains": {"model": str(base), "recipe": "verl", "lm_loss_weight": 1.0, "ema_decay": 0.9},
+        "from scratch": {"preset": None, "max_steps": 1},
+    }[starts]
+    settings = settings_for(shards, tmp_path / "run", **changes)
+    told = choices_told(dry_run(settings, run_path(settings), StopRequest()))
+    assert told == choices_told(takewhile(lambda event: not isinstance(event, StepEnded), fit(settings, StopRequest())))
+    said = {"a model": "--epochs 0", "as verl trains": "--lr 1e-05", "from scratch": "are few: mini-batches"}
+    said = said.get(starts, "--ema-decay")
+    assert any(said in message for message in told)
+
+
+def test_the_mean_return_and_the_average_are_those_of_the_run(shards, base, tmp_path):
+    """The mean of what is trained on, and the average of the critic, to which the next-token head does not belong."""
+    settings = settings_for(
+        shards, tmp_path / "run", model=str(base), recipe="verl", lm_loss_weight=1.0, ema_decay=0.9, max_steps=1
+    )
+    told = [list(dry_run(settings, run_path(settings), StopRequest())), list(fit(settings, StopRequest()))]
+    means = [
+        event.message for job in told for event in job if isinstance(event, Notice) and "(the mean" in event.message
+    ]
+    assert means[0] == means[1]
+    estimate = told[0][-1].result["memory"]["average"]
+    (kept,) = (tmp_path / "run" / "checkpoints").glob("*/optimizer_weights.safetensors")
+    assert estimate == bytes_in(kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["head", "last-1", "lora", "full"])
 def test_its_times_are_those_of_the_run(shards, tmp_path, train, monkeypatch):
@@ -187,5 +231,5 @@ def test_it_knows_how_many_ranks_cut_a_rollout_and_which_number_one_needs(shards
     assert "sequence_parallel_needed" not in memory(max_tokens=longest)
     with pytest.raises(ConfigError, match="over 3 ranks, and this is a run on 2"):
         memory(**of, sequence_parallel=3)
-    with pytest.raises(ModelError, match="not padded rows: --packing rows"):
+    with pytest.raises(ConfigError, match="not padded rows: --packing rows"):
         memory(**of, sequence_parallel=2, packing="rows")

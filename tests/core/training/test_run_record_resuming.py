@@ -208,3 +208,23 @@ def test_a_resumed_run_is_compiled_as_it_was(record, given, expected, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     settings = resumed_settings(settings_for(tmp_path, tmp_path, **given), RunDirectory(tmp_path), ranks=1).compute
     assert (settings.compile, settings.no_compile) == expected
+
+
+def test_what_a_run_chose_may_be_given_when_it_goes_on_and_stays_chosen(folder, tmp_path):
+    """It is the same run; what differs from the choice is refused, and the next start without a flag has the choice."""
+    flags = {"head_init": "exact", "max_steps": None, "epochs": None, "train": "full"}
+    stop = StopRequest()
+    for event in fit(settings_for(folder, tmp_path, **flags), stop):
+        if isinstance(event, StepEnded):
+            stop.signal_number = 15
+    chosen = RunDirectory(tmp_path).read_json("run.json")["recipe"]
+    lr = chosen["lr"]["value"]
+    assert (chosen["epochs"]["value"], chosen["patience"]["value"]) == (3, 3)
+    with pytest.raises(ConfigError, match=f"--lr was {lr}, is now 0.5"):
+        run(settings_for(folder, tmp_path, **flags, lr=0.5))
+    stop = StopRequest()
+    for event in fit(settings_for(folder, tmp_path, **(flags | {"epochs": 3}), lr=lr, patience=9), stop):
+        if isinstance(event, StepEnded):
+            assert event.step == 2
+            stop.signal_number = 15
+    assert RunDirectory(tmp_path).read_json("run.json")["recipe"] == chosen
