@@ -141,6 +141,21 @@ def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return grows and independent and new.get("old_values") != "epoch"
 
 
+def is_more_patient(before: dict[str, Any], now: dict[str, Any], result: dict[str, Any] | None) -> bool:
+    """Whether a run that --patience ended may go on, since it is given more of it.
+
+    Args:
+        before: run.json.
+        now: the same of this command.
+        result: result.json of the run, if there is one.
+    """
+    if result is None or not result.get("stopped_early") or now["settings"].get("old_values") == "epoch":
+        return False
+    chosen = (before.get("recipe") or {}).get("patience", {}).get("value")
+    was, wanted = before.get("settings", {}).get("patience") or chosen, now["settings"].get("patience")
+    return was is not None and wanted is not None and wanted > was
+
+
 def changed_files(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
     """Which files of a data set were added, removed, changed or reordered, as text."""
     was = {file["name"]: file for file in (before or {}).get("files", [])}

@@ -12,7 +12,7 @@ from critic_train.evaluation.verdict import without_tables
 from critic_train.events import Event, Notice
 from critic_train.jsonio import read_json_object_or_none
 from critic_train.report.report_sources import PAGE
-from critic_train.run.changes import chosen_settings, is_longer, refuse_changes
+from critic_train.run.changes import chosen_settings, is_longer, is_more_patient, refuse_changes
 from critic_train.run.checkpoint import checkpoint_step, checkpoints, newest_checkpoint, set_aside
 from critic_train.run.manifest import model_digest, tokenizer_digest, versions
 from critic_train.run.run_directory import RunDirectory
@@ -88,7 +88,7 @@ def compare_with_before(
     before = _as_it_was_given(before, settings)
     for message in refuse_changes(before, record, run.path):
         yield Notice(message=message, level="warning")
-    if is_longer(before, record):
+    if is_longer(before, record) or is_more_patient(before, record, run.read_json("result.json")):
         run.reopen()
         run.write_json("run.json", before | {"settings": record["settings"]})
     return run.read_json("result.json")

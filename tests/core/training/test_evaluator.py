@@ -1,6 +1,7 @@
 """Which checkpoint is the best, and when a run has waited long enough for a better one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_patience_ends_a_run_that_gets_no_better(patient, shards, tmp_path):
     assert (out / "checkpoints" / checkpoint_name(expected)).is_dir()
     assert any(isinstance(e, Notice) and "has not improved in 3 evaluations" in e.message for e in events)
     assert run(shards, out, patience=3)[-1].status == "already finished"
+
+
+def test_a_run_that_patience_ended_goes_on_where_it_is_given_more(patient, shards, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(patient[0], out, symlinks=True)
+    ended = run(shards, out, patience=6)[-1]
+    run(shards, tmp_path / "whole", patience=6)
+    assert judged(out) == judged(tmp_path / "whole")
+    assert len(judged(out)) > len(judged(patient[0]))
+    assert ended.status == "finished"
+    assert run(shards, out, patience=6)[-1].status == "already finished"
 
 
 def test_patience_is_remembered_over_a_stop(patient, shards, tmp_path):
