@@ -133,7 +133,7 @@ def test_what_it_says_of_a_partly_trained_critic_is_what_the_run_then_holds(shar
 
 
 def test_a_run_that_solves_the_head_and_takes_no_step(shards, base, tmp_path):
-    settings = settings_for(shards, tmp_path / "run", model=str(base))
+    settings = settings_for(shards, tmp_path / "run", model=str(base), train="head")
     found = estimated(settings).result
     assert (found["steps"], found["epochs"], found["seconds"]["training"]) == (0, 0, 0)
     assert found["seconds"]["total"] >= found["seconds"]["solving_head"] > 0
