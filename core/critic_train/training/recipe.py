@@ -140,11 +140,11 @@ def _for_model(settings: FitSettings, recipe: Recipe, targets: Targets) -> Recip
 def _for_fine_tuning(settings: FitSettings, source: ModelSource) -> Recipe:
     """The learning rate, and whether weights are averaged, for settings that say what is trained and how long."""
     trained, steps = settings.model.train or "full", settings.optimizer.epochs != 0
-    rate = LR_FINE_TUNING * max(1.0, WIDE / source.hidden_size) * (ADAPTERS if trained == "lora" else 1)
-    reason = f"for a model whose states have {source.hidden_size:,} numbers"
+    rate = LR_FINE_TUNING * max(1.0, WIDE / source.hidden_size)
+    reason = f"a model whose states have {source.hidden_size:,} numbers"
     if trained == "lora":
-        reason = f"for adapters of {reason[4:]}, ten times that of full fine-tuning"
-    recipe = {"lr": _choice(float(f"{rate:.2g}"), reason)}
+        rate, reason = ADAPTERS * rate, f"adapters of {reason}, ten times that of full fine-tuning"
+    recipe = {"lr": _choice(float(f"{rate:.2g}"), f"for {reason}")}
     if steps and (trained != "full" or source.trunk_parameters <= AVERAGED_PARAMETERS):
         recipe["ema_decay"] = _choice(EMA_DECAY, "the average of the weights is ahead of them on the way")
     return recipe
