@@ -107,7 +107,8 @@ class HostActivations:
             return checkpoint(function, *args)
 
     def _send(self, tensor: Tensor) -> "_Waiting | Tensor":
-        if not tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter):
+        # torch 2.11's checkpoint also keeps an empty tensor, for which no host memory can be locked.
+        if not tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter) or not tensor.numel():
             return tensor
         self._let_go()
         waiting = _Waiting(tensor.detach(), buffer := self._buffer(tensor.nbytes), self._newest)

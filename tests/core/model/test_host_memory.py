@@ -85,6 +85,18 @@ def test_the_copy_on_the_host_is_what_comes_back():
     assert len(host._free) == 4
 
 
+def test_an_empty_tensor_that_a_checkpoint_keeps_stays_where_it_is(monkeypatch):
+    """As torch 2.11's does, for which the operating system has no memory of 0 bytes."""
+    host, sizes = host_memory.HostActivations(torch.device("cpu")), []
+    buffer = host._buffer
+    monkeypatch.setattr(host, "_buffer", lambda size: sizes.append(size) or buffer(size))
+    x, empty = torch.ones(3, requires_grad=True), torch.ones(0, requires_grad=True)
+    out = host.around(lambda f, *args: f(*args), lambda x, empty: (x * x).sum() + (empty * empty).sum(), x, empty)
+    out.backward()
+    assert x.grad.tolist() == [2.0, 2.0, 2.0]
+    assert set(sizes) == {12}
+
+
 def test_what_keeps_no_layer_inputs_has_none_to_move():
     with pytest.raises(ConfigError, match="--offload activations moves the layer inputs"):
         FitSettings(data=["none"], offload="optimizer+activations", activation_checkpointing="tiles")
