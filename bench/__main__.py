@@ -19,6 +19,7 @@ import torch
 
 from bench.entry import Options, entries
 from bench.measuring import machine
+from critic_train.model.compute import resolve_device
 
 
 def main() -> int:
@@ -50,7 +51,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(1)
     options = Options(
-        device=torch.device(chosen.device),
+        device=resolve_device(chosen.device),
         rounds=chosen.rounds,
         size=chosen.size,
         rollouts=chosen.rollouts,
