@@ -145,14 +145,13 @@ def is_more_patient(before: dict[str, Any], now: dict[str, Any], result: dict[st
     """Whether a run that --patience ended may go on, since it is given more of it.
 
     Args:
-        before: run.json.
+        before: run.json, with what the run had chosen in place of what was not given.
         now: the same of this command.
         result: result.json of the run, if there is one.
     """
     if result is None or not result.get("stopped_early") or now["settings"].get("old_values") == "epoch":
         return False
-    chosen = (before.get("recipe") or {}).get("patience", {}).get("value")
-    was, wanted = before.get("settings", {}).get("patience") or chosen, now["settings"].get("patience")
+    was, wanted = before.get("settings", {}).get("patience"), now["settings"].get("patience")
     return was is not None and wanted is not None and wanted > was
 
 
